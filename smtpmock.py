@@ -1,0 +1,1303 @@
+"""An SMTP server for tests: it records the mail it is sent, and misbehaves as it is told.
+
+    with smtpmock.Server() as server, smtplib.SMTP(server.host, server.port) as client:
+        client.sendmail("alice@example.com", ["bob@example.com"], "Subject: Hi\\r\\n\\r\\nHello")
+        (message,) = server.messages()
+        assert message.mail_from == "alice@example.com"
+        assert message.content == b"Subject: Hi\\r\\n\\r\\nHello\\r\\n"
+
+One module, the standard library only, one thread per connection. It reads from top to bottom:
+
+    errors          what can go wrong, each also the built-in error it resembles
+    options         Configuration: every option, its default and what it does
+    grammar         the patterns of RFC 5321, and the parser of a command line
+    records         what the server answers, and what it keeps of a session
+    handlers        the generic life of a command, and one class per command
+    session         one SMTP conversation, without a socket in it
+    mailbox         the list of recorded messages
+    logger          the Logger protocol, and the default logger
+    server          the connection, the listener, and Server, which holds it
+    command line    python -m smtpmock
+
+MIT licence, https://opensource.org/licenses/MIT. Copyright 2026 the smtpmock authors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import os
+import re
+import selectors
+import socket
+import socketserver
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Configuration",
+    "ConfigurationError",
+    "Logger",
+    "Message",
+    "SMTPMockError",
+    "Server",
+    "ServerStartError",
+    "ServerStateError",
+    "WaitTimeoutError",
+    "main",
+]
+
+
+# ------------------------------------------------------------------------------------------ errors
+
+
+class SMTPMockError(Exception):
+    """The base of every error that smtpmock raises."""
+
+
+class ConfigurationError(SMTPMockError, ValueError):
+    """An option or an argument that cannot be used: its name, its value, and what is allowed."""
+
+
+class ServerStateError(SMTPMockError, RuntimeError):
+    """start() of a running server, or stop() of one that does not run."""
+
+
+class ServerStartError(SMTPMockError, OSError):
+    """The host and port cannot be listened on; `errno` is the operating system's reason, if it gave one."""
+
+
+class WaitTimeoutError(SMTPMockError, TimeoutError):
+    """Too few messages came in time. `messages` are those that did; none of them was purged."""
+
+    def __init__(self, text: str, messages: Sequence[Message] = ()) -> None:
+        super().__init__(text)
+        self.messages = list(messages)
+
+
+# ----------------------------------------------------------------------------------------- options
+
+
+class _Kind(NamedTuple):
+    """The values that an option takes."""
+
+    allowed: str  # in the words of an error message
+    accepts: Callable[[Any], bool]
+    parse: Callable[[str], Any]  # from the command line; KeyError or ValueError if it cannot
+
+
+def _number(least: float, most: float, *types: type[float]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, types) and not isinstance(value, bool) and least <= value <= most
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str) and all(isinstance(name, str) for name in value)
+
+
+def _fold(name: str) -> str:
+    """A domain or an address as they are compared: domains have no case, local parts have one."""
+    local, at, domain = name.rpartition("@")
+    return local + at + domain.lower()
+
+
+# The longest time is one that poll() takes on every platform: 2**31 milliseconds are 24 days.
+_SECONDS = _Kind("a number of seconds from 0 to 1000000", _number(0, 1e6, int, float), float)
+_TIMEOUT = _Kind("a number of seconds from 0.001 to 1000000", _number(1e-3, 1e6, int, float), float)
+_PORT = _Kind("an integer from 0 to 65535", _number(0, 65535, int), int)
+_COUNT = _Kind("an integer from 0 up", _number(0, float("inf"), int), int)
+_FLAG = _Kind("true or false", lambda value: isinstance(value, bool), lambda text: {"true": True, "false": False}[text])
+_TEXT = _Kind("a string", lambda value: isinstance(value, str), str)
+_NAMES = _Kind("a list of strings", _are_names, lambda text: [name.strip() for name in text.split(",") if name.strip()])
+
+
+def _check(name: str, value: object, kind: _Kind) -> None:
+    if not kind.accepts(value):
+        raise ConfigurationError(f"{name}={value!r}: must be {kind.allowed}")
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _option(default: Any, kind: _Kind, about: str) -> Any:
+    return dataclasses.field(default=default, metadata={"kind": kind, "about": about})
+
+
+def _names(about: str) -> Any:
+    return _option(frozenset(), _NAMES, about)
+
+
+def _delay(before: str) -> Any:
+    return _option(0, _SECONDS, f"seconds before the reply to {before}")
+
+
+def _reply(default: str, to: str) -> Any:
+    return _option(default, _TEXT, f"reply to {to}")
+
+
+_RECEIVED = "250 Received"
+_UNAVAILABLE = "421 Service not available"
+_BAD = "503 Bad sequence of commands."
+_UNRECOGNIZED = "502 Command unrecognized. Available commands: HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """Every option of a server, checked when it is made: ConfigurationError if one cannot be used.
+
+    Times are in seconds, and fractions are fine. A reply may be any text, with a code or without;
+    a newline makes it one of several lines, and {msg_size_limit} in it stands for that option. One
+    that begins with 4 or 5 refuses the command, whichever option it is.
+    """
+
+    host: str = _option("127.0.0.1", _TEXT, "host name or address to listen on; [::] is every one")
+    port: int = _option(0, _PORT, "port to listen on; 0 is a free one")
+    log_to_stdout: bool = _option(False, _FLAG, "log to stdout, and errors to stderr")
+    log_server_activity: bool = _option(False, _FLAG, "have each session, request and reply in that log")
+    session_timeout: float = _option(30, _TIMEOUT, "seconds of silence after which a session is closed")
+    shutdown_timeout: float = _option(1, _SECONDS, "seconds that stop() leaves to sessions at work")
+    fail_fast: bool = _option(False, _FLAG, "close a session after its first refused command")
+    multiple_rcptto: bool = _option(False, _FLAG, "keep all recipients of a message, not only the last")
+    multiple_message_receiving: bool = _option(False, _FLAG, "keep all messages of a session, not only the last")
+    blacklisted_helo_domains: Collection[str] = _names("domains that HELO and EHLO refuse")
+    blacklisted_mailfrom_emails: Collection[str] = _names("addresses that MAIL FROM refuses")
+    blacklisted_rcptto_emails: Collection[str] = _names("addresses that RCPT TO refuses")
+    not_registered_emails: Collection[str] = _names("addresses that RCPT TO does not know")
+    response_delay_helo: float = _delay("HELO and EHLO")
+    response_delay_mailfrom: float = _delay("MAIL FROM")
+    response_delay_rcptto: float = _delay("RCPT TO")
+    response_delay_data: float = _delay("DATA")
+    response_delay_message: float = _delay("the message body")
+    response_delay_rset: float = _delay("RSET")
+    response_delay_noop: float = _delay("NOOP")
+    response_delay_quit: float = _delay("QUIT")
+    msg_size_limit: int = _option(10485760, _COUNT, "bytes that a message body may have")
+    msg_greeting: str = _reply("220 Welcome", "a new connection")
+    msg_invalid_cmd: str = _reply(_UNRECOGNIZED, "an unknown command")
+    msg_invalid_cmd_helo_sequence: str = _reply(f"{_BAD} HELO should be the first", "others that come before HELO")
+    msg_invalid_cmd_helo_arg: str = _reply("501 HELO requires domain address or valid address literal", "a bad HELO")
+    msg_helo_blacklisted_domain: str = _reply(_UNAVAILABLE, "a blacklisted HELO")
+    msg_helo_received: str = _reply(_RECEIVED, "HELO and EHLO")
+    msg_invalid_cmd_mailfrom_sequence: str = _reply(f"{_BAD} MAIL FROM should be used after HELO", "an early MAIL")
+    msg_invalid_cmd_mailfrom_arg: str = _reply("501 MAIL FROM requires valid email address", "a bad MAIL FROM")
+    msg_mailfrom_blacklisted_email: str = _reply(_UNAVAILABLE, "a blacklisted MAIL FROM")
+    msg_mailfrom_received: str = _reply(_RECEIVED, "MAIL FROM")
+    msg_invalid_cmd_rcptto_sequence: str = _reply(f"{_BAD} RCPT TO should be used after MAIL FROM", "an early RCPT")
+    msg_invalid_cmd_rcptto_arg: str = _reply("501 RCPT TO requires valid email address", "a bad RCPT TO")
+    msg_rcptto_blacklisted_email: str = _reply(_UNAVAILABLE, "a blacklisted RCPT TO")
+    msg_rcptto_not_registered_email: str = _reply("550 User not found", "a not registered RCPT TO")
+    msg_rcptto_received: str = _reply(_RECEIVED, "RCPT TO")
+    msg_invalid_cmd_data_sequence: str = _reply(f"{_BAD} DATA should be used after RCPT TO", "an early DATA")
+    msg_data_received: str = _reply("354 Ready for receive message. End data with <CR><LF>.<CR><LF>", "DATA")
+    msg_msg_size_is_too_big: str = _reply("552 Message exceeded max size of {msg_size_limit} bytes", "a longer body")
+    msg_msg_received: str = _reply(_RECEIVED, "the message body")
+    msg_invalid_cmd_rset_sequence: str = _reply(f"{_BAD} HELO should be the first", "an early RSET")
+    msg_invalid_cmd_rset_arg: str = _reply(_UNRECOGNIZED, "RSET, DATA or QUIT with an argument")
+    msg_rset_received: str = _reply("250 Ok", "RSET")
+    msg_noop_received: str = _reply("250 Ok", "NOOP")
+    msg_quit_cmd: str = _reply("221 Closing connection", "QUIT")
+    msg_session_timeout: str = _reply("421 Session timeout, closing connection", "a silence of session_timeout")
+    msg_server_shutdown: str = _reply("421 Server shutting down, closing connection", "the sessions that stop() ends")
+    msg_line_too_long: str = _reply("500 Line too long", "a command line of over 4096 bytes")
+
+    def __new__(cls, **options: Any) -> Configuration:
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name, value in options.items():
+            if name not in known:
+                raise ConfigurationError(f"{name}={value!r}: there is no such option{_suggest(name, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            kind, value = field.metadata["kind"], getattr(self, field.name)
+            _check(field.name, value, kind)
+            if kind is _NAMES:  # in the form in which they are looked up
+                object.__setattr__(self, field.name, frozenset(map(_fold, value)))
+
+
+# ----------------------------------------------------------------------------------------- grammar
+
+# Every pattern is linear: where a part of one repeats, no two of its parts match the same text.
+
+# "Let-dig" and "ALPHA" of RFC 5321 section 4.1.2, in any script as RFC 6531 section 3.3 has it. Not
+# the surrogates, which stand for the bytes that are not UTF-8.
+_ALNUM = r"[^\x00-/:-@\[-`{-\xa0\s\ud800-\udfff]"
+_ALPHA = r"[^\x00-@\[-`{-\xa0\s\ud800-\udfff]"
+_LABEL = rf"{_ALNUM}+(?:-+{_ALNUM}+)*"
+_DOTTED = rf"(?:{_LABEL}\.)+(?:{_ALPHA}{{2,}}|[xX][nN]--{_LABEL})"
+
+# RFC 5321 section 4.1.3; whether the numbers are right is for inet_pton() to say.
+_ADDRESS_LITERAL = re.compile(r"\[(IPv6:)?([0-9a-f:.]+)\]", re.IGNORECASE | re.ASCII)
+
+# The argument of HELO, section 4.1.1.1. A host without a domain sends its one label, as containers
+# do; digits alone are no name, though.
+_DOMAIN = re.compile(rf"{_DOTTED}|(?=[0-9-]*[^0-9-]){_LABEL}")
+
+# "Mailbox" of section 4.1.2. An atom may be of any script, too (RFC 6531).
+_ATOM = r"[^\x00- \"(),.:;<>@\[\\\]\x7f-\xa0\s\ud800-\udfff]+"
+_QUOTED = r"\"(?:[^\x00-\x1f\"\\\x7f\ud800-\udfff]|\\[ -~])*\""
+_MAILBOX = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_DOTTED}|(?i:localhost)|\[[^\[\]]*\])"
+
+# The path of MAIL and RCPT, section 4.1.1.2 and as clients send it: <user@example.com>,
+# user@example.com, John Doe <user@example.com>.
+_PATH = re.compile(rf"[^\x00-\x1f\"<>@]*<({_MAILBOX})>|({_MAILBOX})")
+
+_WHITE = re.compile(rb"\s")
+
+
+def _is_ip_address(text: str, family: socket.AddressFamily) -> bool:
+    try:
+        return bool(socket.inet_pton(family, text))
+    except (OSError, ValueError):
+        return False
+
+
+def _is_address_literal(text: str) -> bool:
+    match = _ADDRESS_LITERAL.fullmatch(text)
+    return match is not None and _is_ip_address(match[2], socket.AF_INET6 if match[1] else socket.AF_INET)
+
+
+# Each of these takes the argument of a command, and returns what it says or None if it is not valid.
+
+
+def _parse_domain(text: str) -> str | None:
+    valid = _DOMAIN.fullmatch(text) or _is_address_literal(text) or _is_ip_address(text, socket.AF_INET)
+    return text if valid else None
+
+
+def _parse_path(text: str) -> str | None:
+    match = _PATH.fullmatch(text)
+    if match is None:
+        return None
+    address: str = match[1] or match[2]
+    literal = address[address.rindex("@") + 1 :]
+    return address if literal[0] != "[" or _is_address_literal(literal) else None
+
+
+def _parse_sender(text: str) -> str | None:
+    return "" if text == "<>" else _parse_path(text)
+
+
+def _parse_recipient(text: str) -> str | None:
+    # Postmaster is the one address without a domain, section 4.1.1.3.
+    return text[1:-1] if text.lower() == "<postmaster>" else _parse_path(text)
+
+
+def _parse_nothing(text: str) -> str | None:
+    return None if text else ""
+
+
+def _decode(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
+
+
+class _Command(NamedTuple):
+    request: str  # the line, without the white space around it
+    verb: str  # in upper case
+    argument: str
+
+
+def _parse_command(line: bytes) -> _Command:
+    """Take a line apart (RFC 5321 section 4.1.1). Bytes that are not UTF-8 become surrogates."""
+    request = line.strip()
+    verb, *argument = _WHITE.split(request, 1)
+    # In upper case while it is bytes: "quıt".upper() is "QUIT", with a dotless i and all.
+    return _Command(_decode(request), _decode(verb.upper()), _decode(b"".join(argument)))
+
+
+# ----------------------------------------------------------------------------------------- records
+
+
+class _After(enum.Enum):
+    """What comes after a reply."""
+
+    COMMAND = enum.auto()
+    BODY = enum.auto()
+    CLOSE = enum.auto()
+
+
+class _Reply(NamedTuple):
+    """What the server says next, as data, for the connection to carry out."""
+
+    text: str
+    delay: float = 0.0  # seconds before it is sent
+    after: _After = _After.COMMAND
+    request: str | None = None  # what it answers, for the log
+
+    def encode(self) -> bytes:
+        lines = self.text.replace("\r\n", "\n").replace("\n", "\r\n")
+        return lines.encode("utf-8", "surrogateescape") + b"\r\n"
+
+
+class Message:
+    """What came of an SMTP session or, with multiple_message_receiving, of one mail in it.
+
+    For each step of the dialogue: the request as the client wrote it, the response as it was sent,
+    and under the step's own name whether it succeeded. Read-only, and nothing changes it: if the
+    session goes on, a later messages() has another object in its place.
+    """
+
+    helo_request: str = ""
+    helo_response: str = ""
+    helo: bool = False
+    mailfrom_request: str = ""
+    mailfrom_response: str = ""
+    mailfrom: bool = False
+    mail_from: str | None = None  #: the accepted sender, "" for the null reverse-path; None without one
+    rcptto: bool = False
+    data_request: str = ""
+    data_response: str = ""
+    data: bool = False
+    msg_response: str = ""
+    msg: bool = False
+    content: bytes = b""  #: the body, dots unstuffed, CRLF kept; what came of it, if the client left early
+    rset_request: str = ""
+    rset_response: str = ""
+    rset: bool = False
+    noop: bool = False
+    quit_sent: bool = False
+    _rcptto_request_response: tuple[tuple[str, str], ...] = ()
+    _rcpt_tos: tuple[str, ...] = ()
+
+    def __init__(self, **fields: Any) -> None:
+        for name, value in fields.items():  # the lists are those that the session goes on to fill
+            vars(self)[name] = tuple(value) if isinstance(value, list) else value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a Message is read-only: {name} cannot be set")
+
+    @property
+    def rcptto_request_response(self) -> list[tuple[str, str]]:
+        """(request, response) of each RCPT TO; without multiple_rcptto, of the last."""
+        return list(self._rcptto_request_response)
+
+    @property
+    def rcpt_tos(self) -> list[str]:
+        """The accepted recipients; without multiple_rcptto, the last one, if it was accepted."""
+        return list(self._rcpt_tos)
+
+    @property
+    def msg_request(self) -> str:
+        """The content as str: UTF-8, with surrogates for the bytes that are not."""
+        return _decode(self.content)
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether a mail was accepted: its sender, a recipient, DATA and the body."""
+        return self.mailfrom and self.rcptto and self.data and self.msg
+
+    def __repr__(self) -> str:
+        end = "accepted" if self.is_consistent else "not accepted"
+        return f"<Message from {self.mail_from!r} to {self.rcpt_tos}: {len(self.content)} bytes, {end}>"
+
+
+# ---------------------------------------------------------------------------------------- handlers
+
+# The steps of a session, by the names under which a message keeps them, in their order.
+_STEPS = ("helo", "mailfrom", "rcptto", "data", "msg", "rset", "noop", "quit")
+
+
+class _Exchange(NamedTuple):
+    """A request and what became of it."""
+
+    request: str
+    response: str
+    accepted: bool
+    value: Any  # of the argument; None if that is not valid
+
+
+class _Handler:
+    """The life of a command: a form to be filled in, and at most a rule of its own.
+
+    Texts, delays and lists are given by the name of the option that holds them.
+    """
+
+    verbs: tuple[str, ...] = ()  # upper case; in lower case, the stages of a session that are no commands
+    keyword = ""  # what has to follow the verb
+    step = ""  # where the message keeps it
+    fields: dict[str, str] = {}  # of the message, each with the part of the exchange that it holds
+    needs: tuple[str, ...] = ()  # the steps that must have succeeded before
+    erases: tuple[str, ...] = ()  # the steps that it undoes, even if it is refused then
+    parse: Callable[[Any], Any] = staticmethod(_parse_nothing)  # the argument's value, None if it is not valid
+    bad_sequence = "msg_invalid_cmd_helo_sequence"
+    bad_argument = "msg_invalid_cmd_rset_arg"
+    refused: tuple[tuple[str, str], ...] = ()  # the lists of values to refuse, each with the text for them
+    received = ""
+    delay = ""
+    after = _After.COMMAND  # if it is accepted
+    completes = False  # whether the message is complete once it is accepted
+    notes = False  # whether it belongs to the complete message before it, and begins no other
+
+    def __init__(self, options: Configuration) -> None:
+        self.options = options
+        self.seconds: float = getattr(options, self.delay) if self.delay else 0.0
+        request, response = f"{self.step}_request", f"{self.step}_response"
+        self.fields = self.fields or {request: "request", response: "response", self.step: "accepted"}
+
+    def run(self, session: _Session, request: str, argument: Any) -> _Reply:
+        """Erase, check, record; the reply is still to be sent."""
+        session.erase(self.erases)
+        value = self.parse(argument)
+        refusal = self.refuse(session, value)
+        text: str = getattr(self.options, refusal or self.received)
+        text = text.replace("{msg_size_limit}", str(self.options.msg_size_limit))
+        accepted = refusal is None and not text.startswith(("4", "5"))
+        if self.step:
+            self.record(session.saved, _Exchange(request, text, accepted, value))
+        after = self.after
+        if not accepted:
+            after = _After.CLOSE if self.options.fail_fast else _After.COMMAND
+        if after is _After.CLOSE or (accepted and self.completes):
+            session.publish()
+        return _Reply(text, self.seconds, after, request)
+
+    def refuse(self, session: _Session, value: Any) -> str | None:
+        """The text that refuses the command, None to accept it."""
+        if not all(session.saved.get(step, {}).get(step) for step in self.needs):
+            return self.bad_sequence
+        if value is None:
+            return self.bad_argument
+        for values, text in self.refused:
+            if _fold(value) in getattr(self.options, values):
+                return text
+        return None
+
+    def record(self, saved: dict[str, dict[str, Any]], exchange: _Exchange) -> None:
+        """Keep for the message what it is to say of the step."""
+        parts = {name: getattr(exchange, part) for name, part in self.fields.items()}
+        saved[self.step] = {name: part for name, part in parts.items() if part is not None}
+
+
+class _Greeting(_Handler):
+    """What the server says before there is any command."""
+
+    verbs = ("connect",)
+    received = "msg_greeting"
+
+
+class _Helo(_Handler):
+    """HELO or EHLO, with what the client calls itself."""
+
+    verbs = ("HELO", "EHLO")
+    step = "helo"
+    erases = _STEPS
+    parse = staticmethod(_parse_domain)
+    bad_argument = "msg_invalid_cmd_helo_arg"
+    refused = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
+    received = "msg_helo_received"
+    delay = "response_delay_helo"
+
+
+class _Mailfrom(_Handler):
+    """MAIL FROM:<address>, or <> for a mail that nobody is to answer."""
+
+    verbs = ("MAIL",)
+    keyword = "FROM:"
+    step = "mailfrom"
+    needs = ("helo",)
+    erases = _STEPS[1:]
+    parse = staticmethod(_parse_sender)
+    bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
+    bad_argument = "msg_invalid_cmd_mailfrom_arg"
+    refused = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
+    received = "msg_mailfrom_received"
+    delay = "response_delay_mailfrom"
+
+    def __init__(self, options: Configuration) -> None:
+        super().__init__(options)
+        self.fields["mail_from"] = "value"
+
+
+class _Rcptto(_Handler):
+    """RCPT TO:<address>, once per recipient."""
+
+    verbs = ("RCPT",)
+    keyword = "TO:"
+    step = "rcptto"
+    needs = ("helo", "mailfrom")
+    parse = staticmethod(_parse_recipient)
+    bad_sequence = "msg_invalid_cmd_rcptto_sequence"
+    bad_argument = "msg_invalid_cmd_rcptto_arg"
+    refused = (
+        ("blacklisted_rcptto_emails", "msg_rcptto_blacklisted_email"),
+        ("not_registered_emails", "msg_rcptto_not_registered_email"),
+    )
+    received = "msg_rcptto_received"
+    delay = "response_delay_rcptto"
+
+    def __init__(self, options: Configuration) -> None:
+        super().__init__(options)
+        self.erases = () if options.multiple_rcptto else _STEPS[2:]
+
+    def record(self, saved: dict[str, dict[str, Any]], exchange: _Exchange) -> None:
+        fields = saved.setdefault(self.step, {"rcptto": False, "_rcptto_request_response": [], "_rcpt_tos": []})
+        fields["_rcptto_request_response"].append((exchange.request, exchange.response))
+        if exchange.accepted:
+            fields["rcptto"] = True
+            fields["_rcpt_tos"].append(exchange.value)
+
+
+class _Data(_Handler):
+    """DATA, which asks for leave to send the body."""
+
+    verbs = ("DATA",)
+    step = "data"
+    needs = ("helo", "mailfrom", "rcptto")
+    erases = ("data", "msg")
+    bad_sequence = "msg_invalid_cmd_data_sequence"
+    received = "msg_data_received"
+    delay = "response_delay_data"
+    after = _After.BODY
+
+
+class _Body(_Handler):
+    """The body, when its end has come. It is its own argument, None if it was too long."""
+
+    verbs = ("message",)
+    step = "msg"
+    fields = {"content": "value", "msg_response": "response", "msg": "accepted"}
+    parse = staticmethod(lambda body: body)
+    bad_argument = "msg_msg_size_is_too_big"
+    received = "msg_msg_received"
+    delay = "response_delay_message"
+    completes = True
+
+
+class _Rset(_Handler):
+    """RSET, after which the client begins another mail."""
+
+    verbs = ("RSET",)
+    step = "rset"
+    needs = ("helo",)
+    erases = _STEPS[1:]
+    bad_sequence = "msg_invalid_cmd_rset_sequence"
+    received = "msg_rset_received"
+    delay = "response_delay_rset"
+    notes = True
+
+
+class _Noop(_Handler):
+    """NOOP, with an argument or without."""
+
+    verbs = ("NOOP",)
+    step = "noop"
+    fields = {"noop": "accepted"}
+    parse = staticmethod(str)
+    received = "msg_noop_received"
+    delay = "response_delay_noop"
+    notes = True
+
+
+class _Quit(_Handler):
+    """QUIT, with which the session ends."""
+
+    verbs = ("QUIT",)
+    step = "quit"
+    fields = {"quit_sent": "accepted"}
+    received = "msg_quit_cmd"
+    delay = "response_delay_quit"
+    after = _After.CLOSE
+    notes = True
+
+
+class _Unknown(_Handler):
+    """A command that is none of the others."""
+
+    verbs = ("unknown",)
+    parse = staticmethod(lambda argument: None)
+    bad_argument = "msg_invalid_cmd"
+
+
+class _TooLong(_Unknown):
+    """A command line that was too long to be kept."""
+
+    verbs = ("too long",)
+    bad_argument = "msg_line_too_long"
+
+
+_FORMS = (_Greeting, _Helo, _Mailfrom, _Rcptto, _Data, _Body, _Rset, _Noop, _Quit, _Unknown, _TooLong)
+
+
+def _make_handlers(options: Configuration) -> dict[str, _Handler]:
+    """The table of verbs."""
+    return {verb: handler for form in _FORMS for handler in [form(options)] for verb in form.verbs}
+
+
+# ----------------------------------------------------------------------------------------- session
+
+_LINE_LIMIT = 4096  # bytes of a command line with its end; RFC 5321 section 4.5.3.1.4 asks for 512 or more
+_END_OF_DATA = b"\r\n.\r\n"
+
+
+class _BodyReader:
+    """Takes in a body, up to the line that is a dot alone (RFC 5321 section 4.1.1.4).
+
+    Only CRLF ends a line here: with a bare LF for one, a mail could smuggle in another.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.complete = False
+        self._limit = limit
+        self._dropped = False
+        self._raw = bytearray(b"\r\n")  # the end of the DATA line, so that a dot may come first
+
+    def feed(self, data: bytes, start: int) -> int:
+        """Take data from start on, and return where in it the body ends."""
+        seam = bytes(self._raw[-4:])  # the end of data may come in pieces
+        found = (seam + data[start : start + 4]).find(_END_OF_DATA)
+        if found >= 0:
+            stop = start + found - len(seam) + len(_END_OF_DATA)
+        else:
+            found = data.find(_END_OF_DATA, start)
+            stop = found + len(_END_OF_DATA) if found >= 0 else len(data)
+        self.complete = found >= 0
+        self._raw += data[start:stop]
+        # At most one byte in four is a stuffed dot, so this much is too long without them, too.
+        if self._dropped or len(self._raw) > self._limit * 4 // 3 + 8:
+            self._dropped = True
+            del self._raw[:-4]
+        elif self.complete:
+            del self._raw[-3:]
+        return stop
+
+    def body(self) -> bytes | None:
+        """What came so far, without the stuffed dots (section 4.5.2); None if it is too long."""
+        body = bytes(self._raw).replace(b"\r\n.", b"\r\n")[2:]
+        return None if self._dropped or len(body) > self._limit else body
+
+
+class _Session:
+    """One SMTP conversation, without a socket, a thread or a clock.
+
+    The same bytes give the same replies and messages, whatever the pieces they come in.
+    """
+
+    def __init__(self, options: Configuration, handlers: dict[str, _Handler], mailbox: _Mailbox) -> None:
+        self.saved: dict[str, dict[str, Any]] = {}  # the fields of the current message, by step
+        self._options = options
+        self._handlers = handlers
+        self._mailbox = mailbox
+        self._entry: _Entry | None = None  # where in the mailbox the current message is, once it is
+        self._unpublished = False  # whether the mailbox lacks something of it
+        self._rest = b""  # the beginning of a command line
+        self._skipping = False  # the rest of a line that was too long
+        self._body: _BodyReader | None = None
+        self._over = False
+
+    @property
+    def awaits_command(self) -> bool:
+        return self._body is None
+
+    def greet(self) -> _Reply:
+        return self._handlers["connect"].run(self, "", "")._replace(request=None)
+
+    def receive(self, data: bytes) -> Iterator[_Reply]:
+        """The replies to what data completes; each command is run when its reply is asked for."""
+        data, self._rest = self._rest + data, b""
+        at = 0
+        while at < len(data) and not self._over:
+            if self._body is not None:
+                at = self._body.feed(data, at)
+                if self._body.complete:
+                    body, self._body = self._body.body(), None
+                    yield self._run(self._handlers["message"], "message binary data portion", body)
+            elif self._skipping:
+                end = data.find(b"\n", at)
+                self._skipping = end < 0
+                at = len(data) if self._skipping else end + 1
+            elif (end := data.find(b"\n", at, at + _LINE_LIMIT)) >= 0:
+                line, at = data[at:end], end + 1
+                yield self._run_command(_parse_command(line))
+            elif len(data) - at >= _LINE_LIMIT:
+                self._skipping = True
+                yield self._run(self._handlers["too long"], f"line of over {_LINE_LIMIT} bytes", "")
+            else:
+                self._rest, at = data[at:], len(data)
+
+    def end(self) -> None:
+        """Record what is not recorded yet, because the connection ends."""
+        if self._body is not None:
+            self.saved["msg"] = {"content": self._body.body() or b""}
+            self._unpublished = True
+        self.publish()
+
+    def _run_command(self, command: _Command) -> _Reply:
+        handler = self._handlers.get(command.verb, self._handlers["unknown"])
+        size = len(handler.keyword)
+        if command.argument[:size].upper() != handler.keyword:
+            handler = self._handlers["unknown"]
+        return self._run(handler, command.request, command.argument[size:].strip())
+
+    def _run(self, handler: _Handler, request: str, argument: Any) -> _Reply:
+        if self._entry is not None and not handler.notes:
+            self._leave(self._entry)
+        self._unpublished = True
+        reply = handler.run(self, request, argument)
+        if self._entry is not None:
+            self.publish()
+        if reply.after is _After.BODY:
+            self._body = _BodyReader(self._options.msg_size_limit)
+        self._over = reply.after is _After.CLOSE
+        return reply
+
+    def _leave(self, entry: _Entry) -> None:
+        """Begin another message, unless the one in the mailbox may still change."""
+        if self._options.multiple_message_receiving:
+            self._entry = None
+            self.saved = {"helo": self.saved["helo"]}
+        elif entry.purged:  # the dialogue goes on, but not in a message that somebody has taken
+            self._entry = None
+
+    # For handlers:
+
+    def erase(self, steps: Iterable[str]) -> None:
+        """Forget the steps, unless they are of a message that is to be kept."""
+        if self._entry is None or not self._options.multiple_message_receiving:
+            for step in steps:
+                self.saved.pop(step, None)
+
+    def publish(self) -> None:
+        """Bring the mailbox up to date."""
+        if self._unpublished:
+            fields = {name: value for step in self.saved.values() for name, value in step.items()}
+            self._entry = self._mailbox.put(Message(**fields), self._entry)
+            self._unpublished = False
+
+
+# ----------------------------------------------------------------------------------------- mailbox
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Entry:
+    """A place in the mailbox."""
+
+    message: Message
+    purged: bool = False
+
+
+class _Mailbox:
+    """The recorded messages of a server, oldest first."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._entries: list[_Entry] = []
+
+    def put(self, message: Message, entry: _Entry | None) -> _Entry:
+        """Put the message into its entry, which is a new one if it has none yet."""
+        with self._changed:
+            if entry is None:
+                entry = _Entry(message)
+                self._entries.append(entry)
+            entry.message = message
+            self._changed.notify_all()
+        return entry
+
+    def messages(self, *, purge: bool) -> list[Message]:
+        with self._changed:
+            messages = [entry.message for entry in self._entries]
+            if purge:
+                for entry in self._entries:
+                    entry.purged = True
+                self._entries.clear()
+        return messages
+
+    def wait(self, count: int, timeout: float, *, purge: bool) -> tuple[bool, list[Message]]:
+        """Whether there are count messages in time, and all that there are; it purges only if so."""
+        with self._changed:
+            enough = self._changed.wait_for(lambda: len(self._entries) >= count, timeout)
+            return enough, self.messages(purge=purge and enough)
+
+
+# ------------------------------------------------------------------------------------------ logger
+
+
+class Logger(Protocol):
+    """What a server logs to. A logging.Logger is good as it is: activity then goes to its info()."""
+
+    def info_activity(self, message: str, /) -> None:
+        """A session began or ended, a request came, a reply went."""
+
+    def info(self, message: str, /) -> None:
+        """The server started or stopped."""
+
+    def warning(self, message: str, /) -> None:
+        """The server is stopping, or a session broke off."""
+
+    def error(self, message: str, /) -> None:
+        """The server could not start, or something in it failed."""
+
+
+class _Log:
+    """Calls a logger and survives it; without one, prints what the options ask for."""
+
+    def __init__(self, logger: Any, options: Configuration) -> None:
+        for name in ("info", "warning", "error"):
+            if logger is not None and not callable(getattr(logger, name, None)):
+                raise ConfigurationError(f"logger={logger!r}: must have a method {name}()")
+        self._logger = logger
+        self._prints = options.log_to_stdout
+        self._shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
+        self._has_failed = False
+
+    def activity(self, what: str, text: str = "") -> None:
+        if self._shows_activity:
+            # One line, in which nothing is left that a terminal would obey.
+            line = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+            self("info_activity", what + line)
+
+    def __call__(self, level: str, message: str) -> None:
+        try:
+            if self._logger is not None:
+                getattr(self._logger, level, self._logger.info)(message)
+            elif self._prints:
+                self._print(level.partition("_")[0].upper(), message)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the session is not to blame for it
+            if not self._has_failed:
+                self._has_failed = True
+                with contextlib.suppress(Exception):
+                    print(f"smtpmock: the log is incomplete, its logger raised {error!r}", file=sys.stderr)
+
+    def _print(self, level: str, message: str) -> None:
+        stream = sys.stderr if level == "ERROR" else sys.stdout  # looked up here, since tests replace them
+        now = time.time()
+        line = (
+            f"{level}: {time.strftime('%Y/%m/%d %H:%M:%S', time.localtime(now))}.{int(now % 1 * 1e6):06d} {message}\n"
+        )
+        encoding = stream.encoding or "utf-8"
+        stream.write(line.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+
+
+# ------------------------------------------------------------------------------------------ server
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    """Moves bytes between a client and its session, and does what the replies say."""
+
+    request: socket.socket
+    server: _Listener
+
+    def setup(self) -> None:
+        self.options = self.server.options
+        self.log = self.server.log
+        self.session = _Session(self.options, self.server.handlers, self.server.mailbox)
+        self.is_idle = False  # in a read, for a command: nothing is lost if stop() ends it
+        self.server.connections.add(self)
+        self.log.activity("SMTP session started")
+
+    def handle(self) -> None:
+        try:
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self.request.settimeout(self.options.session_timeout)
+            goes_on = self._carry_out(self.session.greet())
+            while goes_on and (data := self._read()):
+                goes_on = all(self._carry_out(reply) for reply in self.session.receive(data))
+        except OSError as error:  # the client is gone, or does not read
+            self.log("warning", f"SMTP session broke off: {error}")
+
+    def finish(self) -> None:
+        self.session.end()
+        self.server.connections.discard(self)
+        self.log.activity("SMTP session finished")
+
+    def _carry_out(self, reply: _Reply) -> bool:
+        """Wait, send and log as the reply says; returns whether the session goes on."""
+        if reply.request is not None:
+            self.log.activity("SMTP request: ", reply.request)
+        if reply.delay and self.server.cut.wait(reply.delay):
+            return False
+        self.request.sendall(reply.encode())
+        self.log.activity("SMTP response: ", reply.text)
+        return reply.after is not _After.CLOSE
+
+    def _read(self) -> bytes:
+        """What the client sends next; nothing if the session is at its end."""
+        # is_idle is set before stopping is read, and stop() does the reverse: one of the two notices.
+        self.is_idle = self.session.awaits_command
+        try:
+            data = b"" if self._is_dismissed() else self.request.recv(65536)
+        except TimeoutError:
+            return self._say_goodbye(self.options.msg_session_timeout)
+        except ConnectionError:  # a reset is an end like any other
+            return b""
+        finally:
+            self.is_idle = False
+        return self._say_goodbye(self.options.msg_server_shutdown) if self._is_dismissed() else data
+
+    def _is_dismissed(self) -> bool:
+        return self.server.stopping and self.session.awaits_command
+
+    def _say_goodbye(self, text: str) -> bytes:
+        self.session.end()
+        self._carry_out(_Reply(text, after=_After.CLOSE))
+        return b""
+
+    def shut_down(self, how: int) -> None:
+        """Wake the session's thread from what it waits for in the socket. Called by the one that stops the server."""
+        with contextlib.suppress(OSError):  # it may have ended just now
+            self.request.shutdown(how)
+
+
+class _SessionThread(threading.Thread):
+    """Serves one client. A daemon, so that a test which forgets its server can still end."""
+
+    def __init__(self, listener: _Listener, *client: Any) -> None:
+        super().__init__(target=listener.process_request_thread, args=client, name="smtpmock session", daemon=True)
+        self.listener = listener
+
+
+class _Listener(socketserver.ThreadingTCPServer):
+    """Accepts clients, from open() to close()."""
+
+    allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port
+    request_queue_size = socket.SOMAXCONN
+
+    def __init__(self, family: int, address: Any, options: Configuration, mailbox: _Mailbox, log: _Log) -> None:
+        self.address_family = family
+        super().__init__(address, _Connection, bind_and_activate=False)
+        self.options = options
+        self.handlers = _make_handlers(options)
+        self.mailbox = mailbox
+        self.log = log
+        self.connections: set[_Connection] = set()
+        self.stopping = False
+        self.cut = threading.Event()  # set when what still goes on is to end at once
+        self.thread = threading.Thread(target=self.serve_forever, name="smtpmock listener", daemon=True)
+        self.waker, self.wakened = socket.socketpair()
+        try:
+            if family == socket.AF_INET6:
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # [::] takes IPv4, too
+            self.server_bind()
+        except OSError:
+            self.server_close()
+            raise
+
+    def open(self) -> None:
+        self.server_activate()
+        self.socket.setblocking(False)  # a client may be gone before it is accepted
+        self.thread.start()
+
+    def serve_forever(self, poll_interval: float | None = None) -> None:
+        """Accept until close(). It is woken, so it does not poll."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            selector.register(self.wakened, selectors.EVENT_READ)
+            while True:
+                selector.select(poll_interval)
+                if self.stopping:
+                    return
+                self.handle_request()
+
+    def handle_request(self) -> None:
+        try:
+            client = self.get_request()
+        except OSError:  # it is gone again
+            return
+        try:
+            _SessionThread(self, *client).start()
+        except RuntimeError:  # no thread can be had
+            self.handle_error(*client)
+            self.shutdown_request(client[0])
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        import traceback
+
+        self.log("error", f"SMTP session failed: {traceback.format_exc()}")
+
+    def close(self, timeout: float) -> bool:
+        """End all sessions, after timeout seconds by force; returns whether that was needed."""
+        self.stopping = True
+        self.waker.send(b"\0")
+        self.thread.join()
+        self.server_close()
+        for connection in self.connections.copy():
+            if connection.is_idle:
+                connection.shut_down(socket.SHUT_RD)
+        threads = [thread for thread in threading.enumerate() if getattr(thread, "listener", None) is self]
+        with contextlib.suppress(ValueError):  # a logger may call stop(), in a session
+            threads.remove(threading.current_thread())
+        deadline = time.monotonic() + timeout
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in threads):
+            self.cut_off()
+        for thread in threads:
+            thread.join()
+        return self.cut.is_set()
+
+    def cut_off(self) -> None:
+        """End all sessions at once."""
+        self.cut.set()
+        for connection in self.connections.copy():
+            connection.shut_down(socket.SHUT_RDWR)
+
+    def server_close(self) -> None:
+        super().server_close()
+        self.waker.close()
+        self.wakened.close()
+
+
+def _bind(options: Configuration, mailbox: _Mailbox, log: _Log) -> _Listener:
+    """A listener on the first of the host's addresses that can be had."""
+    failure = OSError("it has no address")
+    name = options.host.strip("[]")
+    host = name.encode() if name.isascii() else name  # str would import the codec of international names
+    for family, _, _, _, address in socket.getaddrinfo(host, options.port, type=socket.SOCK_STREAM):
+        try:
+            return _Listener(family, address, options, mailbox, log)
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Server:
+    """An SMTP server in threads of this process.
+
+    Its options are those of Configuration, by name, as a Configuration, or both, and then a name wins;
+    ConfigurationError if one cannot be used. A logger, a Logger or logging.Logger, replaces the default one.
+    """
+
+    def __init__(self, configuration: Configuration | None = None, *, logger: Any = None, **options: Any) -> None:
+        if not isinstance(configuration, Configuration | None):
+            raise ConfigurationError(f"configuration={configuration!r}: must be a Configuration")
+        self._options = dataclasses.replace(configuration or Configuration(), **options)
+        self._host, self._port = self._options.host, self._options.port
+        self._mailbox = _Mailbox()
+        self._lifecycle = threading.Lock()  # one start() or stop() at a time
+        self._listener: _Listener | None = None
+        self.with_logger(logger)
+
+    def with_logger(self, logger: Any) -> Server:
+        """Log to this Logger or logging.Logger, None for the default one, from the next start() on."""
+        self._log = _Log(logger, self._options)
+        return self
+
+    def start(self) -> Server:
+        """Listen; clients can connect when it returns.
+
+        Raises ServerStateError if the server runs, ServerStartError if it cannot have the host and port.
+        """
+        return self._start(lambda address: None)
+
+    def _start(self, announce: Callable[[str], None]) -> Server:
+        """Like start(), and calls announce once the port is known, before a client can connect."""
+        with self._lifecycle:
+            if self._listener is not None:
+                raise ServerStateError(f"{self!r} cannot start: it is running")
+            try:
+                listener = _bind(self._options, self._mailbox, self._log)
+                self._host, self._port = self._options.host.strip("[]"), listener.server_address[1]
+                try:
+                    announce(_join(self._host, self._port))
+                    self._log("info", f"SMTP mock server started on port: {self._port}")
+                    listener.open()
+                except BaseException:
+                    listener.server_close()
+                    raise
+            except (OSError, ValueError, RuntimeError) as error:  # of the system, of a host's name, of a thread
+                raise self._explain(error) from error
+            self._listener = listener
+        return self
+
+    def _explain(self, error: Exception) -> ServerStartError:
+        reason = getattr(error, "strerror", None) or error
+        explained = ServerStartError(f"cannot listen on {_join(self._options.host, self._options.port)}: {reason}")
+        explained.errno = getattr(error, "errno", None)
+        self._log("error", str(explained))
+        return explained
+
+    def stop(self) -> None:
+        """End all sessions and give up the port; ServerStateError if the server does not run.
+
+        Who waits for the client's next command gets a 421. Who is in a body or a delay may go on with
+        it for shutdown_timeout. All are recorded, and no thread or socket is left.
+        """
+        with self._lifecycle:
+            if self._listener is None:
+                raise ServerStateError(f"{self!r} cannot stop: it is not running")
+            self._log("warning", "SMTP mock server is in the shutdown mode and won't accept new connections")
+            forced = self._listener.close(self._options.shutdown_timeout)
+            self._listener = None
+            self._log(
+                "info", f"SMTP mock server was {'force stopped by timeout' if forced else 'stopped successfully'}"
+            )
+
+    def __enter__(self) -> Server:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(ServerStateError):  # the block may have stopped it
+            self.stop()
+
+    @property
+    def host(self) -> str:
+        """As configured; from start() on as a client takes it, without the brackets of [::1]."""
+        return self._host
+
+    @property
+    def port(self) -> int:
+        """As configured; from start() on, and after stop(), the real one."""
+        return self._port
+
+    @property
+    def is_running(self) -> bool:
+        return self._listener is not None
+
+    def messages(self) -> list[Message]:
+        """What was recorded, oldest first."""
+        return self._mailbox.messages(purge=False)
+
+    def messages_and_purge(self) -> list[Message]:
+        """What was recorded, which is then no longer here: just what is returned is removed."""
+        return self._mailbox.messages(purge=True)
+
+    def wait_for_messages(self, count: int, timeout: float = 5.0) -> list[Message]:
+        """All messages as soon as there are count; WaitTimeoutError after timeout seconds."""
+        return self._wait(count, timeout, purge=False)
+
+    def wait_for_messages_and_purge(self, count: int, timeout: float = 5.0) -> list[Message]:
+        """Like wait_for_messages(), and removes what it returns."""
+        return self._wait(count, timeout, purge=True)
+
+    def _wait(self, count: int, timeout: float, *, purge: bool) -> list[Message]:
+        _check("count", count, _COUNT)
+        _check("timeout", timeout, _SECONDS)
+        enough, messages = self._mailbox.wait(count, timeout, purge=purge)
+        if not enough:
+            sessions = len(self._listener.connections) if self._listener else 0
+            text = f"{len(messages)} of {count} messages came in {timeout:g} seconds, {sessions} sessions are open"
+            raise WaitTimeoutError(text, messages)
+        return messages
+
+    def __repr__(self) -> str:
+        return f"<smtpmock.Server on {_join(self._host, self._port)}{'' if self._listener else ', not running'}>"
+
+
+# ------------------------------------------------------------------------------------ command line
+
+_LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # which have one flag between them
+
+
+def _add_flag(parser: Any, name: str, kind: _Kind, default: Any, about: str) -> None:
+    def parse(text: str) -> Any:
+        try:
+            return kind.parse(text)
+        except (KeyError, ValueError):
+            return text  # for Configuration to say what is wrong with it
+
+    first, *others = name.split("_")
+    parser.add_argument(
+        "-" + first + "".join(map(str.title, others)),  # as in go-smtp-mock
+        "--" + name.replace("_", "-"),
+        dest=name,
+        type=parse,
+        default=None,
+        help=f"{about} (default: {', '.join(default) if kind is _NAMES else default})".replace("%", "%%"),
+        **({"nargs": "?", "const": True} if kind is _FLAG else {"metavar": "..."}),
+    )
+
+
+def _make_parser() -> Any:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise ConfigurationError(message)
+
+    parser = Parser("smtpmock", description=__doc__.partition("\n")[0], allow_abbrev=False, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
+    parser.add_argument("-v", "--version", action="store_true", help="print the version and exit")
+    _add_flag(parser, "log", _FLAG, False, "log to stdout, errors to stderr")
+    for field in dataclasses.fields(Configuration):
+        if field.name not in _LOG_OPTIONS:
+            _add_flag(parser, field.name, field.metadata["kind"], field.default, field.metadata["about"])
+    return parser
+
+
+def _parse_arguments(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
+    known = list(parser._option_string_actions)
+    for argument in argv:
+        flag = argument.partition("=")[0]
+        if re.match("--?[a-zA-Z]", flag) and flag not in known:
+            raise ConfigurationError(f"{flag}: there is no such flag{_suggest(flag, known)}")
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if "log" in given:
+        _check("log", given["log"], _FLAG)
+        given.update(dict.fromkeys(_LOG_OPTIONS, given.pop("log")))
+    return given
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line, that of the process if argv is None; returns the exit status."""
+    parser = _make_parser()
+    try:
+        options = _parse_arguments(parser, sys.argv[1:] if argv is None else argv)
+        asks_help, asks_version = options.pop("help"), options.pop("version")
+        if asks_version:
+            print(f"smtpmock: {__version__}\npython: {sys.version}")
+        elif asks_help:
+            print(parser.format_help(), end="")
+        else:
+            _serve(Server(**options))
+    except SMTPMockError as error:
+        print(f"smtpmock: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigurationError) else 1
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would fail at it once more, on its way out
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _serve(server: Server) -> None:
+    """Run the server until a signal comes; another one cuts the graceful stop short."""
+    import signal
+
+    def announce(address: str) -> None:
+        try:
+            print(f"smtpmock: listening on {address}", flush=True)
+        except OSError as error:
+            raise SMTPMockError(f"cannot write to stdout: {error.strerror}") from error
+
+    def stop() -> None:
+        server.stop()
+        waker.send(b"\0")
+
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGQUIT") if hasattr(signal, name)]
+    wakened, waker = socket.socketpair()
+    with wakened, waker:
+        waker.setblocking(False)
+        # Whichever thread a signal reaches, its number is written there.
+        previous_waker = signal.set_wakeup_fd(waker.fileno())
+        handlers = [signal.signal(number, lambda *_: None) for number in numbers]
+        try:
+            server._start(announce)
+            listener = server._listener
+            wakened.recv(1)
+            stopper = threading.Thread(target=stop)
+            stopper.start()
+            if wakened.recv(1) != b"\0" and listener is not None:
+                listener.cut_off()
+            stopper.join()
+        finally:
+            signal.set_wakeup_fd(previous_waker)
+            for number, handler in zip(numbers, handlers, strict=True):
+                signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,2078 @@
+"""Tests of smtpmock. Run them with `python -m unittest`; they need the standard library only."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import queue
+import random
+import re
+import shlex
+import signal
+import smtplib
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import types
+import unittest
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import smtpmock
+from smtpmock import (
+    Configuration,
+    ConfigurationError,
+    Message,
+    Server,
+    ServerStartError,
+    ServerStateError,
+    WaitTimeoutError,
+)
+
+HERE = Path(__file__).parent
+TIMEOUT = 30  # seconds after which something that should have happened never will
+MAIL = b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\nSubject: hi\r\n\r\nbody\r\n.\r\n"
+
+# ----------------------------------------------------------------------------------------- helpers
+
+
+class Client:
+    """An SMTP client that says what it is told, byte for byte."""
+
+    def __init__(self, server: Server) -> None:
+        self.socket = socket.create_connection((server.host, server.port), TIMEOUT)
+        self._file = self.socket.makefile("rb")
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self.socket.close()
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def read(self) -> str:
+        """The next line, or that the connection is closed."""
+        try:
+            line = self._file.readline()
+        except ConnectionError:
+            line = b""
+        return line.decode("utf-8", "surrogateescape").removesuffix("\r\n") if line else "<closed>"
+
+    def ask(self, *lines: str) -> list[str]:
+        replies = []
+        for line in lines:
+            self.send(line.encode() + b"\r\n")
+            replies.append(self.read())
+        return replies
+
+    def reset(self) -> None:
+        """Close with an RST."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._file.close()
+        self.socket.close()
+
+
+class Memory:
+    """A session without a server, and the messages that come of it."""
+
+    def __init__(self, **options: Any) -> None:
+        configuration = Configuration(**options)
+        self.mailbox = smtpmock._Mailbox()
+        handlers = smtpmock._make_handlers(configuration)
+        self.session = smtpmock._Session(configuration, handlers, self.mailbox)
+
+    def feed(self, data: bytes) -> list[smtpmock._Reply]:
+        return list(self.session.receive(data))
+
+    def run(self, *pieces: bytes) -> list[str]:
+        """Greet, feed the pieces, end; the texts of the replies."""
+        replies = [self.session.greet(), *(reply for piece in pieces for reply in self.feed(piece))]
+        self.session.end()
+        return [reply.text for reply in replies]
+
+    def messages(self) -> list[Message]:
+        return self.mailbox.messages(purge=False)
+
+
+class Recorder:
+    """A logger that keeps what it is told, and lets a test wait for it."""
+
+    def __init__(self) -> None:
+        self.lines: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self.seen: list[tuple[str, str]] = []
+
+    def info_activity(self, message: str, /) -> None:
+        self.lines.put(("activity", message))
+
+    def info(self, message: str, /) -> None:
+        self.lines.put(("info", message))
+
+    def warning(self, message: str, /) -> None:
+        self.lines.put(("warning", message))
+
+    def error(self, message: str, /) -> None:
+        self.lines.put(("error", message))
+
+    def wait_for(self, text: str) -> tuple[str, str]:
+        while True:
+            line = self.lines.get(timeout=TIMEOUT)
+            self.seen.append(line)
+            if text in line[1]:
+                return line
+
+
+def in_threads(*calls: Any) -> list[Any]:
+    """Run the calls at once; their results, or the exceptions that they raised."""
+    results: list[Any] = [None] * len(calls)
+    barrier = threading.Barrier(len(calls))
+
+    def run(index: int) -> None:
+        barrier.wait(TIMEOUT)
+        try:
+            results[index] = calls[index]()
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    return results
+
+
+def state(message: Message) -> dict[str, Any]:
+    """The message as a dict without the fields that have their default."""
+    return {name.lstrip("_"): list(v) if isinstance(v, tuple) else v for name, v in vars(message).items()}
+
+
+# --------------------------------------------------------------------------------------- dialogues
+
+# S: is what the server says, C: what the client does, R: what it sends without an end of line, and
+# with Python's escapes. The server has closed the connection where it says <closed>.
+RECEIVED = "250 Received"
+READY = "354 Ready for receive message. End data with <CR><LF>.<CR><LF>"
+UNRECOGNIZED = "502 Command unrecognized. Available commands: HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT"
+ENVELOPE = """
+    S: 220 Welcome
+    C: EHLO example.com
+    S: 250 Received
+    C: MAIL FROM:<a@example.com>
+    S: 250 Received
+    C: RCPT TO:<b@example.com>
+    S: 250 Received
+"""
+IN_BODY = f"""{ENVELOPE}
+    C: DATA
+    S: {READY}
+"""
+
+DIALOGUES: dict[str, tuple[dict[str, Any], str]] = {
+    "a mail": (
+        {},
+        f"""{IN_BODY}
+    C: Subject: hi
+    C:
+    C: body
+    C: .
+    S: 250 Received
+    C: QUIT
+    S: 221 Closing connection
+    S: <closed>
+""",
+    ),
+    "HELO, lower case, white space, bare LF": (
+        {},
+        r"""
+    S: 220 Welcome
+    R:  \thelo example.com \r\n
+    S: 250 Received
+    R: mail from: a@example.com\n
+    S: 250 Received
+    R: Rcpt To:b@example.com\r\r\n
+    S: 250 Received
+    R: NOOP\n
+    S: 250 Ok
+    R: quit \n
+    S: 221 Closing connection
+    S: <closed>
+""",
+    ),
+    "sender before HELO": (
+        {},
+        """
+    S: 220 Welcome
+    C: MAIL FROM:<a@example.com>
+    S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
+""",
+    ),
+    "recipient before sender": (
+        {},
+        """
+    S: 220 Welcome
+    C: RCPT TO:<b@example.com>
+    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+    C: HELO example.com
+    S: 250 Received
+    C: RCPT TO:<b@example.com>
+    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+""",
+    ),
+    "DATA before recipient": (
+        {},
+        """
+    S: 220 Welcome
+    C: HELO example.com
+    S: 250 Received
+    C: MAIL FROM:<a@example.com>
+    S: 250 Received
+    C: DATA
+    S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+""",
+    ),
+    "sequence is checked before the argument": (
+        {},
+        """
+    S: 220 Welcome
+    C: MAIL FROM:nonsense
+    S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
+    C: RCPT TO:nonsense
+    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+    C: DATA x
+    S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+    C: RSET x
+    S: 503 Bad sequence of commands. HELO should be the first
+""",
+    ),
+    "bad arguments": (
+        {},
+        f"""
+    S: 220 Welcome
+    C: HELO
+    S: 501 HELO requires domain address or valid address literal
+    C: EHLO a..com
+    S: 501 HELO requires domain address or valid address literal
+    C: EHLO example.com
+    S: 250 Received
+    C: MAIL FROM:nonsense
+    S: 501 MAIL FROM requires valid email address
+    C: MAIL FROM:<a@example.com>
+    S: 250 Received
+    C: RCPT TO:<>
+    S: 501 RCPT TO requires valid email address
+    C: RCPT TO:<Postmaster>
+    S: 250 Received
+    C: DATA x
+    S: {UNRECOGNIZED}
+    C: RSET x
+    S: {UNRECOGNIZED}
+    C: QUIT x
+    S: {UNRECOGNIZED}
+    C: NOOP x
+    S: 250 Ok
+""",
+    ),
+    "unknown commands": (
+        {},
+        f"""
+    S: 220 Welcome
+    C: FOO
+    S: {UNRECOGNIZED}
+    C:
+    S: {UNRECOGNIZED}
+    C: NOOPX
+    S: {UNRECOGNIZED}
+    C: MAIL
+    S: {UNRECOGNIZED}
+    C: MAIL TO:<a@example.com>
+    S: {UNRECOGNIZED}
+    C: MAIL  FROM:<a@example.com>
+    S: {UNRECOGNIZED}
+    C: MAIL FROM <a@example.com>
+    S: {UNRECOGNIZED}
+    C: connect
+    S: {UNRECOGNIZED}
+    C: message
+    S: {UNRECOGNIZED}
+    C: unknown
+    S: {UNRECOGNIZED}
+    C: quıt
+    S: {UNRECOGNIZED}
+    R: \\x00\\xff\\xfe\\r\\n
+    S: {UNRECOGNIZED}
+    C: NOOP
+    S: 250 Ok
+""",
+    ),
+    "the null sender": (
+        {},
+        """
+    S: 220 Welcome
+    C: HELO example.com
+    S: 250 Received
+    C: MAIL FROM:<>
+    S: 250 Received
+    C: MAIL FROM: <>
+    S: 250 Received
+    C: MAIL FROM:<Postmaster>
+    S: 501 MAIL FROM requires valid email address
+""",
+    ),
+    "RSET drops the envelope, not HELO": (
+        {},
+        f"""{ENVELOPE}
+    C: RSET
+    S: 250 Ok
+    C: RCPT TO:<b@example.com>
+    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+    C: MAIL FROM:<a@example.com>
+    S: 250 Received
+""",
+    ),
+    "a repeated HELO drops the envelope": (
+        {},
+        f"""{ENVELOPE}
+    C: HELO example.org
+    S: 250 Received
+    C: DATA
+    S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+""",
+    ),
+    "a refused HELO takes the one before with it": (
+        {},
+        """
+    S: 220 Welcome
+    C: HELO example.com
+    S: 250 Received
+    C: HELO
+    S: 501 HELO requires domain address or valid address literal
+    C: MAIL FROM:<a@example.com>
+    S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
+""",
+    ),
+    "a refused recipient takes the one before with it": (
+        {},
+        f"""{ENVELOPE}
+    C: RCPT TO:<bad>
+    S: 501 RCPT TO requires valid email address
+    C: DATA
+    S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+""",
+    ),
+    "a refused recipient among several": (
+        {"multiple_rcptto": True},
+        f"""{ENVELOPE}
+    C: RCPT TO:<bad>
+    S: 501 RCPT TO requires valid email address
+    C: DATA
+    S: {READY}
+""",
+    ),
+    "NOOP changes nothing": (
+        {},
+        f"""{ENVELOPE}
+    C: NOOP
+    S: 250 Ok
+    C: DATA
+    S: {READY}
+""",
+    ),
+    "another body for the same envelope": (
+        {},
+        f"""{IN_BODY}
+    C: .
+    S: 250 Received
+    C: DATA
+    S: {READY}
+    C: .
+    S: 250 Received
+""",
+    ),
+    "after an accepted message the next one begins": (
+        {"multiple_message_receiving": True},
+        f"""{IN_BODY}
+    C: .
+    S: 250 Received
+    C: DATA
+    S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+    C: RCPT TO:<b@example.com>
+    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+    C: MAIL FROM:<a@example.com>
+    S: 250 Received
+""",
+    ),
+    "the same after RSET": (
+        {"multiple_message_receiving": True},
+        f"""{IN_BODY}
+    C: .
+    S: 250 Received
+    C: RSET
+    S: 250 Ok
+    C: DATA
+    S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+""",
+    ),
+    "blacklists": (
+        {
+            "blacklisted_helo_domains": ["Bad.example", "localhost"],
+            "blacklisted_mailfrom_emails": ["spam@bad.example"],
+            "blacklisted_rcptto_emails": ["x@a.com", "y@a.com"],
+            "not_registered_emails": ["y@a.com", "nobody@a.com"],
+        },
+        """
+    S: 220 Welcome
+    C: EHLO bad.EXAMPLE
+    S: 421 Service not available
+    C: HELO localhost
+    S: 421 Service not available
+    C: EHLO example.com
+    S: 250 Received
+    C: MAIL FROM:<spam@BAD.example>
+    S: 421 Service not available
+    C: MAIL FROM:<SPAM@bad.example>
+    S: 250 Received
+    C: RCPT TO:<x@a.com>
+    S: 421 Service not available
+    C: RCPT TO:<y@a.com>
+    S: 421 Service not available
+    C: RCPT TO: Nobody <nobody@A.com>
+    S: 550 User not found
+    C: RCPT TO:<somebody@a.com>
+    S: 250 Received
+""",
+    ),
+    "fail fast: a bad argument": (
+        {"fail_fast": True},
+        """
+    S: 220 Welcome
+    C: HELO a..com
+    S: 501 HELO requires domain address or valid address literal
+    S: <closed>
+""",
+    ),
+    "fail fast: a bad sequence": (
+        {"fail_fast": True},
+        """
+    S: 220 Welcome
+    C: DATA
+    S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+    S: <closed>
+""",
+    ),
+    "fail fast: an unknown command": (
+        {"fail_fast": True},
+        f"""
+    S: 220 Welcome
+    C: FOO
+    S: {UNRECOGNIZED}
+    S: <closed>
+""",
+    ),
+    "fail fast: an unknown recipient among several": (
+        {"fail_fast": True, "multiple_rcptto": True, "not_registered_emails": ["c@example.com"]},
+        f"""{ENVELOPE}
+    C: RCPT TO:<c@example.com>
+    S: 550 User not found
+    S: <closed>
+""",
+    ),
+    "fail fast: a body that is too long": (
+        {"fail_fast": True, "msg_size_limit": 3},
+        f"""{IN_BODY}
+    C: body
+    C: .
+    S: 552 Message exceeded max size of 3 bytes
+    S: <closed>
+""",
+    ),
+    "fail fast: a line that is too long": (
+        {"fail_fast": True},
+        f"""
+    S: 220 Welcome
+    C: NOOP {"x" * 4096}
+    S: 500 Line too long
+    S: <closed>
+""",
+    ),
+    "the size limit is inclusive, without stuffed dots and the last one": (
+        {"msg_size_limit": 10},
+        f"""{IN_BODY}
+    C: ..345678
+    C: .
+    S: 250 Received
+    C: DATA
+    S: 250 Received
+""".replace("S: 250 Received\n    C: DATA\n    S: 250 Received", f"S: 250 Received\n    C: DATA\n    S: {READY}")
+        + """
+    C: 123456789
+    C: .
+    S: 552 Message exceeded max size of 10 bytes
+    C: NOOP
+    S: 250 Ok
+""",
+    ),
+    "a long body is read to its end": (
+        {"msg_size_limit": 10},
+        f"""{IN_BODY}
+    C: {"x" * 5000}
+    C: QUIT
+    C: NOOP
+    C: .
+    S: 552 Message exceeded max size of 10 bytes
+    C: NOOP
+    S: 250 Ok
+""",
+    ),
+    "only CRLF around the dot ends a body": (
+        {},
+        rf"""{IN_BODY}
+    R: a\n.\nQUIT\n
+    R: b\r\n.\nNOOP\r\n
+    R: c\n.\r\nNOOP\r\n
+    R: d\r.\r\n
+    R: \r\n.\r\n
+    S: 250 Received
+    C: NOOP
+    S: 250 Ok
+""",
+    ),
+    "a bare LF after DATA": (
+        {},
+        rf"""{ENVELOPE}
+    R: DATA\n
+    S: {READY}
+    C: .
+    S: 250 Received
+""",
+    ),
+    "a line of 4096 bytes": (
+        {},
+        f"""
+    S: 220 Welcome
+    C: NOOP {"x" * (4096 - len("NOOP ") - 2)}
+    S: 250 Ok
+    C: NOOP {"x" * (4096 - len("NOOP ") - 1)}
+    S: 500 Line too long
+    C: NOOP
+    S: 250 Ok
+""",
+    ),
+    "a long line is answered before it ends": (
+        {},
+        f"""
+    S: 220 Welcome
+    R: {"x" * 5000}
+    S: 500 Line too long
+    R: {"y" * 50000}
+    R: {"z" * 9}\\r\\nNOOP\\r\\n
+    S: 250 Ok
+""",
+    ),
+    "pipelining": (
+        {},
+        rf"""
+    S: 220 Welcome
+    R: EHLO example.com\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\nhi\r\n.\r\nRSET\r\nQUIT\r\n
+    S: 250 Received
+    S: 250 Received
+    S: 250 Received
+    S: {READY}
+    S: 250 Received
+    S: 250 Ok
+    S: 221 Closing connection
+    S: <closed>
+""",
+    ),
+    "nothing is answered after QUIT": (
+        {},
+        r"""
+    S: 220 Welcome
+    R: QUIT\r\nNOOP\r\n
+    S: 221 Closing connection
+    S: <closed>
+""",
+    ),
+    "every text can be another": (
+        {
+            "msg_greeting": "220-one\n220 two",
+            "msg_helo_received": "250-one\r\n250 twö",
+            "msg_mailfrom_received": "nonsense",
+            "msg_rcptto_received": "",
+            "msg_data_received": "send it",
+            "msg_msg_received": "299 got it",
+        },
+        """
+    S: 220-one
+    S: 220 two
+    C: EHLO example.com
+    S: 250-one
+    S: 250 twö
+    C: MAIL FROM:<a@example.com>
+    S: nonsense
+    C: RCPT TO:<b@example.com>
+    S:
+    C: DATA
+    S: send it
+    C: .
+    S: 299 got it
+""",
+    ),
+    "a text that begins with 4 or 5 refuses": (
+        {"msg_mailfrom_received": "450 later", "msg_invalid_cmd_rcptto_sequence": "250 fine"},
+        """
+    S: 220 Welcome
+    C: EHLO example.com
+    S: 250 Received
+    C: MAIL FROM:<a@example.com>
+    S: 450 later
+    C: RCPT TO:<b@example.com>
+    S: 250 fine
+    C: DATA
+    S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+""",
+    ),
+    "DATA that is refused by its text is not followed by a body": (
+        {"msg_data_received": "554 no"},
+        f"""{ENVELOPE}
+    C: DATA
+    S: 554 no
+    C: NOOP
+    S: 250 Ok
+""",
+    ),
+}
+
+# One dialogue for each reply text: the option, other options, the lines, and the reply that is the text.
+TEXTS: list[tuple[str, dict[str, Any], list[str], int]] = [
+    ("msg_greeting", {}, [], 0),
+    ("msg_invalid_cmd", {}, ["FOO"], 1),
+    ("msg_invalid_cmd_helo_arg", {}, ["HELO"], 1),
+    ("msg_helo_blacklisted_domain", {"blacklisted_helo_domains": ["a.com"]}, ["HELO a.com"], 1),
+    ("msg_helo_received", {}, ["HELO a.com"], 1),
+    ("msg_invalid_cmd_mailfrom_sequence", {}, ["MAIL FROM:<a@a.com>"], 1),
+    ("msg_invalid_cmd_mailfrom_arg", {}, ["HELO a.com", "MAIL FROM:a"], 2),
+    (
+        "msg_mailfrom_blacklisted_email",
+        {"blacklisted_mailfrom_emails": ["a@a.com"]},
+        ["HELO a.com", "MAIL FROM:a@a.com"],
+        2,
+    ),
+    ("msg_mailfrom_received", {}, ["HELO a.com", "MAIL FROM:a@a.com"], 2),
+    ("msg_invalid_cmd_rcptto_sequence", {}, ["RCPT TO:<a@a.com>"], 1),
+    ("msg_invalid_cmd_rcptto_arg", {}, ["HELO a.com", "MAIL FROM:a@a.com", "RCPT TO:a"], 3),
+    (
+        "msg_rcptto_blacklisted_email",
+        {"blacklisted_rcptto_emails": ["a@a.com"]},
+        ["HELO a.com", "MAIL FROM:a@a.com", "RCPT TO:a@a.com"],
+        3,
+    ),
+    (
+        "msg_rcptto_not_registered_email",
+        {"not_registered_emails": ["a@a.com"]},
+        ["HELO a.com", "MAIL FROM:a@a.com", "RCPT TO:a@a.com"],
+        3,
+    ),
+    ("msg_rcptto_received", {}, ["HELO a.com", "MAIL FROM:a@a.com", "RCPT TO:a@a.com"], 3),
+    ("msg_invalid_cmd_data_sequence", {}, ["DATA"], 1),
+    ("msg_data_received", {}, ["HELO a.com", "MAIL FROM:a@a.com", "RCPT TO:a@a.com", "DATA"], 4),
+    (
+        "msg_msg_size_is_too_big",
+        {"msg_size_limit": 1},
+        ["HELO a.com", "MAIL FROM:a@a.com", "RCPT TO:a@a.com", "DATA", "x\r\n."],
+        5,
+    ),
+    ("msg_msg_received", {}, ["HELO a.com", "MAIL FROM:a@a.com", "RCPT TO:a@a.com", "DATA", "x\r\n."], 5),
+    ("msg_invalid_cmd_rset_sequence", {}, ["RSET"], 1),
+    ("msg_invalid_cmd_rset_arg", {}, ["HELO a.com", "RSET x"], 2),
+    ("msg_rset_received", {}, ["HELO a.com", "RSET"], 2),
+    ("msg_noop_received", {}, ["NOOP"], 1),
+    ("msg_quit_cmd", {}, ["QUIT"], 1),
+    ("msg_line_too_long", {}, ["x" * 5000], 1),
+]
+
+
+def steps(script: str) -> Iterator[tuple[str, Any]]:
+    """The steps of a dialogue: ("S", text), or ("C", bytes)."""
+    for line in textwrap.dedent(script).splitlines():
+        if not line.strip():
+            continue
+        kind, text = line.lstrip()[0], line.lstrip()[3:]
+        if kind == "C":
+            yield "C", text.encode() + b"\r\n"
+        elif kind == "R":
+            yield "C", text.encode().decode("unicode_escape").encode("latin-1")
+        else:
+            yield "S", text
+
+
+class DialogueTest(unittest.TestCase):
+    """Every dialogue in memory and through a socket."""
+
+    def test_in_memory(self) -> None:
+        for name, (options, script) in DIALOGUES.items():
+            with self.subTest(name):
+                memory = Memory(**options)
+                said = [memory.session.greet()]
+                for kind, what in steps(script):
+                    if kind == "C":
+                        self.assertEqual(said, [], "the server has said more")
+                        said = memory.feed(what)
+                    else:
+                        self.assert_next(said, what)
+                self.assertEqual(said, [], "the server has said more")
+
+    def assert_next(self, said: list[smtpmock._Reply], text: str) -> None:
+        """Take the line off the front of the replies."""
+        self.assertTrue(said, f"instead of silence: {text}")
+        reply = said.pop(0)
+        line, more, rest = reply.encode().decode()[:-2].partition("\r\n")
+        self.assertEqual(line, text)
+        if more:
+            said.insert(0, reply._replace(text=rest))
+        elif reply.after is smtpmock._After.CLOSE:
+            said.insert(0, smtpmock._Reply("<closed>"))
+
+    def test_through_a_socket(self) -> None:
+        for name, (options, script) in DIALOGUES.items():
+            with self.subTest(name), Server(**options) as server, Client(server) as client:
+                for kind, what in steps(script):
+                    if kind == "C":
+                        client.send(what)
+                    else:
+                        self.assertEqual(client.read(), what)
+
+    def test_each_text(self) -> None:
+        for option, options, lines, index in TEXTS:
+            for text in ("299 custom", "custom"):
+                with self.subTest(option, text=text), Server(**{**options, option: text}) as server:
+                    with Client(server) as client:
+                        self.assertEqual([client.read(), *client.ask(*lines[:index])][index], text)
+
+    def test_a_command_that_needs_helo_has_a_text(self) -> None:
+        class Verify(smtpmock._Handler):
+            needs = ("helo",)
+
+        options = Configuration(msg_invalid_cmd_helo_sequence="503 custom")
+        session = smtpmock._Session(options, {}, smtpmock._Mailbox())
+        self.assertEqual(Verify(options).run(session, "VRFY", "").text, "503 custom")
+
+    def test_all_texts_have_a_dialogue(self) -> None:
+        elsewhere = {"msg_invalid_cmd_helo_sequence", "msg_session_timeout", "msg_server_shutdown"}
+        texts = {field.name for field in dataclasses.fields(Configuration) if field.name.startswith("msg_")}
+        self.assertEqual({option for option, *_ in TEXTS} | elsewhere, texts - {"msg_size_limit"})
+
+    def test_the_forms_name_options(self) -> None:
+        for form in smtpmock._FORMS:
+            refused = [name for pair in form.refused for name in pair]
+            for name in (form.bad_sequence, form.bad_argument, form.received, form.delay, *refused):
+                self.assertTrue(name == "" or hasattr(Configuration(), name), f"{form.__name__}: {name}")
+
+    def test_a_refused_command_does_not_answer_what_it_has_not_seen(self) -> None:
+        memory = Memory()
+        self.assertEqual(memory.feed(b"NOOP"), [])
+        self.assertEqual([reply.text for reply in memory.feed(b"\r")], [])
+        self.assertEqual([reply.text for reply in memory.feed(b"\nNO")], ["250 Ok"])
+
+
+class PiecesTest(unittest.TestCase):
+    """The same bytes in any pieces give the same replies and messages."""
+
+    STREAMS: Sequence[tuple[dict[str, Any], bytes]] = [
+        ({}, b"EHLO a.com\r\n" + MAIL + b"RSET\r\n" + MAIL + b"QUIT\r\n"),
+        ({"multiple_message_receiving": True}, b"EHLO a.com\r\n" + MAIL * 3 + b"NOOP\r\nQUIT\r\n"),
+        ({}, b"HELO a.com\r\n" + MAIL.replace(b"body", b"..a\r\n...\r\n.b\r\n\r.\r\n\n.\n..")),
+        ({}, b"HELO a.com\nMAIL FROM:<>\nRCPT TO:<b@b.com>\nDATA\n.\r\n" + b"NOOP\nDATA\nhalf a bo\r\n.d"),
+        (
+            {"msg_size_limit": 20},
+            b"HELO a.com\r\n" + MAIL.replace(b"body", b"long\r\n.\r.\r\n..\r\n" * 9) + b"NOOP\r\n",
+        ),
+        ({}, b"NOOP " + b"x" * 5000 + b"\r\nNOOP\r\n" + b"y" * 4094 + b"\r\n" + b"z" * 4095 + b"\r\nHELO a.com"),
+        ({"multiple_rcptto": True, "fail_fast": True}, b"HELO a.com\r\n" + MAIL + b"\x00\xff\r\nNOOP\r\n"),
+    ]
+
+    def test_random_pieces(self) -> None:
+        for number, (options, stream) in enumerate(self.STREAMS):
+            whole = Memory(**options)
+            replies = whole.run(stream)
+            for seed in range(60):
+                with self.subTest(stream=number, seed=seed):
+                    rng = random.Random(seed)
+                    count = rng.choice((1, 3, 30, len(stream) - 1))
+                    cuts = sorted(rng.sample(range(1, len(stream)), min(count, len(stream) - 1)))
+                    pieces = [stream[i:j] for i, j in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+                    memory = Memory(**options)
+                    self.assertEqual(memory.run(*pieces), replies)
+                    self.assertEqual(list(map(state, memory.messages())), list(map(state, whole.messages())))
+
+
+# ---------------------------------------------------------------------------------------- messages
+
+HELO = {"helo_request": "EHLO a.com", "helo_response": RECEIVED, "helo": True}
+FROM = {"mailfrom_request": "MAIL FROM:<a@a.com>", "mailfrom_response": RECEIVED, "mailfrom": True}
+FROM["mail_from"] = "a@a.com"
+TO = {"rcptto_request_response": [("RCPT TO:<b@b.com>", RECEIVED)], "rcptto": True, "rcpt_tos": ["b@b.com"]}
+DATA = {"data_request": "DATA", "data_response": READY, "data": True}
+BODY = {"content": b"hi\r\n", "msg_response": RECEIVED, "msg": True}
+RSET = {"rset_request": "RSET", "rset_response": "250 Ok", "rset": True}
+FULL = {**HELO, **FROM, **TO, **DATA, **BODY}
+SEND = "MAIL FROM:<a@a.com>", "RCPT TO:<b@b.com>", "DATA", "hi\r\n."
+
+
+def rcptto(*pairs: tuple[str, str]) -> dict[str, Any]:
+    """The fields of recipients, each with an address and a reply."""
+    accepted = [address for address, reply in pairs if reply == RECEIVED]
+    requests = [(f"RCPT TO:<{address}>", reply) for address, reply in pairs]
+    return {"rcptto_request_response": requests, "rcptto": bool(accepted), "rcpt_tos": accepted}
+
+
+class RecordTest(unittest.TestCase):
+    """What a message keeps, and what erases it."""
+
+    maxDiff = None
+
+    def assert_messages(self, lines: Sequence[str], *expected: dict[str, Any], **options: Any) -> None:
+        memory = Memory(**options)
+        memory.run(*(line.encode() + b"\r\n" for line in lines))
+        self.assertEqual([state(message) for message in memory.messages()], list(expected))
+
+    def test_a_mail(self) -> None:
+        self.assert_messages(["EHLO a.com", *SEND, "QUIT"], {**FULL, "quit_sent": True})
+
+    def test_nothing_was_said(self) -> None:
+        self.assert_messages([])
+
+    def test_half_a_line_is_no_command(self) -> None:
+        memory = Memory()
+        memory.run(b"EHLO a.com")
+        self.assertEqual(memory.messages(), [])
+
+    def test_only_nonsense_was_said(self) -> None:
+        self.assert_messages(["nonsense"], {})
+
+    def test_refusals_are_recorded(self) -> None:
+        refused = {"helo_request": "HELO", "helo_response": "501 no", "helo": False}
+        self.assert_messages(["HELO"], refused, msg_invalid_cmd_helo_arg="501 no")
+        refused = {"mailfrom_request": "MAIL FROM:x", "mailfrom_response": "501 no", "mailfrom": False}
+        self.assert_messages(["EHLO a.com", "MAIL FROM:x"], {**HELO, **refused}, msg_invalid_cmd_mailfrom_arg="501 no")
+        refused = {"data_request": "DATA", "data_response": "503 no", "data": False}
+        self.assert_messages(["EHLO a.com", "DATA"], {**HELO, **refused}, msg_invalid_cmd_data_sequence="503 no")
+        refused = {"rset_request": "RSET", "rset_response": "503 no", "rset": False}
+        self.assert_messages(["RSET"], refused, msg_invalid_cmd_rset_sequence="503 no")
+        refused = {**FROM, "mailfrom_response": "421 no", "mailfrom": False}
+        options = {"blacklisted_mailfrom_emails": ["a@a.com"], "msg_mailfrom_blacklisted_email": "421 no"}
+        self.assert_messages(["EHLO a.com", SEND[0]], {**HELO, **refused}, **options)
+
+    def test_a_body_that_was_too_long(self) -> None:
+        refused = {"msg_response": "552 Message exceeded max size of 1 bytes", "msg": False}
+        self.assert_messages(["EHLO a.com", *SEND], {**HELO, **FROM, **TO, **DATA, **refused}, msg_size_limit=1)
+
+    def test_a_body_refused_by_its_text_keeps_its_content(self) -> None:
+        refused = {**BODY, "msg_response": "451 no", "msg": False}
+        self.assert_messages(["EHLO a.com", *SEND], {**FULL, **refused}, msg_msg_received="451 no")
+
+    def test_a_client_that_leaves_in_the_body(self) -> None:
+        memory = Memory()
+        memory.run(b"EHLO a.com\r\nMAIL FROM:<a@a.com>\r\nRCPT TO:<b@b.com>\r\nDATA\r\nhalf\r\n..a")
+        self.assertEqual(state(memory.messages()[0]), {**HELO, **FROM, **TO, **DATA, "content": b"half\r\n.a"})
+
+    def test_the_body_is_kept_as_it_is(self) -> None:
+        for body in (
+            b"",
+            b"\r\n",
+            b"\n\r\x00\xff\r\n",
+            b"no header\r\n",
+            b".\n\r\n",
+            b"..\r\n.a\r\n",
+            b"\r\n\r\n.\r.\r\n",
+        ):
+            with self.subTest(body=body):
+                memory = Memory()
+                stuffed = re.sub(rb"(^|(?<=\r\n))\.", b"..", body)
+                memory.run(b"EHLO a.com\r\n" + "\r\n".join(SEND[:3]).encode() + b"\r\n" + stuffed + b".\r\n")
+                (message,) = memory.messages()
+                self.assertEqual(message.content, body)
+                self.assertEqual(message.msg_request.encode("utf-8", "surrogateescape"), body)
+                self.assertTrue(message.is_consistent)
+
+    def test_is_consistent_needs_each_step(self) -> None:
+        complete = {"mailfrom": True, "rcptto": True, "data": True, "msg": True}
+        self.assertIs(Message(**complete).is_consistent, True)
+        for step in complete:
+            self.assertIs(Message(**{**complete, step: False}).is_consistent, False)
+
+    def test_the_sender(self) -> None:
+        for line, sender in (("MAIL FROM:<>", ""), ("MAIL FROM: John <j@x.com>", "j@x.com"), ("MAIL FROM:j", None)):
+            memory = Memory()
+            memory.run(b"EHLO a.com\r\n" + line.encode() + b"\r\n")
+            self.assertEqual(memory.messages()[0].mail_from, sender)
+
+    # What a repeated command erases, in each combination of the two multiple_ options.
+
+    def test_one_message_one_recipient(self) -> None:
+        two, late = {**RSET, "noop": True}, {"helo_request": "HELO b.com"}
+        refused = ("bad", "501 RCPT TO requires valid email address")
+        for lines, expected in {
+            (*SEND, "HELO b.com"): {**HELO, **late},
+            (*SEND, "RSET", "NOOP", "EHLO a.com"): HELO,
+            (*SEND, SEND[0]): {**HELO, **FROM},
+            ("NOOP", "RSET", "NOOP", SEND[0]): {**HELO, **FROM},
+            ("RSET", "NOOP"): {**HELO, **two},
+            ("NOOP", "RSET"): {**HELO, **RSET},
+            (*SEND, "RCPT TO:<c@c.com>"): {**HELO, **FROM, **rcptto(("c@c.com", RECEIVED))},
+            (*SEND, "RCPT TO:<bad>"): {**HELO, **FROM, **rcptto(refused)},
+            (*SEND, "NOOP", "DATA", "new\r\n."): {**FULL, "noop": True, "content": b"new\r\n"},
+            (*SEND, "DATA x"): {
+                **HELO,
+                **FROM,
+                **TO,
+                "data_request": "DATA x",
+                "data_response": UNRECOGNIZED,
+                "data": False,
+            },
+            (*SEND, "RSET"): {**HELO, **RSET},
+            (*SEND, "RSET x"): {**HELO, "rset_request": "RSET x", "rset_response": UNRECOGNIZED, "rset": False},
+            (*SEND, "NOOP"): {**FULL, "noop": True},
+            (*SEND, "FOO", "NOOPX"): FULL,
+            (*SEND, *SEND): FULL,
+            (*SEND, "RSET", *SEND, "QUIT"): {**FULL, "quit_sent": True},
+        }.items():
+            with self.subTest(lines=lines):
+                self.assert_messages(["EHLO a.com", *lines], expected)
+
+    def test_one_message_several_recipients(self) -> None:
+        b, c, bad = ("b@b.com", RECEIVED), ("c@c.com", RECEIVED), ("bad", "501 RCPT TO requires valid email address")
+        for lines, expected in {
+            (*SEND[:2], "RCPT TO:<bad>", "RCPT TO:<c@c.com>"): {**HELO, **FROM, **rcptto(b, bad, c)},
+            (SEND[0], "RCPT TO:<bad>"): {**HELO, **FROM, **rcptto(bad)},
+            (*SEND, "RCPT TO:<c@c.com>"): {**FULL, **rcptto(b, c)},
+            (*SEND[:2], SEND[0], "RCPT TO:<c@c.com>"): {**HELO, **FROM, **rcptto(c)},
+            (*SEND[:2], "RSET"): {**HELO, **RSET},
+            (*SEND, *SEND): FULL,
+        }.items():
+            with self.subTest(lines=lines):
+                self.assert_messages(["EHLO a.com", *lines], expected, multiple_rcptto=True)
+
+    def test_several_messages_one_recipient(self) -> None:
+        no_mail = "503 Bad sequence of commands. RCPT TO should be used after MAIL FROM"
+        second = {**FULL, **rcptto(("c@c.com", RECEIVED))}
+        for lines, expected in {
+            (*SEND, *SEND, "QUIT"): [FULL, {**FULL, "quit_sent": True}],
+            (*SEND, "RSET", *SEND): [{**FULL, **RSET}, FULL],
+            (*SEND, "RSET", "NOOP", "QUIT"): [{**FULL, **RSET, "noop": True, "quit_sent": True}],
+            (*SEND, "EHLO a.com"): [FULL, HELO],
+            (*SEND, "HELO"): [FULL, {"helo_request": "HELO", "helo_response": "501 no", "helo": False}],
+            (*SEND, "FOO"): [FULL, HELO],
+            (*SEND, "RCPT TO:<c@c.com>"): [FULL, {**HELO, **rcptto(("c@c.com", no_mail))}],
+            (*SEND, SEND[0], "RSET", "QUIT"): [FULL, {**HELO, **RSET, "quit_sent": True}],
+            (*SEND, SEND[0], SEND[1], "RCPT TO:<c@c.com>", *SEND[2:]): [FULL, second],
+            (SEND[0], "RSET", *SEND): [FULL],
+        }.items():
+            with self.subTest(lines=lines):
+                options = {"multiple_message_receiving": True, "msg_invalid_cmd_helo_arg": "501 no"}
+                self.assert_messages(["EHLO a.com", *lines], *expected, **options)
+
+    def test_several_messages_several_recipients(self) -> None:
+        both = rcptto(("b@b.com", RECEIVED), ("c@c.com", RECEIVED))
+        lines = [*SEND[:2], "RCPT TO:<c@c.com>", *SEND[2:]]
+        options = {"multiple_message_receiving": True, "multiple_rcptto": True}
+        self.assert_messages(["EHLO a.com", *lines, *SEND], {**FULL, **both}, FULL, **options)
+
+    # When it is in the mailbox.
+
+    def test_recorded_before_the_reply(self) -> None:
+        for lines in (["EHLO a.com", *SEND], ["EHLO a.com", "QUIT"]):
+            memory = Memory()
+            for line in lines[:-1]:
+                memory.feed(line.encode() + b"\r\n")
+            self.assertEqual(memory.messages(), [])
+            for _ in memory.session.receive(lines[-1].encode() + b"\r\n"):
+                self.assertEqual(len(memory.messages()), 1)
+
+    def test_what_was_handed_out_does_not_change(self) -> None:
+        memory = Memory(multiple_rcptto=True)
+        memory.feed("\r\n".join(["EHLO a.com", *SEND, ""]).encode())
+        (message,) = memory.messages()
+        message.rcpt_tos.append("mine")
+        message.rcptto_request_response.clear()
+        memory.feed(b"RCPT TO:<c@c.com>\r\nQUIT\r\n")
+        self.assertEqual(state(message), FULL)
+        self.assertEqual(memory.messages()[0].rcpt_tos, ["b@b.com", "c@c.com"])
+        with self.assertRaisesRegex(AttributeError, "read-only: helo"):
+            message.helo = False
+
+    def test_a_purged_message_is_not_handed_out_again(self) -> None:
+        memory = Memory()
+        memory.feed("\r\n".join(["EHLO a.com", *SEND, ""]).encode())
+        self.assertEqual(len(memory.mailbox.messages(purge=True)), 1)
+        memory.feed(b"RSET\r\nNOOP\r\nQUIT\r\n")
+        memory.session.end()
+        self.assertEqual(memory.messages(), [])
+
+    def test_a_purge_does_not_change_the_dialogue(self) -> None:
+        memory = Memory()
+        memory.feed("\r\n".join(["EHLO a.com", *SEND, ""]).encode())
+        memory.mailbox.messages(purge=True)
+        self.assertEqual([reply.text for reply in memory.feed(b"DATA\r\nnew\r\n.\r\n")], [READY, RECEIVED])
+        self.assertEqual([state(message) for message in memory.messages()], [{**FULL, "content": b"new\r\n"}])
+
+    def test_repr(self) -> None:
+        memory = Memory()
+        memory.feed("\r\n".join(["EHLO a.com", *SEND, ""]).encode())
+        self.assertEqual(repr(memory.messages()[0]), "<Message from 'a@a.com' to ['b@b.com']: 4 bytes, accepted>")
+        self.assertEqual(repr(Message()), "<Message from None to []: 0 bytes, not accepted>")
+
+
+# ----------------------------------------------------------------------------------------- grammar
+
+GOOD_DOMAINS = """example.com EXAMPLE.COM a-b.example.com a--b.com 1.example.com 3f2a9c1b7d4e.com x.co localhost
+    myhost skMac2-5 3f2a9c1b7d4e a пример.рф उदाहरण.भारत example.xn--p1ai xn--80ak6aa92e.com 1.2.3.4 [1.2.3.4]
+    [IPv6:::1] [ipv6:2001:db8::1] [IPv6:::ffff:1.2.3.4]"""
+BAD_DOMAINS = """999.999.999.999 256.1.1.1 1.2.3 [999.1.1.1] 1.2.3.4] [1.2.3.4 [::1] [IPv6:zz] [IPv6:1.2.3.4] name.zone42
+    example.c a..com .com a. -a.com a-.com a.-b.com user@host.com 42 4-2 - a_b.com [] [example.com] example.com.
+    a.com/b"""
+GOOD_ADDRESSES = """user@example.com <user@example.com> user+tag@example.com <o'brien@example.com> a@localhost <a@LocalHost>
+    user.name+tag!#$%@example.com user/dept=x@example.com <user@[1.2.3.4]> <user@[IPv6:::1]> "a"@x.com <"a>b@c\\""@x.com>
+    <user@пример.рф> дядя@пример.рф a@xn--80ak6aa92e.com {a}@x.com"""
+BAD_ADDRESSES = """user @ user@ @example.com user@invalid a@a.com@b.com user@example..com <user@example.com user@example.com>
+    <<a@x.com>> a@x.com>> <a@x.com>> <a@x.com>x <a@x.com>,<b@x.com> a..b@x.com .a@x.com a.@x.com "a@x.com a"@x.com
+    user@exa_mple.com a@[1.2.3] a@[IPv6:x] a@1.2.3.4 a@x.com. a(b)@x.com <> < ><a@x.com> <@a.com:b@x.com> a@-x.com"""
+
+
+class GrammarTest(unittest.TestCase):
+    def test_domains(self) -> None:
+        for domain in GOOD_DOMAINS.split():
+            self.assertEqual(smtpmock._parse_domain(domain), domain)
+        for domain in ["", "a b", "a.com\n", "a\x00.com", "a.c\udcffm", "a\u3000b.com", *BAD_DOMAINS.split()]:
+            self.assertIsNone(smtpmock._parse_domain(domain), domain)
+
+    def test_addresses(self) -> None:
+        for address in GOOD_ADDRESSES.split():
+            self.assertEqual(smtpmock._parse_path(address), re.sub("^<(.*)>$", r"\1", address))
+        for address in [
+            "",
+            "a b@x.com",
+            "a@x.com\n",
+            "a@x.com x",
+            "<a@x.com> x",
+            "a\x00@x.com",
+            *BAD_ADDRESSES.split(),
+        ]:
+            self.assertIsNone(smtpmock._parse_path(address), address)
+
+    def test_addresses_with_white_space(self) -> None:
+        for address in ("John Doe <john@x.com>", "J. Doe<john@x.com>", " <john@x.com>", "Дядя <john@x.com>"):
+            self.assertEqual(smtpmock._parse_path(address), "john@x.com")
+        self.assertEqual(smtpmock._parse_path('<"John Doe"@x.com>'), '"John Doe"@x.com')
+        for address in ('"John Doe" <john@x.com>', "john@y.com <john@x.com>", "< john@x.com>", "John <john@x.com> Doe"):
+            self.assertIsNone(smtpmock._parse_path(address), address)
+
+    def test_the_addresses_that_one_command_takes(self) -> None:
+        self.assertEqual(smtpmock._parse_sender("<>"), "")
+        self.assertIsNone(smtpmock._parse_recipient("<>"))
+        self.assertEqual(smtpmock._parse_recipient("<PostMaster>"), "PostMaster")
+        self.assertIsNone(smtpmock._parse_recipient("PostMaster"))
+        self.assertIsNone(smtpmock._parse_sender("<PostMaster>"))
+
+    def test_commands(self) -> None:
+        for line, expected in {
+            b"": ("", "", ""),
+            b" NOOP \r": ("NOOP", "NOOP", ""),
+            b"Ehlo\ta.com": ("Ehlo\ta.com", "EHLO", "a.com"),
+            b"mail from:<a b>": ("mail from:<a b>", "MAIL", "from:<a b>"),
+            "vrfy é".encode(): ("vrfy é", "VRFY", "é"),
+            b"\xff \xfe": ("\udcff \udcfe", "\udcff", "\udcfe"),
+        }.items():
+            self.assertEqual(smtpmock._parse_command(line), expected)
+
+    # The parser, and what of a line stands before the text that is repeated, that text, and what stands after it.
+    HOSTILE: Sequence[tuple[Any, str, str, str]] = [
+        (smtpmock._parse_domain, "", "a", "_"),
+        (smtpmock._parse_domain, "", "a-", ""),
+        (smtpmock._parse_domain, "", "a.", ""),
+        (smtpmock._parse_domain, "", "a.b-", "!"),
+        (smtpmock._parse_domain, "", "1", ""),
+        (smtpmock._parse_domain, "", "1-", "."),
+        (smtpmock._parse_domain, "", "xn--a.", "1"),
+        (smtpmock._parse_domain, "[", "1.", ""),
+        (smtpmock._parse_domain, "[IPv6:", ":", "]"),
+        (smtpmock._parse_path, "", "a ", ""),
+        (smtpmock._parse_path, "", "a", ""),
+        (smtpmock._parse_path, "", "a.", ""),
+        (smtpmock._parse_path, "", "a", "@"),
+        (smtpmock._parse_path, "", "a@", ""),
+        (smtpmock._parse_path, "", "<", ""),
+        (smtpmock._parse_path, "a <", "a.", "@x.com"),
+        (smtpmock._parse_path, "", " ", "<a@x.com"),
+        (smtpmock._parse_path, "", "a ", "<a@x.com> b"),
+        (smtpmock._parse_path, "<a@", "a-", ">"),
+        (smtpmock._parse_path, "<a@", "a.", "com!>"),
+        (smtpmock._parse_path, '"', "\\\\", ""),
+        (smtpmock._parse_path, "", '"', "@x.com"),
+        (smtpmock._parse_path, '"', "a", '"@x'),
+        (smtpmock._parse_path, "a@[", "1.", ""),
+        (lambda text: smtpmock._parse_command(text.encode()), "", " \t", "\r"),
+        (lambda text: smtpmock._parse_command(text.encode()), "a", " ", "b"),
+    ]
+
+    def test_hostile_lines_cost_what_their_length_does(self) -> None:
+        """For 4 times the text, a quadratic pattern would take 16 times as long."""
+
+        def measure(parse: Any, text: str) -> float:
+            def once() -> float:
+                began = time.thread_time()
+                parse(text)
+                return time.thread_time() - began
+
+            return min(once() for _ in range(5))
+
+        for parse, before, unit, after in self.HOSTILE:
+            with self.subTest(before + unit * 3 + after):
+                small, large = (before + unit * (size // len(unit)) + after for size in (25_000, 100_000))
+                self.assertLess(measure(parse, large), 9 * measure(parse, small) + 1e-4)
+
+
+# ----------------------------------------------------------------------------------- configuration
+
+
+class ConfigurationTest(unittest.TestCase):
+    def assert_refused(self, pattern: str, **options: Any) -> None:
+        for make in (Configuration, Server):
+            with self.subTest(options), self.assertRaisesRegex(ConfigurationError, pattern):
+                make(**options)
+
+    def test_defaults(self) -> None:
+        options = Configuration()
+        self.assertEqual((options.host, options.port), ("127.0.0.1", 0))
+        self.assertEqual((options.session_timeout, options.shutdown_timeout), (30, 1))
+        self.assertEqual(options.msg_size_limit, 10485760)
+
+    def test_unknown_names(self) -> None:
+        self.assert_refused(r"^prot=25: there is no such option; did you mean port\?$", prot=25)
+        self.assert_refused(r"did you mean multiple_rcptto\?$", multiple_rcpto=True)
+        self.assert_refused(r"^qqqqqqqq=None: there is no such option$", qqqqqqqq=None)
+
+    def test_bad_values(self) -> None:
+        self.assert_refused(r"^port=65536: must be an integer from 0 to 65535$", port=65536)
+        self.assert_refused(r"^port=-1: ", port=-1)
+        self.assert_refused(r"^port='25': ", port="25")
+        self.assert_refused(r"^port=True: ", port=True)
+        self.assert_refused(r"^port=25.0: ", port=25.0)
+        self.assert_refused(r"^host=None: must be a string$", host=None)
+        self.assert_refused(r"^fail_fast=1: must be true or false$", fail_fast=1)
+        self.assert_refused(r"^msg_greeting=b'x': must be a string$", msg_greeting=b"x")
+        self.assert_refused(r"^msg_size_limit=-1: must be an integer from 0 up$", msg_size_limit=-1)
+        self.assert_refused(
+            r"^session_timeout=0: must be a number of seconds from 0.001 to 1000000$", session_timeout=0
+        )
+        self.assert_refused(r"^response_delay_quit=-1: must be a number of seconds from 0 to", response_delay_quit=-1)
+        self.assert_refused(r"^shutdown_timeout=nan: ", shutdown_timeout=float("nan"))
+        self.assert_refused(r"^shutdown_timeout=inf: ", shutdown_timeout=float("inf"))
+        self.assert_refused(r"^shutdown_timeout=None: ", shutdown_timeout=None)
+        self.assert_refused(r"^not_registered_emails='a@a.com': must be a list", not_registered_emails="a@a.com")
+        self.assert_refused(r"^not_registered_emails=\[1\]: must be a list of strings$", not_registered_emails=[1])
+        self.assert_refused(r"^not_registered_emails=5: ", not_registered_emails=5)
+
+    def test_of_a_server(self) -> None:
+        with self.assertRaisesRegex(ConfigurationError, "^configuration='x': must be a Configuration$"):
+            Server("x")  # type: ignore[arg-type]
+        with self.assertRaisesRegex(ConfigurationError, r"^logger=.*must have a method info\(\)$"):
+            Server(logger=object())
+        server = Server(Configuration(port=2525, host="::1"), host="[::]")
+        self.assertEqual((server.host, server.port), ("[::]", 2525))
+
+    def test_errors_are_what_they_resemble(self) -> None:
+        for error, builtin in {
+            ConfigurationError: ValueError,
+            ServerStateError: RuntimeError,
+            ServerStartError: OSError,
+            WaitTimeoutError: TimeoutError,
+        }.items():
+            self.assertTrue(issubclass(error, builtin))
+            self.assertTrue(issubclass(error, smtpmock.SMTPMockError))
+
+    def test_it_cannot_be_changed(self) -> None:
+        names = ["a@a.com"]
+        options = Configuration(not_registered_emails=names)
+        names.append("b@a.com")
+        self.assertEqual(set(options.not_registered_emails), {"a@a.com"})
+        with self.assertRaises(dataclasses.FrozenInstanceError):
+            options.port = 1  # type: ignore[misc]
+
+
+# --------------------------------------------------------------------------------- waiting, purging
+
+
+class WaitingTest(unittest.TestCase):
+    def send(self, server: Server, count: int) -> None:
+        with smtplib.SMTP(server.host, server.port, timeout=TIMEOUT) as client:
+            for _ in range(count):
+                client.sendmail("a@a.com", ["b@b.com"], "hi")
+
+    def test_there_are_enough(self) -> None:
+        with Server(multiple_message_receiving=True) as server:
+            self.assertEqual(server.wait_for_messages(0, 0), [])
+            self.send(server, 3)
+            self.assertEqual(len(server.wait_for_messages(2, 0)), 3)
+            self.assertEqual(len(server.wait_for_messages_and_purge(3, 0)), 3)
+            self.assertEqual(server.messages(), [])
+
+    def test_woken_by_the_message(self) -> None:
+        with Server() as server:
+            waiters = [lambda: len(server.wait_for_messages(1, TIMEOUT))] * 3
+            self.assertEqual(in_threads(*waiters, lambda: self.send(server, 1)), [1, 1, 1, None])
+
+    def test_too_few(self) -> None:
+        for wait in ("wait_for_messages", "wait_for_messages_and_purge"):
+            with self.subTest(wait), Server() as server, Client(server) as client:
+                self.send(server, 1)
+                self.assertEqual(client.read(), "220 Welcome")
+                with self.assertRaises(WaitTimeoutError) as caught:
+                    getattr(server, wait)(2, 0.01)
+                pattern = r"^1 of 2 messages came in 0.01 seconds, [12] sessions are open$"
+                self.assertRegex(str(caught.exception), pattern)
+                self.assertEqual(caught.exception.messages, server.messages())
+                self.assertEqual(len(server.messages()), 1)
+
+    def test_bad_arguments(self) -> None:
+        server = Server()
+        for arguments, pattern in {
+            (-1,): "^count=-1: must be an integer from 0 up$",
+            (1.5,): "^count=1.5: ",
+            (1, -1): "^timeout=-1: must be a number of seconds from 0 to 1000000$",
+            (1, None): "^timeout=None: ",
+        }.items():
+            for wait in (server.wait_for_messages, server.wait_for_messages_and_purge):
+                with self.subTest(arguments=arguments), self.assertRaisesRegex(ConfigurationError, pattern):
+                    wait(*arguments)  # type: ignore[arg-type]
+
+    def test_purging_while_clients_send(self) -> None:
+        """Every message is handed out once, whatever purges it."""
+        with Server(multiple_message_receiving=True) as server:
+            found: list[Message] = []
+            done = threading.Event()
+
+            def purge() -> None:
+                while not done.is_set():
+                    found.extend(server.messages_and_purge())
+
+            def wait() -> None:
+                while not done.is_set():
+                    with contextlib.suppress(WaitTimeoutError):
+                        found.extend(server.wait_for_messages_and_purge(2, 0.001))
+
+            purgers = [threading.Thread(target=purge), threading.Thread(target=wait)]
+            for thread in purgers:
+                thread.start()
+            in_threads(*[lambda: self.send(server, 20)] * 8)
+            done.set()
+            for thread in purgers:
+                thread.join(TIMEOUT)
+            found += server.messages_and_purge()
+            self.assertEqual(len(found), 160)
+            self.assertEqual(len(set(map(id, found))), 160)
+
+
+# ------------------------------------------------------------------------------------- server life
+
+
+class ServerTest(unittest.TestCase):
+    def setUp(self) -> None:
+        self.before = set(threading.enumerate())
+
+    def assert_nothing_is_left(self, server: Server) -> None:
+        self.assertEqual(set(threading.enumerate()) - self.before, set())
+        with self.assertRaises(OSError):
+            socket.create_connection((server.host, server.port), TIMEOUT).close()
+
+    def test_life(self) -> None:
+        server = Server()
+        self.assertEqual((server.host, server.port, server.is_running), ("127.0.0.1", 0, False))
+        with self.assertRaisesRegex(ServerStateError, "127.0.0.1:0.*cannot stop: it is not running"):
+            server.stop()
+        self.assertIs(server.start(), server)
+        port = server.port
+        self.assertTrue(server.is_running)
+        self.assertNotEqual(port, 0)
+        with self.assertRaisesRegex(ServerStateError, f"127.0.0.1:{port}.*cannot start: it is running"):
+            server.start()
+        with Client(server) as client:
+            self.assertEqual(client.read(), "220 Welcome")
+        server.stop()
+        self.assertEqual((server.port, server.is_running), (port, False))
+        self.assert_nothing_is_left(server)
+
+    def test_restart(self) -> None:
+        server = Server()
+        for count in (1, 2, 3):
+            with server, Client(server) as client:
+                client.read()
+                client.ask("HELO a.com", "QUIT")
+            self.assertEqual(len(server.messages()), count)
+        self.assert_nothing_is_left(server)
+
+    def test_restart_on_the_same_port(self) -> None:
+        with Server() as server:
+            port = server.port
+            with Client(server) as client:
+                self.assertEqual([client.read(), *client.ask("QUIT")][1], "221 Closing connection")
+        with Server(port=port) as server:
+            self.assertEqual(server.port, port)
+
+    def test_a_block_that_stops_the_server_or_raises(self) -> None:
+        with Server() as server:
+            server.stop()
+        with self.assertRaises(ZeroDivisionError), Server() as server:
+            raise ZeroDivisionError
+        self.assertFalse(server.is_running)
+        self.assert_nothing_is_left(server)
+
+    def test_port_in_use(self) -> None:
+        with Server() as first:
+            second = Server(port=first.port, logger=(recorder := Recorder()))
+            with self.assertRaisesRegex(
+                ServerStartError, f"^cannot listen on 127.0.0.1:{first.port}: .*in use"
+            ) as caught:
+                second.start()
+            self.assertIsInstance(caught.exception.errno, int)
+            self.assertEqual(recorder.wait_for("cannot listen")[0], "error")
+            self.assertFalse(second.is_running)
+        second.start()
+        second.stop()
+        self.assert_nothing_is_left(second)
+
+    def test_hosts_that_cannot_be_had(self) -> None:
+        for host in ("192.0.2.1", "", "\x00", "ä" * 70):
+            with self.subTest(host), self.assertRaisesRegex(ServerStartError, "^cannot listen on "):
+                Server(host=host).start()
+        error = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        with mock.patch.object(socket, "getaddrinfo", side_effect=error):
+            with self.assertRaisesRegex(
+                ServerStartError, "^cannot listen on no-such-host:0: Name or service not known$"
+            ):
+                Server(host="no-such-host").start()
+
+    def test_hosts(self) -> None:
+        families = {"127.0.0.1": "127.0.0.1", "localhost": "localhost"}
+        if socket.has_ipv6:
+            families |= {"::1": "::1", "[::1]": "::1", "[::]": "::"}
+        for host, reached_at in families.items():
+            with self.subTest(host), Server(host=host) as server, Client(server) as client:
+                self.assertEqual(server.host, reached_at)
+                self.assertEqual(client.read(), "220 Welcome")
+
+    @unittest.skipUnless(socket.has_dualstack_ipv6(), "this machine has no dual stack")
+    def test_every_address_takes_ipv4_too(self) -> None:
+        with Server(host="[::]") as server, socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as client:
+            self.assertEqual(client.recv(100), b"220 Welcome\r\n")
+
+    def test_starts_and_stops_at_once(self) -> None:
+        server = Server()
+        results = in_threads(*[server.start, server.stop] * 8)
+        for result in results:
+            self.assertTrue(result is None or result is server or isinstance(result, ServerStateError), result)
+        with contextlib.suppress(ServerStateError):
+            server.stop()
+        self.assert_nothing_is_left(server)
+
+    def test_no_thread_no_server(self) -> None:
+        server = Server()
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            with self.assertRaisesRegex(ServerStartError, "can't start new thread"):
+                server.start()
+        self.assertFalse(server.is_running)
+        with server, mock.patch.object(smtpmock, "_SessionThread", side_effect=RuntimeError("can't start new thread")):
+            with Client(server) as client:
+                self.assertEqual(client.read(), "<closed>")
+
+    # stop()
+
+    def test_idle_sessions_get_a_421_at_once(self) -> None:
+        with contextlib.ExitStack() as stack:
+            server = Server(shutdown_timeout=10 * TIMEOUT, session_timeout=10 * TIMEOUT).start()
+            clients = [stack.enter_context(Client(server)) for _ in range(10)]
+            for client in clients:
+                self.assertEqual(client.read(), "220 Welcome")
+            clients[0].send(b"HELO a.com\r\nhalf a li")
+            self.assertEqual(clients[0].read(), RECEIVED)
+            began = time.monotonic()
+            server.stop()
+            self.assertLess(time.monotonic() - began, TIMEOUT)
+            for client in clients:
+                self.assertEqual(client.read(), "421 Server shutting down, closing connection")
+                self.assertEqual(client.read(), "<closed>")
+            self.assertEqual([message.helo for message in server.messages()], [True])
+        self.assert_nothing_is_left(server)
+
+    def test_a_body_may_be_finished(self) -> None:
+        recorder = Recorder()
+        server = Server(shutdown_timeout=TIMEOUT, logger=recorder).start()
+        with Client(server) as client:
+            client.read()
+            client.ask("EHLO a.com", *SEND[:3])
+            stopper = threading.Thread(target=server.stop)
+            stopper.start()
+            recorder.wait_for("shutdown mode")
+            client.send(b"late\r\n.\r\n")
+            self.assertEqual(client.read(), RECEIVED)
+            self.assertEqual(client.read(), "421 Server shutting down, closing connection")
+            stopper.join(TIMEOUT)
+        self.assertEqual([message.content for message in server.messages()], [b"late\r\n"])
+        recorder.wait_for("stopped successfully")
+        self.assert_nothing_is_left(server)
+
+    def test_a_delay_may_be_finished(self) -> None:
+        recorder = Recorder()
+        server = Server(shutdown_timeout=TIMEOUT, response_delay_noop=0.05, logger=recorder).start()
+        with Client(server) as client:
+            client.read()
+            client.send(b"NOOP\r\n")
+            recorder.wait_for("NOOP")
+            server.stop()
+            self.assertEqual([client.read(), client.read()], ["250 Ok", "421 Server shutting down, closing connection"])
+
+    def test_a_long_body_or_delay_is_cut_off(self) -> None:
+        for last in (SEND[2], "NOOP"):
+            recorder = Recorder()
+            server = Server(shutdown_timeout=0.2, response_delay_noop=10 * TIMEOUT, logger=recorder).start()
+            with self.subTest(last), Client(server) as client:
+                client.read()
+                client.ask("EHLO a.com", *SEND[:2])
+                client.send(last.encode() + b"\r\nhalf")
+                recorder.wait_for("request: " + last)
+                if last == "DATA":
+                    self.assertEqual(client.read(), READY)
+                began = time.monotonic()
+                server.stop()
+                self.assertTrue(0.2 <= time.monotonic() - began < TIMEOUT)
+                self.assertEqual(client.read(), "<closed>")
+                self.assertEqual([message.rcptto for message in server.messages()], [True])
+                recorder.wait_for("force stopped")
+                self.assert_nothing_is_left(server)
+
+    def test_a_client_that_does_not_read_is_cut_off(self) -> None:
+        server = Server(shutdown_timeout=0.1, msg_noop_received="250 " + "x" * 100_000).start()
+        with Client(server) as client:
+            client.socket.settimeout(1)
+            with contextlib.suppress(OSError):
+                while True:
+                    client.send(b"NOOP\r\n" * 1000)
+            server.stop()
+        self.assert_nothing_is_left(server)
+
+    def test_stop_from_a_session(self) -> None:
+        class Stopper(Recorder):
+            def info_activity(self, message: str, /) -> None:
+                super().info_activity(message)
+                if message == "SMTP request: NOOP":
+                    server.stop()
+
+        stopper = Stopper()
+        server = Server(logger=stopper, shutdown_timeout=0.1).start()
+        with Client(server) as client:
+            client.read()
+            client.send(b"NOOP\r\n")
+            stopper.wait_for("stopped")
+        self.assertFalse(server.is_running)
+
+    # Sessions
+
+    def test_silence(self) -> None:
+        with Server(session_timeout=0.05, msg_session_timeout="421 wake up") as server, Client(server) as client:
+            self.assertEqual([client.read() for _ in range(3)], ["220 Welcome", "421 wake up", "<closed>"])
+            self.assertEqual(server.messages(), [])
+        with Server(session_timeout=0.05) as server, Client(server) as client:
+            client.read()
+            client.ask("EHLO a.com", *SEND[:3])
+            self.assertEqual(client.read(), "421 Session timeout, closing connection")
+            self.assertEqual(len(server.messages()), 1)
+
+    def test_each_delay(self) -> None:
+        commands = {
+            "helo": "HELO a.com", "mailfrom": SEND[0], "rcptto": SEND[1], "data": SEND[2], "message": SEND[3],
+            "rset": "RSET", "noop": "NOOP", "quit": "QUIT",
+        }  # fmt: skip
+        for name in commands:
+            recorder = Recorder()
+            options: dict[str, Any] = {f"response_delay_{name}": 0.05}
+            with self.subTest(name), Server(**options, logger=recorder) as server, Client(server) as client:
+                client.read()
+                for other, line in commands.items():
+                    began = time.monotonic()
+                    client.ask(line)
+                    if other == name:
+                        self.assertGreaterEqual(time.monotonic() - began, 0.05)
+
+    def test_a_port_probe_records_nothing(self) -> None:
+        recorder = Recorder()
+        with Server(logger=recorder) as server:
+            Client(server).reset()
+            with Client(server) as client:
+                client.read()
+            recorder.wait_for("session finished")
+            recorder.wait_for("session finished")
+            self.assertEqual(server.messages(), [])
+
+    def test_clients_that_vanish_are_recorded(self) -> None:
+        for reset in (False, True):
+            for lines in (["EHLO a.com"], ["EHLO a.com", *SEND[:2]], ["EHLO a.com", *SEND[:3]], ["\x00\udcff"]):
+                with self.subTest(lines=lines, reset=reset), Server() as server:
+                    with Client(server) as client:
+                        client.read()
+                        for line in lines:
+                            client.send(line.encode("utf-8", "surrogateescape") + b"\r\n")
+                            client.read()
+                        client.send(b"half a line")
+                        if reset:
+                            client.reset()
+                    (message,) = server.wait_for_messages(1, TIMEOUT)
+                    self.assertEqual(message.helo, "EHLO a.com" in lines)
+                    self.assertEqual(message.data, "DATA" in lines)
+                    if message.data and not reset:
+                        self.assertEqual(message.content, b"half a line")
+                    with Client(server) as other:
+                        self.assertEqual(other.read(), "220 Welcome")
+
+    def test_half_closed(self) -> None:
+        with Server() as server, Client(server) as client:
+            client.send(b"EHLO a.com\r\n" + MAIL)
+            client.socket.shutdown(socket.SHUT_WR)
+            lines = [client.read() for _ in range(7)]
+            self.assertEqual(lines[-2:], [RECEIVED, "<closed>"])
+
+    def test_many_at_once(self) -> None:
+        with Server() as server, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(Client(server)) for _ in range(100)]
+            for client in clients:
+                self.assertEqual(client.read(), "220 Welcome")
+            for client in clients:
+                client.send(b"EHLO a.com\r\n" + MAIL + b"QUIT\r\n")
+            self.assertEqual(len(server.wait_for_messages(100, TIMEOUT)), 100)
+
+    def test_a_session_that_fails_is_logged(self) -> None:
+        recorder = Recorder()
+        with Server(logger=recorder) as server:
+            with mock.patch.object(smtpmock._Session, "receive", side_effect=ZeroDivisionError("a bug")):
+                with Client(server) as client:
+                    client.read()
+                    client.send(b"NOOP\r\n")
+                    self.assertEqual(client.read(), "<closed>")
+            level, _ = recorder.wait_for("ZeroDivisionError: a bug")
+            self.assertEqual(level, "error")
+            with Client(server) as client:
+                self.assertEqual(client.read(), "220 Welcome")
+
+    def test_repr(self) -> None:
+        server = Server(host="::1")
+        self.assertEqual(repr(server), "<smtpmock.Server on [::1]:0, not running>")
+        with Server() as server:
+            self.assertEqual(repr(server), f"<smtpmock.Server on 127.0.0.1:{server.port}>")
+
+
+# ------------------------------------------------------------------------------------ real clients
+
+
+class SmtplibTest(unittest.TestCase):
+    """smtplib in its usual manners."""
+
+    def serve(self, **options: Any) -> tuple[Server, smtplib.SMTP]:
+        server = self.enterContext(Server(**options)) if sys.version_info >= (3, 11) else Server(**options).start()
+        if sys.version_info < (3, 11):
+            self.addCleanup(server.stop)
+        client = smtplib.SMTP(server.host, server.port, timeout=TIMEOUT)
+        self.addCleanup(client.close)
+        return server, client
+
+    def test_it_is_there_when_sendmail_returns(self) -> None:
+        server, client = self.serve(multiple_message_receiving=True)
+        with client:
+            for count in range(1, 20):
+                client.sendmail("a@a.com", ["b@b.com"], f"Subject: {count}\r\n\r\nhi\r\n")
+                messages = server.messages()
+                self.assertEqual(len(messages), count)
+                self.assertEqual(messages[-1].content, f"Subject: {count}\r\n\r\nhi\r\n".encode())
+        self.assertTrue(server.messages()[-1].quit_sent)
+        self.assertTrue(all(message.is_consistent for message in server.messages()))
+
+    def test_the_last_mail_by_default(self) -> None:
+        server, client = self.serve()
+        with client:
+            for text in ("one", "two"):
+                client.sendmail("a@a.com", ["b@b.com"], text)
+                self.assertEqual([message.msg_request for message in server.messages()], [text + "\r\n"])
+
+    def test_recipients(self) -> None:
+        recipients = ["b@b.com", "c@c.com", "d@d.com"]
+        server, client = self.serve(multiple_rcptto=True)
+        client.sendmail("a@a.com", recipients, "hi")
+        self.assertEqual(server.messages()[0].rcpt_tos, recipients)
+        server, client = self.serve()
+        client.sendmail("a@a.com", recipients, "hi")
+        self.assertEqual(server.messages()[0].rcpt_tos, recipients[-1:])
+
+    def test_partial_refusals(self) -> None:
+        server, client = self.serve(multiple_rcptto=True, not_registered_emails=["c@c.com"])
+        refused = client.sendmail("a@a.com", ["b@b.com", "c@c.com"], "hi")
+        self.assertEqual(refused, {"c@c.com": (550, b"User not found")})
+        (message,) = server.messages()
+        self.assertEqual(message.rcpt_tos, ["b@b.com"])
+        self.assertEqual(message.rcptto_request_response[1], ("rcpt TO:<c@c.com>", "550 User not found"))
+
+    def test_refusals(self) -> None:
+        server, client = self.serve(not_registered_emails=["c@c.com"], blacklisted_mailfrom_emails=["x@a.com"])
+        with self.assertRaises(smtplib.SMTPRecipientsRefused):
+            client.sendmail("a@a.com", ["c@c.com"], "hi")
+        client.sendmail("a@a.com", ["b@b.com"], "hi")
+        self.assertTrue(server.messages()[0].is_consistent)
+        with self.assertRaises(smtplib.SMTPSenderRefused):
+            client.sendmail("x@a.com", ["b@b.com"], "hi")
+
+    def test_too_long(self) -> None:
+        server, client = self.serve(msg_size_limit=1000)
+        with self.assertRaises(smtplib.SMTPDataError) as caught:
+            client.sendmail("a@a.com", ["b@b.com"], "x\r\n" * 100_000)
+        self.assertEqual(caught.exception.smtp_code, 552)
+        client.sendmail("a@a.com", ["b@b.com"], "short")
+        self.assertEqual(server.messages()[0].content, b"short\r\n")
+
+    def test_bodies(self) -> None:
+        server, client = self.serve(multiple_message_receiving=True)
+        for body in (
+            b"\xff\x00 8-bit\r\n",
+            ".dots\r\n..\r\n.\r\n",
+            "",
+            "no end",
+            "ünïcode\r\n".encode(),
+            b"x" * 300_000,
+        ):
+            client.sendmail("a@a.com", ["b@b.com"], body)
+            sent = body if isinstance(body, bytes) else body.encode()
+            sent += b"" if sent.endswith(b"\r\n") or sent == b"" else b"\r\n"
+            self.assertEqual(server.messages_and_purge()[0].content.removesuffix(b"\r\n"), sent.removesuffix(b"\r\n"))
+
+    def test_other_commands(self) -> None:
+        server, client = self.serve()
+        self.assertEqual(client.helo("a.com"), (250, b"Received"))
+        self.assertEqual(client.noop(), (250, b"Ok"))
+        self.assertEqual(client.rset(), (250, b"Ok"))
+        self.assertEqual(client.verify("b@b.com")[0], 502)
+        self.assertEqual(client.quit(), (221, b"Closing connection"))
+        self.assertTrue(server.messages()[0].quit_sent)
+
+
+# ----------------------------------------------------------------------------------------- logging
+
+
+class LoggingTest(unittest.TestCase):
+    SESSION: Sequence[str] = [
+        "SMTP session started",
+        "SMTP response: 220 Welcome",
+        "SMTP request: EHLO example.com",
+        "SMTP response: 250 Received",
+        r"SMTP request: \x00\x1b[1m\xe4\udcff",
+        f"SMTP response: {UNRECOGNIZED}",
+        "SMTP request: QUIT",
+        "SMTP response: 221 Closing connection",
+        "SMTP session finished",
+    ]
+
+    def run_session(self, server: Server) -> None:
+        with server, Client(server) as client:
+            client.read()
+            for line in (b"EHLO example.com", b"\x00\x1b[1m\xc3\xa4\xff", b"QUIT"):
+                client.send(line + b"\r\n")
+                client.read()
+            self.assertEqual(client.read(), "<closed>")
+
+    def test_to_stdout(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.run_session(server := Server(log_to_stdout=True, log_server_activity=True))
+        expected = [
+            f"INFO: SMTP mock server started on port: {server.port}",
+            *(f"INFO: {line}" for line in self.SESSION),
+            "WARNING: SMTP mock server is in the shutdown mode and won't accept new connections",
+            "INFO: SMTP mock server was stopped successfully",
+        ]
+        stamp = re.compile(r"(?<=: )\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d{6} ")
+        lines = out.getvalue().splitlines()
+        self.assertTrue(all(stamp.search(line) for line in lines))
+        # The last line of the session and the first of the stop are by two threads.
+        self.assertEqual(sorted(stamp.sub("", line) for line in lines), sorted(expected))
+
+    def test_without_activity(self) -> None:
+        cases: list[tuple[dict[str, Any], int]] = [({"log_to_stdout": True}, 3), ({"log_server_activity": True}, 0)]
+        for options, count in [*cases, ({}, 0)]:
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                self.run_session(Server(**options))
+            self.assertEqual(len(out.getvalue().splitlines()), count)
+
+    def test_errors_go_to_stderr(self) -> None:
+        with Server() as first, contextlib.redirect_stderr(io.StringIO()) as err:
+            with self.assertRaises(ServerStartError):
+                Server(port=first.port, log_to_stdout=True).start()
+        self.assertRegex(err.getvalue(), "^ERROR: .* cannot listen on ")
+
+    def test_a_narrow_encoding(self) -> None:
+        raw = io.BytesIO()
+        with io.TextIOWrapper(raw, "ascii", write_through=True) as out, contextlib.redirect_stdout(out):
+            with Server(log_to_stdout=True, log_server_activity=True, msg_greeting="220 ä") as server:
+                with Client(server) as client:
+                    client.read()
+            self.assertIn(rb"response: 220 \xe4", raw.getvalue())
+
+    def test_a_custom_logger(self) -> None:
+        recorder = Recorder()
+        self.run_session(Server().with_logger(recorder))
+        recorder.wait_for("stopped")
+        activity = [text for level, text in recorder.seen if level == "activity"]
+        self.assertEqual(activity, list(self.SESSION))
+        self.assertEqual([level for level, _ in recorder.seen if level != "activity"], ["info", "warning", "info"])
+
+    def test_a_standard_logger(self) -> None:
+        with self.assertLogs("smtpmock.test", "DEBUG") as logs:
+            self.run_session(Server(logger=logging.getLogger("smtpmock.test")))
+        self.assertIn("INFO:smtpmock.test:SMTP request: EHLO example.com", logs.output)
+        self.assertEqual(logs.records[-2].levelname, "WARNING")
+
+    def test_bodies_are_not_logged(self) -> None:
+        recorder = Recorder()
+        with Server(logger=recorder) as server, Client(server) as client:
+            client.send(b"EHLO a.com\r\n" + MAIL.replace(b"body", b"secret") + b"QUIT\r\n")
+            recorder.wait_for("finished")
+        text = str(recorder.seen)
+        self.assertNotIn("secret", text)
+        self.assertIn("SMTP request: message binary data portion", text)
+
+    def test_a_logger_that_raises(self) -> None:
+        class Broken:
+            def info(self, message: str, /) -> None:
+                raise ZeroDivisionError
+
+            warning = error = info
+
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            self.run_session(server := Server(logger=Broken()))
+        self.assertEqual(err.getvalue(), "smtpmock: the log is incomplete, its logger raised ZeroDivisionError()\n")
+        self.assertTrue(server.messages()[0].quit_sent)
+
+    def test_a_closed_stdout(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+            out.close()
+            self.run_session(server := Server(log_to_stdout=True, log_server_activity=True))
+        self.assertTrue(server.messages()[0].quit_sent)
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
+            self.run_session(Server(log_to_stdout=True, log_server_activity=True))
+
+
+# ------------------------------------------------------------------------------------ command line
+
+
+def flags(name: str) -> tuple[str, str]:
+    """An option's flag, as in go-smtp-mock and as GNU programs have it."""
+    return "-" + re.sub("_(.)", lambda match: match[1].upper(), name), "--" + name.replace("_", "-")
+
+
+class CommandLineTest(unittest.TestCase):
+    def call(self, *argv: str) -> tuple[int, str, str]:
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            status = smtpmock.main(argv)
+        return status, out.getvalue(), err.getvalue()
+
+    def parse(self, *argv: str) -> dict[str, Any]:
+        with mock.patch.object(smtpmock, "_serve") as serve, mock.patch.object(smtpmock, "Server", dict):
+            self.assertEqual(self.call(*argv), (0, "", ""))
+        options: dict[str, Any] = serve.call_args.args[0]
+        return options
+
+    def test_every_option_has_both_flags(self) -> None:
+        for field in dataclasses.fields(Configuration):
+            if field.name.startswith("log_"):
+                continue
+            kind = field.metadata["kind"]
+            text, value = {
+                smtpmock._FLAG: ("true", True),
+                smtpmock._NAMES: ("a, b,,c", ["a", "b", "c"]),
+                smtpmock._TEXT: ("a = b", "a = b"),
+                smtpmock._SECONDS: ("0.5", 0.5),
+                smtpmock._TIMEOUT: ("2", 2.0),
+                smtpmock._PORT: ("25", 25),
+                smtpmock._COUNT: ("9", 9),
+            }[kind]
+            for flag in flags(field.name):
+                self.assertEqual(self.parse(f"{flag}={text}"), {field.name: value})
+                self.assertEqual(self.parse(flag, text), {field.name: value})
+
+    def test_flags(self) -> None:
+        for name in ("log", "fail_fast"):
+            fields = ["log_to_stdout", "log_server_activity"] if name == "log" else [name]
+            for flag in flags(name):
+                for text, value in {"": True, "=true": True, "=false": False}.items():
+                    self.assertEqual(self.parse(flag + text, "-port=1"), {**dict.fromkeys(fields, value), "port": 1})
+        self.assertEqual(self.parse("-msgNoopReceived=", "-blacklistedHeloDomains="), {
+            "msg_noop_received": "", "blacklisted_helo_domains": [],
+        })  # fmt: skip
+
+    def test_version(self) -> None:
+        for flag in ("-v", "--version"):
+            status, out, err = self.call(flag, "-port=1")
+            self.assertEqual((status, out.splitlines()[0], err), (0, f"smtpmock: {smtpmock.__version__}", ""))
+
+    def test_help(self) -> None:
+        for flag in ("-h", "--help"):
+            status, out, err = self.call(flag)
+            self.assertEqual((status, err), (0, ""))
+            text = " ".join(out.split())
+            self.assertIn("-log", text)
+            for field in dataclasses.fields(Configuration):
+                if not field.name.startswith("log_"):
+                    self.assertIn(" ".join(flags(field.name)[0].split()), text)
+                    self.assertIn(field.metadata["about"], text)
+
+    def test_errors(self) -> None:
+        for argv, expected in {
+            ("-port=99999",): "smtpmock: port=99999: must be an integer from 0 to 65535\n",
+            ("-port=x",): "smtpmock: port='x': must be an integer from 0 to 65535\n",
+            ("-port=",): "smtpmock: port='': must be an integer from 0 to 65535\n",
+            ("-port", "-1"): "smtpmock: port=-1: must be an integer from 0 to 65535\n",
+            ("-log=maybe",): "smtpmock: log='maybe': must be true or false\n",
+            ("-prot=1",): "smtpmock: -prot: there is no such flag; did you mean -port?\n",
+            (
+                "--multiple-rcpto",
+            ): "smtpmock: --multiple-rcpto: there is no such flag; did you mean --multiple-rcptto?\n",
+            ("-port",): "smtpmock: argument -port/--port: expected one argument\n",
+            ("stray",): "smtpmock: unrecognized arguments: stray\n",
+            ("-sessionTimeout=nan",): (
+                "smtpmock: session_timeout=nan: must be a number of seconds from 0.001 to 1000000\n"
+            ),
+        }.items():
+            with self.subTest(argv=argv):
+                self.assertEqual(self.call(*argv), (2, "", expected))
+
+    def test_port_in_use(self) -> None:
+        with Server() as server:
+            status, out, err = self.call(f"-port={server.port}")
+            self.assertEqual((status, out), (1, ""))
+            self.assertRegex(err, rf"\Asmtpmock: cannot listen on 127\.0\.0\.1:{server.port}: [^\n]*in use\n\Z")
+
+    @unittest.skipUnless(threading.current_thread() is threading.main_thread(), "signals reach the main thread only")
+    def test_in_this_process(self) -> None:
+        """A run of main(), with a mail, until a signal; and one cut short by another."""
+        for second in (False, True):
+            lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+            out = mock.Mock(encoding="utf-8", write=lines.put)
+
+            def user(*, second: bool = second, lines: queue.SimpleQueue[str] = lines) -> None:
+                port = int(lines.get(timeout=TIMEOUT).rpartition(":")[2])
+                with smtplib.SMTP("127.0.0.1", port, timeout=TIMEOUT) as client:
+                    client.sendmail("a@a.com", ["b@b.com"], "hi")
+                    if second:
+                        client.putcmd("rset")
+                        while "request: rset" not in lines.get(timeout=TIMEOUT):
+                            pass
+                    signal.raise_signal(signal.SIGTERM)
+                    while second and "shutdown mode" not in lines.get(timeout=TIMEOUT):
+                        pass
+                    if second:
+                        signal.raise_signal(signal.SIGINT)
+                    with contextlib.suppress(smtplib.SMTPException):
+                        client.getreply()
+                    client.close()
+
+            thread = threading.Thread(target=user)
+            handler = signal.getsignal(signal.SIGTERM)
+            with contextlib.redirect_stdout(out):
+                thread.start()
+                delays = [f"-responseDelayRset={10 * TIMEOUT}", f"-shutdownTimeout={10 * TIMEOUT}"]
+                self.assertEqual(smtpmock.main(["-log", *delays]), 0)
+            thread.join(TIMEOUT)
+            self.assertIs(signal.getsignal(signal.SIGTERM), handler)
+
+
+class ProcessTest(unittest.TestCase):
+    """The command line as a process, with real signals."""
+
+    def start(self, *argv: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "smtpmock", *argv],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE,
+        )  # fmt: skip
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        return process
+
+    def port(self, process: subprocess.Popen[str]) -> int:
+        assert process.stdout is not None
+        match = re.fullmatch(r"smtpmock: listening on 127\.0\.0\.1:(\d+)\n", process.stdout.readline())
+        assert match is not None
+        return int(match[1])
+
+    def test_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+            with self.subTest(number.name):
+                process = self.start("-responseDelayNoop=0.01")
+                with smtplib.SMTP("127.0.0.1", self.port(process), timeout=TIMEOUT) as client:
+                    client.sendmail("a@a.com", ["b@b.com"], "hi")
+                    process.send_signal(number)
+                    self.assertEqual(client.getreply()[0], 421)
+                    client.close()
+                self.assertEqual(process.communicate(timeout=TIMEOUT), ("", ""))
+                self.assertEqual(process.returncode, 0)
+
+    def test_a_second_signal(self) -> None:
+        process = self.start("-log", f"-responseDelayNoop={10 * TIMEOUT}", f"-shutdownTimeout={10 * TIMEOUT}")
+        assert process.stdout is not None
+        with socket.create_connection(("127.0.0.1", self.port(process)), TIMEOUT) as client:
+            client.sendall(b"NOOP\r\n")
+            for line, number in (("request: NOOP", signal.SIGTERM), ("shutdown mode", signal.SIGTERM)):
+                while line not in process.stdout.readline():
+                    pass
+                process.send_signal(number)
+            self.assertEqual(client.recv(100), b"220 Welcome\r\n")
+            self.assertEqual(client.recv(100), b"")
+        out, err = process.communicate(timeout=TIMEOUT)
+        self.assertIn("force stopped", out)
+        self.assertEqual((process.returncode, err), (0, ""))
+
+    def test_errors(self) -> None:
+        for argv, status in {("-prot=1",): 2, ("-host=192.0.2.1",): 1}.items():
+            process = self.start(*argv)
+            out, err = process.communicate(timeout=TIMEOUT)
+            self.assertEqual((process.returncode, out, len(err.splitlines())), (status, "", 1))
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no /dev/full")
+    def test_a_stdout_that_takes_nothing(self) -> None:
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "-m", "smtpmock"]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=HERE, timeout=TIMEOUT, check=False)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr.decode(), r"\Asmtpmock: cannot write to stdout: [^\n]*\n\Z")
+
+
+# --------------------------------------------------------------------------------- the file itself
+
+
+class ModuleTest(unittest.TestCase):
+    def python(self, code: str, folder: str | Path = HERE) -> str:
+        command = [sys.executable, "-W", "error", "-c", code]
+        return subprocess.run(command, cwd=folder, timeout=TIMEOUT, check=True, capture_output=True, text=True).stdout
+
+    def test_what_it_imports(self) -> None:
+        code = "import sys, __future__, socketserver, selectors, re, typing, dataclasses; before = set(sys.modules)\n"
+        code += "import smtpmock; smtpmock.Server().start().stop(); print(*sorted(set(sys.modules) - before))"
+        self.assertEqual(self.python(code).split(), ["smtpmock"])
+
+    def test_what_it_offers(self) -> None:
+        public = {name for name, value in vars(smtpmock).items() if getattr(value, "__module__", "") == "smtpmock"}
+        public = {name for name in public if not name.startswith("_")}
+        self.assertEqual(public, set(smtpmock.__all__))
+        for name in public:
+            self.assertTrue(getattr(smtpmock, name).__doc__, name)
+
+    def test_nothing_is_used_above_its_definition(self) -> None:
+        """All but annotations and main() refers upwards only."""
+        tree = ast.parse((HERE / "smtpmock.py").read_bytes())
+        defined = {node.name: node.lineno for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        annotations = {
+            id(name)
+            for node in ast.walk(tree)
+            for part in (getattr(node, "annotation", None), getattr(node, "returns", None))
+            if part is not None
+            for name in ast.walk(part)
+        }
+        for node in tree.body:
+            for name in ast.walk(node):
+                if isinstance(name, ast.Name) and id(name) not in annotations and getattr(node, "name", "") != "main":
+                    self.assertGreaterEqual(name.lineno, defined.get(name.id, 0), f"{name.id} in line {name.lineno}")
+
+    def test_a_test_that_forgets_its_server_can_end(self) -> None:
+        code = "import smtpmock, socket; s = smtpmock.Server().start()\n"
+        code += "c = socket.create_connection((s.host, s.port)); c.recv(99); print('end')"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=HERE, timeout=TIMEOUT, capture_output=True, text=True, check=False)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "end\n", ""))
+
+
+class ReadmeTest(unittest.TestCase):
+    """The README is true."""
+
+    def setUp(self) -> None:
+        self.text = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def blocks(self, language: str) -> list[str]:
+        return re.findall(rf"^```{language}\n(.*?)^```", self.text, re.MULTILINE | re.DOTALL)
+
+    def test_the_first_example_is_short_and_works_beside_a_copy_of_the_file(self) -> None:
+        example = self.blocks("python")[0]
+        self.assertLessEqual(len(example.splitlines()), 10)
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "smtpmock.py").write_bytes((HERE / "smtpmock.py").read_bytes())
+            command = [sys.executable, "-W", "error", "-c", example]
+            subprocess.run(command, cwd=folder, timeout=TIMEOUT, check=True)
+
+    def test_python_examples(self) -> None:
+        pytest = types.ModuleType("pytest")
+        pytest.fixture = lambda function: function  # type: ignore[attr-defined]
+        for example in self.blocks("python"):
+            with self.subTest(example), mock.patch.dict(sys.modules, pytest=pytest):
+                space: dict[str, Any] = {"__name__": "readme"}
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                    exec(compile(example, "README.md", "exec"), space)
+                    self.run_tests_of(space)
+
+    def run_tests_of(self, space: dict[str, Any]) -> None:
+        """What an example defines: unittest's classes, and pytest's functions with a fixture."""
+        for value in list(space.values()):
+            if isinstance(value, type) and issubclass(value, unittest.TestCase):
+                result = unittest.TestResult()
+                unittest.defaultTestLoader.loadTestsFromTestCase(value).run(result)
+                self.assertEqual((result.errors, result.failures), ([], []))
+                self.assertGreater(result.testsRun, 0)
+        for name, function in list(space.items()):
+            if name.startswith("test_"):
+                fixture = space["smtp_server"]()
+                function(next(fixture))
+                self.assertRaises(StopIteration, next, fixture)
+
+    def test_commands(self) -> None:
+        """Every command line of the README is one that the parser takes."""
+        lines = [line for block in self.blocks("sh") for line in block.splitlines()]
+        commands = [shlex.split(line.partition("-m smtpmock")[2]) for line in lines if "-m smtpmock" in line]
+        self.assertTrue(commands)
+        for argv in commands:
+            with mock.patch.object(smtpmock, "_serve"), contextlib.redirect_stdout(io.StringIO()):
+                self.assertEqual(smtpmock.main(argv), 0, argv)
+
+    def test_options(self) -> None:
+        rows = re.findall(r"^\| `(\w+)` \| `(\S+)` \| (.*?) \| (.*?) \|$", self.text, re.MULTILINE)
+        expected = []
+        for field in dataclasses.fields(Configuration):
+            flag = "-log" if field.name.startswith("log_") else flags(field.name)[0]
+            default = "empty" if isinstance(field.default, frozenset) else f"`{field.default}`"
+            expected.append((field.name, flag, default, field.metadata["about"]))
+        self.assertEqual([row for row in rows if row[0] in Configuration.__dataclass_fields__], expected)
+
+    def test_names(self) -> None:
+        """What the README's tables of names speak of is there."""
+        for name in smtpmock.__all__:
+            self.assertIn(name, self.text)
+        public = [name for name in dir(Message) if not name.startswith("_")]
+        for name in public + [name for name in dir(Server) if not name.startswith("_")]:
+            self.assertIn(f"{name}", self.text)
+        self.assertIn(smtpmock.__version__, self.text)
+
+
+if __name__ == "__main__":
+    unittest.main()
