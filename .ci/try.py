@@ -8,7 +8,7 @@ import sys
 
 sys.path.insert(0, os.getcwd())  # not the folder of this script
 
-import smtpmock  # noqa: E402
+import smtpmock
 
 with smtpmock.Server() as server, smtplib.SMTP(server.host, server.port, timeout=10) as client:
     client.sendmail("alice@example.com", ["bob@example.com"], "Subject: Hi\r\n\r\nHello")
