@@ -443,7 +443,7 @@ class _Handler:
         request, response = f"{self.step}_request", f"{self.step}_response"
         self.fields = self.fields or {request: "request", response: "response", self.step: "accepted"}
 
-    def run(self, session: _Session, request: str, argument: Any) -> _Reply:
+    def run(self, session: _Session, request: str | None, argument: Any) -> _Reply:
         """Erase, check, record; the reply is still to be sent."""
         session.erase(self.erases)
         value = self.parse(argument)
@@ -451,13 +451,13 @@ class _Handler:
         text: str = getattr(self.options, refusal or self.received)
         text = text.replace("{msg_size_limit}", str(self.options.msg_size_limit))
         accepted = refusal is None and not text.startswith(("4", "5"))
-        if self.step:
-            self.record(session.saved, _Exchange(request, text, accepted, value))
         after = self.after
         if not accepted:
             after = _After.CLOSE if self.options.fail_fast else _After.COMMAND
-        if after is _After.CLOSE or (accepted and self.completes):
-            session.publish()
+        if request is not None:
+            if self.step:
+                self.record(session.saved, _Exchange(request, text, accepted, value))
+            session.publish(complete=after is _After.CLOSE or (accepted and self.completes), noted=self.notes)
         return _Reply(text, self.seconds, after, request)
 
     def refuse(self, session: _Session, value: Any) -> str | None:
@@ -698,7 +698,7 @@ class _Session:
         return self._body is None
 
     def greet(self) -> _Reply:
-        return self._handlers["connect"].run(self, "", "")._replace(request=None)
+        return self._handlers["connect"].run(self, None, "")
 
     def receive(self, data: bytes) -> Iterator[_Reply]:
         """The replies to what data completes; each command is run when its reply is asked for."""
@@ -728,7 +728,8 @@ class _Session:
         if self._body is not None:
             self.saved["msg"] = {"content": self._body.body() or b""}
             self._unpublished = True
-        self.publish()
+        if self._unpublished:
+            self.publish(complete=True)
 
     def _run_command(self, command: _Command) -> _Reply:
         handler = self._handlers.get(command.verb, self._handlers["unknown"])
@@ -738,39 +739,39 @@ class _Session:
         return self._run(handler, command.request, command.argument[size:].strip())
 
     def _run(self, handler: _Handler, request: str, argument: Any) -> _Reply:
-        if self._entry is not None and not handler.notes:
-            self._leave(self._entry)
-        self._unpublished = True
+        if self._is_kept() and not handler.notes:
+            self._entry = None
+            self.saved = {"helo": self.saved["helo"]}
         reply = handler.run(self, request, argument)
-        if self._entry is not None:
-            self.publish()
         if reply.after is _After.BODY:
             self._body = _BodyReader(self._options.msg_size_limit)
         self._over = reply.after is _After.CLOSE
         return reply
 
-    def _leave(self, entry: _Entry) -> None:
-        """Begin another message, unless the one in the mailbox may still change."""
-        if self._options.multiple_message_receiving:
-            self._entry = None
-            self.saved = {"helo": self.saved["helo"]}
-        elif entry.purged:  # the dialogue goes on, but not in a message that somebody has taken
-            self._entry = None
+    def _is_kept(self) -> bool:
+        """Whether the current message is an accepted one which nothing may erase."""
+        return self._options.multiple_message_receiving and self._entry is not None
 
     # For handlers:
 
     def erase(self, steps: Iterable[str]) -> None:
-        """Forget the steps, unless they are of a message that is to be kept."""
-        if self._entry is None or not self._options.multiple_message_receiving:
+        """Forget the steps, unless the message is one that is kept."""
+        if not self._is_kept():
             for step in steps:
                 self.saved.pop(step, None)
 
-    def publish(self) -> None:
-        """Bring the mailbox up to date."""
+    def publish(self, *, complete: bool, noted: bool = False) -> None:
+        """Put the message into the mailbox if it is complete, bring it up to date if it is there.
+
+        What is only noted on a message goes with it where that was purged, and is no new message.
+        """
+        self._unpublished = self._entry is None and not complete
         if self._unpublished:
-            fields = {name: value for step in self.saved.values() for name, value in step.items()}
-            self._entry = self._mailbox.put(Message(**fields), self._entry)
-            self._unpublished = False
+            return
+        message = Message(**{name: value for fields in self.saved.values() for name, value in fields.items()})
+        if self._entry is None or not (self._mailbox.update(self._entry, message) or noted):
+            self._entry = self._mailbox.add(message) if complete else None
+            self._unpublished = not complete
 
 
 # ----------------------------------------------------------------------------------------- mailbox
@@ -791,15 +792,18 @@ class _Mailbox:
         self._changed = threading.Condition()
         self._entries: list[_Entry] = []
 
-    def put(self, message: Message, entry: _Entry | None) -> _Entry:
-        """Put the message into its entry, which is a new one if it has none yet."""
+    def add(self, message: Message) -> _Entry:
+        entry = _Entry(message)
         with self._changed:
-            if entry is None:
-                entry = _Entry(message)
-                self._entries.append(entry)
-            entry.message = message
+            self._entries.append(entry)
             self._changed.notify_all()
         return entry
+
+    def update(self, entry: _Entry, message: Message) -> bool:
+        """Put another message in its place; returns whether it was still there."""
+        with self._changed:
+            entry.message = message
+            return not entry.purged
 
     def messages(self, *, purge: bool) -> list[Message]:
         with self._changed:

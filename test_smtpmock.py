@@ -1029,6 +1029,43 @@ class RecordTest(unittest.TestCase):
         self.assertEqual([reply.text for reply in memory.feed(b"DATA\r\nnew\r\n.\r\n")], [READY, RECEIVED])
         self.assertEqual([state(message) for message in memory.messages()], [{**FULL, "content": b"new\r\n"}])
 
+    def test_a_purge_at_any_moment_loses_nothing(self) -> None:
+        """The second mail of a session, and a purge in the middle of each of its commands."""
+        lines = [line.encode() + b"\r\n" for line in (*SEND[:3], "new\r\n.", "NOOP", "QUIT")]
+        for moment in range(len(lines)):
+            memory = Memory()
+            memory.feed("\r\n".join(["EHLO a.com", *SEND, ""]).encode())
+            purged: list[Message] = []
+            for index, line in enumerate(lines):
+                if index == moment:
+                    update = memory.mailbox.update
+
+                    def purge_and_update(
+                        *arguments: Any, memory: Any = memory, update: Any = update, purged: Any = purged
+                    ) -> bool:
+                        purged.extend(memory.mailbox.messages(purge=True))
+                        result: bool = update(*arguments)
+                        return result
+
+                    with mock.patch.object(memory.mailbox, "update", purge_and_update):
+                        memory.feed(line)
+                else:
+                    memory.feed(line)
+            bodies = [message.content for message in (*purged, *memory.messages())]
+            self.assertEqual(len(purged), 1)
+            self.assertEqual(bodies.count(b"new\r\n"), 1, f"purged at {lines[moment]!r}")
+
+    def test_a_message_after_a_purge_is_there_when_it_is_complete(self) -> None:
+        memory = Memory()
+        memory.feed("\r\n".join(["EHLO a.com", *SEND, ""]).encode())
+        memory.mailbox.messages(purge=True)
+        memory.feed(b"NOOP\r\n" + "\r\n".join([*SEND[:3], ""]).encode())
+        self.assertEqual(memory.messages(), [])
+        memory.session.end()
+        self.assertEqual(
+            [state(message) for message in memory.messages()], [{**HELO, **FROM, **TO, **DATA, "content": b""}]
+        )
+
     def test_repr(self) -> None:
         memory = Memory()
         memory.feed("\r\n".join(["EHLO a.com", *SEND, ""]).encode())
