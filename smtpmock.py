@@ -32,11 +32,12 @@ import re
 import selectors
 import socket
 import socketserver
+import struct
 import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 __version__ = "0.1.0"
 
@@ -251,8 +252,6 @@ _MAILBOX = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_DOTTED}|(?i:localhost)|\[
 # user@example.com, John Doe <user@example.com>.
 _PATH = re.compile(rf"[^\x00-\x1f\"<>@]*<({_MAILBOX})>|({_MAILBOX})")
 
-_WHITE = re.compile(rb"\s")
-
 
 def _is_ip_address(text: str, family: socket.AddressFamily) -> bool:
     try:
@@ -302,16 +301,16 @@ def _decode(data: bytes) -> str:
 
 class _Command(NamedTuple):
     request: str  # the line, without the white space around it
-    verb: str  # in upper case
+    verb: str  # in upper case; "" if it is not ASCII
     argument: str
 
 
 def _parse_command(line: bytes) -> _Command:
     """Take a line apart (RFC 5321 section 4.1.1). Bytes that are not UTF-8 become surrogates."""
-    request = line.strip()
-    verb, *argument = _WHITE.split(request, 1)
-    # In upper case while it is bytes: "quıt".upper() is "QUIT", with a dotless i and all.
-    return _Command(_decode(request), _decode(verb.upper()), _decode(b"".join(argument)))
+    request = _decode(line.strip())
+    verb, _, argument = request.replace("\t", " ").partition(" ")
+    # "quıt" with a dotless i would become "QUIT".
+    return _Command(request, verb.upper() if verb.isascii() else "", argument)
 
 
 # ----------------------------------------------------------------------------------------- records
@@ -329,13 +328,39 @@ class _Reply(NamedTuple):
     """What the server says next, as data, for the connection to carry out."""
 
     text: str
-    delay: float = 0.0  # seconds before it is sent
+    data: bytes  # the text as it is sent
+    delay: float = 0.0  # seconds before that
     after: _After = _After.COMMAND
-    request: str | None = None  # what it answers, for the log
+    accepts: bool = False  # whether the command takes effect
 
-    def encode(self) -> bytes:
-        lines = self.text.replace("\r\n", "\n").replace("\n", "\r\n")
-        return lines.encode("utf-8", "surrogateescape") + b"\r\n"
+
+def _encode(text: str) -> bytes:
+    lines = text.replace("\r\n", "\n").replace("\n", "\r\n")
+    return lines.encode("utf-8", "surrogateescape") + b"\r\n"
+
+
+class _Exchange(NamedTuple):
+    """A request and what became of it."""
+
+    request: str
+    response: str
+    accepted: bool
+    value: Any  # of the argument; None if that is not valid
+
+
+_T = TypeVar("_T")
+
+
+class _Part(Generic[_T]):
+    """An attribute of Message: a part of what was exchanged at a step, or a default if the step did not come."""
+
+    def __init__(self, step: str, part: str, default: _T) -> None:
+        self.step, self.part, self.default = step, part, default
+
+    def __get__(self, message: Message, owner: type[Message]) -> _T:
+        exchange = message._steps.get(self.step)
+        part: _T | None = None if exchange is None else getattr(exchange, self.part)
+        return self.default if part is None else part
 
 
 class Message:
@@ -346,31 +371,32 @@ class Message:
     session goes on, a later messages() has another object in its place.
     """
 
-    helo_request: str = ""
-    helo_response: str = ""
-    helo: bool = False
-    mailfrom_request: str = ""
-    mailfrom_response: str = ""
-    mailfrom: bool = False
-    mail_from: str | None = None  #: the accepted sender, "" for the null reverse-path; None without one
-    rcptto: bool = False
-    data_request: str = ""
-    data_response: str = ""
-    data: bool = False
-    msg_response: str = ""
-    msg: bool = False
-    content: bytes = b""  #: the body, dots unstuffed, CRLF kept; what came of it, if the client left early
-    rset_request: str = ""
-    rset_response: str = ""
-    rset: bool = False
-    noop: bool = False
-    quit_sent: bool = False
-    _rcptto_request_response: tuple[tuple[str, str], ...] = ()
-    _rcpt_tos: tuple[str, ...] = ()
+    helo_request = _Part("helo", "request", "")
+    helo_response = _Part("helo", "response", "")
+    helo = _Part("helo", "accepted", False)
+    mailfrom_request = _Part("mailfrom", "request", "")
+    mailfrom_response = _Part("mailfrom", "response", "")
+    mailfrom = _Part("mailfrom", "accepted", False)
+    mail_from = _Part[str | None]("mailfrom", "value", None)  #: the sender, "" for <>; None if none was valid
+    data_request = _Part("data", "request", "")
+    data_response = _Part("data", "response", "")
+    data = _Part("data", "accepted", False)
+    content = _Part("msg", "value", b"")  #: the body, dots unstuffed, CRLF kept; what came of it, if the client left
+    msg_response = _Part("msg", "response", "")
+    msg = _Part("msg", "accepted", False)
+    rset_request = _Part("rset", "request", "")
+    rset_response = _Part("rset", "response", "")
+    rset = _Part("rset", "accepted", False)
+    noop = _Part("noop", "accepted", False)
+    quit_sent = _Part("quit", "accepted", False)
 
-    def __init__(self, **fields: Any) -> None:
-        for name, value in fields.items():  # the lists are those that the session goes on to fill
-            vars(self)[name] = tuple(value) if isinstance(value, list) else value
+    def __init__(self, steps: dict[str, _Exchange], recipients: list[_Exchange]) -> None:
+        # The session goes on to append to its list of recipients, so the length belongs to it.
+        vars(self).update(_steps=steps.copy(), _recipients=recipients, _count=len(recipients))
+
+    _steps: dict[str, _Exchange]
+    _recipients: list[_Exchange]
+    _count: int
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
@@ -378,12 +404,16 @@ class Message:
     @property
     def rcptto_request_response(self) -> list[tuple[str, str]]:
         """(request, response) of each RCPT TO; without multiple_rcptto, of the last."""
-        return list(self._rcptto_request_response)
+        return [(exchange.request, exchange.response) for exchange in self._recipients[: self._count]]
 
     @property
     def rcpt_tos(self) -> list[str]:
         """The accepted recipients; without multiple_rcptto, the last one, if it was accepted."""
-        return list(self._rcpt_tos)
+        return [exchange.value for exchange in self._recipients[: self._count] if exchange.accepted]
+
+    @property
+    def rcptto(self) -> bool:
+        return bool(self.rcpt_tos)
 
     @property
     def msg_request(self) -> str:
@@ -404,15 +434,7 @@ class Message:
 
 # The steps of a session, by the names under which a message keeps them, in their order.
 _STEPS = ("helo", "mailfrom", "rcptto", "data", "msg", "rset", "noop", "quit")
-
-
-class _Exchange(NamedTuple):
-    """A request and what became of it."""
-
-    request: str
-    response: str
-    accepted: bool
-    value: Any  # of the argument; None if that is not valid
+_ENVELOPE = _STEPS[1:]
 
 
 class _Handler:
@@ -424,7 +446,6 @@ class _Handler:
     verbs: tuple[str, ...] = ()  # upper case; in lower case, the stages of a session that are no commands
     keyword = ""  # what has to follow the verb
     step = ""  # where the message keeps it
-    fields: dict[str, str] = {}  # of the message, each with the part of the exchange that it holds
     needs: tuple[str, ...] = ()  # the steps that must have succeeded before
     erases: tuple[str, ...] = ()  # the steps that it undoes, even if it is refused then
     parse: Callable[[Any], Any] = staticmethod(_parse_nothing)  # the argument's value, None if it is not valid
@@ -439,42 +460,43 @@ class _Handler:
 
     def __init__(self, options: Configuration) -> None:
         self.options = options
-        self.seconds: float = getattr(options, self.delay) if self.delay else 0.0
-        request, response = f"{self.step}_request", f"{self.step}_response"
-        self.fields = self.fields or {request: "request", response: "response", self.step: "accepted"}
+        self.refusals = [(getattr(options, values), text) for values, text in self.refused if getattr(options, values)]
+        texts = (self.bad_sequence, self.bad_argument, self.received, *(text for _, text in self.refused))
+        self.replies = {text: self.reply(text) for text in texts if text}
 
-    def run(self, session: _Session, request: str | None, argument: Any) -> _Reply:
+    def reply(self, option: str) -> _Reply:
+        """The reply whose text is in this option."""
+        text: str = getattr(self.options, option)
+        text = text.replace("{msg_size_limit}", str(self.options.msg_size_limit))
+        accepts = option == self.received and not text.startswith(("4", "5"))
+        after = self.after if accepts else _After.CLOSE if self.options.fail_fast else _After.COMMAND
+        return _Reply(text, _encode(text), getattr(self.options, self.delay) if self.delay else 0.0, after, accepts)
+
+    def run(self, session: _Session, request: str, argument: Any) -> _Reply:
         """Erase, check, record; the reply is still to be sent."""
         session.erase(self.erases)
         value = self.parse(argument)
-        refusal = self.refuse(session, value)
-        text: str = getattr(self.options, refusal or self.received)
-        text = text.replace("{msg_size_limit}", str(self.options.msg_size_limit))
-        accepted = refusal is None and not text.startswith(("4", "5"))
-        after = self.after
-        if not accepted:
-            after = _After.CLOSE if self.options.fail_fast else _After.COMMAND
-        if request is not None:
-            if self.step:
-                self.record(session.saved, _Exchange(request, text, accepted, value))
-            session.publish(complete=after is _After.CLOSE or (accepted and self.completes), noted=self.notes)
-        return _Reply(text, self.seconds, after, request)
+        reply = self.replies[self.refuse(session, value) or self.received]
+        self.record(session, _Exchange(request, reply.text, reply.accepts, value))
+        return reply
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         """The text that refuses the command, None to accept it."""
-        if not all(session.saved.get(step, {}).get(step) for step in self.needs):
+        if not session.done.issuperset(self.needs):
             return self.bad_sequence
         if value is None:
             return self.bad_argument
-        for values, text in self.refused:
-            if _fold(value) in getattr(self.options, values):
+        for values, text in self.refusals:
+            if _fold(value) in values:
                 return text
         return None
 
-    def record(self, saved: dict[str, dict[str, Any]], exchange: _Exchange) -> None:
-        """Keep for the message what it is to say of the step."""
-        parts = {name: getattr(exchange, part) for name, part in self.fields.items()}
-        saved[self.step] = {name: part for name, part in parts.items() if part is not None}
+    def record(self, session: _Session, exchange: _Exchange) -> None:
+        """Keep the exchange for the message."""
+        if self.step:
+            session.steps[self.step] = exchange
+            if exchange.accepted:
+                session.done.add(self.step)
 
 
 class _Greeting(_Handler):
@@ -504,17 +526,13 @@ class _Mailfrom(_Handler):
     keyword = "FROM:"
     step = "mailfrom"
     needs = ("helo",)
-    erases = _STEPS[1:]
+    erases = _ENVELOPE
     parse = staticmethod(_parse_sender)
     bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
     bad_argument = "msg_invalid_cmd_mailfrom_arg"
     refused = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
     received = "msg_mailfrom_received"
     delay = "response_delay_mailfrom"
-
-    def __init__(self, options: Configuration) -> None:
-        super().__init__(options)
-        self.fields["mail_from"] = "value"
 
 
 class _Rcptto(_Handler):
@@ -538,12 +556,9 @@ class _Rcptto(_Handler):
         super().__init__(options)
         self.erases = () if options.multiple_rcptto else _STEPS[2:]
 
-    def record(self, saved: dict[str, dict[str, Any]], exchange: _Exchange) -> None:
-        fields = saved.setdefault(self.step, {"rcptto": False, "_rcptto_request_response": [], "_rcpt_tos": []})
-        fields["_rcptto_request_response"].append((exchange.request, exchange.response))
-        if exchange.accepted:
-            fields["rcptto"] = True
-            fields["_rcpt_tos"].append(exchange.value)
+    def record(self, session: _Session, exchange: _Exchange) -> None:
+        super().record(session, exchange)
+        session.recipients.append(exchange)
 
 
 class _Data(_Handler):
@@ -564,7 +579,6 @@ class _Body(_Handler):
 
     verbs = ("message",)
     step = "msg"
-    fields = {"content": "value", "msg_response": "response", "msg": "accepted"}
     parse = staticmethod(lambda body: body)
     bad_argument = "msg_msg_size_is_too_big"
     received = "msg_msg_received"
@@ -578,7 +592,7 @@ class _Rset(_Handler):
     verbs = ("RSET",)
     step = "rset"
     needs = ("helo",)
-    erases = _STEPS[1:]
+    erases = _ENVELOPE
     bad_sequence = "msg_invalid_cmd_rset_sequence"
     received = "msg_rset_received"
     delay = "response_delay_rset"
@@ -590,7 +604,6 @@ class _Noop(_Handler):
 
     verbs = ("NOOP",)
     step = "noop"
-    fields = {"noop": "accepted"}
     parse = staticmethod(str)
     received = "msg_noop_received"
     delay = "response_delay_noop"
@@ -602,7 +615,6 @@ class _Quit(_Handler):
 
     verbs = ("QUIT",)
     step = "quit"
-    fields = {"quit_sent": "accepted"}
     received = "msg_quit_cmd"
     delay = "response_delay_quit"
     after = _After.CLOSE
@@ -636,6 +648,7 @@ def _make_handlers(options: Configuration) -> dict[str, _Handler]:
 
 _LINE_LIMIT = 4096  # bytes of a command line with its end; RFC 5321 section 4.5.3.1.4 asks for 512 or more
 _END_OF_DATA = b"\r\n.\r\n"
+_BODY_PORTION = "message binary data portion"  # instead of it in the log
 
 
 class _BodyReader:
@@ -648,11 +661,12 @@ class _BodyReader:
         self.complete = False
         self._limit = limit
         self._dropped = False
-        self._raw = bytearray(b"\r\n")  # the end of the DATA line, so that a dot may come first
+        self._raw = bytearray()
+        self._seam = b"\r\n"  # the last bytes that came, as the end of data may come in pieces
 
     def feed(self, data: bytes, start: int) -> int:
         """Take data from start on, and return where in it the body ends."""
-        seam = bytes(self._raw[-4:])  # the end of data may come in pieces
+        seam = self._seam
         found = (seam + data[start : start + 4]).find(_END_OF_DATA)
         if found >= 0:
             stop = start + found - len(seam) + len(_END_OF_DATA)
@@ -660,18 +674,21 @@ class _BodyReader:
             found = data.find(_END_OF_DATA, start)
             stop = found + len(_END_OF_DATA) if found >= 0 else len(data)
         self.complete = found >= 0
+        self._seam = (seam + data[max(start, stop - 4) : stop])[-4:]
         self._raw += data[start:stop]
         # At most one byte in four is a stuffed dot, so this much is too long without them, too.
         if self._dropped or len(self._raw) > self._limit * 4 // 3 + 8:
             self._dropped = True
-            del self._raw[:-4]
+            self._raw.clear()
         elif self.complete:
             del self._raw[-3:]
         return stop
 
     def body(self) -> bytes | None:
         """What came so far, without the stuffed dots (section 4.5.2); None if it is too long."""
-        body = bytes(self._raw).replace(b"\r\n.", b"\r\n")[2:]
+        body = bytes(self._raw)
+        if b"." in body:  # much faster to see than a dot behind a CRLF, and many bodies are base64
+            body = (b"\r\n" + body).replace(b"\r\n.", b"\r\n")[2:]
         return None if self._dropped or len(body) > self._limit else body
 
 
@@ -682,8 +699,13 @@ class _Session:
     """
 
     def __init__(self, options: Configuration, handlers: dict[str, _Handler], mailbox: _Mailbox) -> None:
-        self.saved: dict[str, dict[str, Any]] = {}  # the fields of the current message, by step
-        self._options = options
+        self.request = ""  # the last one, for the log
+        # Of the current message: what was exchanged at each step, which of them succeeded, and each RCPT.
+        self.steps: dict[str, _Exchange] = {}
+        self.done: set[str] = set()
+        self.recipients: list[_Exchange] = []
+        self._body_limit = options.msg_size_limit
+        self._keeps_messages = options.multiple_message_receiving
         self._handlers = handlers
         self._mailbox = mailbox
         self._entry: _Entry | None = None  # where in the mailbox the current message is, once it is
@@ -698,7 +720,7 @@ class _Session:
         return self._body is None
 
     def greet(self) -> _Reply:
-        return self._handlers["connect"].run(self, None, "")
+        return self._handlers["connect"].run(self, "", "")
 
     def receive(self, data: bytes) -> Iterator[_Reply]:
         """The replies to what data completes; each command is run when its reply is asked for."""
@@ -709,7 +731,7 @@ class _Session:
                 at = self._body.feed(data, at)
                 if self._body.complete:
                     body, self._body = self._body.body(), None
-                    yield self._run(self._handlers["message"], "message binary data portion", body)
+                    yield self._run(self._handlers["message"], _BODY_PORTION, body)
             elif self._skipping:
                 end = data.find(b"\n", at)
                 self._skipping = end < 0
@@ -726,10 +748,10 @@ class _Session:
     def end(self) -> None:
         """Record what is not recorded yet, because the connection ends."""
         if self._body is not None:
-            self.saved["msg"] = {"content": self._body.body() or b""}
+            self.steps["msg"] = _Exchange("", "", False, self._body.body())
             self._unpublished = True
         if self._unpublished:
-            self.publish(complete=True)
+            self._publish(complete=True)
 
     def _run_command(self, command: _Command) -> _Reply:
         handler = self._handlers.get(command.verb, self._handlers["unknown"])
@@ -739,28 +761,18 @@ class _Session:
         return self._run(handler, command.request, command.argument[size:].strip())
 
     def _run(self, handler: _Handler, request: str, argument: Any) -> _Reply:
-        if self._is_kept() and not handler.notes:
+        if not handler.notes and self._entry is not None and self._keeps_messages:
             self._entry = None
-            self.saved = {"helo": self.saved["helo"]}
+            self.erase(_ENVELOPE)
+        self.request = request
         reply = handler.run(self, request, argument)
-        if reply.after is _After.BODY:
-            self._body = _BodyReader(self._options.msg_size_limit)
         self._over = reply.after is _After.CLOSE
+        self._publish(complete=self._over or (reply.accepts and handler.completes), noted=handler.notes)
+        if reply.after is _After.BODY:
+            self._body = _BodyReader(self._body_limit)
         return reply
 
-    def _is_kept(self) -> bool:
-        """Whether the current message is an accepted one which nothing may erase."""
-        return self._options.multiple_message_receiving and self._entry is not None
-
-    # For handlers:
-
-    def erase(self, steps: Iterable[str]) -> None:
-        """Forget the steps, unless the message is one that is kept."""
-        if not self._is_kept():
-            for step in steps:
-                self.saved.pop(step, None)
-
-    def publish(self, *, complete: bool, noted: bool = False) -> None:
+    def _publish(self, *, complete: bool, noted: bool = False) -> None:
         """Put the message into the mailbox if it is complete, bring it up to date if it is there.
 
         What is only noted on a message goes with it where that was purged, and is no new message.
@@ -768,10 +780,20 @@ class _Session:
         self._unpublished = self._entry is None and not complete
         if self._unpublished:
             return
-        message = Message(**{name: value for fields in self.saved.values() for name, value in fields.items()})
+        message = Message(self.steps, self.recipients)
         if self._entry is None or not (self._mailbox.update(self._entry, message) or noted):
             self._entry = self._mailbox.add(message) if complete else None
             self._unpublished = not complete
+
+    def erase(self, steps: Sequence[str]) -> None:
+        """Forget the steps, unless they are of an accepted message that is to be kept."""
+        if self._entry is not None and self._keeps_messages:
+            return
+        for step in steps:
+            self.steps.pop(step, None)
+        self.done.difference_update(steps)
+        if "rcptto" in steps:
+            self.recipients = []
 
 
 # ----------------------------------------------------------------------------------------- mailbox
@@ -884,6 +906,17 @@ class _Log:
 # ------------------------------------------------------------------------------------------ server
 
 
+def _set_timeout(sock: socket.socket, seconds: float) -> None:
+    """Have reads and writes fail after so many seconds, with BlockingIOError or TimeoutError."""
+    if os.name != "posix":
+        sock.settimeout(seconds)
+        return
+    # settimeout() costs a poll() with every read and write, which is half of what a command takes.
+    timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+
+
 class _Connection(socketserver.BaseRequestHandler):
     """Moves bytes between a client and its session, and does what the replies say."""
 
@@ -894,6 +927,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.options = self.server.options
         self.log = self.server.log
         self.session = _Session(self.options, self.server.handlers, self.server.mailbox)
+        self.unsent = bytearray()
         self.is_idle = False  # in a read, for a command: nothing is lost if stop() ends it
         self.server.connections.add(self)
         self.log.activity("SMTP session started")
@@ -901,10 +935,10 @@ class _Connection(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self.request.settimeout(self.options.session_timeout)
-            goes_on = self._carry_out(self.session.greet())
+            _set_timeout(self.request, self.options.session_timeout)
+            goes_on = self._say(self.session.greet())
             while goes_on and (data := self._read()):
-                goes_on = all(self._carry_out(reply) for reply in self.session.receive(data))
+                goes_on = all(self._answer(reply) for reply in self.session.receive(data))
         except OSError as error:  # the client is gone, or does not read
             self.log("warning", f"SMTP session broke off: {error}")
 
@@ -913,23 +947,38 @@ class _Connection(socketserver.BaseRequestHandler):
         self.server.connections.discard(self)
         self.log.activity("SMTP session finished")
 
-    def _carry_out(self, reply: _Reply) -> bool:
-        """Wait, send and log as the reply says; returns whether the session goes on."""
-        if reply.request is not None:
-            self.log.activity("SMTP request: ", reply.request)
-        if reply.delay and self.server.cut.wait(reply.delay):
-            return False
-        self.request.sendall(reply.encode())
+    def _answer(self, reply: _Reply) -> bool:
+        self.log.activity("SMTP request: ", self.session.request)
+        return self._say(reply)
+
+    def _say(self, reply: _Reply) -> bool:
+        """Wait, send and log as the reply says; returns whether the session goes on.
+
+        What a client sends without waiting for each reply gets the replies together (RFC 2920).
+        """
+        if reply.delay:
+            self._flush()
+            if self.server.cut.wait(reply.delay):
+                return False
+        self.unsent += reply.data
         self.log.activity("SMTP response: ", reply.text)
+        if reply.after is _After.CLOSE or len(self.unsent) > 65536:
+            self._flush()
         return reply.after is not _After.CLOSE
+
+    def _flush(self) -> None:
+        if self.unsent:
+            self.request.sendall(self.unsent)
+            self.unsent.clear()
 
     def _read(self) -> bytes:
         """What the client sends next; nothing if the session is at its end."""
+        self._flush()
         # is_idle is set before stopping is read, and stop() does the reverse: one of the two notices.
         self.is_idle = self.session.awaits_command
         try:
-            data = b"" if self._is_dismissed() else self.request.recv(65536)
-        except TimeoutError:
+            data = b"" if self._is_dismissed() else self.request.recv(65536 if self.is_idle else 262144)
+        except (TimeoutError, BlockingIOError):
             return self._say_goodbye(self.options.msg_session_timeout)
         except ConnectionError:  # a reset is an end like any other
             return b""
@@ -942,7 +991,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def _say_goodbye(self, text: str) -> bytes:
         self.session.end()
-        self._carry_out(_Reply(text, after=_After.CLOSE))
+        self._say(_Reply(text, _encode(text), after=_After.CLOSE))
         return b""
 
     def shut_down(self, how: int) -> None:
