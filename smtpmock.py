@@ -299,18 +299,15 @@ def _decode(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-class _Command(NamedTuple):
-    request: str  # the line, without the white space around it
-    verb: str  # in upper case; "" if it is not ASCII
-    argument: str
+def _parse_command(line: bytes) -> tuple[str, str, str]:
+    """Take a line apart (RFC 5321 section 4.1.1): the line itself, its verb in upper case, its argument.
 
-
-def _parse_command(line: bytes) -> _Command:
-    """Take a line apart (RFC 5321 section 4.1.1). Bytes that are not UTF-8 become surrogates."""
+    White space around it is dropped. Bytes that are not UTF-8 become surrogates.
+    """
     request = _decode(line.strip())
     verb, _, argument = request.replace("\t", " ").partition(" ")
-    # "quıt" with a dotless i would become "QUIT".
-    return _Command(request, verb.upper() if verb.isascii() else "", argument)
+    # Only if it is ASCII, since "quıt" with a dotless i would become "QUIT".
+    return request, verb.upper() if verb.isascii() else "", argument
 
 
 # ----------------------------------------------------------------------------------------- records
@@ -474,7 +471,8 @@ class _Handler:
 
     def run(self, session: _Session, request: str, argument: Any) -> _Reply:
         """Erase, check, record; the reply is still to be sent."""
-        session.erase(self.erases)
+        if self.erases:
+            session.erase(self.erases)
         value = self.parse(argument)
         reply = self.replies[self.refuse(session, value) or self.received]
         self.record(session, _Exchange(request, reply.text, reply.accepts, value))
@@ -684,7 +682,7 @@ class _BodyReader:
             del self._raw[-3:]
         return stop
 
-    def body(self) -> bytes | None:
+    def content(self) -> bytes | None:
         """What came so far, without the stuffed dots (section 4.5.2); None if it is too long."""
         body = bytes(self._raw)
         if b"." in body:  # much faster to see than a dot behind a CRLF, and many bodies are base64
@@ -712,12 +710,8 @@ class _Session:
         self._unpublished = False  # whether the mailbox lacks something of it
         self._rest = b""  # the beginning of a command line
         self._skipping = False  # the rest of a line that was too long
-        self._body: _BodyReader | None = None
+        self.body: _BodyReader | None = None  # while it comes in
         self._over = False
-
-    @property
-    def awaits_command(self) -> bool:
-        return self._body is None
 
     def greet(self) -> _Reply:
         return self._handlers["connect"].run(self, "", "")
@@ -727,10 +721,10 @@ class _Session:
         data, self._rest = self._rest + data, b""
         at = 0
         while at < len(data) and not self._over:
-            if self._body is not None:
-                at = self._body.feed(data, at)
-                if self._body.complete:
-                    body, self._body = self._body.body(), None
+            if self.body is not None:
+                at = self.body.feed(data, at)
+                if self.body.complete:
+                    body, self.body = self.body.content(), None
                     yield self._run(self._handlers["message"], _BODY_PORTION, body)
             elif self._skipping:
                 end = data.find(b"\n", at)
@@ -738,7 +732,7 @@ class _Session:
                 at = len(data) if self._skipping else end + 1
             elif (end := data.find(b"\n", at, at + _LINE_LIMIT)) >= 0:
                 line, at = data[at:end], end + 1
-                yield self._run_command(_parse_command(line))
+                yield self._run_command(*_parse_command(line))
             elif len(data) - at >= _LINE_LIMIT:
                 self._skipping = True
                 yield self._run(self._handlers["too long"], f"line of over {_LINE_LIMIT} bytes", "")
@@ -747,29 +741,32 @@ class _Session:
 
     def end(self) -> None:
         """Record what is not recorded yet, because the connection ends."""
-        if self._body is not None:
-            self.steps["msg"] = _Exchange("", "", False, self._body.body())
+        if self.body is not None:
+            self.steps["msg"] = _Exchange("", "", False, self.body.content())
             self._unpublished = True
         if self._unpublished:
             self._publish(complete=True)
 
-    def _run_command(self, command: _Command) -> _Reply:
-        handler = self._handlers.get(command.verb, self._handlers["unknown"])
-        size = len(handler.keyword)
-        if command.argument[:size].upper() != handler.keyword:
+    def _run_command(self, request: str, verb: str, argument: str) -> _Reply:
+        handler = self._handlers.get(verb)
+        size = len(handler.keyword) if handler else 0
+        if handler is None or argument[:size].upper() != handler.keyword:
             handler = self._handlers["unknown"]
-        return self._run(handler, command.request, command.argument[size:].strip())
+        return self._run(handler, request, argument[size:].strip())
 
     def _run(self, handler: _Handler, request: str, argument: Any) -> _Reply:
-        if not handler.notes and self._entry is not None and self._keeps_messages:
+        if self._entry is not None and self._keeps_messages and not handler.notes:
             self._entry = None
             self.erase(_ENVELOPE)
         self.request = request
+        self._unpublished = True
         reply = handler.run(self, request, argument)
         self._over = reply.after is _After.CLOSE
-        self._publish(complete=self._over or (reply.accepts and handler.completes), noted=handler.notes)
+        complete = self._over or (reply.accepts and handler.completes)
+        if complete or self._entry is not None:
+            self._publish(complete=complete, noted=handler.notes)
         if reply.after is _After.BODY:
-            self._body = _BodyReader(self._body_limit)
+            self.body = _BodyReader(self._body_limit)
         return reply
 
     def _publish(self, *, complete: bool, noted: bool = False) -> None:
@@ -777,11 +774,10 @@ class _Session:
 
         What is only noted on a message goes with it where that was purged, and is no new message.
         """
-        self._unpublished = self._entry is None and not complete
-        if self._unpublished:
-            return
         message = Message(self.steps, self.recipients)
-        if self._entry is None or not (self._mailbox.update(self._entry, message) or noted):
+        if self._entry is not None and (self._mailbox.update(self._entry, message) or noted):
+            self._unpublished = False
+        else:
             self._entry = self._mailbox.add(message) if complete else None
             self._unpublished = not complete
 
@@ -813,12 +809,14 @@ class _Mailbox:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._entries: list[_Entry] = []
+        self._wanted: list[int] = []  # how many messages the waiting threads wait for
 
     def add(self, message: Message) -> _Entry:
         entry = _Entry(message)
         with self._changed:
             self._entries.append(entry)
-            self._changed.notify_all()
+            if self._wanted and len(self._entries) >= min(self._wanted):
+                self._changed.notify_all()
         return entry
 
     def update(self, entry: _Entry, message: Message) -> bool:
@@ -839,7 +837,11 @@ class _Mailbox:
     def wait(self, count: int, timeout: float, *, purge: bool) -> tuple[bool, list[Message]]:
         """Whether there are count messages in time, and all that there are; it purges only if so."""
         with self._changed:
-            enough = self._changed.wait_for(lambda: len(self._entries) >= count, timeout)
+            self._wanted.append(count)
+            try:
+                enough = self._changed.wait_for(lambda: len(self._entries) >= count, timeout)
+            finally:
+                self._wanted.remove(count)
             return enough, self.messages(purge=purge and enough)
 
 
@@ -871,11 +873,11 @@ class _Log:
                 raise ConfigurationError(f"logger={logger!r}: must have a method {name}()")
         self._logger = logger
         self._prints = options.log_to_stdout
-        self._shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
+        self.shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
         self._has_failed = False
 
     def activity(self, what: str, text: str = "") -> None:
-        if self._shows_activity:
+        if self.shows_activity:
             # One line, in which nothing is left that a terminal would obey.
             line = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
             self("info_activity", what + line)
@@ -938,7 +940,10 @@ class _Connection(socketserver.BaseRequestHandler):
             _set_timeout(self.request, self.options.session_timeout)
             goes_on = self._say(self.session.greet())
             while goes_on and (data := self._read()):
-                goes_on = all(self._answer(reply) for reply in self.session.receive(data))
+                for reply in self.session.receive(data):
+                    goes_on = self._say(reply, self.session.request)
+                    if not goes_on:
+                        break
         except OSError as error:  # the client is gone, or does not read
             self.log("warning", f"SMTP session broke off: {error}")
 
@@ -947,23 +952,23 @@ class _Connection(socketserver.BaseRequestHandler):
         self.server.connections.discard(self)
         self.log.activity("SMTP session finished")
 
-    def _answer(self, reply: _Reply) -> bool:
-        self.log.activity("SMTP request: ", self.session.request)
-        return self._say(reply)
-
-    def _say(self, reply: _Reply) -> bool:
-        """Wait, send and log as the reply says; returns whether the session goes on.
+    def _say(self, reply: _Reply, request: str | None = None) -> bool:
+        """Log, wait and send as the reply says; returns whether the session goes on.
 
         What a client sends without waiting for each reply gets the replies together (RFC 2920).
         """
+        if request is not None and self.log.shows_activity:
+            self.log.activity("SMTP request: ", request)
         if reply.delay:
             self._flush()
             if self.server.cut.wait(reply.delay):
                 return False
         self.unsent += reply.data
-        self.log.activity("SMTP response: ", reply.text)
-        if reply.after is _After.CLOSE or len(self.unsent) > 65536:
-            self._flush()
+        if self.log.shows_activity:
+            self.log.activity("SMTP response: ", reply.text)
+        if reply.after is not _After.CLOSE and len(self.unsent) < 65536:
+            return True
+        self._flush()
         return reply.after is not _After.CLOSE
 
     def _flush(self) -> None:
@@ -974,20 +979,20 @@ class _Connection(socketserver.BaseRequestHandler):
     def _read(self) -> bytes:
         """What the client sends next; nothing if the session is at its end."""
         self._flush()
-        # is_idle is set before stopping is read, and stop() does the reverse: one of the two notices.
-        self.is_idle = self.session.awaits_command
+        server = self.server
         try:
-            data = b"" if self._is_dismissed() else self.request.recv(65536 if self.is_idle else 262144)
+            # is_idle is set before stopping is read, and stop() does the reverse: one of the two notices.
+            self.is_idle = is_idle = self.session.body is None
+            if not (is_idle and server.stopping):
+                data = self.request.recv(65536 if is_idle else 262144)
+                self.is_idle = False
+                if not (is_idle and server.stopping):
+                    return data
+            return self._say_goodbye(self.options.msg_server_shutdown)
         except (TimeoutError, BlockingIOError):
             return self._say_goodbye(self.options.msg_session_timeout)
         except ConnectionError:  # a reset is an end like any other
             return b""
-        finally:
-            self.is_idle = False
-        return self._say_goodbye(self.options.msg_server_shutdown) if self._is_dismissed() else data
-
-    def _is_dismissed(self) -> bool:
-        return self.server.stopping and self.session.awaits_command
 
     def _say_goodbye(self, text: str) -> bytes:
         self.session.end()
