@@ -37,6 +37,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 __version__ = "0.1.0"
@@ -1005,12 +1006,26 @@ class _Connection(socketserver.BaseRequestHandler):
             self.request.shutdown(how)
 
 
-class _SessionThread(threading.Thread):
-    """Serves one client. A daemon, so that a test which forgets its server can still end."""
+_SPARE_THREADS = 16
 
-    def __init__(self, listener: _Listener, *client: Any) -> None:
-        super().__init__(target=listener.process_request_thread, args=client, name="smtpmock session", daemon=True)
+
+class _SessionThread(threading.Thread):
+    """Serves one client after another: to begin a thread costs as much as a short session.
+
+    A daemon, so that a test which forgets its server can still end.
+    """
+
+    def __init__(self, listener: _Listener) -> None:
+        super().__init__(name="smtpmock session", daemon=True)
         self.listener = listener
+        self.clients: SimpleQueue[tuple[Any, Any] | None] = SimpleQueue()  # None after the last
+
+    def run(self) -> None:
+        while (client := self.clients.get()) is not None:
+            self.listener.process_request_thread(*client)
+            if len(self.listener.spare_threads) >= _SPARE_THREADS:
+                return
+            self.listener.spare_threads.append(self)
 
 
 class _Listener(socketserver.ThreadingTCPServer):
@@ -1027,6 +1042,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.mailbox = mailbox
         self.log = log
         self.connections: set[_Connection] = set()
+        self.spare_threads: list[_SessionThread] = []
         self.stopping = False
         self.cut = threading.Event()  # set when what still goes on is to end at once
         self.thread = threading.Thread(target=self.serve_forever, name="smtpmock listener", daemon=True)
@@ -1061,7 +1077,12 @@ class _Listener(socketserver.ThreadingTCPServer):
         except OSError:  # it is gone again
             return
         try:
-            _SessionThread(self, *client).start()
+            if self.spare_threads:
+                thread = self.spare_threads.pop()
+            else:
+                thread = _SessionThread(self)
+                thread.start()
+            thread.clients.put(client)
         except RuntimeError:  # no thread can be had
             self.handle_error(*client)
             self.shutdown_request(client[0])
@@ -1080,9 +1101,11 @@ class _Listener(socketserver.ThreadingTCPServer):
         for connection in self.connections.copy():
             if connection.is_idle:
                 connection.shut_down(socket.SHUT_RD)
-        threads = [thread for thread in threading.enumerate() if getattr(thread, "listener", None) is self]
+        threads = [t for t in threading.enumerate() if isinstance(t, _SessionThread) and t.listener is self]
+        for thread in threads:
+            thread.clients.put(None)
         with contextlib.suppress(ValueError):  # a logger may call stop(), in a session
-            threads.remove(threading.current_thread())
+            threads.remove(threading.current_thread())  # type: ignore[arg-type]
         deadline = time.monotonic() + timeout
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))

@@ -2015,7 +2015,7 @@ class ModuleTest(unittest.TestCase):
         return subprocess.run(command, cwd=folder, timeout=TIMEOUT, check=True, capture_output=True, text=True).stdout
 
     def test_what_it_imports(self) -> None:
-        code = "import sys, __future__, struct, socketserver, selectors, re, typing, dataclasses; before = set(sys.modules)\n"
+        code = "import sys, __future__, queue, struct, socketserver, selectors, re, typing, dataclasses; before = set(sys.modules)\n"
         code += "import smtpmock; smtpmock.Server().start().stop(); print(*sorted(set(sys.modules) - before))"
         self.assertEqual(self.python(code).split(), ["smtpmock"])
 
