@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import errno
 import os
 import re
 import selectors
@@ -1036,6 +1037,7 @@ class _Listener(socketserver.ThreadingTCPServer):
 
     def __init__(self, family: int, address: Any, options: Configuration, mailbox: _Mailbox, log: _Log) -> None:
         self.address_family = family
+        self.waker, self.wakened = socket.socketpair()
         super().__init__(address, _Connection, bind_and_activate=False)
         self.options = options
         self.handlers = _make_handlers(options)
@@ -1046,7 +1048,8 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.stopping = False
         self.cut = threading.Event()  # set when what still goes on is to end at once
         self.thread = threading.Thread(target=self.serve_forever, name="smtpmock listener", daemon=True)
-        self.waker, self.wakened = socket.socketpair()
+        self.process = os.getpid()
+        self.is_short = False  # of descriptors or threads, so that this is logged once
         try:
             if family == socket.AF_INET6:
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # [::] takes IPv4, too
@@ -1074,18 +1077,30 @@ class _Listener(socketserver.ThreadingTCPServer):
     def handle_request(self) -> None:
         try:
             client = self.get_request()
-        except OSError:  # it is gone again
-            return
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._tell_shortage(error)
+                self.cut.wait(0.05)  # the client is still there, and would wake this thread at once
+            return  # otherwise it is gone again
         try:
             if self.spare_threads:
                 thread = self.spare_threads.pop()
             else:
                 thread = _SessionThread(self)
                 thread.start()
-            thread.clients.put(client)
-        except RuntimeError:  # no thread can be had
-            self.handle_error(*client)
+        except RuntimeError as error:
+            self._tell_shortage(error)
+            with contextlib.suppress(OSError):
+                client[0].send(b"421 No thread for another session\r\n")
             self.shutdown_request(client[0])
+        else:
+            self.is_short = False
+            thread.clients.put(client)
+
+    def _tell_shortage(self, error: Exception) -> None:
+        if not self.is_short:
+            self.log("error", f"SMTP mock server cannot take another client: {error}")
+        self.is_short = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         import traceback
@@ -1095,6 +1110,11 @@ class _Listener(socketserver.ThreadingTCPServer):
     def close(self, timeout: float) -> bool:
         """End all sessions, after timeout seconds by force; returns whether that was needed."""
         self.stopping = True
+        if self.process != os.getpid():  # after a fork, the threads and what goes on in the sockets are the parent's
+            for connection in self.connections:
+                connection.request.close()
+            self.server_close()
+            return False
         self.waker.send(b"\0")
         self.thread.join()
         self.server_close()

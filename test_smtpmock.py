@@ -1322,13 +1322,13 @@ class WaitingTest(unittest.TestCase):
             purgers = [threading.Thread(target=purge), threading.Thread(target=wait)]
             for thread in purgers:
                 thread.start()
-            in_threads(*[lambda: self.send(server, 20)] * 8)
+            in_threads(*[lambda: self.send(server, 50)] * 64)
             done.set()
             for thread in purgers:
                 thread.join(TIMEOUT)
             found += server.messages_and_purge()
-            self.assertEqual(len(found), 160)
-            self.assertEqual(len(set(map(id, found))), 160)
+            self.assertEqual(len(found), 3200)
+            self.assertEqual(len(set(map(id, found))), 3200)
 
 
 # ------------------------------------------------------------------------------------- server life
@@ -1439,9 +1439,23 @@ class ServerTest(unittest.TestCase):
             with self.assertRaisesRegex(ServerStartError, "can't start new thread"):
                 server.start()
         self.assertFalse(server.is_running)
-        with server, mock.patch.object(smtpmock, "_SessionThread", side_effect=RuntimeError("can't start new thread")):
+
+    def test_no_thread_no_session(self) -> None:
+        recorder = Recorder()
+        with Server(logger=recorder) as server:
+            with mock.patch.object(
+                smtpmock._SessionThread, "start", side_effect=RuntimeError("can't start new thread")
+            ):
+                for _ in range(3):
+                    with Client(server) as client:
+                        self.assertEqual(
+                            [client.read(), client.read()], ["421 No thread for another session", "<closed>"]
+                        )
             with Client(server) as client:
-                self.assertEqual(client.read(), "<closed>")
+                self.assertEqual(client.read(), "220 Welcome")
+        recorder.wait_for("stopped")
+        errors = [text for level, text in recorder.seen if level == "error"]
+        self.assertEqual(errors, ["SMTP mock server cannot take another client: can't start new thread"])
 
     # stop()
 
@@ -1625,6 +1639,205 @@ class ServerTest(unittest.TestCase):
         self.assertEqual(repr(server), "<smtpmock.Server on [::1]:0, not running>")
         with Server() as server:
             self.assertEqual(repr(server), f"<smtpmock.Server on 127.0.0.1:{server.port}>")
+
+
+# ------------------------------------------------------------------------------------------- abuse
+
+
+class GarbageTest(unittest.TestCase):
+    """Bytes that no client would send, from a generator with a fixed seed."""
+
+    PARTS: Sequence[bytes] = [
+        b"EHLO a.com", b"HELO [1.2.3.4]", b"MAIL FROM:<a@a.com>", b"MAIL FROM:<>", b"RCPT TO:<b@b.com>", b"DATA", b".",
+        b"RSET", b"NOOP", b"QUIT", b"FOO", b"", b"\x00", b"\xff\xfe", b"\r", b" ", b"\t", b"x" * 5000, "дядя".encode(),
+    ]  # fmt: skip
+
+    def make_line(self, rng: random.Random) -> bytes:
+        line = bytearray(rng.choice(self.PARTS))
+        for _ in range(rng.choice((0, 0, 0, 1, 3))):
+            at = rng.randrange(len(line) + 1)
+            line[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+        return bytes(line).replace(b"\n", b"")[:6000]
+
+    def test_in_memory(self) -> None:
+        """Each line that is not of a body has one reply, and the records are consistent."""
+        for seed in range(400):
+            rng = random.Random(seed)
+            options = {
+                name: rng.random() < 0.3 for name in ("fail_fast", "multiple_rcptto", "multiple_message_receiving")
+            }
+            memory = Memory(**options, msg_size_limit=rng.choice((0, 20, 10_000)))
+            replies: list[smtpmock._Reply] = []
+            with self.subTest(seed=seed):
+                for _ in range(30):
+                    is_command = memory.session.body is None
+                    is_over = bool(replies) and replies[-1].after is smtpmock._After.CLOSE
+                    found = memory.feed(self.make_line(rng) + rng.choice((b"\n", b"\r\n")))
+                    self.assertIn(len(found), (0,) if is_over else (1,) if is_command else (0, 1))
+                    replies += found
+                memory.session.end()
+                accepted = sum(reply.text == RECEIVED and reply.accepts for reply in replies)
+                for message in memory.messages():
+                    self.assertEqual(message.is_consistent, bool(message.msg and message.rcpt_tos))
+                    self.assertEqual(message.content.decode("utf-8", "surrogateescape"), message.msg_request)
+                    self.assertLessEqual(len(message.rcpt_tos), len(message.rcptto_request_response))
+                    self.assertTrue(repr(message))
+                self.assertLessEqual(len(memory.messages()), 1 + accepted)
+
+    def test_through_a_socket(self) -> None:
+        with Server(session_timeout=TIMEOUT) as server:
+            for seed in range(200):
+                rng = random.Random(seed)
+                with Client(server) as client:
+                    lines = b"\r\n".join(self.make_line(rng) for _ in range(20))
+                    with contextlib.suppress(ConnectionError):
+                        client.send(lines + b"\r\n.\r\nQUIT\r\n")
+                    if rng.random() < 0.5:
+                        client.reset()
+                    else:
+                        while client.read() != "<closed>":
+                            pass
+            with Client(server) as client:
+                self.assertEqual([client.read(), *client.ask("NOOP")], ["220 Welcome", "250 Ok"])
+
+    def test_one_byte_at_a_time(self) -> None:
+        with Server() as server, Client(server) as client:
+            for byte in b"EHLO a.com\r\n" + MAIL + b"QUIT\r\n":
+                client.send(bytes([byte]))
+            while client.read() != "<closed>":
+                pass
+            self.assertTrue(server.messages()[0].is_consistent)
+
+    def test_an_endless_line_or_body_is_not_kept(self) -> None:
+        chunk = b"x" * 65536
+        memory = Memory(msg_size_limit=1000)
+        session = memory.session
+        for _ in range(200):
+            memory.feed(chunk)
+            self.assertLess(len(session._rest), 5000)
+        memory.feed(b"\r\nEHLO a.com\r\n" + "\r\n".join([*SEND[:3], ""]).encode())
+        for _ in range(200):
+            memory.feed(chunk)
+            assert session.body is not None
+            self.assertLess(len(session.body._raw), 5000)
+        self.assertEqual([reply.text[:3] for reply in memory.feed(b"\r\n.\r\nNOOP\r\n")], ["552", "250"])
+
+
+class ResourceTest(unittest.TestCase):
+    """What a process may run out of, or do to its server."""
+
+    def python(self, code: str) -> str:
+        command = [sys.executable, "-W", "error", "-X", "dev", "-c", textwrap.dedent(code)]
+        done = subprocess.run(command, cwd=HERE, timeout=TIMEOUT, capture_output=True, text=True, check=False)
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        return done.stdout
+
+    @unittest.skipIf(sys.platform == "win32", "Windows has no such limit")
+    def test_no_more_descriptors(self) -> None:
+        """Those for whom there is none wait without being asked all the time, and are served once there are some."""
+        code = """
+            import resource, sys, smtpmock
+            class Logger:
+                def info_activity(self, message): pass
+                def error(self, message): print(message, flush=True)
+                info = warning = info_activity
+            calls = 0
+            get_request = smtpmock._Listener.get_request
+            def counted(self):
+                global calls
+                calls += 1
+                return get_request(self)
+            smtpmock._Listener.get_request = counted
+            with smtpmock.Server(logger=Logger()) as server:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
+                print(server.port, flush=True)
+                sys.stdin.readline()
+            print(calls, flush=True)
+        """
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=HERE, **pipes) as process, contextlib.ExitStack() as stack:
+            self.addCleanup(process.kill)
+            address = ("127.0.0.1", int(process.stdout.readline()))  # type: ignore[union-attr]
+            clients = [stack.enter_context(socket.create_connection(address, TIMEOUT)) for _ in range(40)]
+            self.assertIn("cannot take another client", process.stdout.readline())  # type: ignore[union-attr]
+            for client in clients:  # each makes room for another
+                self.assertEqual(client.recv(100), b"220 Welcome\r\n")
+                client.close()
+            out, err = process.communicate("stop\n", timeout=TIMEOUT)
+        self.assertEqual((process.returncode, err), (0, ""))
+        self.assertLess(int(out.splitlines()[-1]), 1000)
+
+    def test_many_starts_and_stops(self) -> None:
+        out = self.python("""
+            import os, smtpmock, socket, threading
+            server = smtpmock.Server().start()
+            server.stop()
+            count = len(os.listdir("/dev/fd")) if os.path.exists("/dev/fd") else 0
+            for _ in range(200):
+                with server, socket.create_connection((server.host, server.port), 10) as client:
+                    client.recv(100)
+            left = len(os.listdir("/dev/fd")) if count else 0
+            print(left - count, threading.active_count())
+        """)
+        self.assertEqual(out, "0 1\n")
+
+    def test_stop_while_clients_connect(self) -> None:
+        before = set(threading.enumerate())
+        for _ in range(10):
+            server = Server(shutdown_timeout=0.1).start()
+            stopped = threading.Event()
+
+            def connect(server: Server = server, stopped: threading.Event = stopped) -> int:
+                count = 0
+                while not stopped.is_set():
+                    with contextlib.suppress(OSError), Client(server) as client:
+                        count += client.read() == "220 Welcome"
+                return count
+
+            def stop(server: Server = server, stopped: threading.Event = stopped) -> None:
+                with Client(server) as client:
+                    client.read()
+                server.stop()
+                stopped.set()
+
+            self.assertEqual(in_threads(stop, connect, connect, connect)[0], None)
+            self.assertEqual(set(threading.enumerate()) - before, set())
+
+    @unittest.skipUnless(hasattr(os, "fork"), "this system cannot fork")
+    def test_fork(self) -> None:
+        """A child has the server's sockets but not its threads; what it does with them is not the parent's matter."""
+        out = self.python("""
+            import os, smtplib, smtpmock, socket, time, warnings
+            warnings.simplefilter("ignore", DeprecationWarning)
+            with smtpmock.Server() as server, smtplib.SMTP(server.host, server.port, timeout=10) as client:
+                child = os.fork()
+                if child == 0:
+                    server.stop()
+                    server.start()
+                    with smtplib.SMTP(server.host, server.port, timeout=10) as own:
+                        own.sendmail("child@a.com", ["b@b.com"], "hi")
+                    server.stop()
+                    os._exit(0 if len(server.messages()) == 1 else 1)
+                assert os.waitpid(child, 0)[1] == 0
+                used = time.process_time()
+                client.sendmail("a@a.com", ["b@b.com"], "hi")
+                with smtplib.SMTP(server.host, server.port, timeout=10) as other:
+                    other.sendmail("a@a.com", ["b@b.com"], "hi")
+                print([message.mail_from for message in server.messages()])
+        """)
+        self.assertEqual(out, "['a@a.com', 'a@a.com']\n")
+
+    def test_an_exit_with_a_running_server(self) -> None:
+        out = self.python("""
+            import smtplib, smtpmock, sys
+            server = smtpmock.Server(response_delay_noop=100).start()
+            client = smtplib.SMTP(server.host, server.port, timeout=10)
+            client.putcmd("noop")
+            client.close()
+            print("end")
+        """)
+        self.assertEqual(out, "end\n")
 
 
 # ------------------------------------------------------------------------------------ real clients
@@ -1996,6 +2209,28 @@ class ProcessTest(unittest.TestCase):
             process = self.start(*argv)
             out, err = process.communicate(timeout=TIMEOUT)
             self.assertEqual((process.returncode, out, len(err.splitlines())), (status, "", 1))
+
+    def test_a_killed_one_leaves_its_port(self) -> None:
+        process = self.start()
+        port = self.port(process)
+        for _ in range(3):
+            with smtplib.SMTP("127.0.0.1", port, timeout=TIMEOUT) as client:
+                client.noop()
+                process.kill()
+                process.wait(TIMEOUT)
+            process = self.start(f"-port={port}")
+            self.assertEqual(self.port(process), port)
+
+    def test_a_closed_stdout(self) -> None:
+        process = self.start("-log")
+        port = self.port(process)
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        with smtplib.SMTP("127.0.0.1", port, timeout=TIMEOUT) as client:
+            client.sendmail("a@a.com", ["b@b.com"], "hi")
+        process.terminate()
+        self.assertRegex(process.stderr.read(), r"\Asmtpmock: the log is incomplete[^\n]*BrokenPipe[^\n]*\n\Z")
+        self.assertEqual(process.wait(TIMEOUT), 0)
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no /dev/full")
     def test_a_stdout_that_takes_nothing(self) -> None:
