@@ -38,7 +38,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from queue import SimpleQueue
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 __version__ = "0.1.0"
@@ -153,7 +152,7 @@ _BAD = "503 Bad sequence of commands."
 _UNRECOGNIZED = "502 Command unrecognized. Available commands: HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Configuration:
     """Every option of a server, checked when it is made: ConfigurationError if one cannot be used.
 
@@ -229,30 +228,31 @@ class Configuration:
 
 # ----------------------------------------------------------------------------------------- grammar
 
-# Every pattern is linear: where a part of one repeats, no two of its parts match the same text.
+# Every pattern is linear: where a part of one repeats, no two of its parts match the same text. They
+# are for printable text, and so need not tell letters of any script (RFC 6531 section 3.3) from control
+# characters, white space that is not ASCII, and the surrogates for bytes that are not UTF-8.
 
-# "Let-dig" and "ALPHA" of RFC 5321 section 4.1.2, in any script as RFC 6531 section 3.3 has it. Not
-# the surrogates, which stand for the bytes that are not UTF-8.
-_ALNUM = r"[^\x00-/:-@\[-`{-\xa0\s\ud800-\udfff]"
-_ALPHA = r"[^\x00-@\[-`{-\xa0\s\ud800-\udfff]"
+# "Let-dig" and "ALPHA" of RFC 5321 section 4.1.2.
+_ALNUM = r"[^ -/:-@\[-`{-~]"
+_ALPHA = r"[^ -@\[-`{-~]"
 _LABEL = rf"{_ALNUM}+(?:-+{_ALNUM}+)*"
 _DOTTED = rf"(?:{_LABEL}\.)+(?:{_ALPHA}{{2,}}|[xX][nN]--{_LABEL})"
 
 # RFC 5321 section 4.1.3; whether the numbers are right is for inet_pton() to say.
-_ADDRESS_LITERAL = re.compile(r"\[(IPv6:)?([0-9a-f:.]+)\]", re.IGNORECASE | re.ASCII)
+_ADDRESS_LITERAL = re.compile(r"\[([iI][pP][vV]6:)?([0-9a-fA-F:.]+)\]")
 
 # The argument of HELO, section 4.1.1.1. A host without a domain sends its one label, as containers
 # do; digits alone are no name, though.
 _DOMAIN = re.compile(rf"{_DOTTED}|(?=[0-9-]*[^0-9-]){_LABEL}")
 
-# "Mailbox" of section 4.1.2. An atom may be of any script, too (RFC 6531).
-_ATOM = r"[^\x00- \"(),.:;<>@\[\\\]\x7f-\xa0\s\ud800-\udfff]+"
-_QUOTED = r"\"(?:[^\x00-\x1f\"\\\x7f\ud800-\udfff]|\\[ -~])*\""
-_MAILBOX = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_DOTTED}|(?i:localhost)|\[[^\[\]]*\])"
+# "Mailbox" of section 4.1.2.
+_ATOM = r"[^ \"(),.:;<>@\[\\\]]+"
+_QUOTED = r"\"(?:[^\"\\]|\\[ -~])*\""
+_MAILBOX = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_DOTTED}|[lL][oO][cC][aA][lL][hH][oO][sS][tT]|\[[^\[\]]*\])"
 
 # The path of MAIL and RCPT, section 4.1.1.2 and as clients send it: <user@example.com>,
 # user@example.com, John Doe <user@example.com>.
-_PATH = re.compile(rf"[^\x00-\x1f\"<>@]*<({_MAILBOX})>|({_MAILBOX})")
+_PATH = re.compile(rf"([^\"<>@]*<)?({_MAILBOX})(>)?")
 
 
 def _is_ip_address(text: str, family: socket.AddressFamily) -> bool:
@@ -272,16 +272,16 @@ def _is_address_literal(text: str) -> bool:
 
 def _parse_domain(text: str) -> str | None:
     valid = _DOMAIN.fullmatch(text) or _is_address_literal(text) or _is_ip_address(text, socket.AF_INET)
-    return text if valid else None
+    return text if valid and text.isprintable() else None
 
 
 def _parse_path(text: str) -> str | None:
     match = _PATH.fullmatch(text)
-    if match is None:
+    if match is None or (match[1] is None) != (match[3] is None) or not text.isprintable():
         return None
-    address: str = match[1] or match[2]
-    literal = address[address.rindex("@") + 1 :]
-    return address if literal[0] != "[" or _is_address_literal(literal) else None
+    address: str = match[2]
+    domain = address[address.rindex("@") + 1 :]
+    return address if domain[0] != "[" or _is_address_literal(domain) else None
 
 
 def _parse_sender(text: str) -> str | None:
@@ -797,12 +797,14 @@ class _Session:
 # ----------------------------------------------------------------------------------------- mailbox
 
 
-@dataclasses.dataclass(eq=False, slots=True)
 class _Entry:
     """A place in the mailbox."""
 
-    message: Message
-    purged: bool = False
+    __slots__ = ("message", "purged")
+
+    def __init__(self, message: Message) -> None:
+        self.message = message
+        self.purged = False
 
 
 class _Mailbox:
@@ -1017,6 +1019,8 @@ class _SessionThread(threading.Thread):
     """
 
     def __init__(self, listener: _Listener) -> None:
+        from queue import SimpleQueue
+
         super().__init__(name="smtpmock session", daemon=True)
         self.listener = listener
         self.clients: SimpleQueue[tuple[Any, Any] | None] = SimpleQueue()  # None after the last

@@ -1,0 +1,87 @@
+"""What must hold of a session for all bytes, sought by hypothesis: python .ci/properties.py [EXAMPLES]."""
+
+import re
+import sys
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import smtpmock
+
+EXAMPLES = int(sys.argv[1]) if len(sys.argv) > 1 else 2000
+ENVELOPE = b"EHLO a.com\r\nMAIL FROM:<a@a.com>\r\nRCPT TO:<b@b.com>\r\nDATA\r\n"
+FLAGS = ("fail_fast", "multiple_rcptto", "multiple_message_receiving")
+
+options = st.fixed_dictionaries(
+    dict.fromkeys(FLAGS, st.booleans()) | {"msg_size_limit": st.sampled_from([0, 10, 10**6])}
+)
+words = st.sampled_from([*ENVELOPE.splitlines(), b"RSET", b"NOOP", b"QUIT", b".", b"..", b"", b"\r", b"RCPT TO:<x>"])
+lines = st.one_of(words, words, st.binary(max_size=40), st.just(b"x" * 5000)).map(lambda line: line.replace(b"\n", b""))
+streams = st.lists(st.tuples(lines, st.sampled_from([b"\r\n", b"\r\n", b"\n"])).map(b"".join), max_size=25)
+
+
+def converse(chosen: dict[str, bool | int], pieces: list[bytes]) -> tuple[list[str], list[list[object]]]:
+    """The replies to the pieces, and all that the messages say."""
+    configuration = smtpmock.Configuration(**chosen)  # type: ignore[arg-type]
+    mailbox = smtpmock._Mailbox()
+    session = smtpmock._Session(configuration, smtpmock._make_handlers(configuration), mailbox)
+    replies = [reply.text for piece in pieces for reply in session.receive(piece)]
+    session.end()
+    names = [name for name in dir(smtpmock.Message) if not name.startswith("_")]
+    return replies, [[getattr(message, name) for name in names] for message in mailbox.messages(purge=False)]
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(options, streams, st.data())
+def pieces_do_not_matter(chosen: dict[str, bool | int], stream: list[bytes], data: st.DataObject) -> None:
+    whole = b"".join(stream)
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(whole)))))
+    pieces = [whole[i:j] for i, j in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    assert converse(chosen, pieces) == converse(chosen, [whole])
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(options, streams)
+def each_command_has_one_reply(chosen: dict[str, bool | int], stream: list[bytes]) -> None:
+    configuration = smtpmock.Configuration(**chosen)  # type: ignore[arg-type]
+    handlers = smtpmock._make_handlers(configuration)
+    session = smtpmock._Session(configuration, handlers, smtpmock._Mailbox())
+    over = False
+    for line in stream:
+        is_command = session.body is None
+        replies = list(session.receive(line))
+        assert len(replies) in ((0,) if over else (1,) if is_command else (0, 1))
+        over = over or any(reply.after is smtpmock._After.CLOSE for reply in replies)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.lists(st.sampled_from([b"\r\n", b".", b"\r", b"\n", b"a", b"\x00", b"\xff"]), max_size=40).map(b"".join))
+def a_body_comes_as_it_was_sent(body: bytes) -> None:
+    body += b"" if body.endswith(b"\r\n") else b"\r\n"
+    stuffed = re.sub(rb"(^|(?<=\r\n))\.", b"..", body)
+    _, messages = converse({}, [ENVELOPE + stuffed + b".\r\n"])
+    assert body in messages[0] and True in messages[0]
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(st.text(max_size=60))
+def what_is_parsed_is_valid(text: str) -> None:
+    address = smtpmock._parse_path(text)
+    if address is not None:
+        assert address in text and "@" in address and smtpmock._parse_path(f"<{address}>") == address
+        assert not re.search(r"[\x00-\x1f\x7f]", address)
+    assert smtpmock._parse_domain(text) in (None, text)
+
+
+if __name__ == "__main__":
+    for check in (
+        pieces_do_not_matter,
+        each_command_has_one_reply,
+        a_body_comes_as_it_was_sent,
+        what_is_parsed_is_valid,
+    ):
+        check()
+        print(f"{check.__name__}: {EXAMPLES} examples")
