@@ -220,10 +220,12 @@ class Configuration:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            kind, value = field.metadata["kind"], getattr(self, field.name)
-            _check(field.name, value, kind)
-            if kind is _NAMES:  # in the form in which they are looked up
-                object.__setattr__(self, field.name, frozenset(map(_fold, value)))
+            value = getattr(self, field.name)
+            if value is not field.default:
+                kind = field.metadata["kind"]
+                _check(field.name, value, kind)
+                if kind is _NAMES:  # in the form in which they are looked up
+                    object.__setattr__(self, field.name, frozenset(map(_fold, value)))
 
 
 # ----------------------------------------------------------------------------------------- grammar
@@ -1178,7 +1180,7 @@ class Server:
     def __init__(self, configuration: Configuration | None = None, *, logger: Any = None, **options: Any) -> None:
         if not isinstance(configuration, Configuration | None):
             raise ConfigurationError(f"configuration={configuration!r}: must be a Configuration")
-        self._options = dataclasses.replace(configuration or Configuration(), **options)
+        self._options = dataclasses.replace(configuration, **options) if configuration else Configuration(**options)
         self._host, self._port = self._options.host, self._options.port
         self._mailbox = _Mailbox()
         self._lifecycle = threading.Lock()  # one start() or stop() at a time

@@ -5,8 +5,8 @@
 The floor is the least that a thread-per-connection server in Python can do: it cuts lines, sends
 canned replies and keeps the bodies. Each server runs in a process of its own, on the same Python,
 and the client is this process, on another processor, with raw sockets, no parsing and no sleep.
-Every round takes the servers in turn. Printed are medians over the rounds, the spread (highest less lowest, of the median), and the
-ratios, which are what to look at: the machine's own speed drops out of them.
+Every round takes the servers in turn. Printed are medians over the rounds, half the span from the
+lowest to the highest, and the ratios, which are what to look at: in them the machine drops out.
 
 Exits with 1 if a count is wrong, or if a ratio misses its target by more than half of it.
 """
