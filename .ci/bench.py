@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import os
 import re
+import resource
 import selectors
 import shutil
 import smtplib
@@ -661,6 +662,8 @@ def main() -> int:
     if arguments.serve:
         serve(arguments.serve)
         return 0
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     folder = tempfile.mkdtemp()
     try:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
