@@ -1532,6 +1532,27 @@ class ServerTest(unittest.TestCase):
             server.stop()
         self.assert_nothing_is_left(server)
 
+    def test_endless_clients_are_cut_off_and_disturb_nobody(self) -> None:
+        server = Server(shutdown_timeout=0.1, msg_size_limit=1000).start()
+        stopped = threading.Event()
+
+        def flood(prefix: bytes) -> None:
+            with Client(server) as client, contextlib.suppress(OSError):
+                client.send(prefix)
+                while not stopped.is_set():
+                    client.send(b"x" * 65536)
+
+        def user() -> str:
+            with Client(server) as client:
+                replies = [client.read(), *client.ask("EHLO a.com", *SEND)]
+            server.stop()
+            stopped.set()
+            return replies[-1]
+
+        body = "\r\n".join(["EHLO a.com", *SEND[:3], ""]).encode()
+        self.assertEqual(in_threads(user, lambda: flood(b""), lambda: flood(body))[0], RECEIVED)
+        self.assert_nothing_is_left(server)
+
     def test_stop_from_a_session(self) -> None:
         class Stopper(Recorder):
             def info_activity(self, message: str, /) -> None:
@@ -1790,9 +1811,12 @@ class ResourceTest(unittest.TestCase):
 
             def connect(server: Server = server, stopped: threading.Event = stopped) -> int:
                 count = 0
-                while not stopped.is_set():
-                    with contextlib.suppress(OSError), Client(server) as client:
-                        count += client.read() == "220 Welcome"
+                # Only until the first refusal: one of many tries to reach a port that is free would get that port for
+                # its own end, and connect to itself.
+                with contextlib.suppress(OSError):
+                    while not stopped.is_set():
+                        with Client(server) as client:
+                            count += client.read() == "220 Welcome"
                 return count
 
             def stop(server: Server = server, stopped: threading.Event = stopped) -> None:
