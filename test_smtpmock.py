@@ -1812,10 +1812,12 @@ class ResourceTest(unittest.TestCase):
             def connect(server: Server = server, stopped: threading.Event = stopped) -> int:
                 count = 0
                 # Only until the first refusal: one of many tries to reach a port that is free would get that port for
-                # its own end, and connect to itself.
+                # its own end, and connect to itself. And not for long: Linux may forget a connection that is made
+                # while the listening socket is closed, and tell the client nothing.
                 with contextlib.suppress(OSError):
                     while not stopped.is_set():
                         with Client(server) as client:
+                            client.socket.settimeout(1)
                             count += client.read() == "220 Welcome"
                 return count
 
