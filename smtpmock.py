@@ -113,7 +113,8 @@ _SECONDS = _Kind("a number of seconds from 0 to 1000000", _number(0, 1e6, int, f
 _TIMEOUT = _Kind("a number of seconds from 0.001 to 1000000", _number(1e-3, 1e6, int, float), float)
 _PORT = _Kind("an integer from 0 to 65535", _number(0, 65535, int), int)
 _COUNT = _Kind("an integer from 0 up", _number(0, float("inf"), int), int)
-_FLAG = _Kind("true or false", lambda value: isinstance(value, bool), lambda text: {"true": True, "false": False}[text])
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
+_FLAG = _Kind("true or false", lambda value: isinstance(value, bool), lambda text: _FLAGS[text.lower()])
 _TEXT = _Kind("a string", lambda value: isinstance(value, str), str)
 _NAMES = _Kind("a list of strings", _are_names, lambda text: [name.strip() for name in text.split(",") if name.strip()])
 
@@ -857,17 +858,10 @@ class _Mailbox:
 class Logger(Protocol):
     """What a server logs to. A logging.Logger is good as it is: activity then goes to its info()."""
 
-    def info_activity(self, message: str, /) -> None:
-        """A session began or ended, a request came, a reply went."""
-
-    def info(self, message: str, /) -> None:
-        """The server started or stopped."""
-
-    def warning(self, message: str, /) -> None:
-        """The server is stopping, or a session broke off."""
-
-    def error(self, message: str, /) -> None:
-        """The server could not start, or something in it failed."""
+    def info_activity(self, message: str, /) -> None: ...  # the sessions, their requests and replies
+    def info(self, message: str, /) -> None: ...  # start and stop
+    def warning(self, message: str, /) -> None: ...  # a stop that begins, a session that broke off
+    def error(self, message: str, /) -> None: ...  # a start that failed, a client that could not be served
 
 
 class _Log:

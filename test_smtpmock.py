@@ -2103,7 +2103,7 @@ class CommandLineTest(unittest.TestCase):
         for name in ("log", "fail_fast"):
             fields = ["log_to_stdout", "log_server_activity"] if name == "log" else [name]
             for flag in flags(name):
-                for text, value in {"": True, "=true": True, "=false": False}.items():
+                for text, value in {"": True, "=true": True, "=1": True, "=False": False, "=0": False}.items():
                     self.assertEqual(self.parse(flag + text, "-port=1"), {**dict.fromkeys(fields, value), "port": 1})
         self.assertEqual(self.parse("-msgNoopReceived=", "-blacklistedHeloDomains="), {
             "msg_noop_received": "", "blacklisted_helo_domains": [],
