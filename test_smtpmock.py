@@ -135,6 +135,13 @@ class Recorder:
                 return line
 
 
+def has_ipv6_loopback() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
 def in_threads(*calls: Any) -> list[Any]:
     """Run the calls at once; their results, or the exceptions that they raised."""
     results: list[Any] = [None] * len(calls)
@@ -583,7 +590,7 @@ DIALOGUES: dict[str, tuple[dict[str, Any], str]] = {
         {},
         f"""
     S: 220 Welcome
-    R: {"x" * 5000}
+    R: {"x" * 4096}
     S: 500 Line too long
     R: {"y" * 50000}
     R: {"z" * 9}\\r\\nNOOP\\r\\n
@@ -1412,7 +1419,7 @@ class ServerTest(unittest.TestCase):
 
     def test_hosts(self) -> None:
         families = {"127.0.0.1": "127.0.0.1", "localhost": "localhost"}
-        if socket.has_ipv6:
+        if has_ipv6_loopback():
             families |= {"::1": "::1", "[::1]": "::1", "[::]": "::"}
         for host, reached_at in families.items():
             with self.subTest(host), Server(host=host) as server, Client(server) as client:
@@ -1423,6 +1430,22 @@ class ServerTest(unittest.TestCase):
     def test_every_address_takes_ipv4_too(self) -> None:
         with Server(host="[::]") as server, socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as client:
             self.assertEqual(client.recv(100), b"220 Welcome\r\n")
+
+    def test_threads_are_used_again(self) -> None:
+        """But not kept in any number."""
+        with Server() as server:
+            listener = server._listener
+            assert listener is not None
+            for count in (1, 1, 50):
+                with contextlib.ExitStack() as stack:
+                    clients = [stack.enter_context(Client(server)) for _ in range(count)]
+                    for client in clients:
+                        self.assertEqual([client.read(), *client.ask("QUIT"), client.read()][-1], "<closed>")
+                deadline = time.monotonic() + TIMEOUT
+                while not listener.spare_threads and time.monotonic() < deadline:
+                    time.sleep(0)
+                self.assertTrue(listener.spare_threads)
+            self.assertLess(len(listener.spare_threads), 2 * smtpmock._SPARE_THREADS)
 
     def test_starts_and_stops_at_once(self) -> None:
         server = Server()
@@ -2191,6 +2214,7 @@ class ProcessTest(unittest.TestCase):
     def start(self, *argv: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "smtpmock", *argv],
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE,
         )  # fmt: skip
         self.addCleanup(process.communicate)
