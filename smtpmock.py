@@ -1029,6 +1029,15 @@ class _SessionThread(threading.Thread):
             self.listener.spare_threads.append(self)
 
 
+def _join_all(threads: Sequence[threading.Thread], timeout: float) -> bool:
+    """Whether all of the threads but this one, where a logger may have called stop(), end in time."""
+    deadline = time.monotonic() + timeout
+    others = [thread for thread in threads if thread is not threading.current_thread()]
+    for thread in others:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return not any(thread.is_alive() for thread in others)
+
+
 class _Listener(socketserver.ThreadingTCPServer):
     """Accepts clients, from open() to close()."""
 
@@ -1124,15 +1133,9 @@ class _Listener(socketserver.ThreadingTCPServer):
         threads = [t for t in threading.enumerate() if isinstance(t, _SessionThread) and t.listener is self]
         for thread in threads:
             thread.clients.put(None)
-        with contextlib.suppress(ValueError):  # a logger may call stop(), in a session
-            threads.remove(threading.current_thread())  # type: ignore[arg-type]
-        deadline = time.monotonic() + timeout
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if any(thread.is_alive() for thread in threads):
+        if not _join_all(threads, timeout):
             self.cut_off()
-        for thread in threads:
-            thread.join()
+            _join_all(threads, 5)  # they end at once, unless a logger holds one up, which may be for ever
         return self.cut.is_set()
 
     def cut_off(self) -> None:

@@ -1591,6 +1591,24 @@ class ServerTest(unittest.TestCase):
             stopper.wait_for("stopped")
         self.assertFalse(server.is_running)
 
+    def test_a_logger_that_holds_up_a_session_does_not_hold_up_stop(self) -> None:
+        release, held = threading.Event(), threading.Event()
+
+        class Holder(Recorder):
+            def info_activity(self, message: str, /) -> None:
+                if message == "SMTP request: NOOP":
+                    held.set()
+                    release.wait(TIMEOUT)
+
+        server = Server(logger=Holder(), shutdown_timeout=0).start()
+        with Client(server) as client, mock.patch.object(smtpmock, "_join_all", wraps=smtpmock._join_all) as join_all:
+            client.send(b"NOOP\r\n")
+            held.wait(TIMEOUT)
+            join_all.side_effect = lambda threads, timeout: mock.DEFAULT if timeout == 0 else release.set()
+            server.stop()
+            self.assertEqual([call.args[1] for call in join_all.call_args_list], [0, 5])
+        release.set()
+
     # Sessions
 
     def test_silence(self) -> None:
