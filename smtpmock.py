@@ -897,9 +897,8 @@ class _Log:
     def _print(self, level: str, message: str) -> None:
         stream = sys.stderr if level == "ERROR" else sys.stdout  # looked up here, since tests replace them
         now = time.time()
-        line = (
-            f"{level}: {time.strftime('%Y/%m/%d %H:%M:%S', time.localtime(now))}.{int(now % 1 * 1e6):06d} {message}\n"
-        )
+        stamp = time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(now))
+        line = f"{level}: {stamp}.{int(now % 1 * 1e6):06d} {message}\n"
         encoding = stream.encoding or "utf-8"
         stream.write(line.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
@@ -1321,7 +1320,7 @@ def _make_parser() -> Any:
         def error(self, message: str) -> Any:
             raise ConfigurationError(message)
 
-    parser = Parser("smtpmock", description=__doc__.partition("\n")[0], allow_abbrev=False, add_help=False)
+    parser = Parser("smtpmock", description=__doc__.partition("\n")[0], add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
     parser.add_argument("-v", "--version", action="store_true", help="print the version and exit")
     _add_flag(parser, "log", _FLAG, False, "log to stdout, errors to stderr")

@@ -1447,6 +1447,16 @@ class ServerTest(unittest.TestCase):
                 self.assertTrue(listener.spare_threads)
             self.assertLess(len(listener.spare_threads), 2 * smtpmock._SPARE_THREADS)
 
+    def test_the_listener_sleeps_until_there_is_something_to_do(self) -> None:
+        accept = smtpmock._Listener.handle_request
+        with mock.patch.object(smtpmock._Listener, "handle_request", autospec=True, side_effect=accept) as accepts:
+            with Server(session_timeout=0.05) as server:
+                for _ in range(3):
+                    with Client(server) as client:
+                        while client.read() != "<closed>":
+                            pass
+        self.assertEqual(accepts.call_count, 3)
+
     def test_starts_and_stops_at_once(self) -> None:
         server = Server()
         results = in_threads(*[server.start, server.stop] * 8)
@@ -1878,9 +1888,11 @@ class ResourceTest(unittest.TestCase):
             import os, smtplib, smtpmock, socket, time, warnings
             warnings.simplefilter("ignore", DeprecationWarning)
             with smtpmock.Server() as server, smtplib.SMTP(server.host, server.port, timeout=10) as client:
+                (connection,) = server._listener.connections
                 child = os.fork()
                 if child == 0:
                     server.stop()
+                    assert connection.request.fileno() == -1
                     server.start()
                     with smtplib.SMTP(server.host, server.port, timeout=10) as own:
                         own.sendmail("child@a.com", ["b@b.com"], "hi")
