@@ -1045,7 +1045,6 @@ class _Listener(socketserver.ThreadingTCPServer):
 
     def __init__(self, family: int, address: Any, options: Configuration, mailbox: _Mailbox, log: _Log) -> None:
         self.address_family = family
-        self.waker, self.wakened = socket.socketpair()
         super().__init__(address, _Connection, bind_and_activate=False)
         self.options = options
         self.handlers = _make_handlers(options)
@@ -1058,7 +1057,9 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.thread = threading.Thread(target=self.serve_forever, name="smtpmock listener", daemon=True)
         self.process = os.getpid()
         self.is_short = False  # of descriptors or threads, so that this is logged once
+        self.wake: tuple[socket.socket, ...] = ()  # the end to write to, and the one to wait for
         try:
+            self.wake = socket.socketpair()
             if family == socket.AF_INET6:
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # [::] takes IPv4, too
             self.server_bind()
@@ -1069,13 +1070,14 @@ class _Listener(socketserver.ThreadingTCPServer):
     def open(self) -> None:
         self.server_activate()
         self.socket.setblocking(False)  # a client may be gone before it is accepted
+        self.selector = selectors.DefaultSelector()
         self.thread.start()
 
     def serve_forever(self, poll_interval: float | None = None) -> None:
         """Accept until close(). It is woken, so it does not poll."""
-        with selectors.DefaultSelector() as selector:
+        with self.selector as selector:
             selector.register(self.socket, selectors.EVENT_READ)
-            selector.register(self.wakened, selectors.EVENT_READ)
+            selector.register(self.wake[1], selectors.EVENT_READ)
             while True:
                 selector.select(poll_interval)
                 if self.stopping:
@@ -1123,7 +1125,7 @@ class _Listener(socketserver.ThreadingTCPServer):
                 connection.request.close()
             self.server_close()
             return False
-        self.waker.send(b"\0")
+        self.wake[0].send(b"\0")
         self.thread.join()
         self.server_close()
         for connection in self.connections.copy():
@@ -1145,8 +1147,8 @@ class _Listener(socketserver.ThreadingTCPServer):
 
     def server_close(self) -> None:
         super().server_close()
-        self.waker.close()
-        self.wakened.close()
+        for sock in self.wake:
+            sock.close()
 
 
 def _bind(options: Configuration, mailbox: _Mailbox, log: _Log) -> _Listener:

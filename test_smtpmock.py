@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import errno
 import io
 import logging
 import os
 import queue
 import random
 import re
+import selectors
 import shlex
 import signal
 import smtplib
@@ -24,6 +26,7 @@ import threading
 import time
 import types
 import unittest
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -1472,6 +1475,19 @@ class ServerTest(unittest.TestCase):
             with self.assertRaisesRegex(ServerStartError, "can't start new thread"):
                 server.start()
         self.assertFalse(server.is_running)
+
+    def test_no_descriptor_no_server(self) -> None:
+        server = Server()
+        error = OSError(errno.EMFILE, "Too many open files")
+        for module, name in ((socket, "socket"), (socket, "socketpair"), (selectors, "DefaultSelector")):
+            with self.subTest(name), mock.patch.object(module, name, side_effect=error), warnings.catch_warnings():
+                warnings.simplefilter("error")
+                with self.assertRaisesRegex(ServerStartError, "Too many open files$") as caught:
+                    server.start()
+                self.assertEqual(caught.exception.errno, errno.EMFILE)
+            self.assertFalse(server.is_running)
+        server.start()
+        server.stop()
 
     def test_no_thread_no_session(self) -> None:
         recorder = Recorder()
