@@ -1068,7 +1068,6 @@ class _Listener(socketserver.ThreadingTCPServer):
             raise
 
     def open(self) -> None:
-        self.server_activate()
         self.socket.setblocking(False)  # a client may be gone before it is accepted
         self.selector = selectors.DefaultSelector()
         self.thread.start()
@@ -1198,7 +1197,7 @@ class Server:
         return self._start(lambda address: None)
 
     def _start(self, announce: Callable[[str], None]) -> Server:
-        """Like start(), and calls announce once the port is known, before a client can connect."""
+        """Like start(), and calls announce when clients can connect, before the first is served."""
         with self._lifecycle:
             if self._listener is not None:
                 raise ServerStateError(f"{self!r} cannot start: it is running")
@@ -1206,6 +1205,7 @@ class Server:
                 listener = _bind(self._options, self._mailbox, self._log)
                 self._host, self._port = self._options.host.strip("[]"), listener.server_address[1]
                 try:
+                    listener.server_activate()  # first: whoever reads the announcement may connect at once
                     announce(_join(self._host, self._port))
                     self._log("info", f"SMTP mock server started on port: {self._port}")
                     listener.open()

@@ -1476,6 +1476,22 @@ class ServerTest(unittest.TestCase):
                 server.start()
         self.assertFalse(server.is_running)
 
+    def test_when_it_is_announced_clients_can_connect_but_are_not_served(self) -> None:
+        server = Server()
+        clients: list[socket.socket] = []
+
+        def announce(address: str) -> None:
+            host, _, port = address.rpartition(":")
+            clients.append(socket.create_connection((host, int(port)), TIMEOUT))
+            clients[0].settimeout(0.05)
+            self.assertRaises(TimeoutError, clients[0].recv, 100)
+
+        server._start(announce)
+        with clients[0] as client:
+            client.settimeout(TIMEOUT)
+            self.assertEqual(client.recv(100), b"220 Welcome\r\n")
+            server.stop()
+
     def test_no_descriptor_no_server(self) -> None:
         server = Server()
         error = OSError(errno.EMFILE, "Too many open files")
