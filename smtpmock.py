@@ -251,7 +251,7 @@ _DOMAIN = re.compile(rf"{_DOTTED}|(?=[0-9-]*[^0-9-]){_LABEL}")
 # "Mailbox" of section 4.1.2.
 _ATOM = r"[^ \"(),.:;<>@\[\\\]]+"
 _QUOTED = r"\"(?:[^\"\\]|\\[ -~])*\""
-_MAILBOX = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_DOTTED}|[lL][oO][cC][aA][lL][hH][oO][sS][tT]|\[[^\[\]]*\])"
+_MAILBOX = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_DOTTED}|[lL][oO][cC][aA][lL][hH][oO][sS][tT]|\[[^\[\]@]*\])"
 
 # The path of MAIL and RCPT, section 4.1.1.2 and as clients send it: <user@example.com>,
 # user@example.com, John Doe <user@example.com>.

@@ -1104,7 +1104,7 @@ GOOD_ADDRESSES = """user@example.com <user@example.com> user+tag@example.com <o'
     <user@пример.рф> дядя@пример.рф a@xn--80ak6aa92e.com {a}@x.com"""
 BAD_ADDRESSES = """user @ user@ @example.com user@invalid a@a.com@b.com user@example..com <user@example.com user@example.com>
     <<a@x.com>> a@x.com>> <a@x.com>> <a@x.com>x <a@x.com>,<b@x.com> a..b@x.com .a@x.com a.@x.com "a@x.com a"@x.com
-    user@exa_mple.com a@[1.2.3] a@[IPv6:x] a@1.2.3.4 a@x.com. a(b)@x.com <> < ><a@x.com> <@a.com:b@x.com> a@-x.com"""
+    user@exa_mple.com a@[1.2.3] a@[x@y] a@[IPv6:x] a@1.2.3.4 a@x.com. a(b)@x.com <> < ><a@x.com> <@a.com:b@x.com> a@-x.com"""
 
 
 class GrammarTest(unittest.TestCase):
