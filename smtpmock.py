@@ -28,6 +28,8 @@ import contextlib
 import dataclasses
 import enum
 import errno
+import functools
+import itertools
 import os
 import re
 import selectors
@@ -38,11 +40,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import datetime
+    from email.message import EmailMessage
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attachment",
     "Configuration",
     "ConfigurationError",
     "Logger",
@@ -203,6 +210,7 @@ class Configuration:
     msg_data_received: str = _reply("354 Ready for receive message. End data with <CR><LF>.<CR><LF>", "DATA")
     msg_msg_size_is_too_big: str = _reply("552 Message exceeded max size of {msg_size_limit} bytes", "a longer body")
     msg_msg_received: str = _reply(_RECEIVED, "the message body")
+    msg_msg_failed: str = _reply("451 Message could not be processed", "a body for which on_message raised an error")
     msg_invalid_cmd_rset_sequence: str = _reply(f"{_BAD} HELO should be the first", "an early RSET")
     msg_invalid_cmd_rset_arg: str = _reply(_UNRECOGNIZED, "RSET, DATA or QUIT with an argument")
     msg_rset_received: str = _reply("250 Ok", "RSET")
@@ -341,13 +349,37 @@ def _encode(text: str) -> bytes:
     return lines.encode("utf-8", "surrogateescape") + b"\r\n"
 
 
+# A client's line, the size of its body, or None where the server speaks first.
+_Request = str | int | None
+
+
 class _Exchange(NamedTuple):
     """A request and what became of it."""
 
-    request: str
+    request: _Request
     response: str
     accepted: bool
     value: Any  # of the argument; None if that is not valid
+
+
+# Requests and responses, by turns. Nothing is formatted before somebody asks for it.
+_Dialogue = list[_Request]
+_CLOSED = "<closed>"  # what the server "says" when it hangs up
+
+
+def _printable(text: str) -> str:
+    """One line, in which nothing is left that a terminal would obey."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def _write_dialogue(dialogue: _Dialogue) -> Iterator[str]:
+    """Its lines, as "C: QUIT" and "S: 221 Closing connection"."""
+    for index, said in enumerate(dialogue):
+        if isinstance(said, int):
+            yield f"C: <{said} bytes>"
+        elif said is not None:
+            lines = said.replace("\r\n", "\n").split("\n") if index % 2 else [said]
+            yield from (f"{'S' if index % 2 else 'C'}: {_printable(line)}" for line in lines)
 
 
 _T = TypeVar("_T")
@@ -363,6 +395,100 @@ class _Part(Generic[_T]):
         exchange = message._steps.get(self.step)
         part: _T | None = None if exchange is None else getattr(exchange, self.part)
         return self.default if part is None else part
+
+
+class Attachment(NamedTuple):
+    """A part of a mail that is not its text."""
+
+    name: str | None
+    type: str
+    content: bytes
+
+
+@functools.cache
+def _make_email_policy() -> Any:
+    from email.errors import InvalidHeaderDefect
+    from email.policy import EmailPolicy
+
+    class Policy(EmailPolicy):
+        def header_fetch_parse(self, name: str, value: str) -> Any:
+            try:
+                return super().header_fetch_parse(name, value)
+            except Exception as error:  # noqa: BLE001 - whatever the parser meets, an IndexError in "From: :"
+                header: Any = self.header_factory("unstructured", "".join(value.splitlines()).replace("=?", "= ?"))
+                header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
+                return header
+
+    return Policy()
+
+
+def _parse_email(data: bytes) -> Any:
+    from email.errors import MessageDefect
+    from email.parser import BytesHeaderParser, BytesParser
+
+    try:
+        return BytesParser(policy=_make_email_policy()).parsebytes(data)
+    except RecursionError:
+        mail = BytesHeaderParser(policy=_make_email_policy()).parsebytes(data)
+        mail.defects.append(MessageDefect("parts are nested too deeply"))
+        return mail
+
+
+def _decode_part(part: Any) -> bytes:
+    if part.is_multipart():  # a mail in the mail
+        policy = part.policy.clone(linesep="\r\n", refold_source="none")
+        part, data = part.get_payload(0), b""
+        with contextlib.suppress(Exception):  # it is written anew, and not all can be
+            data = part.as_bytes(policy=policy)
+        return data
+    content: bytes = part.get_payload(decode=True)
+    return content
+
+
+def _decode_text(part: Any) -> str:
+    data = _decode_part(part).replace(b"\r\n", b"\n")
+    with contextlib.suppress(LookupError, ValueError):
+        return data.decode(part.get_content_charset("utf-8"))
+    return data.decode("utf-8", "replace")
+
+
+def _take_apart(mail: Any) -> tuple[dict[str, str], list[Attachment]]:
+    """The text of each type, and what else there is."""
+    texts: dict[str, str] = {}
+    attachments: list[Attachment] = []
+    parts = [mail]
+    while parts:
+        part = parts.pop()
+        kind, name = part.get_content_type(), part.get_filename()
+        is_container = part.get_content_maintype() == "multipart"
+        if is_container and part.is_multipart():
+            parts.extend(reversed(part.get_payload()))
+            continue
+        if is_container:  # whose boundary never came
+            kind = "text/plain"
+        if kind in ("text/plain", "text/html") and kind not in texts and name is None and not part.is_attachment():
+            texts[kind] = _decode_text(part)
+        else:
+            attachments.append(Attachment(name, kind, _decode_part(part)))
+    return texts, attachments
+
+
+def _write_bytes(data: bytes) -> dict[str, str]:
+    import base64
+
+    try:
+        return {"content": data.decode(), "content_encoding": "utf-8"}
+    except UnicodeDecodeError:
+        return {"content": base64.b64encode(data).decode(), "content_encoding": "base64"}
+
+
+def _make_plain(value: Any) -> Any:
+    """The value without the surrogates that stand for bytes, since few readers of JSON take them."""
+    if isinstance(value, dict):
+        return {name: _make_plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_make_plain(item) for item in value]
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 class Message:
@@ -391,14 +517,29 @@ class Message:
     rset = _Part("rset", "accepted", False)
     noop = _Part("noop", "accepted", False)
     quit_sent = _Part("quit", "accepted", False)
+    id: int  #: no other message of the server has it
+    peer: tuple[str, int]  #: the client's address and port
 
-    def __init__(self, steps: dict[str, _Exchange], recipients: list[_Exchange]) -> None:
-        # The session goes on to append to its list of recipients, so the length belongs to it.
-        vars(self).update(_steps=steps.copy(), _recipients=recipients, _count=len(recipients))
+    def __init__(self, session: _Session, number: int, stamped_at: float) -> None:
+        # The session goes on to append to these lists, so their lengths belong to them.
+        fields = {
+            "id": number,
+            "peer": session.peer,
+            "_stamped_at": stamped_at,
+            "_steps": session.steps.copy(),
+            "_recipients": session.recipients,
+            "_count": len(session.recipients),
+            "_dialogue": session.dialogue,
+            "_said": len(session.dialogue),
+        }
+        object.__setattr__(self, "__dict__", fields)  # as nothing else can be set
 
+    _stamped_at: float
     _steps: dict[str, _Exchange]
     _recipients: list[_Exchange]
     _count: int
+    _dialogue: _Dialogue
+    _said: int
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
@@ -406,7 +547,7 @@ class Message:
     @property
     def rcptto_request_response(self) -> list[tuple[str, str]]:
         """(request, response) of each RCPT TO; without multiple_rcptto, of the last."""
-        return [(exchange.request, exchange.response) for exchange in self._recipients[: self._count]]
+        return [(str(exchange.request), exchange.response) for exchange in self._recipients[: self._count]]
 
     @property
     def rcpt_tos(self) -> list[str]:
@@ -427,9 +568,104 @@ class Message:
         """Whether a mail was accepted: its sender, a recipient, DATA and the body."""
         return self.mailfrom and self.rcptto and self.data and self.msg
 
+    @property
+    def esmtp(self) -> bool:
+        """Whether the client greeted with EHLO, and was accepted."""
+        return self.helo and self.helo_request[:4].upper() == "EHLO"
+
+    @property
+    def received_at(self) -> datetime.datetime | None:
+        """When the mail was accepted, in UTC; None if it was not."""
+        import datetime
+
+        return datetime.datetime.fromtimestamp(self._stamped_at, datetime.timezone.utc) if self.msg else None
+
+    @functools.cached_property
+    def transcript(self) -> str:
+        """The dialogue, a line for each "C: QUIT" and "S: 221 Closing connection"; the body is one line with its size.
+
+        With multiple_message_receiving it is that of this mail, and before it the greeting and HELO.
+        """
+        return "\n".join(_write_dialogue(self._dialogue[: self._said]))
+
+    @functools.cached_property
+    def received_header(self) -> str:
+        """The header that a server adds to a mail (RFC 5321 section 4.4), folded, with CRLF; "" if not accepted."""
+        from email.utils import format_datetime
+
+        if self.received_at is None:
+            return ""
+        helo, host = self._steps["helo"].value, self.peer[0].partition("%")[0]
+        address = f"[IPv6:{host}]" if ":" in host else f"[{host}]"
+        header = f"Received: from {helo if helo.isascii() else address} ({address})\r\n"
+        header += f"\tby smtpmock with {'ESMTP' if self.esmtp else 'SMTP'} id {self.id}"
+        if len(self.rcpt_tos) == 1 and "@" in self.rcpt_tos[0] and self.rcpt_tos[0].isascii():
+            header += f"\r\n\tfor <{self.rcpt_tos[0]}>"
+        return f"{header};\r\n\t{format_datetime(self.received_at)}\r\n"
+
+    def as_bytes(self) -> bytes:
+        """The mail as a mailbox holds it: Return-Path, Received, and the content as it is."""
+        head = f"Return-Path: <{self.mail_from}>\r\n" if self.mailfrom else ""
+        head += self.received_header
+        if self.content[:1] in (b" ", b"\t"):  # it has no header, and would pass for the end of ours
+            head += "\r\n"
+        return head.encode("utf-8", "surrogateescape") + self.content
+
+    @functools.cached_property
+    def email(self) -> EmailMessage:
+        """as_bytes() parsed. What is wrong with it is in the `defects` of its parts, and raises nothing."""
+        mail: EmailMessage = _parse_email(self.as_bytes())
+        return mail
+
+    @property
+    def subject(self) -> str | None:
+        """Decoded, None without one."""
+        subject = self.email["subject"]
+        return None if subject is None else str(subject)
+
+    @property
+    def text(self) -> str | None:
+        """The first text/plain part that is no attachment, with LF for line ends; None without one."""
+        return self._parts[0].get("text/plain")
+
+    @property
+    def html(self) -> str | None:
+        """The first text/html part that is no attachment, with LF for line ends; None without one."""
+        return self._parts[0].get("text/html")
+
+    @property
+    def attachments(self) -> list[Attachment]:
+        """All other parts, the images of an HTML page among them."""
+        return self._parts[1].copy()
+
+    @functools.cached_property
+    def _parts(self) -> tuple[dict[str, str], list[Attachment]]:
+        return _take_apart(self.email)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as values for JSON. Bytes are text if they are UTF-8 and else base64, as `..._encoding` says."""
+        names = [name for name, part in vars(Message).items() if isinstance(part, _Part) and name != "content"]
+        names += ["id", "esmtp", "rcpt_tos", "rcptto", "is_consistent", "received_header"]
+        values = {name: getattr(self, name) for name in (*names, "subject", "text", "html", "transcript")}
+        values["peer"] = list(self.peer)
+        values["received_at"] = self.received_at.isoformat() if self.received_at else None
+        values["rcptto_request_response"] = [list(pair) for pair in self.rcptto_request_response]
+        values["headers"] = [[name, str(value)] for name, value in self.email.items()]
+        values["defects"] = [
+            f"{type(defect).__name__}: {defect}" for part in self.email.walk() for defect in part.defects
+        ]
+        values["attachments"] = [
+            {"name": name, "type": kind, **_write_bytes(content)} for name, kind, content in self.attachments
+        ]
+        plain: dict[str, Any] = _make_plain({**values, **_write_bytes(self.content)})
+        return plain
+
     def __repr__(self) -> str:
-        end = "accepted" if self.is_consistent else "not accepted"
-        return f"<Message from {self.mail_from!r} to {self.rcpt_tos}: {len(self.content)} bytes, {end}>"
+        replies = [said for said in self._dialogue[1 : self._said : 2] if said != _CLOSED]
+        end = (
+            "accepted" if self.is_consistent else f"not accepted, last reply {replies[-1]!r}" if replies else "no reply"
+        )
+        return f"<Message {self.id} from {self.mail_from!r} to {self.rcpt_tos}: {len(self.content)} bytes, {end}>"
 
 
 # ---------------------------------------------------------------------------------------- handlers
@@ -474,12 +710,13 @@ class _Handler:
         after = self.after if accepts else _After.CLOSE if self.options.fail_fast else _After.COMMAND
         return _Reply(text, _encode(text), getattr(self.options, self.delay) if self.delay else 0.0, after, accepts)
 
-    def run(self, session: _Session, request: str, argument: Any) -> _Reply:
+    def run(self, session: _Session, request: _Request, argument: Any) -> _Reply:
         """Erase, check, record; the reply is still to be sent."""
         if self.erases:
             session.erase(self.erases)
         value = self.parse(argument)
         reply = self.replies[self.refuse(session, value) or self.received]
+        session.dialogue.extend((request, reply.text))
         self.record(session, _Exchange(request, reply.text, reply.accepts, value))
         return reply
 
@@ -588,6 +825,14 @@ class _Body(_Handler):
     delay = "response_delay_message"
     completes = True
 
+    def run(self, session: _Session, request: _Request, argument: Any) -> _Reply:
+        reply = super().run(session, request, argument)
+        if reply.accepts and not session.deliver():
+            reply = self.reply("msg_msg_failed")
+            session.dialogue[-1] = reply.text
+            self.record(session, _Exchange(request, reply.text, reply.accepts, argument))
+        return reply
+
 
 class _Rset(_Handler):
     """RSET, after which the client begins another mail."""
@@ -651,7 +896,7 @@ def _make_handlers(options: Configuration) -> dict[str, _Handler]:
 
 _LINE_LIMIT = 4096  # bytes of a command line with its end; RFC 5321 section 4.5.3.1.4 asks for 512 or more
 _END_OF_DATA = b"\r\n.\r\n"
-_BODY_PORTION = "message binary data portion"  # instead of it in the log
+_DIALOGUE_LIMIT = 20000  # requests and replies that a transcript goes back, so that an endless session has an end
 
 
 class _BodyReader:
@@ -666,6 +911,7 @@ class _BodyReader:
         self._dropped = False
         self._raw = bytearray()
         self._seam = b"\r\n"  # the last bytes that came, as the end of data may come in pieces
+        self.size = 0  # as sent, the end of data not counted
 
     def feed(self, data: bytes, start: int) -> int:
         """Take data from start on, and return where in it the body ends."""
@@ -677,6 +923,7 @@ class _BodyReader:
             found = data.find(_END_OF_DATA, start)
             stop = found + len(_END_OF_DATA) if found >= 0 else len(data)
         self.complete = found >= 0
+        self.size += stop - start - 3 * self.complete
         self._seam = (seam + data[max(start, stop - 4) : stop])[-4:]
         self._raw += data[start:stop]
         # At most one byte in four is a stuffed dot, so this much is too long without them, too.
@@ -701,16 +948,29 @@ class _Session:
     The same bytes give the same replies and messages, whatever the pieces they come in.
     """
 
-    def __init__(self, options: Configuration, handlers: dict[str, _Handler], mailbox: _Mailbox) -> None:
-        self.request = ""  # the last one, for the log
-        # Of the current message: what was exchanged at each step, which of them succeeded, and each RCPT.
+    def __init__(
+        self,
+        options: Configuration,
+        handlers: dict[str, _Handler],
+        mailbox: _Mailbox,
+        on_message: Callable[[Message], bool] | None = None,
+        peer: tuple[str, int] = ("", 0),
+    ) -> None:
+        self.peer = peer
+        self.request: _Request = None  # the last one, for the log
+        # Of the current message: what was exchanged at each step, which of them succeeded, each RCPT, and
+        # all that was said.
         self.steps: dict[str, _Exchange] = {}
         self.done: set[str] = set()
         self.recipients: list[_Exchange] = []
+        self.dialogue: _Dialogue = []
         self._body_limit = options.msg_size_limit
         self._keeps_messages = options.multiple_message_receiving
         self._handlers = handlers
         self._mailbox = mailbox
+        self._on_message = on_message  # returns whether the mail may be accepted
+        self._stamp: tuple[int, float] | None = None  # the number of the message, and when it got that
+        self._delivered: Message | None = None
         self._entry: _Entry | None = None  # where in the mailbox the current message is, once it is
         self._unpublished = False  # whether the mailbox lacks something of it
         self._rest = b""  # the beginning of a command line
@@ -719,18 +979,20 @@ class _Session:
         self._over = False
 
     def greet(self) -> _Reply:
-        return self._handlers["connect"].run(self, "", "")
+        return self._handlers["connect"].run(self, None, "")
 
     def receive(self, data: bytes) -> Iterator[_Reply]:
         """The replies to what data completes; each command is run when its reply is asked for."""
+        if len(self.dialogue) > _DIALOGUE_LIMIT:
+            self.dialogue = self.dialogue[_DIALOGUE_LIMIT // 2 :]
         data, self._rest = self._rest + data, b""
         at = 0
         while at < len(data) and not self._over:
             if self.body is not None:
                 at = self.body.feed(data, at)
                 if self.body.complete:
-                    body, self.body = self.body.content(), None
-                    yield self._run(self._handlers["message"], _BODY_PORTION, body)
+                    body, self.body = self.body, None
+                    yield self._run(self._handlers["message"], body.size, body.content())
             elif self._skipping:
                 end = data.find(b"\n", at)
                 self._skipping = end < 0
@@ -744,13 +1006,21 @@ class _Session:
             else:
                 self._rest, at = data[at:], len(data)
 
-    def end(self) -> None:
-        """Record what is not recorded yet, because the connection ends."""
+    def end(self, farewell: str | None = None) -> Message | None:
+        """Record what is not recorded yet, because the connection ends; the farewell is said by the server.
+
+        Returns the message if it was recorded without having been handed to on_message.
+        """
         if self.body is not None:
             self.steps["msg"] = _Exchange("", "", False, self.body.content())
+            self.dialogue += (self.body.size, None)
+            self.body = None
             self._unpublished = True
-        if self._unpublished:
-            self._publish(complete=True)
+        if farewell is not None:
+            self.dialogue += (None, farewell, None, _CLOSED)
+        if self._unpublished or (self._entry is not None and farewell is not None):
+            self._publish(complete=True, noted=not self._unpublished)
+        return None if self._entry is None or self._delivered else self._entry.message
 
     def _run_command(self, request: str, verb: str, argument: str) -> _Reply:
         handler = self._handlers.get(verb)
@@ -759,14 +1029,15 @@ class _Session:
             handler = self._handlers["unknown"]
         return self._run(handler, request, argument[size:].strip())
 
-    def _run(self, handler: _Handler, request: str, argument: Any) -> _Reply:
+    def _run(self, handler: _Handler, request: _Request, argument: Any) -> _Reply:
         if self._entry is not None and self._keeps_messages and not handler.notes:
-            self._entry = None
-            self.erase(_ENVELOPE)
+            self._begin_message()
         self.request = request
         self._unpublished = True
         reply = handler.run(self, request, argument)
         self._over = reply.after is _After.CLOSE
+        if self._over:
+            self.dialogue += (None, _CLOSED)
         complete = self._over or (reply.accepts and handler.completes)
         if complete or self._entry is not None:
             self._publish(complete=complete, noted=handler.notes)
@@ -774,12 +1045,32 @@ class _Session:
             self.body = _BodyReader(self._body_limit)
         return reply
 
+    def _begin_message(self) -> None:
+        """Leave the accepted one as it is; the next begins with the greeting and the steps that last."""
+        self._entry = self._stamp = self._delivered = None
+        self.erase(_ENVELOPE)
+        self.dialogue = self.dialogue[:2]
+        for step in self.steps.values():
+            self.dialogue += (step.request, step.response)
+
+    def deliver(self) -> bool:
+        """Hand out the mail that is about to be accepted; returns whether it may be."""
+        self._stamp = self._mailbox.stamp()
+        self._delivered = Message(self, *self._stamp)
+        if self._on_message is None or self._on_message(self._delivered):
+            return True
+        self._delivered = None
+        return False
+
     def _publish(self, *, complete: bool, noted: bool = False) -> None:
         """Put the message into the mailbox if it is complete, bring it up to date if it is there.
 
         What is only noted on a message goes with it where that was purged, and is no new message.
         """
-        message = Message(self.steps, self.recipients)
+        self._stamp = self._stamp or self._mailbox.stamp()
+        message = self._delivered
+        if message is None or message._dialogue is not self.dialogue or message._said != len(self.dialogue):
+            message = Message(self, *self._stamp)
         if self._entry is not None and (self._mailbox.update(self._entry, message) or noted):
             self._unpublished = False
         else:
@@ -810,46 +1101,101 @@ class _Entry:
         self.purged = False
 
 
+class _Watch:
+    """What a waiting thread has found, and what it has still to look at."""
+
+    def __init__(self, entries: Iterable[_Entry]) -> None:
+        self.fresh = dict.fromkeys(entries)  # or changed since it was looked at
+        self.missing = 0  # for fewer it need not be woken
+        self.matching: dict[_Entry, Message] = {}
+
+    def is_due(self) -> bool:
+        return len(self.fresh) >= self.missing
+
+    def judge(self, entries: Iterable[_Entry], where: Callable[[Message], object] | None) -> None:
+        for entry in entries:
+            message = entry.message
+            if where is None or where(message):
+                self.matching[entry] = message
+            else:
+                self.matching.pop(entry, None)
+
+
 class _Mailbox:
     """The recorded messages of a server, oldest first."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._numbers = itertools.count(1)
         self._changed = threading.Condition()
         self._entries: list[_Entry] = []
-        self._wanted: list[int] = []  # how many messages the waiting threads wait for
+        self._watches: list[_Watch] = []
+
+    def stamp(self) -> tuple[int, float]:
+        """A number for a message, and the time."""
+        return next(self._numbers), self._clock()
 
     def add(self, message: Message) -> _Entry:
         entry = _Entry(message)
         with self._changed:
             self._entries.append(entry)
-            if self._wanted and len(self._entries) >= min(self._wanted):
-                self._changed.notify_all()
+            self._show(entry)
         return entry
 
     def update(self, entry: _Entry, message: Message) -> bool:
         """Put another message in its place; returns whether it was still there."""
         with self._changed:
             entry.message = message
+            if not entry.purged:
+                self._show(entry)
             return not entry.purged
+
+    def _show(self, entry: _Entry) -> None:
+        for watch in self._watches:
+            watch.fresh[entry] = None
+            if watch.is_due():
+                self._changed.notify_all()
 
     def messages(self, *, purge: bool) -> list[Message]:
         with self._changed:
             messages = [entry.message for entry in self._entries]
             if purge:
-                for entry in self._entries:
-                    entry.purged = True
-                self._entries.clear()
+                self._purge(self._entries)
         return messages
 
-    def wait(self, count: int, timeout: float, *, purge: bool) -> tuple[bool, list[Message]]:
-        """Whether there are count messages in time, and all that there are; it purges only if so."""
+    def _purge(self, entries: Iterable[_Entry]) -> None:
+        for entry in entries:
+            entry.purged = True
+        self._entries = [entry for entry in self._entries if not entry.purged]
+
+    def wait(
+        self, count: int, timeout: float, where: Callable[[Message], object] | None, *, purge: bool
+    ) -> tuple[bool, list[Message]]:
+        """Whether count messages match in time, and all that do; it purges these only if so."""
+        deadline = time.monotonic() + timeout
         with self._changed:
-            self._wanted.append(count)
-            try:
-                enough = self._changed.wait_for(lambda: len(self._entries) >= count, timeout)
-            finally:
-                self._wanted.remove(count)
-            return enough, self.messages(purge=purge and enough)
+            watch = _Watch(self._entries)
+            self._watches.append(watch)
+        try:
+            while True:
+                with self._changed:
+                    in_time = self._changed.wait_for(watch.is_due, deadline - time.monotonic())
+                    fresh, watch.fresh = watch.fresh, {}
+                watch.judge(fresh, where)  # without the lock, which is not for the user's code to hold
+                with self._changed:
+                    if len(watch.matching) >= count or not in_time:
+                        found = [entry for entry in self._entries if entry in watch.matching]  # and was not purged
+                        messages = [watch.matching[entry] for entry in found]
+                        watch.matching = dict(zip(found, messages, strict=True))
+                        enough = len(found) >= count
+                        if enough and purge:
+                            self._purge(found)
+                        if enough or not in_time:
+                            return enough, messages
+                    watch.missing = count - len(watch.matching)
+        finally:
+            with self._changed:
+                self._watches.remove(watch)
 
 
 # ------------------------------------------------------------------------------------------ logger
@@ -876,10 +1222,9 @@ class _Log:
         self.shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
         self._has_failed = False
 
-    def activity(self, what: str, text: str = "") -> None:
+    def activity(self, what: str, text: str | int = "") -> None:
         if self.shows_activity:
-            # One line, in which nothing is left that a terminal would obey.
-            line = text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+            line = "message binary data portion" if isinstance(text, int) else _printable(text)
             self("info_activity", what + line)
 
     def __call__(self, level: str, message: str) -> None:
@@ -893,6 +1238,12 @@ class _Log:
                 self._has_failed = True
                 with contextlib.suppress(Exception):
                     print(f"smtpmock: the log is incomplete, its logger raised {error!r}", file=sys.stderr)
+
+    def failure(self, what: str) -> None:
+        """Log the exception that is being handled."""
+        import traceback
+
+        self("error", f"{what}: {traceback.format_exc()}")
 
     def _print(self, level: str, message: str) -> None:
         stream = sys.stderr if level == "ERROR" else sys.stdout  # looked up here, since tests replace them
@@ -927,7 +1278,9 @@ class _Connection(socketserver.BaseRequestHandler):
     def setup(self) -> None:
         self.options = self.server.options
         self.log = self.server.log
-        self.session = _Session(self.options, self.server.handlers, self.server.mailbox)
+        server, peer = self.server, self.client_address[:2]
+        on_message = functools.partial(server.call, server.hooks.on_message)
+        self.session = _Session(self.options, server.handlers, server.mailbox, on_message, peer)
         self.unsent = bytearray()
         self.is_idle = False  # in a read, for a command: nothing is lost if stop() ends it
         self.server.connections.add(self)
@@ -947,11 +1300,13 @@ class _Connection(socketserver.BaseRequestHandler):
             self.log("warning", f"SMTP session broke off: {error}")
 
     def finish(self) -> None:
-        self.session.end()
+        left = self.session.end()
+        if left is not None:
+            self.server.call(self.server.hooks.on_other, left)
         self.server.connections.discard(self)
         self.log.activity("SMTP session finished")
 
-    def _say(self, reply: _Reply, request: str | None = None) -> bool:
+    def _say(self, reply: _Reply, request: _Request = None) -> bool:
         """Log, wait and send as the reply says; returns whether the session goes on.
 
         What a client sends without waiting for each reply gets the replies together (RFC 2920).
@@ -994,7 +1349,7 @@ class _Connection(socketserver.BaseRequestHandler):
             return b""
 
     def _say_goodbye(self, text: str) -> bytes:
-        self.session.end()
+        self.session.end(text)
         self._say(_Reply(text, _encode(text), after=_After.CLOSE))
         return b""
 
@@ -1037,19 +1392,29 @@ def _join_all(threads: Sequence[threading.Thread], timeout: float) -> bool:
     return not any(thread.is_alive() for thread in others)
 
 
+class _Hooks(NamedTuple):
+    """What is called with messages, in the threads of their sessions."""
+
+    on_message: Callable[[Message], object] = lambda message: None  # accepted, but not yet answered
+    on_other: Callable[[Message], object] = lambda message: None  # not accepted, and its session has ended
+
+
 class _Listener(socketserver.ThreadingTCPServer):
     """Accepts clients, from open() to close()."""
 
     allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port
     request_queue_size = socket.SOMAXCONN
 
-    def __init__(self, family: int, address: Any, options: Configuration, mailbox: _Mailbox, log: _Log) -> None:
+    def __init__(
+        self, family: int, address: Any, options: Configuration, mailbox: _Mailbox, log: _Log, hooks: _Hooks
+    ) -> None:
         self.address_family = family
         super().__init__(address, _Connection, bind_and_activate=False)
         self.options = options
         self.handlers = _make_handlers(options)
         self.mailbox = mailbox
         self.log = log
+        self.hooks = hooks
         self.connections: set[_Connection] = set()
         self.spare_threads: list[_SessionThread] = []
         self.stopping = False
@@ -1112,9 +1477,16 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.is_short = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        import traceback
+        self.log.failure("SMTP session failed")
 
-        self.log("error", f"SMTP session failed: {traceback.format_exc()}")
+    def call(self, hook: Callable[[Message], object], message: Message) -> bool:
+        """Whether the hook takes the message; if not, it is logged why."""
+        try:
+            hook(message)
+        except BaseException:  # noqa: BLE001 - pytest.fail() is no Exception
+            self.log.failure("on_message failed")
+            return False
+        return True
 
     def close(self, timeout: float) -> bool:
         """End all sessions, after timeout seconds by force; returns whether that was needed."""
@@ -1150,14 +1522,14 @@ class _Listener(socketserver.ThreadingTCPServer):
             sock.close()
 
 
-def _bind(options: Configuration, mailbox: _Mailbox, log: _Log) -> _Listener:
+def _bind(options: Configuration, *parts: Any) -> _Listener:
     """A listener on the first of the host's addresses that can be had."""
     failure = OSError("it has no address")
     name = options.host.strip("[]")
     host = name.encode() if name.isascii() else name  # str would import the codec of international names
     for family, _, _, _, address in socket.getaddrinfo(host, options.port, type=socket.SOCK_STREAM):
         try:
-            return _Listener(family, address, options, mailbox, log)
+            return _Listener(family, address, options, *parts)
         except OSError as error:
             failure = error
     raise failure
@@ -1167,16 +1539,32 @@ def _join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+_Where = Callable[[Message], object]
+_REPORTED = 10  # messages and sessions in the text of a WaitTimeoutError
+
+
 class Server:
     """An SMTP server in threads of this process.
 
     Its options are those of Configuration, by name, as a Configuration, or both, and then a name wins;
     ConfigurationError if one cannot be used. A logger, a Logger or logging.Logger, replaces the default one.
+    on_message is called with each accepted message before the 250 to it, in the thread of its session. If it
+    raises, the client gets msg_msg_failed instead, the error is logged, and the message is not accepted.
     """
 
-    def __init__(self, configuration: Configuration | None = None, *, logger: Any = None, **options: Any) -> None:
+    def __init__(
+        self,
+        configuration: Configuration | None = None,
+        *,
+        logger: Any = None,
+        on_message: Callable[[Message], object] | None = None,
+        **options: Any,
+    ) -> None:
         if not isinstance(configuration, Configuration | None):
             raise ConfigurationError(f"configuration={configuration!r}: must be a Configuration")
+        if not (on_message is None or callable(on_message)):
+            raise ConfigurationError(f"on_message={on_message!r}: must be callable")
+        self._hooks = _Hooks(on_message) if on_message else _Hooks()
         self._options = dataclasses.replace(configuration, **options) if configuration else Configuration(**options)
         self._host, self._port = self._options.host, self._options.port
         self._mailbox = _Mailbox()
@@ -1194,19 +1582,19 @@ class Server:
 
         Raises ServerStateError if the server runs, ServerStartError if it cannot have the host and port.
         """
-        return self._start(lambda address: None)
+        return self._start(lambda host, port: None)
 
-    def _start(self, announce: Callable[[str], None]) -> Server:
+    def _start(self, announce: Callable[[str, int], None]) -> Server:
         """Like start(), and calls announce when clients can connect, before the first is served."""
         with self._lifecycle:
             if self._listener is not None:
                 raise ServerStateError(f"{self!r} cannot start: it is running")
             try:
-                listener = _bind(self._options, self._mailbox, self._log)
+                listener = _bind(self._options, self._mailbox, self._log, self._hooks)
                 self._host, self._port = self._options.host.strip("[]"), listener.server_address[1]
                 try:
                     listener.server_activate()  # first: whoever reads the announcement may connect at once
-                    announce(_join(self._host, self._port))
+                    announce(self._host, self._port)
                     self._log("info", f"SMTP mock server started on port: {self._port}")
                     listener.open()
                 except BaseException:
@@ -1269,23 +1657,48 @@ class Server:
         """What was recorded, which is then no longer here: just what is returned is removed."""
         return self._mailbox.messages(purge=True)
 
-    def wait_for_messages(self, count: int, timeout: float = 5.0) -> list[Message]:
-        """All messages as soon as there are count; WaitTimeoutError after timeout seconds."""
-        return self._wait(count, timeout, purge=False)
+    def reset(self) -> None:
+        """Drop what was recorded, for the next test."""
+        self._mailbox.messages(purge=True)
 
-    def wait_for_messages_and_purge(self, count: int, timeout: float = 5.0) -> list[Message]:
-        """Like wait_for_messages(), and removes what it returns."""
-        return self._wait(count, timeout, purge=True)
+    def wait_for_messages(self, count: int, timeout: float = 5.0, where: _Where | None = None) -> list[Message]:
+        """All messages, or all for which where(message) is true, as soon as there are count.
 
-    def _wait(self, count: int, timeout: float, *, purge: bool) -> list[Message]:
+        WaitTimeoutError after timeout seconds. What where() raises is raised here.
+        """
+        return self._wait(count, timeout, where, purge=False)
+
+    def wait_for_messages_and_purge(
+        self, count: int, timeout: float = 5.0, where: _Where | None = None
+    ) -> list[Message]:
+        """Like wait_for_messages(), and removes just what it returns."""
+        return self._wait(count, timeout, where, purge=True)
+
+    def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> list[Message]:
         _check("count", count, _COUNT)
         _check("timeout", timeout, _SECONDS)
-        enough, messages = self._mailbox.wait(count, timeout, purge=purge)
+        if not (where is None or callable(where)):
+            raise ConfigurationError(f"where={where!r}: must be callable")
+        enough, messages = self._mailbox.wait(count, timeout, where, purge=purge)
         if not enough:
-            sessions = len(self._listener.connections) if self._listener else 0
-            text = f"{len(messages)} of {count} messages came in {timeout:g} seconds, {sessions} sessions are open"
-            raise WaitTimeoutError(text, messages)
+            what = "messages" if where is None else "matching messages"
+            text = f"{len(messages)} of {count} {what} came in {timeout:g} seconds"
+            raise WaitTimeoutError("\n  ".join([text, *self._report()]), messages)
         return messages
+
+    def _report(self) -> Iterator[str]:
+        """What somebody wants to know who has waited in vain."""
+        messages = self.messages()
+        yield f"{len(messages)} are recorded{':' if messages else ''}"
+        if len(messages) > _REPORTED:
+            yield "  ..."
+        for message in messages[-_REPORTED:]:
+            yield f"  {message!r}, subject {message.subject!r}"
+        sessions = list(self._listener.connections) if self._listener else []
+        yield f"{len(sessions)} sessions are open{':' if sessions else ''}"
+        for connection in sessions[:_REPORTED]:
+            session = connection.session
+            yield f"  {_join(*session.peer)}: {' / '.join(_write_dialogue(session.dialogue[-2:]))}"
 
     def __repr__(self) -> str:
         return f"<smtpmock.Server on {_join(self._host, self._port)}{'' if self._listener else ', not running'}>"
@@ -1293,7 +1706,118 @@ class Server:
 
 # ------------------------------------------------------------------------------------ command line
 
+_LOG = ("log", _FLAG, False, "log to stdout, errors to stderr")
 _LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # which have one flag between them
+
+# What becomes of the mail, for those who cannot ask a Server for it.
+_OUTPUTS = (
+    ("json", _FLAG, False, "print each accepted mail, and each session without one, as a line of JSON; log to stderr"),
+    ("save_dir", _TEXT, "", "folder for each accepted mail as 000001.eml and its record as 000001.json"),
+    ("maildir", _TEXT, "", "Maildir to deliver each accepted mail to"),
+)
+
+
+class _Printer:
+    """Prints whole lines to what is stdout now, from any thread."""
+
+    def __init__(self) -> None:
+        self._out = sys.stdout
+        self._lock = threading.Lock()
+
+    def __call__(self, line: str) -> None:
+        with self._lock:
+            self._out.write(line + "\n")
+            self._out.flush()
+
+    def json(self, value: object) -> None:
+        import json
+
+        self(json.dumps(value))
+
+
+def _make_folder(path: str) -> None:
+    """Make it if it is not there, and see now whether it can be written."""
+    import tempfile
+
+    os.makedirs(path, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
+
+
+class _Folder:
+    """Saves mails, each in a file of its own with its record beside it: complete, or not there."""
+
+    def __init__(self, path: str) -> None:
+        _make_folder(path)
+        self._path = path
+        self._lock = threading.Lock()
+        names = [re.match(r"\.?(\d{6,})\.", name) for name in os.listdir(path)]
+        self._number = max((int(name[1]) for name in names if name), default=0)
+
+    def __call__(self, message: Message) -> None:
+        import json
+
+        mail, record = self._reserve()
+        try:
+            self._write(record, json.dumps(message.to_dict(), indent=1).encode())
+            self._write(mail, message.as_bytes())  # last: where it is, the other is
+        except BaseException:
+            for name in (mail, "." + mail, record, "." + record):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self._path, name))
+            raise
+
+    def _reserve(self) -> tuple[str, str]:
+        """Names that no other process takes, either."""
+        with self._lock:
+            while True:
+                self._number += 1
+                mail, record = f"{self._number:06d}.eml", f"{self._number:06d}.json"
+                with contextlib.suppress(FileExistsError):
+                    temporary = os.path.join(self._path, "." + mail)
+                    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666))
+                    if not os.path.exists(os.path.join(self._path, mail)):
+                        return mail, record
+                    os.unlink(temporary)
+
+    def _write(self, name: str, data: bytes) -> None:
+        temporary = os.path.join(self._path, "." + name)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, os.path.join(self._path, name))
+
+
+def _open_maildir(path: str) -> Callable[[Message], None]:
+    import mailbox
+
+    for name in ("tmp", "cur", "new"):
+        _make_folder(os.path.join(path, name))
+    maildir = mailbox.Maildir(path)
+    lock = threading.Lock()  # it is not made for threads
+
+    def add(message: Message) -> None:
+        with lock:
+            maildir.add(message.as_bytes())
+
+    return add
+
+
+def _open_outputs(printer: _Printer, json: bool = False, save_dir: str = "", maildir: str = "") -> _Hooks:
+    takers: list[Callable[[Message], None]] = []
+    for path, open_output in ((save_dir, _Folder), (maildir, _open_maildir)):
+        try:
+            takers += [open_output(path)] if path else []
+        except OSError as error:
+            raise SMTPMockError(f"cannot write to {path}: {error.strerror}") from error
+    if json:
+        takers.append(lambda message: printer.json(message.to_dict()))
+
+    def on_message(message: Message) -> None:
+        for take in takers:
+            take(message)
+
+    return _Hooks(on_message, takers[-1]) if json else _Hooks(on_message)
 
 
 def _add_flag(parser: Any, name: str, kind: _Kind, default: Any, about: str) -> None:
@@ -1325,7 +1849,8 @@ def _make_parser() -> Any:
     parser = Parser("smtpmock", description=__doc__.partition("\n")[0], add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
     parser.add_argument("-v", "--version", action="store_true", help="print the version and exit")
-    _add_flag(parser, "log", _FLAG, False, "log to stdout, errors to stderr")
+    for flag in (_LOG, *_OUTPUTS):
+        _add_flag(parser, *flag)
     for field in dataclasses.fields(Configuration):
         if field.name not in _LOG_OPTIONS:
             _add_flag(parser, field.name, field.metadata["kind"], field.default, field.metadata["about"])
@@ -1339,44 +1864,17 @@ def _parse_arguments(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
         if re.match("--?[a-zA-Z]", flag) and flag not in known:
             raise ConfigurationError(f"{flag}: there is no such flag{_suggest(flag, known)}")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    for name, kind, *_ in (_LOG, *_OUTPUTS):
+        if name in given:
+            _check(name, given[name], kind)
     if "log" in given:
-        _check("log", given["log"], _FLAG)
         given.update(dict.fromkeys(_LOG_OPTIONS, given.pop("log")))
     return given
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, that of the process if argv is None; returns the exit status."""
-    parser = _make_parser()
-    try:
-        options = _parse_arguments(parser, sys.argv[1:] if argv is None else argv)
-        asks_help, asks_version = options.pop("help"), options.pop("version")
-        if asks_version:
-            print(f"smtpmock: {__version__}\npython: {sys.version}")
-        elif asks_help:
-            print(parser.format_help(), end="")
-        else:
-            _serve(Server(**options))
-    except SMTPMockError as error:
-        print(f"smtpmock: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigurationError) else 1
-    finally:
-        try:
-            sys.stdout.flush()
-        except OSError:  # Python would fail at it once more, on its way out
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-
-
-def _serve(server: Server) -> None:
-    """Run the server until a signal comes; another one cuts the graceful stop short."""
+def _run_until_signalled(server: Server, announce: Callable[[str, int], None]) -> None:
+    """Another signal cuts the graceful stop short."""
     import signal
-
-    def announce(address: str) -> None:
-        try:
-            print(f"smtpmock: listening on {address}", flush=True)
-        except OSError as error:
-            raise SMTPMockError(f"cannot write to stdout: {error.strerror}") from error
 
     def stop() -> None:
         server.stop()
@@ -1402,6 +1900,48 @@ def _serve(server: Server) -> None:
             signal.set_wakeup_fd(previous_waker)
             for number, handler in zip(numbers, handlers, strict=True):
                 signal.signal(number, handler)
+
+
+def _serve(server: Server, **outputs: Any) -> None:
+    """Run the server until a signal comes."""
+    printer = _Printer()
+    server._hooks = _open_outputs(printer, **outputs)
+
+    def announce(host: str, port: int) -> None:
+        try:
+            if outputs.get("json"):
+                printer.json({"listening": {"host": host, "port": port}})
+            else:
+                printer(f"smtpmock: listening on {_join(host, port)}")
+        except OSError as error:
+            raise SMTPMockError(f"cannot write to stdout: {error.strerror}") from error
+
+    with contextlib.redirect_stdout(sys.stderr if outputs.get("json") else sys.stdout):  # of what the server logs
+        _run_until_signalled(server, announce)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line, that of the process if argv is None; returns the exit status."""
+    parser = _make_parser()
+    try:
+        options = _parse_arguments(parser, sys.argv[1:] if argv is None else argv)
+        asks_help, asks_version = options.pop("help"), options.pop("version")
+        if asks_version:
+            print(f"smtpmock: {__version__}\npython: {sys.version}")
+        elif asks_help:
+            print(parser.format_help(), end="")
+        else:
+            outputs = {name: options.pop(name) for name, *_ in _OUTPUTS if name in options}
+            _serve(Server(**options), **outputs)
+    except SMTPMockError as error:
+        print(f"smtpmock: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigurationError) else 1
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would fail at it once more, on its way out
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 if __name__ == "__main__":

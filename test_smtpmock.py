@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import base64
 import contextlib
 import dataclasses
+import datetime
 import errno
+import inspect
 import io
+import json
 import logging
 import os
 import queue
@@ -92,11 +96,11 @@ class Client:
 class Memory:
     """A session without a server, and the messages that come of it."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, on_message: Any = None, **options: Any) -> None:
         configuration = Configuration(**options)
-        self.mailbox = smtpmock._Mailbox()
+        self.mailbox = smtpmock._Mailbox(lambda: 1600000000.25)
         handlers = smtpmock._make_handlers(configuration)
-        self.session = smtpmock._Session(configuration, handlers, self.mailbox)
+        self.session = smtpmock._Session(configuration, handlers, self.mailbox, on_message, ("192.0.2.1", 4321))
 
     def feed(self, data: bytes) -> list[smtpmock._Reply]:
         return list(self.session.receive(data))
@@ -165,8 +169,10 @@ def in_threads(*calls: Any) -> list[Any]:
     return results
 
 
-EMPTY = Message({}, [])
-FIELDS = [name for name in dir(EMPTY) if not name.startswith("_") and name not in ("is_consistent", "msg_request")]
+EMPTY = Message(Memory().session, 0, 0.0)
+DERIVED = ["attachments", "email", "esmtp", "html", "id", "is_consistent", "msg_request", "peer", "received_at"]
+DERIVED += ["received_header", "subject", "text", "transcript", "as_bytes", "to_dict"]
+FIELDS = [name for name in dir(EMPTY) if not name.startswith("_") and name not in DERIVED]
 
 
 def differing(fields: dict[str, Any]) -> dict[str, Any]:
@@ -713,6 +719,12 @@ TEXTS: list[tuple[str, dict[str, Any], list[str], int]] = [
         ["HELO a.com", "MAIL FROM:a@a.com", "RCPT TO:a@a.com", "DATA", "x\r\n."],
         5,
     ),
+    (
+        "msg_msg_failed",
+        {"on_message": lambda message: 1 / 0},
+        ["HELO a.com", "MAIL FROM:a@a.com", "RCPT TO:a@a.com", "DATA", "x\r\n."],
+        5,
+    ),
     ("msg_msg_received", {}, ["HELO a.com", "MAIL FROM:a@a.com", "RCPT TO:a@a.com", "DATA", "x\r\n."], 5),
     ("msg_invalid_cmd_rset_sequence", {}, ["RSET"], 1),
     ("msg_invalid_cmd_rset_arg", {}, ["HELO a.com", "RSET x"], 2),
@@ -834,7 +846,8 @@ class PiecesTest(unittest.TestCase):
                     pieces = [stream[i:j] for i, j in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
                     memory = Memory(**options)
                     self.assertEqual(memory.run(*pieces), replies)
-                    self.assertEqual(list(map(state, memory.messages())), list(map(state, whole.messages())))
+                    expected = [message.to_dict() for message in whole.messages()]
+                    self.assertEqual([message.to_dict() for message in memory.messages()], expected)
 
 
 # ---------------------------------------------------------------------------------------- messages
@@ -929,10 +942,14 @@ class RecordTest(unittest.TestCase):
     def test_is_consistent_needs_each_step(self) -> None:
         yes, no = (smtpmock._Exchange("", "", accepted, "x") for accepted in (True, False))
         steps = {"mailfrom": yes, "data": yes, "msg": yes}
-        self.assertIs(Message(steps, [no, yes]).is_consistent, True)
-        self.assertIs(Message(steps, [no]).is_consistent, False)
-        for step in steps:
-            self.assertIs(Message({**steps, step: no}, [yes]).is_consistent, False)
+        for changed, recipients, expected in (
+            ({}, [no, yes], True),
+            ({}, [no], False),
+            *(({step: no}, [yes], False) for step in steps),
+        ):
+            session = Memory().session
+            session.steps, session.recipients = {**steps, **changed}, recipients
+            self.assertIs(Message(session, 1, 0.0).is_consistent, expected)
 
     def test_the_sender(self) -> None:
         for line, sender in (("MAIL FROM:<>", ""), ("MAIL FROM: John <j@x.com>", "j@x.com"), ("MAIL FROM:j", None)):
@@ -1087,8 +1104,414 @@ class RecordTest(unittest.TestCase):
     def test_repr(self) -> None:
         memory = Memory()
         memory.feed("\r\n".join(["EHLO a.com", *SEND, ""]).encode())
-        self.assertEqual(repr(memory.messages()[0]), "<Message from 'a@a.com' to ['b@b.com']: 4 bytes, accepted>")
-        self.assertEqual(repr(EMPTY), "<Message from None to []: 0 bytes, not accepted>")
+        self.assertEqual(repr(memory.messages()[0]), "<Message 1 from 'a@a.com' to ['b@b.com']: 4 bytes, accepted>")
+        memory.feed(b"RCPT TO:<nobody>\r\nQUIT\r\n")
+        end = "not accepted, last reply '221 Closing connection'"
+        self.assertEqual(repr(memory.messages()[0]), f"<Message 1 from 'a@a.com' to []: 0 bytes, {end}>")
+        self.assertEqual(repr(EMPTY), "<Message 0 from None to []: 0 bytes, no reply>")
+
+
+# -------------------------------------------------------------------------------------------- mail
+
+# Mails as the programs named here write them: the content, with LF for CRLF, and what is to be found in it.
+MAILS: dict[str, tuple[bytes, dict[str, Any]]] = {
+    "smtplib, no header at all": (b"Hello\n", {"subject": None, "text": "Hello\n", "html": None, "attachments": []}),
+    "an indented text without a header": (b"  Hello\n", {"subject": None, "text": "  Hello\n"}),
+    "an empty one": (b"", {"subject": None, "text": "", "html": None, "attachments": []}),
+    "an empty body": (b"Subject: empty\n\n", {"subject": "empty", "text": ""}),
+    "no empty line after the header": (b"Subject: hi\n", {"subject": "hi", "text": ""}),
+    "mutt, UTF-8 as 8bit": (
+        """Date: Sun, 22 Nov 2026 10:00:00 +0000
+From: =?utf-8?Q?J=C3=B6rg?= <joerg@example.org>
+To: b@example.com
+Subject: =?utf-8?B?R3LDvMOfZSBhdXMgS8O2bG4sIG1pdCBlaW5lbSBsYW5nZW4gQmV0cmVmZg==?=
+\t=?utf-8?Q?_=E2=80=93_der_zweite_Teil?=
+MIME-Version: 1.0
+Content-Type: text/plain; charset=utf-8
+Content-Disposition: inline
+Content-Transfer-Encoding: 8bit
+
+Schöne Grüße
+""".encode(),
+        {"subject": "Grüße aus Köln, mit einem langen Betreff – der zweite Teil", "text": "Schöne Grüße\n"},
+    ),
+    "PHP, ISO-8859-1 as 8bit": (
+        b"Subject: =?iso-8859-1?Q?Bestellung_best=E4tigt?=\nContent-Type: text/plain; charset=iso-8859-1\n"
+        b"Content-Transfer-Encoding: 8bit\n\nSie zahlen 5 \xa3 f\xfcr alles.\n",
+        {"subject": "Bestellung bestätigt", "text": "Sie zahlen 5 £ für alles.\n", "attachments": []},
+    ),
+    "Outlook, ISO-8859-1 as quoted-printable": (
+        b'Subject: RE: Treffen\nContent-Type: text/plain; charset="iso-8859-1"\n'
+        b"Content-Transfer-Encoding: quoted-printable\nMIME-Version: 1.0\n\n"
+        b"Sch=F6n, =\nbis sp=E4ter =3D)\n",
+        {"text": "Schön, bis später =)\n"},
+    ),
+    "Thunderbird, nested, with two attachments": (
+        b"""Content-Type: multipart/mixed; boundary="------------A0"
+Subject: Rechnung
+MIME-Version: 1.0
+
+This is a multi-part message in MIME format.
+--------------A0
+Content-Type: multipart/alternative;
+ boundary="------------B1"
+
+--------------B1
+Content-Type: text/plain; charset=UTF-8; format=flowed
+Content-Transfer-Encoding: base64
+
+SGFsbMO2Y2hlbiE=
+--------------B1
+Content-Type: multipart/related; boundary="------------C2"
+
+--------------C2
+Content-Type: text/html; charset=UTF-8
+Content-Transfer-Encoding: quoted-printable
+
+<img src=3D"cid:1">Hall=C3=B6chen!
+--------------C2
+Content-Type: image/gif
+Content-ID: <1>
+Content-Transfer-Encoding: base64
+
+R0lGODlhAQABAAAAACw=
+
+--------------C2--
+
+--------------B1--
+
+--------------A0
+Content-Type: application/pdf; name="=?UTF-8?B?UmVjaG51bmcgZsO8ciBKw7ZyZy5wZGY=?="
+Content-Disposition: attachment; filename*0*=UTF-8''Rechnung%20f%C3%BCr%20J%C3%B6;
+ filename*1*=rg.pdf
+Content-Transfer-Encoding: base64
+
+JVBERi0xLjQK
+--------------A0
+Content-Type: text/plain; charset=UTF-8; name="notes.txt"
+Content-Disposition: attachment; filename="notes.txt"
+Content-Transfer-Encoding: quoted-printable
+
+5 =E2=82=AC
+--------------A0--
+""",
+        {
+            "subject": "Rechnung",
+            "text": "Hallöchen!",
+            "html": '<img src="cid:1">Hallöchen!',
+            "attachments": [
+                (None, "image/gif", b"GIF89a\1\0\1\0\0\0\0,"),
+                ("Rechnung für Jörg.pdf", "application/pdf", b"%PDF-1.4\n"),
+                ("notes.txt", "text/plain", "5 €".encode()),
+            ],
+        },
+    ),
+    "Outlook, encoded words in a file's name, a mail in the mail": (
+        b"""Subject: FW: report
+Content-Type: multipart/mixed; boundary=XX
+
+--XX
+Content-Type: text/html; charset=us-ascii
+
+<p>see below</p>
+--XX
+Content-Type: application/octet-stream; name="=?iso-8859-1?Q?Ber=EDcht.bin?="
+Content-Disposition: attachment; filename="=?iso-8859-1?Q?Ber=EDcht.bin?="
+Content-Transfer-Encoding: base64
+
+AP8B
+--XX
+Content-Type: message/rfc822
+
+Subject: report
+Content-Type: text/plain
+
+the first
+--XX--
+""",
+        {
+            "text": None,
+            "html": "<p>see below</p>",
+            "attachments": [
+                ("Berícht.bin", "application/octet-stream", b"\0\xff\1"),
+                (None, "message/rfc822", b"Subject: report\r\nContent-Type: text/plain\r\n\r\nthe first"),
+            ],
+        },
+    ),
+    "8-bit and NUL bytes, and no charset": (
+        b"Subject: \xff\xfe\n\n\0\1\xfc\n\xe2\x82\xac\n",
+        {"text": "\0\1\ufffd\n€\n", "html": None},
+    ),
+    "a charset that is none": (b"Content-Type: text/plain; charset=klingon\n\nQapla'\n", {"text": "Qapla'\n"}),
+    "a boundary that never comes": (
+        b"Subject: broken\nContent-Type: multipart/mixed; boundary=never\n\n--other\n\nwhat it says\n",
+        {"subject": "broken", "text": "--other\n\nwhat it says\n", "attachments": []},
+    ),
+    "a boundary that has no end": (
+        b"Content-Type: multipart/mixed; boundary=b\n\n--b\n\nfirst\n--b\nContent-Type: image/png\n\nPNG",
+        {"text": "first", "attachments": [(None, "image/png", b"PNG")]},
+    ),
+    "addresses on which the parser of the standard library fails": (
+        b"From: @\nTo: <\nCc: \"\nSender: . <x\nMessage-ID: <>'>\nContent-Type: ;\nSubject: hi\n\nbody\n",
+        {"subject": "hi", "text": "body\n"},
+    ),
+    "parts as deep as the parser cannot go": (
+        b"".join(b"Content-Type: multipart/mixed; boundary=b%d\n\n--b%d\n" % (n, n) for n in range(2000)),
+        {"subject": None},
+    ),
+    "a header of 100 KB": (
+        b"Subject: long\nX-Long: " + b"word " * 20000 + b"\n\nbody\n",
+        {"subject": "long", "text": "body\n"},
+    ),
+    "a subject of 100 KB": (b"Subject: " + b"x" * 100000 + b"\n\nbody\n", {"subject": "x" * 100000}),
+}
+
+
+class MailTest(unittest.TestCase):
+    maxDiff = None
+
+    def receive(self, content: bytes, *recipients: str, helo: str = "EHLO client.example.com") -> Message:
+        memory = Memory(multiple_rcptto=True)
+        lines = [helo, "MAIL FROM:<a@a.com>", *(f"RCPT TO:<{name}>" for name in recipients or ["b@b.com"]), "DATA"]
+        memory.feed("\r\n".join([*lines, ""]).encode() + content.replace(b"\r\n.", b"\r\n..") + b".\r\n")
+        (message,) = memory.messages()
+        return message
+
+    def test_mails(self) -> None:
+        for name, (text, expected) in MAILS.items():
+            content = text.replace(b"\n", b"\r\n")
+            content += b"" if not content or content.endswith(b"\r\n") else b"\r\n"
+            with self.subTest(name):
+                message = self.receive(content)
+                self.assertEqual(message.content, content)
+                self.assertEqual({name: getattr(message, name) for name in expected}, expected)
+                self.assertTrue(message.as_bytes().endswith(content))
+                self.assertEqual(message.email["Return-Path"], "<a@a.com>")
+                json.dumps(message.to_dict()).encode("ascii")
+
+    def test_defects(self) -> None:
+        message = self.receive(MAILS["a boundary that never comes"][0].replace(b"\n", b"\r\n"))
+        self.assertIn("StartBoundaryNotFoundDefect", [type(defect).__name__ for defect in message.email.defects])
+        self.assertIn("StartBoundaryNotFoundDefect", str(message.to_dict()["defects"]))
+        deep = self.receive(MAILS["parts as deep as the parser cannot go"][0].replace(b"\n", b"\r\n"))
+        self.assertIn("nested too deeply", str(deep.email.defects[-1]))
+        self.assertIn("cannot be parsed", str(self.receive(b"From: \r\n :\r\n\r\n").email["From"].defects))
+
+    def test_garbage(self) -> None:
+        """Whatever the bytes are, each attribute has a value."""
+        rng = random.Random(1)
+        pieces = [
+            b": ",
+            b"=?utf-8?q?=ff?=",
+            b"=?",
+            b"<",
+            b">",
+            b"@",
+            b'"',
+            b";",
+            b"\xff",
+            b"\0",
+            b"=",
+            b"*",
+            b"%",
+            b"/",
+            b"(",
+        ]
+        pieces += [
+            b"text/plain",
+            b"multipart/mixed",
+            b"message/rfc822",
+            b"boundary=b",
+            b"--b",
+            b"--b--",
+            b"charset=utf-7",
+        ]
+        pieces += [
+            b"filename*0*=utf-8''%ff",
+            b"name=x",
+            b"base64",
+            b"quoted-printable",
+            b"x-uuencode",
+            b"begin 6 x",
+            b" ",
+        ]
+        pieces += [
+            b"\r\n",
+            b"\r\n",
+            b"\r\n\r\n",
+            b"\r\n ",
+            b"attachment",
+            b"\r\nContent-Type: ",
+            b"\r\nTo: ",
+            b"\r\nDate: ",
+        ]
+        pieces += [
+            b"\r\nContent-Disposition: ",
+            b"\r\nContent-Transfer-Encoding: ",
+            b"\r\nMessage-ID: ",
+            b"\r\nSubject: ",
+        ]
+        for _ in range(400):
+            content = b"".join(rng.choices(pieces, k=rng.randrange(1, 40))) + b"\r\n"
+            with self.subTest(content), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the standard library, about an encoding
+                message = self.receive(content)
+                for name in dir(message):
+                    getattr(message, name)
+                json.dumps(message.to_dict()).encode("ascii")
+
+    def test_trace(self) -> None:
+        message = self.receive(b"Subject: hi\r\n\r\nbody\r\n")
+        self.assertEqual(
+            message.as_bytes().decode().replace("\r\n", "\n"),
+            """Return-Path: <a@a.com>
+Received: from client.example.com ([192.0.2.1])
+\tby smtpmock with ESMTP id 1
+\tfor <b@b.com>;
+\tSun, 13 Sep 2020 12:26:40 +0000
+Subject: hi
+
+body
+""",
+        )
+        self.assertEqual(message.email["Received"].defects, ())
+        self.assertEqual(message.received_at, datetime.datetime(2020, 9, 13, 12, 26, 40, 250000, datetime.timezone.utc))
+        self.assertEqual((message.id, message.peer, message.esmtp), (1, ("192.0.2.1", 4321), True))
+
+    def test_trace_of_others(self) -> None:
+        several = self.receive(b"", "b@b.com", "c@c.com", helo="HELO пример.рф")
+        self.assertRegex(several.received_header, r"\AReceived: from \[192.0.2.1\] .*\r\n.* with SMTP id 1;\r\n")
+        self.assertFalse(several.esmtp)
+        for recipient in ("Postmaster", "дядя@пример.рф"):
+            self.assertNotIn("for", self.receive(b"", recipient).received_header)
+        memory = Memory()
+        memory.session.peer = ("fe80::1%eth0", 25)
+        memory.feed("\r\n".join(["HELO a.com", *SEND, ""]).encode())
+        self.assertIn("from a.com ([IPv6:fe80::1])\r\n", memory.messages()[0].received_header)
+
+    def test_one_that_is_not_accepted(self) -> None:
+        memory = Memory()
+        memory.run(b"EHLO a.com\r\nMAIL FROM:<a@a.com>\r\nRCPT TO:nobody\r\n")
+        (message,) = memory.messages()
+        self.assertEqual((message.received_at, message.received_header), (None, ""))
+        self.assertEqual(message.as_bytes(), b"Return-Path: <a@a.com>\r\n")
+        self.assertEqual(EMPTY.as_bytes(), b"")
+
+    def test_the_mail_that_was_accepted_is_no_more(self) -> None:
+        """In a session of one message, RSET undoes it."""
+        memory = Memory()
+        memory.feed("\r\n".join(["EHLO a.com", *SEND, "RSET", ""]).encode())
+        (message,) = memory.messages()
+        self.assertEqual((message.id, message.received_at), (1, None))
+        memory.feed("\r\n".join([*SEND, ""]).encode())
+        self.assertEqual((memory.messages()[0].id, memory.messages()[0].received_at is None), (2, False))
+
+    def test_ids(self) -> None:
+        memory = Memory(multiple_message_receiving=True)
+        memory.run("\r\n".join(["EHLO a.com", *SEND, "NOOP", *SEND, "RSET", "MAIL FROM:nobody", ""]).encode())
+        self.assertEqual([message.id for message in memory.messages()], [1, 2, 3])
+
+    def test_it_is_computed_once(self) -> None:
+        message = self.receive(b"Subject: hi\r\n\r\nbody\r\n")
+        self.assertIs(message.email, message.email)
+        message.attachments.append(smtpmock.Attachment("mine", "text/plain", b""))
+        self.assertEqual(message.attachments, [])
+        with self.assertRaisesRegex(AttributeError, "read-only: email"):
+            message.email = None  # type: ignore[assignment]
+
+    def test_to_dict(self) -> None:
+        memory = Memory()
+        memory.feed(b"EHLO \xff\r\n" + b"\r\n".join(line.encode() for line in ["EHLO a.com", *SEND[:3], ""]))
+        memory.feed(b"Subject: =?utf-8?q?=E2=82=AC?=\r\n\r\n\xe9\r\n.\r\n")
+        (message,) = memory.messages()
+        values = json.loads(json.dumps(message.to_dict()))
+        for name in [*FIELDS, *DERIVED]:
+            if name not in ("as_bytes", "to_dict", "email", "msg_request"):
+                self.assertIn(name, values)
+        self.assertEqual(values["content_encoding"], "base64")
+        self.assertEqual(base64.b64decode(values["content"]), message.content)
+        self.assertEqual(values["subject"], "€")
+        self.assertEqual(values["received_at"], "2020-09-13T12:26:40.250000+00:00")
+        self.assertEqual(values["peer"], ["192.0.2.1", 4321])
+        self.assertEqual(values["headers"][-1], ["Subject", "€"])
+        self.assertEqual(values["rcptto_request_response"], [["RCPT TO:<b@b.com>", RECEIVED]])
+        self.assertEqual(values["transcript"].splitlines()[0], r"C: EHLO \udcff")
+        text = self.receive(b"Subject: hi\r\n\r\n\xc3\xa9\r\n").to_dict()
+        self.assertEqual((text["content"], text["content_encoding"]), ("Subject: hi\r\n\r\né\r\n", "utf-8"))
+
+
+class TranscriptTest(unittest.TestCase):
+    maxDiff = None
+
+    def test_the_dialogues_are_their_own_transcripts(self) -> None:
+        """Where a session has one message, and no body, which would be a line."""
+        count = 0
+        for name, (options, script) in DIALOGUES.items():
+            lines = textwrap.dedent(script).strip().splitlines()
+            lines = [line.strip() for line in lines if line.strip()]
+            if any(line[0] == "R" or line in ("C: .", f"S: {READY}") or len(line) > 4000 for line in lines):
+                continue
+            if "multiple_message_receiving" in options:
+                continue
+            memory = Memory(**options)
+            memory.run(*(what for kind, what in steps(script) if kind == "C"))
+            for message in memory.messages():
+                count += 1
+                with self.subTest(name):
+                    self.assertEqual([line.strip() for line in message.transcript.splitlines()], lines)
+        self.assertGreater(count, 10)
+
+    def test_a_body_is_one_line(self) -> None:
+        memory = Memory()
+        memory.run("\r\n".join(["EHLO a.com", *SEND[:3], "hi", "..", ".", "QUIT", ""]).encode())
+        transcript = memory.messages()[0].transcript.splitlines()
+        self.assertEqual(transcript[-6:], [
+            "C: DATA", f"S: {READY}", "C: <8 bytes>", "S: 250 Received", "C: QUIT", "S: 221 Closing connection", "S: <closed>"
+        ][-6:])  # fmt: skip
+
+    def test_a_body_that_was_left(self) -> None:
+        memory = Memory()
+        memory.run("\r\n".join(["EHLO a.com", *SEND[:3], "hi"]).encode())
+        self.assertEqual(memory.messages()[0].transcript.splitlines()[-1], "C: <2 bytes>")
+
+    def test_each_mail_of_a_session(self) -> None:
+        memory = Memory(multiple_message_receiving=True)
+        memory.run("\r\n".join(["NOOP", "EHLO a.com", *SEND, "RSET", "MAIL FROM:nobody", *SEND, "QUIT", ""]).encode())
+        first, second = (message.transcript.splitlines() for message in memory.messages())
+        self.assertEqual(first[:5], ["S: 220 Welcome", "C: NOOP", "S: 250 Ok", "C: EHLO a.com", "S: 250 Received"])
+        self.assertEqual(first[-2:], ["C: RSET", "S: 250 Ok"])
+        start = ["S: 220 Welcome", "C: EHLO a.com", "S: 250 Received", "C: MAIL FROM:nobody"]
+        self.assertEqual((second[:4], second[-1]), (start, "S: <closed>"))
+
+    def test_what_was_handed_out_does_not_grow(self) -> None:
+        memory = Memory()
+        memory.feed("\r\n".join(["EHLO a.com", *SEND, ""]).encode())
+        (message,) = memory.messages()
+        memory.feed(b"NOOP\r\n")
+        self.assertEqual(message.transcript.splitlines()[-1], "S: 250 Received")
+        self.assertEqual(memory.messages()[0].transcript.splitlines()[-1], "S: 250 Ok")
+
+    def test_an_endless_session_is_not_kept(self) -> None:
+        memory = Memory()
+        for _ in range(30):
+            memory.feed(b"NOOP\r\n" * 1000)
+        self.assertLess(len(memory.session.dialogue), 30000)
+
+    def test_farewells(self) -> None:
+        with Server(session_timeout=0.05) as server, Client(server) as client:
+            client.ask("NOOP")
+            while client.read() != "<closed>":
+                pass
+            (message,) = server.wait_for_messages(1, TIMEOUT)
+            self.assertEqual(
+                message.transcript.splitlines()[-2:], ["S: 421 Session timeout, closing connection", "S: <closed>"]
+            )
+        with Server() as server, Client(server) as client:
+            client.read()
+            client.ask("EHLO a.com", *SEND)
+        end = ["S: 250 Received", "S: 421 Server shutting down, closing connection", "S: <closed>"]
+        self.assertEqual(server.messages()[0].transcript.splitlines()[-3:], end)
+        self.assertTrue(server.messages()[0].is_consistent)
 
 
 # ----------------------------------------------------------------------------------------- grammar
@@ -1272,10 +1695,10 @@ class ConfigurationTest(unittest.TestCase):
 
 
 class WaitingTest(unittest.TestCase):
-    def send(self, server: Server, count: int) -> None:
+    def send(self, server: Server, count: int, subject: str = "hi") -> None:
         with smtplib.SMTP(server.host, server.port, timeout=TIMEOUT) as client:
             for _ in range(count):
-                client.sendmail("a@a.com", ["b@b.com"], "hi")
+                client.sendmail("a@a.com", ["b@b.com"], f"Subject: {subject}\r\n\r\nbody".encode())
 
     def test_there_are_enough(self) -> None:
         with Server(multiple_message_receiving=True) as server:
@@ -1297,7 +1720,7 @@ class WaitingTest(unittest.TestCase):
                 self.assertEqual(client.read(), "220 Welcome")
                 with self.assertRaises(WaitTimeoutError) as caught:
                     getattr(server, wait)(2, 0.01)
-                pattern = r"^1 of 2 messages came in 0.01 seconds, [12] sessions are open$"
+                pattern = r"^1 of 2 messages came in 0.01 seconds\n  1 are recorded:"
                 self.assertRegex(str(caught.exception), pattern)
                 self.assertEqual(caught.exception.messages, server.messages())
                 self.assertEqual(len(server.messages()), 1)
@@ -1313,6 +1736,136 @@ class WaitingTest(unittest.TestCase):
             for wait in (server.wait_for_messages, server.wait_for_messages_and_purge):
                 with self.subTest(arguments=arguments), self.assertRaisesRegex(ConfigurationError, pattern):
                     wait(*arguments)  # type: ignore[arg-type]
+        with self.assertRaisesRegex(ConfigurationError, "^where='x': must be callable$"):
+            server.wait_for_messages(1, 1, where="x")  # type: ignore[arg-type]
+
+    def test_where(self) -> None:
+        with Server(multiple_message_receiving=True) as server:
+            for subject in ("one", "two", "one", "two"):
+                self.send(server, 1, subject)
+            found = server.wait_for_messages(1, 0, where=lambda message: message.subject == "two")
+            self.assertEqual([message.id for message in found], [2, 4])
+            found = server.wait_for_messages_and_purge(2, 0, lambda message: message.subject == "one")
+            self.assertEqual([message.id for message in found], [1, 3])
+            self.assertEqual([message.id for message in server.messages()], [2, 4])
+            with self.assertRaises(WaitTimeoutError) as caught:
+                server.wait_for_messages_and_purge(2, 0.01, lambda message: message.id == 4)
+            self.assertEqual([message.id for message in caught.exception.messages], [4])
+            self.assertEqual([message.id for message in server.messages()], [2, 4])
+
+    def test_where_raises(self) -> None:
+        with Server(multiple_message_receiving=True) as server:
+            self.send(server, 2)
+            for wait in (server.wait_for_messages, server.wait_for_messages_and_purge):
+                with self.assertRaises(ZeroDivisionError):
+                    wait(2, TIMEOUT, lambda message: message.id == 1 or 1 / 0)
+            self.assertEqual(len(server.messages()), 2)
+            self.assertEqual(server._mailbox._watches, [])
+
+    def test_where_may_do_what_it_likes(self) -> None:
+        """It is called without a lock: it can send mail, or ask the server in another thread."""
+        with Server(multiple_message_receiving=True) as server:
+            self.send(server, 1)
+            asked = iter([1])
+
+            def where(message: Message) -> bool:
+                for _ in asked:
+                    self.send(server, 1, "from within")
+                return bool(in_threads(lambda: message in server.messages())[0])
+
+            self.assertEqual(len(server.wait_for_messages(2, TIMEOUT, where)), 2)
+
+    def test_where_while_clients_send(self) -> None:
+        """The first that matches, and each message is looked at as it comes, and when it changes."""
+        with Server(multiple_message_receiving=True) as server:
+            seen: list[str] = []
+
+            def where(message: Message) -> bool:
+                seen.append(message.rcpt_tos[0])
+                return message.rcpt_tos == ["7-3@b.com"]
+
+            def send(number: int) -> None:
+                with smtplib.SMTP(server.host, server.port, timeout=TIMEOUT) as client:
+                    for count in range(20):
+                        client.sendmail("a@a.com", [f"{number}-{count}@b.com"], "hi")
+
+            senders = [lambda number=number: send(number) for number in range(16)]
+            results = in_threads(lambda: server.wait_for_messages(1, TIMEOUT, where), *senders)
+            self.assertEqual([message.rcpt_tos for message in results[0]], [["7-3@b.com"]])
+            self.assertEqual(len(server.messages()), 320)
+            self.assertLessEqual(len(seen), 2 * 320)
+
+    def test_where_of_a_message_that_changes(self) -> None:
+        with Server() as server, smtplib.SMTP(server.host, server.port, timeout=TIMEOUT) as client:
+            client.sendmail("a@a.com", ["b@b.com"], "hi")
+            with self.assertRaises(WaitTimeoutError):
+                server.wait_for_messages(1, 0, lambda message: message.quit_sent)
+            waiter = lambda: len(server.wait_for_messages(1, TIMEOUT, lambda message: message.quit_sent))  # noqa: E731
+            self.assertEqual(in_threads(waiter, client.quit)[0], 1)
+
+    def test_a_waiter_is_woken_when_there_can_be_enough(self) -> None:
+        with Server(multiple_message_receiving=True) as server:
+            wakings = []
+            judge = smtpmock._Watch.judge
+
+            def counting(watch: smtpmock._Watch, *arguments: Any) -> None:
+                wakings.append(len(arguments[0]))
+                judge(watch, *arguments)
+
+            with mock.patch.object(smtpmock._Watch, "judge", counting):
+                in_threads(lambda: server.wait_for_messages(300, TIMEOUT), *[lambda: self.send(server, 100)] * 3)
+            self.assertLessEqual(len(wakings), 2)
+            self.assertEqual(sum(wakings), 300)
+
+    def test_what_is_purged_while_one_waits_does_not_count(self) -> None:
+        with Server(multiple_message_receiving=True) as server:
+            self.send(server, 1)
+            purged = threading.Event()
+
+            def where(message: Message) -> bool:
+                if not purged.is_set():
+                    server.messages_and_purge()
+                    purged.set()
+                return True
+
+            def send() -> None:
+                purged.wait(TIMEOUT)
+                self.send(server, 2)
+
+            results = in_threads(
+                lambda: server.wait_for_messages(2, TIMEOUT, where),
+                send,
+            )
+            self.assertEqual([message.id for message in results[0]], [2, 3])
+
+    def test_a_timeout_says_what_there_is(self) -> None:
+        with Server(multiple_message_receiving=True) as server, Client(server) as client:
+            self.send(server, 12, "Grüße")
+            client.read()
+            client.ask("HELO a.com", "MAIL FROM:<a@a.com>")
+            with self.assertRaises(WaitTimeoutError) as caught:
+                server.wait_for_messages(2, 0.01, lambda message: message.id == 1)
+            lines = str(caught.exception).splitlines()
+            self.assertEqual(
+                lines[:3], ["1 of 2 matching messages came in 0.01 seconds", "  12 are recorded:", "    ..."]
+            )
+            recorded = "    <Message 12 from 'a@a.com' to ['b@b.com']: 64 bytes, accepted>, subject 'Grüße'"
+            self.assertIn(
+                re.sub(r"\d+ bytes", "N bytes", recorded), re.sub(r"\d+ bytes", "N bytes", str(caught.exception))
+            )
+            port = client.socket.getsockname()[1]
+            self.assertEqual(lines[-1], f"    127.0.0.1:{port}: C: MAIL FROM:<a@a.com> / S: 250 Received")
+        with self.assertRaises(WaitTimeoutError) as caught:
+            Server().wait_for_messages(1, 0)
+        self.assertEqual(str(caught.exception).splitlines()[1:], ["  0 are recorded", "  0 sessions are open"])
+
+    def test_reset(self) -> None:
+        with Server() as server:
+            self.send(server, 1)
+            server.reset()
+            self.assertEqual(server.messages(), [])
+            self.send(server, 1)
+            self.assertEqual([message.id for message in server.messages()], [2])
 
     def test_purging_while_clients_send(self) -> None:
         """Every message is handed out once, whatever purges it."""
@@ -1339,6 +1892,76 @@ class WaitingTest(unittest.TestCase):
             found += server.messages_and_purge()
             self.assertEqual(len(found), 3200)
             self.assertEqual(len(set(map(id, found))), 3200)
+
+
+class OnMessageTest(unittest.TestCase):
+    def converse(self, server: Server) -> list[str]:
+        with Client(server) as client:
+            client.read()
+            return client.ask("EHLO a.com", *SEND)[-1:] + client.ask("QUIT")
+
+    def test_called_before_the_reply(self) -> None:
+        seen: list[Message] = []
+        called, go_on = threading.Event(), threading.Event()
+
+        def on_message(message: Message) -> None:
+            seen.append(message)
+            called.set()
+            go_on.wait(TIMEOUT)
+
+        with Server(on_message=on_message) as server, Client(server) as client:
+            client.read()
+            client.ask("EHLO a.com", *SEND[:3])
+            client.send(b"hi\r\n.\r\n")
+            self.assertTrue(called.wait(TIMEOUT))
+            client.socket.settimeout(0.05)
+            self.assertRaises(TimeoutError, client.socket.recv, 100)
+            self.assertEqual(server.messages(), [])
+            client.socket.settimeout(TIMEOUT)
+            go_on.set()
+            self.assertEqual(client.socket.recv(100), b"250 Received\r\n")
+            self.assertEqual(server.messages(), seen)
+        self.assertTrue(seen[0].is_consistent)
+        self.assertEqual((seen[0].id, seen[0].peer[0], seen[0].received_at is None), (1, "127.0.0.1", False))
+        self.assertEqual(seen[0].transcript.splitlines()[-1], "S: 250 Received")
+
+    def test_if_it_raises(self) -> None:
+        for error in (ValueError("no"), SystemExit()):
+            recorder = Recorder()
+            with Server(on_message=mock.Mock(side_effect=[error, None]), logger=recorder) as server:
+                self.assertEqual(
+                    self.converse(server), ["451 Message could not be processed", "221 Closing connection"]
+                )
+                level, text = recorder.wait_for("on_message failed: Traceback")
+                self.assertEqual(level, "error")
+                self.assertIn(f"{type(error).__name__}", text)
+                self.assertEqual(self.converse(server)[0], "250 Received")
+                refused, accepted = server.messages()
+            self.assertEqual((refused.msg, refused.msg_response), (False, "451 Message could not be processed"))
+            self.assertEqual((refused.is_consistent, refused.received_at, refused.content), (False, None, b"hi\r\n"))
+            self.assertIn("C: <4 bytes>\nS: 451 Message could not be processed\nC: QUIT", refused.transcript)
+            self.assertTrue(accepted.is_consistent)
+
+    def test_only_accepted_messages(self) -> None:
+        seen: list[Message] = []
+        with Server(on_message=seen.append, msg_size_limit=1) as server:
+            self.assertEqual(self.converse(server)[0], "552 Message exceeded max size of 1 bytes")
+        self.assertEqual((seen, len(server.messages())), ([], 1))
+
+    def test_each_mail_of_a_session(self) -> None:
+        for multiple in (True, False):
+            seen: list[Message] = []
+            with (
+                Server(on_message=seen.append, multiple_message_receiving=multiple) as server,
+                Client(server) as client,
+            ):
+                client.read()
+                client.ask("EHLO a.com", *SEND, *SEND)
+            self.assertEqual([message.id for message in seen], [1, 2])
+
+    def test_it_must_be_callable(self) -> None:
+        with self.assertRaisesRegex(ConfigurationError, "^on_message=1: must be callable$"):
+            Server(on_message=1)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------- server life
@@ -1480,9 +2103,8 @@ class ServerTest(unittest.TestCase):
         server = Server()
         clients: list[socket.socket] = []
 
-        def announce(address: str) -> None:
-            host, _, port = address.rpartition(":")
-            clients.append(socket.create_connection((host, int(port)), TIMEOUT))
+        def announce(host: str, port: int) -> None:
+            clients.append(socket.create_connection((host, port), TIMEOUT))
             clients[0].settimeout(0.05)
             self.assertRaises(TimeoutError, clients[0].recv, 100)
 
@@ -2230,6 +2852,17 @@ class CommandLineTest(unittest.TestCase):
             with self.subTest(argv=argv):
                 self.assertEqual(self.call(*argv), (2, "", expected))
 
+    def test_outputs(self) -> None:
+        for argv, expected in {
+            ("-json=maybe",): (2, "smtpmock: json='maybe': must be true or false\n"),
+            ("-saveDir=/dev/null/x",): (1, "smtpmock: cannot write to /dev/null/x: Not a directory\n"),
+            ("--maildir", "/dev/null/x"): (1, "smtpmock: cannot write to /dev/null/x: Not a directory\n"),
+            ("-saveDir=/proc/x",): (1, "smtpmock: cannot write to /proc/x: No such file or directory\n"),
+        }.items():
+            with self.subTest(argv=argv):
+                status, text = expected
+                self.assertEqual(self.call(*argv), (status, "", text))
+
     def test_port_in_use(self) -> None:
         with Server() as server:
             status, out, err = self.call(f"-port={server.port}")
@@ -2270,14 +2903,12 @@ class CommandLineTest(unittest.TestCase):
             self.assertIs(signal.getsignal(signal.SIGTERM), handler)
 
 
-class ProcessTest(unittest.TestCase):
-    """The command line as a process, with real signals."""
-
-    def start(self, *argv: str) -> subprocess.Popen[str]:
+class ProcessCase(unittest.TestCase):
+    def start(self, *argv: str, **arguments: Any) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, "-m", "smtpmock", *argv],
             env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE, **arguments,
         )  # fmt: skip
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
@@ -2288,6 +2919,15 @@ class ProcessTest(unittest.TestCase):
         match = re.fullmatch(r"smtpmock: listening on 127\.0\.0\.1:(\d+)\n", process.stdout.readline())
         assert match is not None
         return int(match[1])
+
+    def send(self, port: int, *mails: bytes) -> None:
+        with smtplib.SMTP("127.0.0.1", port, timeout=TIMEOUT) as client:
+            for mail in mails:
+                client.sendmail("a@a.com", ["b@b.com"], mail)
+
+
+class ProcessTest(ProcessCase):
+    """The command line as a process, with real signals."""
 
     def test_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
@@ -2353,6 +2993,125 @@ class ProcessTest(unittest.TestCase):
         self.assertRegex(done.stderr.decode(), r"\Asmtpmock: cannot write to stdout: [^\n]*\n\Z")
 
 
+class OutputTest(ProcessCase):
+    """What the command line does with the mail."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name, "made", "as needed")
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir())
+
+    def test_json(self) -> None:
+        process = self.start("-json", "-log")
+        assert process.stdout is not None
+        listening = json.loads(process.stdout.readline())["listening"]
+        self.assertEqual(listening["host"], "127.0.0.1")
+        self.send(listening["port"], b"Subject: one\r\n\r\n\xff", b"Subject: two")
+        with smtplib.SMTP("127.0.0.1", listening["port"], timeout=TIMEOUT) as client:
+            client.ehlo("a.com")
+            client.mail("nobody")
+        with socket.create_connection(("127.0.0.1", listening["port"]), TIMEOUT):
+            pass  # a probe is no session
+        lines = [json.loads(process.stdout.readline()) for _ in range(3)]
+        process.terminate()
+        out, err = process.communicate(timeout=TIMEOUT)
+        self.assertEqual((out, process.returncode), ("", 0))
+        self.assertIn("SMTP request: message binary data portion", err)
+        self.assertEqual([line["subject"] for line in lines], ["one", "two", None])
+        self.assertEqual([line["is_consistent"] for line in lines], [True, True, False])
+        self.assertEqual([line["id"] for line in lines], [1, 2, 3])
+        self.assertEqual((lines[0]["content_encoding"], lines[1]["content"]), ("base64", "Subject: two\r\n"))
+        self.assertTrue(lines[2]["transcript"].endswith("S: 221 Closing connection\nS: <closed>"))
+
+    def test_json_to_nobody(self) -> None:
+        process = self.start("-json")
+        assert process.stdout is not None
+        port = json.loads(process.stdout.readline())["listening"]["port"]
+        process.stdout.close()
+        with self.assertRaises(smtplib.SMTPDataError) as caught:
+            self.send(port, b"hi")
+        self.assertEqual(caught.exception.smtp_code, 451)
+
+    def test_save_dir(self) -> None:
+        for begin in (1, 3):
+            process = self.start(f"-saveDir={self.folder}")
+            self.send(self.port(process), b"Subject: first\r\n\r\n\xff", b"Subject: second")
+            numbers = range(1, begin + 2)
+            self.assertEqual(self.names(), sorted(f"{n:06d}.{kind}" for n in numbers for kind in ("eml", "json")))
+            mail = (self.folder / f"{begin:06d}.eml").read_bytes()
+            self.assertRegex(
+                mail,
+                rb"\AReturn-Path: <a@a.com>\r\nReceived: from [^;]*;\r\n[^\r]*\r\nSubject: first\r\n\r\n\xff\r\n\Z",
+            )
+            record = json.loads((self.folder / f"{begin + 1:06d}.json").read_text())
+            self.assertEqual((record["subject"], record["id"]), ("second", 2))
+            process.kill()
+
+    def test_two_processes_in_one_folder(self) -> None:
+        ports = [self.port(self.start(f"-saveDir={self.folder}")) for _ in range(2)]
+        in_threads(*(lambda port=port: self.send(port, *[b"hi"] * 20) for port in ports for _ in range(4)))
+        self.assertEqual(self.names(), sorted(f"{n:06d}.{kind}" for n in range(1, 161) for kind in ("eml", "json")))
+
+    def test_a_disk_that_fills(self) -> None:
+        import resource
+
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))  # noqa: E731
+        process = self.start(f"-saveDir={self.folder}", f"-maildir={self.folder / 'mail'}", preexec_fn=limit)
+        port = self.port(process)
+        with self.assertRaises(smtplib.SMTPDataError) as caught:
+            self.send(port, b"x" * 18000)
+        self.assertEqual(caught.exception.smtp_code, 451)
+        self.assertEqual(self.names(), ["mail"])
+        self.send(port, b"Subject: small")
+        self.assertEqual(self.names(), ["000002.eml", "000002.json", "mail"])
+        process.terminate()
+        self.assertRegex(process.communicate(timeout=TIMEOUT)[1], r"(?s)\A\Z|File too large")
+
+    def test_maildir(self) -> None:
+        import mailbox
+
+        process = self.start(f"--maildir={self.folder}")
+        port = self.port(process)
+        in_threads(*[lambda: self.send(port, b"Subject: =?utf-8?q?=E2=82=AC?=\r\n\r\nhi")] * 8)
+        mails = list(mailbox.Maildir(self.folder, create=False))
+        self.assertEqual(len(mails), 8)
+        self.assertEqual((mails[0]["Return-Path"], mails[0].get_payload()), ("<a@a.com>", "hi\n"))
+        self.assertEqual(list((self.folder / "tmp").iterdir()), [])
+
+    def test_killed_at_any_moment(self) -> None:
+        """Every mail that got its 250 is a whole file."""
+        rng = random.Random()
+        for _ in range(int(os.environ.get("SMTPMOCK_KILLS", "2"))):
+            process = self.start(f"-saveDir={self.folder}")
+            port = self.port(process)
+            accepted: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+            def send(name: str, port: int = port, accepted: Any = accepted) -> None:
+                with contextlib.suppress(OSError, smtplib.SMTPException), smtplib.SMTP("127.0.0.1", port) as client:
+                    for count in range(125):
+                        client.sendmail("a@a.com", ["b@b.com"], f"Subject: {name}-{count}\n\n{'x' * 5000}\nend")
+                        accepted.put(f"{name}-{count}")
+
+            killer = threading.Timer(rng.uniform(0, 0.5), process.kill)
+            killer.start()
+            in_threads(*(lambda name=name: send(name) for name in "abcdefgh"))
+            killer.join()
+            process.wait(TIMEOUT)
+            subjects = set()
+            for path in self.folder.glob("[0-9]*.eml"):
+                mail = path.read_text()
+                self.assertTrue(mail.endswith(f"\n\n{'x' * 5000}\nend\n"), path)
+                subjects.add(mail.partition("Subject: ")[2].partition("\n")[0])
+                record = json.loads(path.with_suffix(".json").read_text())
+                self.assertTrue(record["content"].endswith("end\r\n"))
+            self.assertLessEqual({accepted.get() for _ in range(accepted.qsize())}, subjects)
+            for path in self.folder.iterdir():
+                path.unlink()
+
+
 # --------------------------------------------------------------------------------- the file itself
 
 
@@ -2416,7 +3175,7 @@ class ReadmeTest(unittest.TestCase):
 
     def test_python_examples(self) -> None:
         pytest = types.ModuleType("pytest")
-        pytest.fixture = lambda function: function  # type: ignore[attr-defined]
+        pytest.fixture = lambda function=None, **_: function or (lambda function: function)  # type: ignore[attr-defined]
         for example in self.blocks("python"):
             with self.subTest(example), mock.patch.dict(sys.modules, pytest=pytest):
                 space: dict[str, Any] = {"__name__": "readme"}
@@ -2434,9 +3193,16 @@ class ReadmeTest(unittest.TestCase):
                 self.assertGreater(result.testsRun, 0)
         for name, function in list(space.items()):
             if name.startswith("test_"):
-                fixture = space["smtp_server"]()
-                function(next(fixture))
-                self.assertRaises(StopIteration, next, fixture)
+                with contextlib.ExitStack() as stack:
+                    function(*self.fixtures(function, space, stack))
+
+    def fixtures(self, function: Any, space: dict[str, Any], stack: contextlib.ExitStack) -> Iterator[Any]:
+        """The values of its parameters, which functions of these names yield or return, as in pytest."""
+        for name in inspect.signature(function).parameters:
+            value = space[name](*self.fixtures(space[name], space, stack))
+            if inspect.isgenerator(value):
+                stack.callback(next, value, None)
+            yield next(value) if inspect.isgenerator(value) else value
 
     def test_commands(self) -> None:
         """Every command line of the README is one that the parser takes."""
@@ -2460,7 +3226,7 @@ class ReadmeTest(unittest.TestCase):
         """What the README's tables of names speak of is there."""
         for name in smtpmock.__all__:
             self.assertIn(name, self.text)
-        public = [*FIELDS, "is_consistent", "msg_request"]
+        public = [*FIELDS, *DERIVED]
         for name in public + [name for name in dir(Server) if not name.startswith("_")]:
             self.assertIn(f"{name}", self.text)
         self.assertIn(smtpmock.__version__, self.text)
