@@ -1146,8 +1146,7 @@ class _Mailbox:
         """Put another message in its place; returns whether it was still there."""
         with self._changed:
             entry.message = message
-            if not entry.purged:
-                self._show(entry)
+            self._show(entry)
             return not entry.purged
 
     def _show(self, entry: _Entry) -> None:

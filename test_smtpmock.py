@@ -1942,6 +1942,13 @@ class OnMessageTest(unittest.TestCase):
             self.assertIn("C: <4 bytes>\nS: 451 Message could not be processed\nC: QUIT", refused.transcript)
             self.assertTrue(accepted.is_consistent)
 
+    def test_a_refused_mail_is_not_handed_out_as_accepted(self) -> None:
+        memory = Memory(on_message=lambda message: False)
+        memory.feed("\r\n".join(["EHLO a.com", *SEND, ""]).encode())
+        message = memory.session.end("421 bye")
+        self.assertEqual(memory.messages(), [message])
+        self.assertEqual([message.msg for message in memory.messages()], [False])
+
     def test_only_accepted_messages(self) -> None:
         seen: list[Message] = []
         with Server(on_message=seen.append, msg_size_limit=1) as server:
