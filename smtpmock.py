@@ -52,6 +52,7 @@ __all__ = [
     "Attachment",
     "Configuration",
     "ConfigurationError",
+    "Handler",
     "Logger",
     "Message",
     "SMTPMockError",
@@ -675,7 +676,7 @@ _STEPS = ("helo", "mailfrom", "rcptto", "data", "msg", "rset", "noop", "quit")
 _ENVELOPE = _STEPS[1:]
 
 
-class _Handler:
+class Handler:
     """The life of a command: a form to be filled in, and at most a rule of its own.
 
     Texts, delays and lists are given by the name of the option that holds them.
@@ -739,14 +740,14 @@ class _Handler:
                 session.done.add(self.step)
 
 
-class _Greeting(_Handler):
+class _Greeting(Handler):
     """What the server says before there is any command."""
 
     verbs = ("connect",)
     received = "msg_greeting"
 
 
-class _Helo(_Handler):
+class _Helo(Handler):
     """HELO or EHLO, with what the client calls itself."""
 
     verbs = ("HELO", "EHLO")
@@ -759,7 +760,7 @@ class _Helo(_Handler):
     delay = "response_delay_helo"
 
 
-class _Mailfrom(_Handler):
+class _Mailfrom(Handler):
     """MAIL FROM:<address>, or <> for a mail that nobody is to answer."""
 
     verbs = ("MAIL",)
@@ -775,7 +776,7 @@ class _Mailfrom(_Handler):
     delay = "response_delay_mailfrom"
 
 
-class _Rcptto(_Handler):
+class _Rcptto(Handler):
     """RCPT TO:<address>, once per recipient."""
 
     verbs = ("RCPT",)
@@ -801,7 +802,7 @@ class _Rcptto(_Handler):
         session.recipients.append(exchange)
 
 
-class _Data(_Handler):
+class _Data(Handler):
     """DATA, which asks for leave to send the body."""
 
     verbs = ("DATA",)
@@ -814,7 +815,7 @@ class _Data(_Handler):
     after = _After.BODY
 
 
-class _Body(_Handler):
+class _Body(Handler):
     """The body, when its end has come. It is its own argument, None if it was too long."""
 
     verbs = ("message",)
@@ -834,7 +835,7 @@ class _Body(_Handler):
         return reply
 
 
-class _Rset(_Handler):
+class _Rset(Handler):
     """RSET, after which the client begins another mail."""
 
     verbs = ("RSET",)
@@ -847,7 +848,7 @@ class _Rset(_Handler):
     notes = True
 
 
-class _Noop(_Handler):
+class _Noop(Handler):
     """NOOP, with an argument or without."""
 
     verbs = ("NOOP",)
@@ -858,7 +859,7 @@ class _Noop(_Handler):
     notes = True
 
 
-class _Quit(_Handler):
+class _Quit(Handler):
     """QUIT, with which the session ends."""
 
     verbs = ("QUIT",)
@@ -869,7 +870,7 @@ class _Quit(_Handler):
     notes = True
 
 
-class _Unknown(_Handler):
+class _Unknown(Handler):
     """A command that is none of the others."""
 
     verbs = ("unknown",)
@@ -887,7 +888,7 @@ class _TooLong(_Unknown):
 _FORMS = (_Greeting, _Helo, _Mailfrom, _Rcptto, _Data, _Body, _Rset, _Noop, _Quit, _Unknown, _TooLong)
 
 
-def _make_handlers(options: Configuration) -> dict[str, _Handler]:
+def _make_handlers(options: Configuration) -> dict[str, Handler]:
     """The table of verbs."""
     return {verb: handler for form in _FORMS for handler in [form(options)] for verb in form.verbs}
 
@@ -942,20 +943,28 @@ class _BodyReader:
         return None if self._dropped or len(body) > self._limit else body
 
 
+def _ignore(message: Message) -> None:
+    pass
+
+
+class _Setup(NamedTuple):
+    """What the sessions of a server share."""
+
+    options: Configuration
+    handlers: dict[str, Handler]
+    mailbox: _Mailbox
+    log: _Log
+    on_message: Callable[[Message], object] = _ignore  # with each that is accepted, but not yet answered
+    on_other: Callable[[Message], object] = _ignore  # with each that was not, when its session has ended
+
+
 class _Session:
     """One SMTP conversation, without a socket, a thread or a clock.
 
     The same bytes give the same replies and messages, whatever the pieces they come in.
     """
 
-    def __init__(
-        self,
-        options: Configuration,
-        handlers: dict[str, _Handler],
-        mailbox: _Mailbox,
-        on_message: Callable[[Message], bool] | None = None,
-        peer: tuple[str, int] = ("", 0),
-    ) -> None:
+    def __init__(self, setup: _Setup, peer: tuple[str, int]) -> None:
         self.peer = peer
         self.request: _Request = None  # the last one, for the log
         # Of the current message: what was exchanged at each step, which of them succeeded, each RCPT, and
@@ -964,11 +973,10 @@ class _Session:
         self.done: set[str] = set()
         self.recipients: list[_Exchange] = []
         self.dialogue: _Dialogue = []
-        self._body_limit = options.msg_size_limit
-        self._keeps_messages = options.multiple_message_receiving
-        self._handlers = handlers
-        self._mailbox = mailbox
-        self._on_message = on_message  # returns whether the mail may be accepted
+        self._setup = setup
+        self._handlers = setup.handlers
+        self._mailbox = setup.mailbox
+        self._keeps_messages = setup.options.multiple_message_receiving
         self._stamp: tuple[int, float] | None = None  # the number of the message, and when it got that
         self._delivered: Message | None = None
         self._entry: _Entry | None = None  # where in the mailbox the current message is, once it is
@@ -1006,11 +1014,8 @@ class _Session:
             else:
                 self._rest, at = data[at:], len(data)
 
-    def end(self, farewell: str | None = None) -> Message | None:
-        """Record what is not recorded yet, because the connection ends; the farewell is said by the server.
-
-        Returns the message if it was recorded without having been handed to on_message.
-        """
+    def end(self, farewell: str | None = None) -> None:
+        """Record what is not recorded yet, because the connection ends; the farewell is said by the server."""
         if self.body is not None:
             self.steps["msg"] = _Exchange("", "", False, self.body.content())
             self.dialogue += (self.body.size, None)
@@ -1020,7 +1025,9 @@ class _Session:
             self.dialogue += (None, farewell, None, _CLOSED)
         if self._unpublished or (self._entry is not None and farewell is not None):
             self._publish(complete=True, noted=not self._unpublished)
-        return None if self._entry is None or self._delivered else self._entry.message
+        if self._entry is not None and self._delivered is None:
+            self._delivered = self._entry.message
+            self._hand_out(self._setup.on_other, self._delivered)
 
     def _run_command(self, request: str, verb: str, argument: str) -> _Reply:
         handler = self._handlers.get(verb)
@@ -1029,7 +1036,7 @@ class _Session:
             handler = self._handlers["unknown"]
         return self._run(handler, request, argument[size:].strip())
 
-    def _run(self, handler: _Handler, request: _Request, argument: Any) -> _Reply:
+    def _run(self, handler: Handler, request: _Request, argument: Any) -> _Reply:
         if self._entry is not None and self._keeps_messages and not handler.notes:
             self._begin_message()
         self.request = request
@@ -1042,7 +1049,7 @@ class _Session:
         if complete or self._entry is not None:
             self._publish(complete=complete, noted=handler.notes)
         if reply.after is _After.BODY:
-            self.body = _BodyReader(self._body_limit)
+            self.body = _BodyReader(self._setup.options.msg_size_limit)
         return reply
 
     def _begin_message(self) -> None:
@@ -1057,10 +1064,17 @@ class _Session:
         """Hand out the mail that is about to be accepted; returns whether it may be."""
         self._stamp = self._mailbox.stamp()
         self._delivered = Message(self, *self._stamp)
-        if self._on_message is None or self._on_message(self._delivered):
-            return True
-        self._delivered = None
-        return False
+        if not self._hand_out(self._setup.on_message, self._delivered):
+            self._delivered = None
+        return self._delivered is not None
+
+    def _hand_out(self, take: Callable[[Message], object], message: Message) -> bool:
+        try:
+            take(message)
+        except BaseException:  # noqa: BLE001 - pytest.fail() is no Exception
+            self._setup.log.failure("on_message failed")
+            return False
+        return True
 
     def _publish(self, *, complete: bool, noted: bool = False) -> None:
         """Put the message into the mailbox if it is complete, bring it up to date if it is there.
@@ -1275,11 +1289,9 @@ class _Connection(socketserver.BaseRequestHandler):
     server: _Listener
 
     def setup(self) -> None:
-        self.options = self.server.options
+        self.options = self.server.setup.options
         self.log = self.server.log
-        server, peer = self.server, self.client_address[:2]
-        on_message = functools.partial(server.call, server.hooks.on_message)
-        self.session = _Session(self.options, server.handlers, server.mailbox, on_message, peer)
+        self.session = _Session(self.server.setup, self.client_address[:2])
         self.unsent = bytearray()
         self.is_idle = False  # in a read, for a command: nothing is lost if stop() ends it
         self.server.connections.add(self)
@@ -1299,9 +1311,7 @@ class _Connection(socketserver.BaseRequestHandler):
             self.log("warning", f"SMTP session broke off: {error}")
 
     def finish(self) -> None:
-        left = self.session.end()
-        if left is not None:
-            self.server.call(self.server.hooks.on_other, left)
+        self.session.end()
         self.server.connections.discard(self)
         self.log.activity("SMTP session finished")
 
@@ -1391,29 +1401,17 @@ def _join_all(threads: Sequence[threading.Thread], timeout: float) -> bool:
     return not any(thread.is_alive() for thread in others)
 
 
-class _Hooks(NamedTuple):
-    """What is called with messages, in the threads of their sessions."""
-
-    on_message: Callable[[Message], object] = lambda message: None  # accepted, but not yet answered
-    on_other: Callable[[Message], object] = lambda message: None  # not accepted, and its session has ended
-
-
 class _Listener(socketserver.ThreadingTCPServer):
     """Accepts clients, from open() to close()."""
 
     allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port
     request_queue_size = socket.SOMAXCONN
 
-    def __init__(
-        self, family: int, address: Any, options: Configuration, mailbox: _Mailbox, log: _Log, hooks: _Hooks
-    ) -> None:
+    def __init__(self, family: int, address: Any, setup: _Setup) -> None:
         self.address_family = family
         super().__init__(address, _Connection, bind_and_activate=False)
-        self.options = options
-        self.handlers = _make_handlers(options)
-        self.mailbox = mailbox
-        self.log = log
-        self.hooks = hooks
+        self.setup = setup
+        self.log = setup.log
         self.connections: set[_Connection] = set()
         self.spare_threads: list[_SessionThread] = []
         self.stopping = False
@@ -1478,15 +1476,6 @@ class _Listener(socketserver.ThreadingTCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.log.failure("SMTP session failed")
 
-    def call(self, hook: Callable[[Message], object], message: Message) -> bool:
-        """Whether the hook takes the message; if not, it is logged why."""
-        try:
-            hook(message)
-        except BaseException:  # noqa: BLE001 - pytest.fail() is no Exception
-            self.log.failure("on_message failed")
-            return False
-        return True
-
     def close(self, timeout: float) -> bool:
         """End all sessions, after timeout seconds by force; returns whether that was needed."""
         self.stopping = True
@@ -1521,14 +1510,14 @@ class _Listener(socketserver.ThreadingTCPServer):
             sock.close()
 
 
-def _bind(options: Configuration, *parts: Any) -> _Listener:
+def _bind(setup: _Setup) -> _Listener:
     """A listener on the first of the host's addresses that can be had."""
     failure = OSError("it has no address")
-    name = options.host.strip("[]")
+    name = setup.options.host.strip("[]")
     host = name.encode() if name.isascii() else name  # str would import the codec of international names
-    for family, _, _, _, address in socket.getaddrinfo(host, options.port, type=socket.SOCK_STREAM):
+    for family, _, _, _, address in socket.getaddrinfo(host, setup.options.port, type=socket.SOCK_STREAM):
         try:
-            return _Listener(family, address, options, *parts)
+            return _Listener(family, address, setup)
         except OSError as error:
             failure = error
     raise failure
@@ -1563,17 +1552,19 @@ class Server:
             raise ConfigurationError(f"configuration={configuration!r}: must be a Configuration")
         if not (on_message is None or callable(on_message)):
             raise ConfigurationError(f"on_message={on_message!r}: must be callable")
-        self._hooks = _Hooks(on_message) if on_message else _Hooks()
         self._options = dataclasses.replace(configuration, **options) if configuration else Configuration(**options)
         self._host, self._port = self._options.host, self._options.port
         self._mailbox = _Mailbox()
+        self._log = _Log(logger, self._options)
+        handlers = _make_handlers(self._options)
+        self._setup = _Setup(self._options, handlers, self._mailbox, self._log, on_message or _ignore)
         self._lifecycle = threading.Lock()  # one start() or stop() at a time
         self._listener: _Listener | None = None
-        self.with_logger(logger)
 
     def with_logger(self, logger: Any) -> Server:
         """Log to this Logger or logging.Logger, None for the default one, from the next start() on."""
         self._log = _Log(logger, self._options)
+        self._setup = self._setup._replace(log=self._log)
         return self
 
     def start(self) -> Server:
@@ -1589,7 +1580,7 @@ class Server:
             if self._listener is not None:
                 raise ServerStateError(f"{self!r} cannot start: it is running")
             try:
-                listener = _bind(self._options, self._mailbox, self._log, self._hooks)
+                listener = _bind(self._setup)
                 self._host, self._port = self._options.host.strip("[]"), listener.server_address[1]
                 try:
                     listener.server_activate()  # first: whoever reads the announcement may connect at once
@@ -1802,7 +1793,11 @@ def _open_maildir(path: str) -> Callable[[Message], None]:
     return add
 
 
-def _open_outputs(printer: _Printer, json: bool = False, save_dir: str = "", maildir: str = "") -> _Hooks:
+_Takers = tuple[Callable[[Message], None], Callable[[Message], None]]
+
+
+def _open_outputs(printer: _Printer, json: bool = False, save_dir: str = "", maildir: str = "") -> _Takers:
+    """What to call with each accepted message, and what with each other."""
     takers: list[Callable[[Message], None]] = []
     for path, open_output in ((save_dir, _Folder), (maildir, _open_maildir)):
         try:
@@ -1816,7 +1811,7 @@ def _open_outputs(printer: _Printer, json: bool = False, save_dir: str = "", mai
         for take in takers:
             take(message)
 
-    return _Hooks(on_message, takers[-1]) if json else _Hooks(on_message)
+    return on_message, takers[-1] if json else _ignore
 
 
 def _add_flag(parser: Any, name: str, kind: _Kind, default: Any, about: str) -> None:
@@ -1904,7 +1899,8 @@ def _run_until_signalled(server: Server, announce: Callable[[str, int], None]) -
 def _serve(server: Server, **outputs: Any) -> None:
     """Run the server until a signal comes."""
     printer = _Printer()
-    server._hooks = _open_outputs(printer, **outputs)
+    on_message, on_other = _open_outputs(printer, **outputs)
+    server._setup = server._setup._replace(on_message=on_message, on_other=on_other)
 
     def announce(host: str, port: int) -> None:
         try:

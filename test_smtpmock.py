@@ -99,8 +99,10 @@ class Memory:
     def __init__(self, on_message: Any = None, **options: Any) -> None:
         configuration = Configuration(**options)
         self.mailbox = smtpmock._Mailbox(lambda: 1600000000.25)
+        self.log = smtpmock._Log(mock.Mock(), configuration)
         handlers = smtpmock._make_handlers(configuration)
-        self.session = smtpmock._Session(configuration, handlers, self.mailbox, on_message, ("192.0.2.1", 4321))
+        setup = smtpmock._Setup(configuration, handlers, self.mailbox, self.log, on_message or smtpmock._ignore)
+        self.session = smtpmock._Session(setup, ("192.0.2.1", 4321))
 
     def feed(self, data: bytes) -> list[smtpmock._Reply]:
         return list(self.session.receive(data))
@@ -793,12 +795,11 @@ class DialogueTest(unittest.TestCase):
                         self.assertEqual([client.read(), *client.ask(*lines[:index])][index], text)
 
     def test_a_command_that_needs_helo_has_a_text(self) -> None:
-        class Verify(smtpmock._Handler):
+        class Verify(smtpmock.Handler):
             needs = ("helo",)
 
         options = Configuration(msg_invalid_cmd_helo_sequence="503 custom")
-        session = smtpmock._Session(options, {}, smtpmock._Mailbox())
-        self.assertEqual(Verify(options).run(session, "VRFY", "").text, "503 custom")
+        self.assertEqual(Verify(options).run(Memory().session, "VRFY", "").text, "503 custom")
 
     def test_all_texts_have_a_dialogue(self) -> None:
         elsewhere = {"msg_invalid_cmd_helo_sequence", "msg_session_timeout", "msg_server_shutdown"}
@@ -1943,10 +1944,13 @@ class OnMessageTest(unittest.TestCase):
             self.assertTrue(accepted.is_consistent)
 
     def test_a_refused_mail_is_not_handed_out_as_accepted(self) -> None:
-        memory = Memory(on_message=lambda message: False)
+        others: list[Message] = []
+        memory = Memory(on_message=lambda message: 1 / 0)
+        memory.session._setup = memory.session._setup._replace(on_other=others.append)
         memory.feed("\r\n".join(["EHLO a.com", *SEND, ""]).encode())
-        message = memory.session.end("421 bye")
-        self.assertEqual(memory.messages(), [message])
+        memory.session.end("421 bye")
+        memory.session.end()
+        self.assertEqual(memory.messages(), others)
         self.assertEqual([message.msg for message in memory.messages()], [False])
 
     def test_only_accepted_messages(self) -> None:

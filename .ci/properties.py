@@ -23,15 +23,21 @@ lines = st.one_of(words, words, st.binary(max_size=40), st.just(b"x" * 5000)).ma
 streams = st.lists(st.tuples(lines, st.sampled_from([b"\r\n", b"\r\n", b"\n"])).map(b"".join), max_size=25)
 
 
+def make_session(chosen: dict[str, bool | int]) -> smtpmock._Session:
+    configuration = smtpmock.Configuration(**chosen)  # type: ignore[arg-type]
+    handlers, mailbox = smtpmock._make_handlers(configuration), smtpmock._Mailbox(lambda: 0.0)
+    setup = smtpmock._Setup(configuration, handlers, mailbox, smtpmock._Log(None, configuration))
+    session = smtpmock._Session(setup, ("127.0.0.1", 25))
+    session.greet()
+    return session
+
+
 def converse(chosen: dict[str, bool | int], pieces: list[bytes]) -> tuple[list[str], list[dict[str, object]]]:
     """The replies to the pieces, and all that the messages say."""
-    configuration = smtpmock.Configuration(**chosen)  # type: ignore[arg-type]
-    mailbox = smtpmock._Mailbox(lambda: 0.0)
-    session = smtpmock._Session(configuration, smtpmock._make_handlers(configuration), mailbox)
-    session.greet()
+    session = make_session(chosen)
     replies = [reply.text for piece in pieces for reply in session.receive(piece)]
     session.end()
-    return replies, [{"": message.content, **message.to_dict()} for message in mailbox.messages(purge=False)]
+    return replies, [{"": message.content, **message.to_dict()} for message in session._mailbox.messages(purge=False)]
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
@@ -46,9 +52,7 @@ def pieces_do_not_matter(chosen: dict[str, bool | int], stream: list[bytes], dat
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(options, streams)
 def each_command_has_one_reply(chosen: dict[str, bool | int], stream: list[bytes]) -> None:
-    configuration = smtpmock.Configuration(**chosen)  # type: ignore[arg-type]
-    handlers = smtpmock._make_handlers(configuration)
-    session = smtpmock._Session(configuration, handlers, smtpmock._Mailbox())
+    session = make_session(chosen)
     over = False
     for line in stream:
         is_command = session.body is None
