@@ -12,6 +12,7 @@ One module, the standard library only, one thread per connection. It reads from 
     options         Configuration: every option, its default and what it does
     grammar         the patterns of RFC 5321, and the parser of a command line
     records         what the server answers, and what it keeps of a session
+    rules           where it deviates from that on purpose
     handlers        the generic life of a command, and one class per command
     session         one SMTP conversation, without a socket in it
     mailbox         the list of recorded messages
@@ -49,12 +50,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Action",
     "Attachment",
     "Configuration",
     "ConfigurationError",
     "Handler",
     "Logger",
     "Message",
+    "Rule",
     "SMTPMockError",
     "Server",
     "ServerStartError",
@@ -121,6 +124,7 @@ _SECONDS = _Kind("a number of seconds from 0 to 1000000", _number(0, 1e6, int, f
 _TIMEOUT = _Kind("a number of seconds from 0.001 to 1000000", _number(1e-3, 1e6, int, float), float)
 _PORT = _Kind("an integer from 0 to 65535", _number(0, 65535, int), int)
 _COUNT = _Kind("an integer from 0 up", _number(0, float("inf"), int), int)
+_SEED = _Kind("an integer", lambda value: value is None or _number(float("-inf"), float("inf"), int)(value), int)
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool), lambda text: _FLAGS[text.lower()])
 _TEXT = _Kind("a string", lambda value: isinstance(value, str), str)
@@ -191,6 +195,7 @@ class Configuration:
     response_delay_rset: float = _delay("RSET")
     response_delay_noop: float = _delay("NOOP")
     response_delay_quit: float = _delay("QUIT")
+    seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
     msg_size_limit: int = _option(10485760, _COUNT, "bytes that a message body may have")
     msg_greeting: str = _reply("220 Welcome", "a new connection")
     msg_invalid_cmd: str = _reply(_UNRECOGNIZED, "an unknown command")
@@ -211,7 +216,7 @@ class Configuration:
     msg_data_received: str = _reply("354 Ready for receive message. End data with <CR><LF>.<CR><LF>", "DATA")
     msg_msg_size_is_too_big: str = _reply("552 Message exceeded max size of {msg_size_limit} bytes", "a longer body")
     msg_msg_received: str = _reply(_RECEIVED, "the message body")
-    msg_msg_failed: str = _reply("451 Message could not be processed", "a body for which on_message raised an error")
+    msg_msg_failed: str = _reply("451 Local error in processing", "what on_message, a rule or a handler failed at")
     msg_invalid_cmd_rset_sequence: str = _reply(f"{_BAD} HELO should be the first", "an early RSET")
     msg_invalid_cmd_rset_arg: str = _reply(_UNRECOGNIZED, "RSET, DATA or QUIT with an argument")
     msg_rset_received: str = _reply("250 Ok", "RSET")
@@ -328,11 +333,16 @@ def _parse_command(line: bytes) -> tuple[str, str, str]:
 
 
 class _After(enum.Enum):
-    """What comes after a reply."""
+    """What comes after a reply; the values are what a transcript has for it."""
 
-    COMMAND = enum.auto()
-    BODY = enum.auto()
-    CLOSE = enum.auto()
+    COMMAND = "<command>"
+    BODY = "<body>"
+    CLOSE = "<closed>"
+    RESET = "<reset>"  # closed with an RST
+    SILENCE = "<silence>"  # open, but nothing is answered any more
+
+
+_ENDS = (_After.CLOSE, _After.RESET, _After.SILENCE)
 
 
 class _Reply(NamedTuple):
@@ -343,6 +353,7 @@ class _Reply(NamedTuple):
     delay: float = 0.0  # seconds before that
     after: _After = _After.COMMAND
     accepts: bool = False  # whether the command takes effect
+    trickle: float = 0.0  # seconds between its bytes
 
 
 def _encode(text: str) -> bytes:
@@ -365,7 +376,6 @@ class _Exchange(NamedTuple):
 
 # Requests and responses, by turns. Nothing is formatted before somebody asks for it.
 _Dialogue = list[_Request]
-_CLOSED = "<closed>"  # what the server "says" when it hangs up
 
 
 def _printable(text: str) -> str:
@@ -662,11 +672,196 @@ class Message:
         return plain
 
     def __repr__(self) -> str:
-        replies = [said for said in self._dialogue[1 : self._said : 2] if said != _CLOSED]
+        ends = {after.value for after in _ENDS}
+        replies = [said for said in self._dialogue[1 : self._said : 2] if said is not None and said not in ends]
         end = (
             "accepted" if self.is_consistent else f"not accepted, last reply {replies[-1]!r}" if replies else "no reply"
         )
         return f"<Message {self.id} from {self.mail_from!r} to {self.rcpt_tos}: {len(self.content)} bytes, {end}>"
+
+
+# ------------------------------------------------------------------------------------------- rules
+
+
+class Action(NamedTuple):
+    """What to do in place of the usual; what is left out is as usual. For a function that is a rule to return."""
+
+    reply: str | None = None  # 2xx and 3xx let the command take effect, anything else refuses it
+    raw: bytes | None = None  # sent as it is, in place of a reply
+    delay: float | None = None  # seconds
+    trickle: float = 0.0  # seconds after each byte but the last
+    then: str = ""  # "close", "reset" or "silence"; without a reply, instead of one
+
+
+_THEN = {"": None, "close": _After.CLOSE, "reset": _After.RESET, "silence": _After.SILENCE}
+_STAGES = ("connect", "message", "*")
+_PROBABILITY = _Kind("a number from 0 to 1", _number(0, 1, int, float), float)
+_TIMES = _Kind("an integer from 1 up", _number(1, float("inf"), int), int)
+_BYTES = _Kind(
+    "bytes",
+    lambda value: isinstance(value, bytes),
+    lambda text: text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode("latin-1"),
+)
+
+
+def _parse_stage(name: object) -> str:
+    """connect, message, *, or a verb in upper case, without the FROM or TO after it."""
+    words = name.replace(":", " ").split() if isinstance(name, str) else []
+    if not words or len(words) > 2 or words[1:] not in ([], ["FROM"], ["from"], ["TO"], ["to"]):
+        raise ConfigurationError(f"stage={name!r}: must be connect, message, * or a verb, as RCPT")
+    return words[0].lower() if words[0].lower() in _STAGES else words[0].upper()
+
+
+class Rule:
+    """A deviation of a server from the usual, which on() makes and one of these methods puts into force.
+
+    All of them take times, after which the rule is spent, and probability, from 0 to 1; and return the rule.
+    """
+
+    def __init__(self, rules: _Rules, stage: str, match: Any) -> None:
+        self.hits = 0  #: how often it was applied
+        self._rules = rules
+        self._stage = stage
+        self._match = _fold(match) if isinstance(match, str) else match
+        self._actions: Sequence[Action] = ()
+        self._function: Callable[[str, Message], Any] | None = None
+        self._after: int | None = None  # bytes of the body
+        self._times: int | None = None
+        self._probability = 1.0
+        self._random: Any = None
+
+    def reply(self, *texts: str | None, close: bool = False, **limits: Any) -> Rule:
+        """Say these texts, one each time and the last one from then on; None is as usual. With close, hang up.
+
+        A text of 2xx or 3xx takes the place of the usual and the command takes effect. Any other refuses it.
+        """
+        for text in texts or [()]:
+            _check("reply", text, _Kind("one string or more", lambda text: text is None or isinstance(text, str), str))
+        _check("close", close, _FLAG)
+        then = "close" if close else ""
+        return self._enforce([Action() if text is None else Action(text, then=then) for text in texts], **limits)
+
+    def delay(self, seconds: float, **limits: Any) -> Rule:
+        """Wait so long before the reply, which is as usual."""
+        _check("delay", seconds, _SECONDS)
+        return self._enforce([Action(delay=seconds)], **limits)
+
+    def drop(self, reply: str | None = None, *, after: int | None = None, **limits: Any) -> Rule:
+        """Close the connection, without a reply or after this one; at message, after so many bytes of the body."""
+        if reply is not None:
+            _check("drop", reply, _TEXT)
+        return self._enforce([Action(reply, then="close")], after, **limits)
+
+    def reset(self, *, after: int | None = None, **limits: Any) -> Rule:
+        """Close the connection with an RST; at message, after so many bytes of the body."""
+        return self._enforce([Action(then="reset")], after, **limits)
+
+    def silence(self, **limits: Any) -> Rule:
+        """Keep the connection, and answer neither this nor anything that follows."""
+        return self._enforce([Action(then="silence")], **limits)
+
+    def raw(self, data: bytes, **limits: Any) -> Rule:
+        """Send these bytes as they are, in place of the reply."""
+        _check("raw", data, _BYTES)
+        return self._enforce([Action(raw=data)], **limits)
+
+    def trickle(self, seconds: float, **limits: Any) -> Rule:
+        """Send the reply, which is as usual, byte by byte, with so much time between them."""
+        _check("trickle", seconds, _SECONDS)
+        return self._enforce([Action(trickle=seconds)], **limits)
+
+    def __call__(self, function: Callable[[str, Message], Any]) -> Any:
+        """As a decorator: function(request, message) returns None, a reply or an Action. Returns the rule."""
+        if not callable(function):
+            raise ConfigurationError(f"rule={function!r}: must be callable")
+        self._function = function
+        return self._enforce([Action()])
+
+    def remove(self) -> None:
+        """Put it out of force; it can be removed twice."""
+        self._rules.remove(self)
+
+    def _enforce(
+        self, actions: Sequence[Action], after: int | None = None, *, times: int | None = None, probability: float = 1.0
+    ) -> Rule:
+        if after is not None:
+            _check("after", after, _COUNT)
+            if self._stage != "message":
+                raise ConfigurationError(f"after={after!r}: is for the stage message, not for {self._stage}")
+        if times is not None:
+            _check("times", times, _TIMES)
+        _check("probability", probability, _PROBABILITY)
+        self._actions, self._after, self._times, self._probability = actions, after, times, probability
+        self._rules.add(self)
+        return self
+
+    def _matches(self, request: str, names: Sequence[str]) -> bool:
+        if callable(self._match):
+            return bool(self._match(request))
+        folded = [_fold(name) for name in names]
+        return self._match is None or any(self._match in (name, name.rpartition("@")[2].lower()) for name in folded)
+
+    def _take(self) -> Action | None:
+        """Use it once; None if it is spent, or chance has it so. Under the lock of the rules."""
+        if self.hits == self._times or (self._random and self._random.random() >= self._probability):
+            return None
+        self.hits += 1
+        return self._actions[min(self.hits, len(self._actions)) - 1]
+
+    def __repr__(self) -> str:
+        return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits>"
+
+
+def _make_action(result: object) -> Action:
+    """Of what a function that is a rule returned."""
+    if result is None or isinstance(result, str):
+        return Action(result)
+    if not isinstance(result, Action):
+        raise TypeError(f"a rule returned {result!r}: must be None, a reply or an Action")
+    return result
+
+
+class _Rules:
+    """The rules that are in force."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.newest_first: tuple[Rule, ...] = ()  # never changed, but replaced
+        self._seed = seed
+        self._count = itertools.count()
+        self._lock = threading.Lock()
+
+    def add(self, rule: Rule) -> None:
+        with self._lock:
+            if rule._probability < 1:
+                from random import Random
+
+                # Each has numbers of its own, so that they do not depend on what other rules meet.
+                rule._random = Random(None if self._seed is None else f"{self._seed} {next(self._count)}")
+            self.newest_first = (rule, *(other for other in self.newest_first if other is not rule))
+
+    def remove(self, rule: Rule) -> None:
+        with self._lock:
+            self.newest_first = tuple(other for other in self.newest_first if other is not rule)
+
+    def clear(self) -> None:
+        with self._lock:
+            self.newest_first, self._count = (), itertools.count()
+
+    def cuts(self) -> list[int]:
+        """The sizes of a body at which rules may end it."""
+        return sorted({rule._after for rule in self.newest_first if rule._after is not None})
+
+    def decide(
+        self, stage: str, after: int | None, request: str, names: Sequence[str], message: Callable[[], Message]
+    ) -> Action | None:
+        """What the newest rule that matches does; raises what the functions of the rules raise."""
+        for rule in self.newest_first:
+            if rule._stage in (stage, "*") and rule._after == after and rule._matches(request, names):
+                with self._lock:
+                    action = rule._take() if rule in self.newest_first else None
+                if action is not None:
+                    return action if rule._function is None else _make_action(rule._function(request, message()))
+        return None
 
 
 # ---------------------------------------------------------------------------------------- handlers
@@ -679,7 +874,7 @@ _ENVELOPE = _STEPS[1:]
 class Handler:
     """The life of a command: a form to be filled in, and at most a rule of its own.
 
-    Texts, delays and lists are given by the name of the option that holds them.
+    Texts, delays and lists are given by the name of the option that holds them; a text can also be given as it is.
     """
 
     verbs: tuple[str, ...] = ()  # upper case; in lower case, the stages of a session that are no commands
@@ -705,11 +900,32 @@ class Handler:
 
     def reply(self, option: str) -> _Reply:
         """The reply whose text is in this option."""
-        text: str = getattr(self.options, option)
-        text = text.replace("{msg_size_limit}", str(self.options.msg_size_limit))
+        text = self._fill(getattr(self.options, option, option))
         accepts = option == self.received and not text.startswith(("4", "5"))
-        after = self.after if accepts else _After.CLOSE if self.options.fail_fast else _After.COMMAND
-        return _Reply(text, _encode(text), getattr(self.options, self.delay) if self.delay else 0.0, after, accepts)
+        delay = getattr(self.options, self.delay) if self.delay else 0.0
+        return _Reply(text, _encode(text), delay, self._choose_after(accepts), accepts)
+
+    def _fill(self, text: str) -> str:
+        return text.replace("{msg_size_limit}", str(self.options.msg_size_limit))
+
+    def _choose_after(self, accepts: bool) -> _After:
+        return self.after if accepts else _After.CLOSE if self.options.fail_fast else _After.COMMAND
+
+    def perform(self, action: Action, usual: _Reply) -> _Reply:
+        """The reply that the action of a rule asks for."""
+        end = _THEN[action.then]
+        text, data, accepts = usual.text, usual.data, usual.accepts
+        if action.raw is not None:
+            text, data = _decode(action.raw).rstrip("\r\n"), action.raw
+        elif action.reply is not None:
+            text = self._fill(action.reply)
+            data = _encode(text)
+        elif end:
+            text, data = "", b""
+        if text is not usual.text:
+            accepts = text.startswith(("2", "3"))
+        delay = usual.delay if action.delay is None else action.delay
+        return _Reply(text, data, delay, end or self._choose_after(accepts), accepts, action.trickle)
 
     def run(self, session: _Session, request: _Request, argument: Any) -> _Reply:
         """Erase, check, record; the reply is still to be sent."""
@@ -717,9 +933,18 @@ class Handler:
             session.erase(self.erases)
         value = self.parse(argument)
         reply = self.replies[self.refuse(session, value) or self.received]
-        session.dialogue.extend((request, reply.text))
+        if session.rules.newest_first:
+            action = session.decide(self.names(session, argument, value), request, argument)
+            if action is not None:
+                reply = self.perform(action, reply)
+                value = argument if value is None and reply.accepts else value
+        session.dialogue.extend((request, reply.text if reply.data else None))
         self.record(session, _Exchange(request, reply.text, reply.accepts, value))
         return reply
+
+    def names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
+        """The addresses or domains that it is about, for the rules that name one."""
+        return [name.strip("<>") for name in (value, argument) if isinstance(name, str)]
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         """The text that refuses the command, None to accept it."""
@@ -814,6 +1039,9 @@ class _Data(Handler):
     delay = "response_delay_data"
     after = _After.BODY
 
+    def names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
+        return session.accepted_recipients()
+
 
 class _Body(Handler):
     """The body, when its end has come. It is its own argument, None if it was too long."""
@@ -825,6 +1053,7 @@ class _Body(Handler):
     received = "msg_msg_received"
     delay = "response_delay_message"
     completes = True
+    names = _Data.names
 
     def run(self, session: _Session, request: _Request, argument: Any) -> _Reply:
         reply = super().run(session, request, argument)
@@ -888,9 +1117,15 @@ class _TooLong(_Unknown):
 _FORMS = (_Greeting, _Helo, _Mailfrom, _Rcptto, _Data, _Body, _Rset, _Noop, _Quit, _Unknown, _TooLong)
 
 
-def _make_handlers(options: Configuration) -> dict[str, Handler]:
-    """The table of verbs."""
-    return {verb: handler for form in _FORMS for handler in [form(options)] for verb in form.verbs}
+def _make_handlers(options: Configuration, others: Iterable[Any] = ()) -> dict[str, Handler]:
+    """The table of verbs, in which a later one replaces an earlier."""
+    for form in others:
+        if not (isinstance(form, type) and issubclass(form, Handler) and form.verbs):
+            raise ConfigurationError(f"handlers: {form!r} must be a subclass of Handler that has verbs")
+    table = {verb: handler for form in _FORMS for handler in [form(options)] for verb in form.verbs}
+    return table | {
+        _parse_stage(verb): handler for form in others for handler in [form(options)] for verb in form.verbs
+    }
 
 
 # ----------------------------------------------------------------------------------------- session
@@ -954,6 +1189,7 @@ class _Setup(NamedTuple):
     handlers: dict[str, Handler]
     mailbox: _Mailbox
     log: _Log
+    rules: _Rules
     on_message: Callable[[Message], object] = _ignore  # with each that is accepted, but not yet answered
     on_other: Callable[[Message], object] = _ignore  # with each that was not, when its session has ended
 
@@ -976,6 +1212,8 @@ class _Session:
         self._setup = setup
         self._handlers = setup.handlers
         self._mailbox = setup.mailbox
+        self.rules = setup.rules
+        self._stage = ""  # as rules name it
         self._keeps_messages = setup.options.multiple_message_receiving
         self._stamp: tuple[int, float] | None = None  # the number of the message, and when it got that
         self._delivered: Message | None = None
@@ -984,10 +1222,11 @@ class _Session:
         self._rest = b""  # the beginning of a command line
         self._skipping = False  # the rest of a line that was too long
         self.body: _BodyReader | None = None  # while it comes in
+        self._cuts: list[int] = []  # the sizes at which rules may end it
         self._over = False
 
     def greet(self) -> _Reply:
-        return self._handlers["connect"].run(self, None, "")
+        return self._answer("connect", None, "")[1]
 
     def receive(self, data: bytes) -> Iterator[_Reply]:
         """The replies to what data completes; each command is run when its reply is asked for."""
@@ -997,60 +1236,103 @@ class _Session:
         at = 0
         while at < len(data) and not self._over:
             if self.body is not None:
-                at = self.body.feed(data, at)
+                cut = self._cuts[0] - self.body.size if self._cuts else len(data)
+                at = self.body.feed(data[: at + cut], at)
                 if self.body.complete:
                     body, self.body = self.body, None
-                    yield self._run(self._handlers["message"], body.size, body.content())
+                    yield self._run("message", body.size, body.content())
+                elif self._cuts and self.body.size == self._cuts[0]:
+                    yield from self._cut(self._cuts.pop(0))
             elif self._skipping:
                 end = data.find(b"\n", at)
                 self._skipping = end < 0
                 at = len(data) if self._skipping else end + 1
             elif (end := data.find(b"\n", at, at + _LINE_LIMIT)) >= 0:
                 line, at = data[at:end], end + 1
-                yield self._run_command(*_parse_command(line))
+                request, verb, argument = _parse_command(line)
+                yield self._run(verb, request, argument)
             elif len(data) - at >= _LINE_LIMIT:
                 self._skipping = True
-                yield self._run(self._handlers["too long"], f"line of over {_LINE_LIMIT} bytes", "")
+                yield self._run("too long", f"line of over {_LINE_LIMIT} bytes", "")
             else:
                 self._rest, at = data[at:], len(data)
 
     def end(self, farewell: str | None = None) -> None:
         """Record what is not recorded yet, because the connection ends; the farewell is said by the server."""
         if self.body is not None:
-            self.steps["msg"] = _Exchange("", "", False, self.body.content())
-            self.dialogue += (self.body.size, None)
-            self.body = None
-            self._unpublished = True
+            self._leave_body(self.body, "")
         if farewell is not None:
-            self.dialogue += (None, farewell, None, _CLOSED)
+            self.dialogue += (None, farewell, None, _After.CLOSE.value)
         if self._unpublished or (self._entry is not None and farewell is not None):
             self._publish(complete=True, noted=not self._unpublished)
         if self._entry is not None and self._delivered is None:
             self._delivered = self._entry.message
             self._hand_out(self._setup.on_other, self._delivered)
 
-    def _run_command(self, request: str, verb: str, argument: str) -> _Reply:
-        handler = self._handlers.get(verb)
-        size = len(handler.keyword) if handler else 0
-        if handler is None or argument[:size].upper() != handler.keyword:
-            handler = self._handlers["unknown"]
-        return self._run(handler, request, argument[size:].strip())
-
-    def _run(self, handler: Handler, request: _Request, argument: Any) -> _Reply:
-        if self._entry is not None and self._keeps_messages and not handler.notes:
+    def _run(self, stage: str, request: _Request, argument: Any) -> _Reply:
+        notes = stage in self._handlers and self._handlers[stage].notes
+        if self._entry is not None and self._keeps_messages and not notes:
             self._begin_message()
         self.request = request
         self._unpublished = True
-        reply = handler.run(self, request, argument)
-        self._over = reply.after is _After.CLOSE
-        if self._over:
-            self.dialogue += (None, _CLOSED)
+        handler, reply = self._answer(stage, request, argument)
         complete = self._over or (reply.accepts and handler.completes)
         if complete or self._entry is not None:
-            self._publish(complete=complete, noted=handler.notes)
+            self._publish(complete=complete, noted=notes)
         if reply.after is _After.BODY:
             self.body = _BodyReader(self._setup.options.msg_size_limit)
+            self._cuts = self.rules.cuts() if self.rules.newest_first else []
         return reply
+
+    def _answer(self, stage: str, request: _Request, argument: Any) -> tuple[Handler, _Reply]:
+        handler = self._handlers.get(stage)
+        size = len(handler.keyword) if handler else 0
+        if handler is None or (size and argument[:size].upper() != handler.keyword):
+            handler = self._handlers["unknown"]
+        self._stage = stage
+        if isinstance(argument, str):
+            argument = argument[size:].strip()
+        try:
+            reply = handler.run(self, request, argument)
+        except BaseException:  # noqa: BLE001 - of a handler of the user
+            self._setup.log.failure(f"{type(handler).__name__} failed")
+            reply = handler.reply("msg_msg_failed")
+            self.dialogue += (request, reply.text)
+        if reply.after in _ENDS:
+            self._over = True
+            self.dialogue += (None, reply.after.value)
+        return handler, reply
+
+    def decide(self, names: Sequence[str], request: _Request, argument: Any, after: int | None = None) -> Action | None:
+        """What a rule does here; None if it is all as usual."""
+        text = request if isinstance(request, str) else _decode(argument or b"")
+        try:
+            return self.rules.decide(self._stage, after, text, names, lambda: Message(self, 0, 0.0))
+        except BaseException:  # noqa: BLE001 - pytest.fail() is no Exception
+            self._setup.log.failure("a rule failed")
+            return Action(self._setup.options.msg_msg_failed)
+
+    def accepted_recipients(self) -> list[str]:
+        return [recipient.value for recipient in self.recipients if recipient.accepted]
+
+    def _cut(self, after: int) -> Iterator[_Reply]:
+        """End the session in its body, if a rule is for that."""
+        assert self.body is not None
+        self._stage = "message"
+        action = self.decide(self.accepted_recipients(), None, self.body.content(), after)
+        if action is not None:
+            reply = self._handlers["message"].perform(action, _Reply("", b""))
+            self._leave_body(self.body, reply.text)
+            self._over = True
+            self.dialogue += (None, reply.after.value)
+            self._publish(complete=True)
+            yield reply
+
+    def _leave_body(self, body: _BodyReader, response: str) -> None:
+        self.steps["msg"] = _Exchange(body.size, response, False, body.content())
+        self.dialogue += (body.size, response or None)
+        self.body = None
+        self._unpublished = True
 
     def _begin_message(self) -> None:
         """Leave the accepted one as it is; the next begins with the greeting and the steps that last."""
@@ -1326,13 +1608,34 @@ class _Connection(socketserver.BaseRequestHandler):
             self._flush()
             if self.server.cut.wait(reply.delay):
                 return False
-        self.unsent += reply.data
         if self.log.shows_activity:
-            self.log.activity("SMTP response: ", reply.text)
-        if reply.after is not _After.CLOSE and len(self.unsent) < 65536:
-            return True
+            self.log.activity("SMTP response: ", reply.text if reply.data else "none")
+        if reply.trickle and not self._trickle(reply):
+            return False
+        self.unsent += b"" if reply.trickle else reply.data
+        ends = reply.after in _ENDS
+        if ends or len(self.unsent) >= 65536:
+            self._flush()
+        if reply.after is _After.RESET:
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.request.close()
+        elif reply.after is _After.SILENCE:
+            self._stay_silent()
+        return not ends
+
+    def _trickle(self, reply: _Reply) -> bool:
         self._flush()
-        return reply.after is not _After.CLOSE
+        for index in range(len(reply.data)):
+            if index and self.server.cut.wait(reply.trickle):
+                return False
+            self.request.sendall(reply.data[index : index + 1])
+        return True
+
+    def _stay_silent(self) -> None:
+        """Read what the client says, until it or the server ends or nothing has come for the session's timeout."""
+        self.is_idle = True
+        while not self.server.stopping and self.request.recv(65536):
+            pass
 
     def _flush(self) -> None:
         if self.unsent:
@@ -1538,6 +1841,7 @@ class Server:
     ConfigurationError if one cannot be used. A logger, a Logger or logging.Logger, replaces the default one.
     on_message is called with each accepted message before the 250 to it, in the thread of its session. If it
     raises, the client gets msg_msg_failed instead, the error is logged, and the message is not accepted.
+    handlers are subclasses of Handler for verbs of your own, or in place of the usual ones.
     """
 
     def __init__(
@@ -1546,6 +1850,7 @@ class Server:
         *,
         logger: Any = None,
         on_message: Callable[[Message], object] | None = None,
+        handlers: Iterable[type[Handler]] = (),
         **options: Any,
     ) -> None:
         if not isinstance(configuration, Configuration | None):
@@ -1556,8 +1861,9 @@ class Server:
         self._host, self._port = self._options.host, self._options.port
         self._mailbox = _Mailbox()
         self._log = _Log(logger, self._options)
-        handlers = _make_handlers(self._options)
-        self._setup = _Setup(self._options, handlers, self._mailbox, self._log, on_message or _ignore)
+        self._rules = _Rules(self._options.seed)
+        forms = _make_handlers(self._options, handlers)
+        self._setup = _Setup(self._options, forms, self._mailbox, self._log, self._rules, on_message or _ignore)
         self._lifecycle = threading.Lock()  # one start() or stop() at a time
         self._listener: _Listener | None = None
 
@@ -1647,8 +1953,24 @@ class Server:
         """What was recorded, which is then no longer here: just what is returned is removed."""
         return self._mailbox.messages(purge=True)
 
+    def on(self, stage: str, match: str | Callable[[str], object] | None = None) -> Rule:
+        """A rule for a stage: connect, a verb, message (the end of a body), or * for all.
+
+        match is an address or a domain (at DATA and message, of a recipient), or a function of the line, or of
+        the body at message. The newest rule that matches, and is not spent, wins over anything else.
+        ConfigurationError if one of these cannot be used.
+        """
+        if not (match is None or isinstance(match, str) or callable(match)):
+            raise ConfigurationError(f"match={match!r}: must be an address, a domain or a function of the line")
+        return Rule(self._rules, _parse_stage(stage), match)
+
+    def clear_rules(self) -> None:
+        """Remove all rules."""
+        self._rules.clear()
+
     def reset(self) -> None:
-        """Drop what was recorded, for the next test."""
+        """Drop what was recorded, and all rules, for the next test."""
+        self._rules.clear()
         self._mailbox.messages(purge=True)
 
     def wait_for_messages(self, count: int, timeout: float = 5.0, where: _Where | None = None) -> list[Message]:
@@ -1793,6 +2115,57 @@ def _open_maildir(path: str) -> Callable[[Message], None]:
     return add
 
 
+def _read(kind: _Kind, text: str) -> Any:
+    try:
+        return kind.parse(text)
+    except (KeyError, ValueError):
+        return text  # for others to say what is wrong with it
+
+
+# The actions of a -rule: what follows the name, and what may follow that.
+_LIMITS = {"times": _TIMES, "probability": _PROBABILITY, "close": _FLAG, "after": _COUNT}
+_ACTIONS: dict[str, tuple[_Kind | None, tuple[str, ...]]] = {
+    "reply": (_TEXT, ("times", "probability", "close")),
+    "delay": (_SECONDS, ("times", "probability")),
+    "drop": (_TEXT, ("times", "probability", "after")),
+    "reset": (None, ("times", "probability", "after")),
+    "silence": (None, ("times", "probability")),
+    "raw": (_BYTES, ("times", "probability")),
+    "trickle": (_SECONDS, ("times", "probability")),
+}
+
+
+def _add_rule(server: Server, text: str) -> None:
+    """Read "STAGE [ADDRESS]: ACTION [ARGUMENT][; NAME=VALUE]..."."""
+
+    def expect(allowed: Iterable[str], word: str) -> None:
+        if word not in allowed:
+            raise ConfigurationError(f"rule {text!r}: {word!r} must be {' or '.join(allowed)}")
+
+    where, colon, what = (part.strip() for part in text.partition(": "))
+    match = re.fullmatch(r"(\S+(?: +(?:FROM|TO))?)(?: +(\S+))?", where, re.IGNORECASE)
+    if match is None or not colon:
+        raise ConfigurationError(f"rule {text!r}: must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'")
+    action, *limits = (part.strip() for part in what.split(";"))
+    name, _, argument = action.partition(" ")
+    expect(_ACTIONS, name)
+    kind, allowed = _ACTIONS[name]
+    arguments: list[Any] = [] if kind is None or (name == "drop" and not argument) else [_read(kind, argument)]
+    if kind is None and argument:
+        raise ConfigurationError(f"rule {text!r}: {argument!r} must not be after {name}")
+    if name == "reply":
+        arguments = [part.strip() or None for part in argument.split("|")] if argument else []
+    options = {}
+    for limit in limits:
+        key, _, value = (part.strip() for part in limit.partition("="))
+        expect(allowed, key)
+        options[key] = _read(_LIMITS[key], value or "true")
+    try:
+        getattr(server.on(match[1], match[2]), name)(*arguments, **options)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"rule {text!r}: {error}") from error
+
+
 _Takers = tuple[Callable[[Message], None], Callable[[Message], None]]
 
 
@@ -1815,18 +2188,12 @@ def _open_outputs(printer: _Printer, json: bool = False, save_dir: str = "", mai
 
 
 def _add_flag(parser: Any, name: str, kind: _Kind, default: Any, about: str) -> None:
-    def parse(text: str) -> Any:
-        try:
-            return kind.parse(text)
-        except (KeyError, ValueError):
-            return text  # for Configuration to say what is wrong with it
-
     first, *others = name.split("_")
     parser.add_argument(
         "-" + first + "".join(map(str.title, others)),  # as in go-smtp-mock
         "--" + name.replace("_", "-"),
         dest=name,
-        type=parse,
+        type=functools.partial(_read, kind),
         default=None,
         help=f"{about} (default: {', '.join(default) if kind is _NAMES else default})".replace("%", "%%"),
         **({"nargs": "?", "const": True} if kind is _FLAG else {"metavar": "..."}),
@@ -1845,6 +2212,8 @@ def _make_parser() -> Any:
     parser.add_argument("-v", "--version", action="store_true", help="print the version and exit")
     for flag in (_LOG, *_OUTPUTS):
         _add_flag(parser, *flag)
+    about = "deviation from the usual, as 'RCPT bob@example.com: reply 550 No such user; times=2'; can be repeated"
+    parser.add_argument("-rule", "--rule", dest="rules", action="append", metavar="...", help=about)
     for field in dataclasses.fields(Configuration):
         if field.name not in _LOG_OPTIONS:
             _add_flag(parser, field.name, field.metadata["kind"], field.default, field.metadata["about"])
@@ -1927,7 +2296,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(parser.format_help(), end="")
         else:
             outputs = {name: options.pop(name) for name, *_ in _OUTPUTS if name in options}
-            _serve(Server(**options), **outputs)
+            rules = options.pop("rules", ())
+            server = Server(**options)
+            for rule in rules:
+                _add_rule(server, rule)
+            _serve(server, **outputs)
     except SMTPMockError as error:
         print(f"smtpmock: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1

@@ -10,6 +10,7 @@ import datetime
 import errno
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -75,6 +76,8 @@ class Client:
         """The next line, or that the connection is closed."""
         try:
             line = self._file.readline()
+        except ConnectionResetError:
+            return "<reset>"
         except ConnectionError:
             line = b""
         return line.decode("utf-8", "surrogateescape").removesuffix("\r\n") if line else "<closed>"
@@ -101,8 +104,13 @@ class Memory:
         self.mailbox = smtpmock._Mailbox(lambda: 1600000000.25)
         self.log = smtpmock._Log(mock.Mock(), configuration)
         handlers = smtpmock._make_handlers(configuration)
-        setup = smtpmock._Setup(configuration, handlers, self.mailbox, self.log, on_message or smtpmock._ignore)
+        rules = smtpmock._Rules(configuration.seed)
+        setup = smtpmock._Setup(configuration, handlers, self.mailbox, self.log, rules, on_message or smtpmock._ignore)
+        self.rules = rules
         self.session = smtpmock._Session(setup, ("192.0.2.1", 4321))
+
+    def on(self, stage: str, match: Any = None) -> smtpmock.Rule:
+        return smtpmock.Rule(self.rules, smtpmock._parse_stage(stage), match)
 
     def feed(self, data: bytes) -> list[smtpmock._Reply]:
         return list(self.session.receive(data))
@@ -680,6 +688,216 @@ DIALOGUES: dict[str, tuple[dict[str, Any], str]] = {
     S: 250 Ok
 """,
     ),
+    "rule: a refusal for an address, whatever its case, and for a domain": (
+        {"rules": ["RCPT bob@Example.com: reply 550 5.1.1 No such user", "rcpt to a.com: reply 551 not here"]},
+        """
+    S: 220 Welcome
+    C: EHLO example.com
+    S: 250 Received
+    C: MAIL FROM:<bob@example.com>
+    S: 250 Received
+    C: RCPT TO:<bob@EXAMPLE.com>
+    S: 550 5.1.1 No such user
+    C: RCPT TO:<Bob@example.com>
+    S: 250 Received
+    C: RCPT TO:<x@A.com>
+    S: 551 not here
+    C: RCPT TO:<x@b.a.com>
+    S: 250 Received
+""",
+    ),
+    "rule: twice, then as usual": (
+        {"rules": ["RCPT: reply 450 4.2.0 Greylisted; times=2"]},
+        """
+    S: 220 Welcome
+    C: EHLO example.com
+    S: 250 Received
+    C: MAIL FROM:<a@example.com>
+    S: 250 Received
+    C: RCPT TO:<b@example.com>
+    S: 450 4.2.0 Greylisted
+    C: DATA
+    S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+    C: RCPT TO:<b@example.com>
+    S: 450 4.2.0 Greylisted
+    C: RCPT TO:<b@example.com>
+    S: 250 Received
+""",
+    ),
+    "rule: a sequence, the last of which stays": (
+        {"rules": ["NOOP: reply 451 later | 452 again | ", "RSET: reply 250 one | 250 two"]},
+        """
+    S: 220 Welcome
+    C: NOOP
+    S: 451 later
+    C: NOOP
+    S: 452 again
+    C: NOOP
+    S: 250 Ok
+    C: NOOP
+    S: 250 Ok
+    C: RSET
+    S: 250 one
+    C: RSET
+    S: 250 two
+    C: RSET
+    S: 250 two
+""",
+    ),
+    "rule: the newest wins, until it is spent": (
+        {"rules": ["NOOP: reply 450 old", "*: reply 451 all; times=1", "NOOP: reply 452 new; times=1"]},
+        """
+    S: 451 all
+    C: NOOP
+    S: 452 new
+    C: NOOP
+    S: 450 old
+    C: RSET
+    S: 503 Bad sequence of commands. HELO should be the first
+""",
+    ),
+    "rule: 2xx and 3xx take effect, even where the usual is a refusal": (
+        {"rules": ["RCPT: reply 299 fine", "DATA: reply 399 go", "message: reply 298 got it", "MAIL: reply 200 ok"]},
+        """
+    S: 220 Welcome
+    C: EHLO example.com
+    S: 250 Received
+    C: MAIL FROM:nobody
+    S: 200 ok
+    C: RCPT TO:<nowhere>
+    S: 299 fine
+    C: DATA
+    S: 399 go
+    C: hi
+    C: .
+    S: 298 got it
+""",
+    ),
+    "rule: anything else refuses": (
+        {"rules": ["MAIL: reply nonsense", "EHLO: reply 550 no; times=1", "DATA: reply 552 too much"]},
+        """
+    S: 220 Welcome
+    C: EHLO example.com
+    S: 550 no
+    C: MAIL FROM:<a@example.com>
+    S: nonsense
+    C: EHLO example.com
+    S: 250 Received
+    C: RCPT TO:<b@example.com>
+    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+    C: DATA
+    S: 552 too much
+    C: NOOP
+    S: 250 Ok
+""",
+    ),
+    "rule: fail fast": (
+        {"fail_fast": True, "rules": ["NOOP: reply 450 no"]},
+        """
+    S: 220 Welcome
+    C: NOOP
+    S: 450 no
+    S: <closed>
+""",
+    ),
+    "rule: a verb the server does not know": (
+        {"rules": ["vrfy bob@example.com: reply 252 Maybe", "VRFY Carol: reply 250 Carol"]},
+        f"""
+    S: 220 Welcome
+    C: vrfy <bob@example.com>
+    S: 252 Maybe
+    C: VRFY carol
+    S: 250 Carol
+    C: VRFY dave
+    S: {UNRECOGNIZED}
+""",
+    ),
+    "rule: too busy to talk": (
+        {"rules": ["connect: reply 421 Too busy; close"]},
+        """
+    S: 421 Too busy
+    S: <closed>
+""",
+    ),
+    "rule: an answer, then a close": (
+        {"rules": ["DATA: drop 354 go"]},
+        f"""{ENVELOPE}
+    C: DATA
+    S: 354 go
+    S: <closed>
+""",
+    ),
+    "rule: bytes that are no reply": (
+        {"rules": [r"NOOP: raw \x21 garbage\r\n250 and more\r\n; times=1"]},
+        """
+    S: 220 Welcome
+    C: NOOP
+    S: ! garbage
+    S: 250 and more
+    C: NOOP
+    S: 250 Ok
+""",
+    ),
+    "rule: a delay and a trickle change no reply": (
+        {"rules": ["NOOP: delay 0.001", "*: trickle 0.0001"]},
+        f"""{ENVELOPE}
+    C: NOOP
+    S: 250 Ok
+""",
+    ),
+    "rule: a line that is too long is in *": (
+        {"rules": ["*: reply 450 no; times=2"]},
+        f"""
+    S: 450 no
+    C: {"x" * 5000}
+    S: 450 no
+    C: {"x" * 5000}
+    S: 500 Line too long
+""",
+    ),
+    "rule: the body is cut at a byte": (
+        {"rules": ["message: drop; after=10"]},
+        rf"""{IN_BODY}
+    R: Subject: x\r\nthis is not read
+    S: <closed>
+""",
+    ),
+    "rule: a body shorter than that is not cut": (
+        {"rules": ["message: reset; after=6", "message nobody@example.com: drop; after=1"]},
+        rf"""{IN_BODY}
+    R: x\r\n.\r\n
+    S: 250 Received
+    C: DATA
+    S: {READY}
+    R: x\r\n.
+    R: .\r\n.\r\n
+    S: <reset>
+""",
+    ),
+    **{
+        f"rule: {action} at {stage}": (
+            {"rules": [f"{stage}: {action}"]},
+            f"""{start}
+    S: {end}
+""",
+        )
+        for action, end in (("drop", "<closed>"), ("reset", "<reset>"), ("silence", "<silence>"))
+        for stage, start in (
+            ("connect", ""),
+            ("EHLO", "\n    S: 220 Welcome\n    C: EHLO example.com"),
+            (
+                "MAIL FROM",
+                "\n    S: 220 Welcome\n    C: EHLO example.com\n    S: 250 Received\n    C: MAIL FROM:<a@example.com>",
+            ),
+            ("RCPT b@example.com", ENVELOPE.rstrip().removesuffix("S: 250 Received")),
+            ("DATA", f"{ENVELOPE}    C: DATA"),
+            ("message", f"{IN_BODY}    C: hi\n    C: ."),
+            ("RSET", "\n    S: 220 Welcome\n    C: RSET"),
+            ("NOOP", "\n    S: 220 Welcome\n    C: NOOP"),
+            ("QUIT", "\n    S: 220 Welcome\n    C: QUIT"),
+            ("XYZ", "\n    S: 220 Welcome\n    C: xyz"),
+        )
+    },
 }
 
 # One dialogue for each reply text: the option, other options, the lines, and the reply that is the text.
@@ -751,13 +969,21 @@ def steps(script: str) -> Iterator[tuple[str, Any]]:
             yield "S", text
 
 
+def with_rules(make: Any, options: dict[str, Any]) -> Any:
+    """A Server or Memory with these options, and with the rules among them, as on the command line."""
+    made = make(**{name: value for name, value in options.items() if name != "rules"})
+    for rule in options.get("rules", ()):
+        smtpmock._add_rule(made, rule)
+    return made
+
+
 class DialogueTest(unittest.TestCase):
     """Every dialogue in memory and through a socket."""
 
     def test_in_memory(self) -> None:
         for name, (options, script) in DIALOGUES.items():
             with self.subTest(name):
-                memory = Memory(**options)
+                memory = with_rules(Memory, options)
                 said = [memory.session.greet()]
                 for kind, what in steps(script):
                     if kind == "C":
@@ -771,19 +997,26 @@ class DialogueTest(unittest.TestCase):
         """Take the line off the front of the replies."""
         self.assertTrue(said, f"instead of silence: {text}")
         reply = said.pop(0)
+        if not reply.data and reply.after in smtpmock._ENDS:
+            self.assertEqual(reply.after.value, text)
+            return
         line, more, rest = reply.data.decode()[:-2].partition("\r\n")
         self.assertEqual(line, text)
         if more:
             said.insert(0, reply._replace(data=rest.encode() + b"\r\n"))
-        elif reply.after is smtpmock._After.CLOSE:
-            said.insert(0, smtpmock._Reply("", b"<closed>\r\n"))
+        elif reply.after in smtpmock._ENDS:
+            said.insert(0, smtpmock._Reply("", f"{reply.after.value}\r\n".encode()))
 
     def test_through_a_socket(self) -> None:
         for name, (options, script) in DIALOGUES.items():
-            with self.subTest(name), Server(**options) as server, Client(server) as client:
+            with self.subTest(name), with_rules(Server, options) as server, Client(server) as client:
                 for kind, what in steps(script):
                     if kind == "C":
                         client.send(what)
+                    elif what == "<silence>":
+                        client.socket.settimeout(0.02)
+                        self.assertRaises(TimeoutError, client.socket.recv, 1)
+                        client.socket.settimeout(TIMEOUT)
                     else:
                         self.assertEqual(client.read(), what)
 
@@ -1454,7 +1687,7 @@ class TranscriptTest(unittest.TestCase):
                 continue
             if "multiple_message_receiving" in options:
                 continue
-            memory = Memory(**options)
+            memory = with_rules(Memory, options)
             memory.run(*(what for kind, what in steps(script) if kind == "C"))
             for message in memory.messages():
                 count += 1
@@ -1930,17 +2163,15 @@ class OnMessageTest(unittest.TestCase):
         for error in (ValueError("no"), SystemExit()):
             recorder = Recorder()
             with Server(on_message=mock.Mock(side_effect=[error, None]), logger=recorder) as server:
-                self.assertEqual(
-                    self.converse(server), ["451 Message could not be processed", "221 Closing connection"]
-                )
+                self.assertEqual(self.converse(server), ["451 Local error in processing", "221 Closing connection"])
                 level, text = recorder.wait_for("on_message failed: Traceback")
                 self.assertEqual(level, "error")
                 self.assertIn(f"{type(error).__name__}", text)
                 self.assertEqual(self.converse(server)[0], "250 Received")
                 refused, accepted = server.messages()
-            self.assertEqual((refused.msg, refused.msg_response), (False, "451 Message could not be processed"))
+            self.assertEqual((refused.msg, refused.msg_response), (False, "451 Local error in processing"))
             self.assertEqual((refused.is_consistent, refused.received_at, refused.content), (False, None, b"hi\r\n"))
-            self.assertIn("C: <4 bytes>\nS: 451 Message could not be processed\nC: QUIT", refused.transcript)
+            self.assertIn("C: <4 bytes>\nS: 451 Local error in processing\nC: QUIT", refused.transcript)
             self.assertTrue(accepted.is_consistent)
 
     def test_a_refused_mail_is_not_handed_out_as_accepted(self) -> None:
@@ -1973,6 +2204,362 @@ class OnMessageTest(unittest.TestCase):
     def test_it_must_be_callable(self) -> None:
         with self.assertRaisesRegex(ConfigurationError, "^on_message=1: must be callable$"):
             Server(on_message=1)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------- rules
+
+
+class RuleTest(unittest.TestCase):
+    """What the dialogues do not show."""
+
+    def memory(self, **options: Any) -> Memory:
+        memory = Memory(**options)
+        memory.feed(b"EHLO a.com\r\n")
+        return memory
+
+    def ask(self, memory: Memory, *lines: str) -> list[str]:
+        return [reply.text for line in lines for reply in memory.feed(line.encode() + b"\r\n")]
+
+    def test_hits_and_remove(self) -> None:
+        with Server() as server, Client(server) as client:
+            client.read()
+            rule = server.on("NOOP").reply("450 no", times=3)
+            other = server.on("RSET").drop()
+            self.assertEqual(client.ask("NOOP", "NOOP"), ["450 no"] * 2)
+            self.assertEqual((rule.hits, other.hits), (2, 0))
+            rule.remove()
+            rule.remove()
+            self.assertEqual(client.ask("NOOP"), ["250 Ok"])
+            self.assertEqual(rule.hits, 2)
+            self.assertEqual(repr(rule), "<Rule for NOOP: 2 hits>")
+            self.assertEqual(repr(server.on("rcpt to:", "B@C.com")), "<Rule for RCPT B@c.com: 0 hits>")
+
+    def test_clear_and_reset(self) -> None:
+        for clear in (Server.clear_rules, Server.reset):
+            with Server() as server, Client(server) as client:
+                client.read()
+                server.on("*").reply("450 no")
+                client.ask("NOOP")
+                clear(server)
+                self.assertEqual(client.ask("NOOP"), ["250 Ok"])
+
+    def test_rules_outlive_a_stop(self) -> None:
+        server = Server()
+        server.on("connect").reply("220 Moin")
+        for _ in range(2):
+            with server, Client(server) as client:
+                self.assertEqual(client.read(), "220 Moin")
+
+    def test_without_an_action_it_does_nothing(self) -> None:
+        memory = self.memory()
+        memory.on("NOOP")
+        self.assertEqual(self.ask(memory, "NOOP"), ["250 Ok"])
+
+    def test_a_second_action_takes_the_place_of_the_first(self) -> None:
+        memory = self.memory()
+        rule = memory.on("NOOP").reply("450 one")
+        memory.on("NOOP").reply("450 two")
+        self.assertEqual(self.ask(memory, "NOOP"), ["450 two"])
+        rule.reply("450 three")
+        self.assertEqual(self.ask(memory, "NOOP"), ["450 three"])
+        self.assertEqual(len(memory.rules.newest_first), 2)
+
+    def test_the_function_of_the_line(self) -> None:
+        memory = self.memory()
+        seen: list[str] = []
+
+        def has(word: str) -> Any:
+            return lambda line: [seen.append(line), word in line][1]  # type: ignore[func-returns-value]
+
+        memory.on("MAIL", has("SIZE")).reply("552 no")
+        memory.on("message", has("virus")).reply("554 virus")
+        self.ask(memory, "MAIL FROM:<SIZE@a.com>", "mail from:<a@a.com>", "RCPT TO:<b@b.com>", "DATA")
+        self.assertEqual(self.ask(memory, "a virus\r\n."), ["554 virus"])
+        self.assertEqual(seen, ["MAIL FROM:<SIZE@a.com>", "mail from:<a@a.com>", "a virus\r\n"])
+
+    def test_the_recipients_of_a_mail(self) -> None:
+        for stage in ("DATA", "message"):
+            memory = self.memory(multiple_rcptto=True)
+            memory.on(stage, "c@c.com").reply("450 c")
+            self.ask(memory, "MAIL FROM:<c@c.com>", "RCPT TO:<b@b.com>")
+            self.assertNotIn("450 c", self.ask(memory, "DATA\r\n."))
+            self.ask(memory, "RCPT TO:<c@c.com>")
+            self.assertIn("450 c", self.ask(memory, "DATA\r\n."))
+
+    def test_recorded(self) -> None:
+        """A refusal is recorded, and nothing of it takes effect; what took effect is recorded, too."""
+        seen: list[Message] = []
+        with Server(on_message=seen.append) as server, Client(server) as client:
+            server.on("message").reply("451 try later", None)
+            server.on("RCPT").reply("250 welcome")
+            client.read()
+            client.ask("EHLO a.com", "MAIL FROM:<a@a.com>", "RCPT TO:<no body>", *SEND[2:], "NOOP")
+            client.ask("QUIT")
+            self.assertEqual(seen, [])
+            (message,) = server.messages()
+            self.assertEqual(
+                (message.msg, message.msg_response, message.is_consistent), (False, "451 try later", False)
+            )
+            self.assertEqual((message.rcpt_tos, message.content), (["<no body>"], b"hi\r\n"))
+            self.assertEqual(message.rcptto_request_response, [("RCPT TO:<no body>", "250 welcome")])
+
+    def test_a_close_after_the_mail_was_taken(self) -> None:
+        seen: list[Message] = []
+        with Server(on_message=seen.append) as server, Client(server) as client:
+            server.on("message").reply("250 got it", close=True)
+            client.read()
+            self.assertEqual([*client.ask("EHLO a.com", *SEND)[-1:], client.read()], ["250 got it", "<closed>"])
+            (message,) = server.messages()
+            self.assertTrue(message.is_consistent)
+            self.assertEqual([message.id for message in seen], [message.id])
+            self.assertTrue(message.transcript.endswith("S: 250 got it\nS: <closed>"))
+
+    def test_functions(self) -> None:
+        memory = self.memory()
+        answers = iter([None, "450 later", smtpmock.Action("299 fine", delay=0.5), smtpmock.Action(then="reset"), 1])
+        seen: list[tuple[str, bool]] = []
+
+        @memory.on("MAIL")
+        def quota(request: str, message: Message) -> Any:
+            seen.append((request, message.helo))
+            return next(answers)
+
+        replies = [reply for _ in range(3) for reply in memory.feed(b"MAIL FROM:<a@a.com>\r\n")]
+        self.assertEqual([reply.text for reply in replies], ["250 Received", "450 later", "299 fine"])
+        self.assertEqual([reply.delay for reply in replies], [0, 0, 0.5])
+        self.assertEqual(seen, [("MAIL FROM:<a@a.com>", True)] * 3)
+        self.assertEqual(quota.hits, 3)
+        (reset,) = memory.feed(b"MAIL FROM:<a@a.com>\r\n")
+        self.assertEqual((reset.data, reset.after), (b"", smtpmock._After.RESET))
+        with self.assertRaisesRegex(TypeError, "a rule returned 1: must be None, a reply or an Action"):
+            memory.rules.decide("MAIL", None, "", [], lambda: EMPTY)
+
+    def test_functions_that_raise(self) -> None:
+        def fail(*_: object) -> Any:
+            raise KeyError("mine")
+
+        makes: list[Any] = [lambda server: server.on("MAIL")(fail), lambda server: server.on("MAIL", fail).drop()]
+        for make in makes:
+            recorder = Recorder()
+            with Server(logger=recorder) as server, Client(server) as client:
+                make(server)
+                client.read()
+                self.assertEqual(client.ask("HELO a.com", "MAIL FROM:<a@a.com>")[-1], "451 Local error in processing")
+                self.assertRegex(
+                    recorder.wait_for("Traceback")[1], r"(?s)a rule failed: .* in fail\n.*KeyError: 'mine'"
+                )
+                server.clear_rules()
+                self.assertEqual(client.ask("MAIL FROM:<a@a.com>"), [RECEIVED])
+            self.assertEqual(server.messages()[0].mailfrom_response, RECEIVED)
+
+    def test_the_very_bytes(self) -> None:
+        with Server() as server, Client(server) as client:
+            server.on("NOOP").raw(b"\xff\x00 garbage\n\r")
+            client.read()
+            client.send(b"NOOP\r\nQUIT\r\n")
+            data = b"".join(iter(lambda: client.socket.recv(100), b""))
+            self.assertEqual(data, b"\xff\x00 garbage\n\r221 Closing connection\r\n")
+
+    def test_a_fin_and_a_reset(self) -> None:
+        """As the system reports them, with nothing and with much still unread on the server's side."""
+        for action, unread in itertools.product(("drop", "reset"), (b"", b"y" * 500_000)):
+            with self.subTest(action, unread=len(unread)), Server() as server, Client(server) as client:
+                rule = getattr(server.on("message"), action)(after=4096)
+                client.read()
+                client.ask("EHLO a.com", *SEND[:3])
+                client.send(b"x" * 4096)
+                with contextlib.suppress(ConnectionError):  # in the middle of it
+                    client.send(unread)
+                self.assertIn(
+                    client.read(), ["<reset>"] if action == "reset" else ["<closed>", "<reset>"][: 1 + bool(unread)]
+                )
+                (message,) = server.wait_for_messages(1, TIMEOUT)
+                self.assertEqual((message.content, message.msg, rule.hits), (b"x" * 4096, False, 1))
+                end = "<closed>" if action == "drop" else "<reset>"
+                self.assertTrue(message.transcript.endswith(f"C: <4096 bytes>\nS: {end}"))
+
+    def test_one_byte_at_a_time(self) -> None:
+        with Server() as server, Client(server) as client:
+            server.on("*").trickle(0.01)
+            client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            pieces = list(iter(lambda: client.socket.recv(100), b"\n"))
+            self.assertEqual(b"".join(pieces), b"220 Welcome\r")
+            self.assertGreater(len(pieces), 3)  # all 12, unless this thread had to wait
+
+    def test_a_trickle_takes_its_time(self) -> None:
+        with Server() as server:
+            server.on("connect").trickle(0.02)
+            began = time.monotonic()
+            with Client(server) as client:
+                client.read()
+            self.assertGreaterEqual(time.monotonic() - began, 12 * 0.02)
+
+    def test_a_delay_takes_its_time(self) -> None:
+        with Server(response_delay_noop=10 * TIMEOUT) as server, Client(server) as client:
+            server.on("NOOP").delay(0.05)
+            client.read()
+            began = time.monotonic()
+            self.assertEqual(client.ask("NOOP"), ["250 Ok"])
+            self.assertGreaterEqual(time.monotonic() - began, 0.05)
+
+    def test_times_are_exact(self) -> None:
+        with Server() as server:
+            rule = server.on("NOOP").reply("450 no", times=100)
+
+            def count() -> int:
+                with Client(server) as client:
+                    client.read()
+                    return client.ask(*["NOOP"] * 20).count("450 no")
+
+            self.assertEqual(sum(in_threads(*[count] * 32)), 100)
+            self.assertEqual(rule.hits, 100)
+
+    def test_chance(self) -> None:
+        def refusals(seed: int | None, others: int = 0) -> list[int]:
+            memory = self.memory(seed=seed)
+            memory.on("NOOP").reply("450 no", probability=0.3)
+            if others:
+                memory.on("RSET").reply("450 no", probability=0.5)
+                self.ask(memory, *["RSET"] * others)
+            replies = self.ask(memory, *["NOOP"] * 1000)
+            return [index for index, reply in enumerate(replies) if reply == "450 no"]
+
+        self.assertEqual(refusals(7), refusals(7, others=5))
+        self.assertNotEqual(refusals(7), refusals(8))
+        self.assertNotEqual(refusals(None), refusals(None))
+        self.assertTrue(200 < len(refusals(7)) < 400)
+        memory = self.memory()
+        never, always = memory.on("NOOP").drop(probability=0), memory.on("RSET").reply("450 no", probability=1)
+        self.assertEqual(self.ask(memory, *["NOOP"] * 100), ["250 Ok"] * 100)
+        self.assertEqual((never.hits, self.ask(memory, "RSET"), always.hits), (0, ["450 no"], 1))
+
+    def test_a_reset_begins_the_same_chances_again(self) -> None:
+        server = Server(seed=3)
+
+        def refusals() -> list[str]:
+            server.reset()
+            server.on("NOOP").reply("450 no", probability=0.5)
+            with Client(server) as client:
+                client.read()
+                return client.ask(*["NOOP"] * 50)
+
+        with server:
+            self.assertEqual(refusals(), refusals())
+
+    def test_stop_keeps_its_promise(self) -> None:
+        for action, forced in (("silence", False), ("trickle", True), ("delay", True)):
+            with self.subTest(action):
+                recorder = Recorder()
+                server = Server(shutdown_timeout=0.05 if forced else 10 * TIMEOUT, logger=recorder).start()
+                getattr(server.on("NOOP"), action)(*([10 * TIMEOUT] if forced else []))
+                with contextlib.ExitStack() as stack:
+                    clients = [stack.enter_context(Client(server)) for _ in range(10)]
+                    for client in clients:
+                        client.read()
+                        client.send(b"NOOP\r\n")
+                    for _ in clients:
+                        recorder.wait_for("SMTP request: NOOP")
+                    began = time.monotonic()
+                    server.stop()
+                    self.assertLess(time.monotonic() - began, TIMEOUT)
+                    self.assertEqual(
+                        [client.read() for client in clients], ["2" if action == "trickle" else "<closed>"] * 10
+                    )
+                self.assertIn(
+                    "force stopped" if forced else "successfully", recorder.wait_for("SMTP mock server was")[1]
+                )
+                self.assertEqual(len(server.messages()), 10)
+
+    def test_silence_ends_with_the_session_timeout(self) -> None:
+        with Server(session_timeout=0.05) as server, Client(server) as client:
+            server.on("EHLO").silence()
+            client.read()
+            client.send(b"EHLO a.com\r\n")
+            self.assertEqual(client.read(), "<closed>")
+            self.assertTrue(server.wait_for_messages(1, TIMEOUT)[0].transcript.endswith("C: EHLO a.com\nS: <silence>"))
+
+    def test_smtplib_against_greylisting(self) -> None:
+        with Server() as server, smtplib.SMTP(server.host, server.port, timeout=TIMEOUT) as client:
+            server.on("RCPT", "example.com").reply("450 4.2.0 Greylisted", times=2)
+            for _ in range(2):
+                with self.assertRaises(smtplib.SMTPRecipientsRefused) as caught:
+                    client.sendmail("a@a.com", ["b@example.com"], "hi")
+                self.assertEqual(caught.exception.recipients, {"b@example.com": (450, b"4.2.0 Greylisted")})
+            client.sendmail("a@a.com", ["b@example.com"], "hi")
+            self.assertEqual([message.rcpt_tos for message in server.messages()], [["b@example.com"]])
+
+    def test_bad_rules(self) -> None:
+        server: Any = Server()
+        cases: dict[Any, str] = {
+            (lambda: server.on("")): "^stage='': must be connect, message, \\* or a verb",
+            (lambda: server.on(None)): "^stage=None: ",
+            (lambda: server.on("MAIL TWICE")): "^stage='MAIL TWICE': ",
+            (lambda: server.on("MAIL", 1)): "^match=1: must be an address, a domain or a function",
+            (lambda: server.on("MAIL").reply()): "^reply=\\(\\): must be one string or more$",
+            (lambda: server.on("MAIL").reply(450)): "^reply=450: ",
+            (lambda: server.on("MAIL").reply("", close=1)): "^close=1: must be true or false$",
+            (lambda: server.on("MAIL").reply("", times=0)): "^times=0: must be an integer from 1 up$",
+            (lambda: server.on("MAIL").reply("", probability=2)): "^probability=2: must be a number from 0 to 1$",
+            (lambda: server.on("MAIL").delay(-1)): "^delay=-1: must be a number of seconds",
+            (lambda: server.on("MAIL").trickle("x")): "^trickle='x': must be a number of seconds",
+            (lambda: server.on("MAIL").raw("x")): "^raw='x': must be bytes$",
+            (lambda: server.on("MAIL").drop(1)): "^drop=1: must be a string$",
+            (lambda: server.on("MAIL").drop(after=1)): "^after=1: is for the stage message, not for MAIL$",
+            (lambda: server.on("message").reset(after=-1)): "^after=-1: must be an integer from 0 up$",
+            (lambda: server.on("MAIL")(1)): "^rule=1: must be callable$",
+        }
+        for make, pattern in cases.items():
+            with self.subTest(pattern), self.assertRaisesRegex(ConfigurationError, pattern):
+                make()
+        self.assertEqual(server._rules.newest_first, ())
+
+
+class HandlerTest(unittest.TestCase):
+    """Commands of one's own."""
+
+    class Expand(smtpmock.Handler):
+        verbs = ("EXPN", "expand")
+        needs = ("helo",)
+        received = "250 one of {msg_size_limit}"
+        bad_argument = "501 whom?"
+
+        @staticmethod
+        def parse(argument: str) -> str | None:
+            return argument or None
+
+    class Noop(smtpmock.Handler):
+        verbs = ("NOOP",)
+        received = "msg_quit_cmd"
+
+        def refuse(self, session: Any, value: Any) -> str | None:
+            raise RuntimeError("mine")
+
+    def test_added_and_replaced(self) -> None:
+        with Server(handlers=[self.Expand], msg_size_limit=9) as server, Client(server) as client:
+            client.read()
+            replies = client.ask("EXPN x", "HELO a.com", "EXPN", "expn x", "EXPAND y", "NOOP")
+        sequence = "503 Bad sequence of commands. HELO should be the first"
+        self.assertEqual(replies, [sequence, RECEIVED, "501 whom?", "250 one of 9", "250 one of 9", "250 Ok"])
+
+    def test_one_that_raises(self) -> None:
+        recorder = Recorder()
+        with Server(handlers=[self.Noop], logger=recorder) as server, Client(server) as client:
+            client.read()
+            self.assertEqual(client.ask("NOOP", "RSET")[0], "451 Local error in processing")
+            self.assertRegex(recorder.wait_for("Traceback")[1], r"(?s)^Noop failed: Traceback .*RuntimeError: mine")
+
+    def test_rules_are_for_it_too(self) -> None:
+        with Server(handlers=[self.Expand]) as server, Client(server) as client:
+            server.on("expn", "x").reply("252 maybe")
+            client.read()
+            self.assertEqual(client.ask("EXPN x"), ["252 maybe"])
+
+    def test_bad_ones(self) -> None:
+        for bad in (1, smtpmock.Handler, object, self.Expand(Configuration())):
+            with self.assertRaisesRegex(
+                ConfigurationError, "^handlers: .* must be a subclass of Handler that has verbs$"
+            ):
+                Server(handlers=[bad])  # type: ignore[list-item]
 
 
 # ------------------------------------------------------------------------------------- server life
@@ -2812,6 +3399,7 @@ class CommandLineTest(unittest.TestCase):
                 smtpmock._TIMEOUT: ("2", 2.0),
                 smtpmock._PORT: ("25", 25),
                 smtpmock._COUNT: ("9", 9),
+                smtpmock._SEED: ("-9", -9),
             }[kind]
             for flag in flags(field.name):
                 self.assertEqual(self.parse(f"{flag}={text}"), {field.name: value})
@@ -2862,6 +3450,54 @@ class CommandLineTest(unittest.TestCase):
         }.items():
             with self.subTest(argv=argv):
                 self.assertEqual(self.call(*argv), (2, "", expected))
+
+    def test_rules(self) -> None:
+        """Each action is what the method of the same name makes."""
+        cases: dict[str, Any] = {
+            "RCPT bob@example.com: reply 550 5.1.1 No such user": lambda on: on("RCPT", "bob@example.com").reply(
+                "550 5.1.1 No such user"
+            ),
+            "MAIL FROM a.com: reply 450 x; times=2 ; probability=0.5;close": lambda on: on("MAIL", "a.com").reply(
+                "450 x", times=2, probability=0.5, close=True
+            ),
+            "message: reply 451 a | | 452 b; close=false": lambda on: on("message").reply("451 a", None, "452 b"),
+            "RCPT a@[IPv6:::1]: reply 550 no: never": lambda on: on("RCPT", "a@[IPv6:::1]").reply("550 no: never"),
+            "*: delay 0.2": lambda on: on("*").delay(0.2),
+            "message: drop; after=4096": lambda on: on("message").drop(after=4096),
+            "DATA: drop 354 go": lambda on: on("DATA").drop("354 go"),
+            "message: reset ;after=0": lambda on: on("message").reset(after=0),
+            "connect: silence; times=1": lambda on: on("connect").silence(times=1),
+            r"noop: raw \xff\0 é\r\n": lambda on: on("NOOP").raw(b"\xff\0 \xe9\r\n"),
+            "*: trickle 1": lambda on: on("*").trickle(1),
+        }
+        for text, make in cases.items():
+            with self.subTest(text), mock.patch.object(smtpmock, "_serve") as serve:
+                self.assertEqual(self.call("-rule", text, f"--rule={text}"), (0, "", ""))
+                server = Server()
+                make(server.on)
+                (expected,) = server._rules.newest_first
+                for rule in serve.call_args.args[0]._rules.newest_first:
+                    for name in ("_stage", "_match", "_actions", "_after", "_times", "_probability"):
+                        self.assertEqual(getattr(rule, name), getattr(expected, name))
+                self.assertEqual(len(serve.call_args.args[0]._rules.newest_first), 2)
+
+    def test_bad_rules(self) -> None:
+        for rule, expected in {
+            "RCPT reply": "must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'",
+            ": drop": "must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'",
+            "a b c d: drop": "must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'",
+            "RCPT: rply 450": "'rply' must be reply or delay or drop or reset or silence or raw or trickle",
+            "RCPT: reply": "reply=(): must be one string or more",
+            "RCPT: reply 450; tims=2": "'tims' must be times or probability or close",
+            "RCPT: reply 450; times=x": "times='x': must be an integer from 1 up",
+            "RCPT: reply 450; times": "times='true': must be an integer from 1 up",
+            "RCPT: delay soon": "delay='soon': must be a number of seconds from 0 to 1000000",
+            "RCPT: drop; after=1": "after=1: is for the stage message, not for RCPT",
+            "RCPT: silence please": "'please' must not be after silence",
+            r"RCPT: raw \x": r"raw='\\x': must be bytes",
+        }.items():
+            with self.subTest(rule):
+                self.assertEqual(self.call("-rule", rule), (2, "", f"smtpmock: rule {rule!r}: {expected}\n"))
 
     def test_outputs(self) -> None:
         for argv, expected in {

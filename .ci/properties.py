@@ -26,7 +26,7 @@ streams = st.lists(st.tuples(lines, st.sampled_from([b"\r\n", b"\r\n", b"\n"])).
 def make_session(chosen: dict[str, bool | int]) -> smtpmock._Session:
     configuration = smtpmock.Configuration(**chosen)  # type: ignore[arg-type]
     handlers, mailbox = smtpmock._make_handlers(configuration), smtpmock._Mailbox(lambda: 0.0)
-    setup = smtpmock._Setup(configuration, handlers, mailbox, smtpmock._Log(None, configuration))
+    setup = smtpmock._Setup(configuration, handlers, mailbox, smtpmock._Log(None, configuration), smtpmock._Rules(0))
     session = smtpmock._Session(setup, ("127.0.0.1", 25))
     session.greet()
     return session
