@@ -1226,7 +1226,7 @@ class _Session:
         self._over = False
 
     def greet(self) -> _Reply:
-        return self._answer("connect", None, "")[1]
+        return self._answer(self._handlers["connect"], "connect", None, "")
 
     def receive(self, data: bytes) -> Iterator[_Reply]:
         """The replies to what data completes; each command is run when its reply is asked for."""
@@ -1240,7 +1240,7 @@ class _Session:
                 at = self.body.feed(data[: at + cut], at)
                 if self.body.complete:
                     body, self.body = self.body, None
-                    yield self._run("message", body.size, body.content())
+                    yield self._run(self._handlers["message"], "message", body.size, body.content())
                 elif self._cuts and self.body.size == self._cuts[0]:
                     yield from self._cut(self._cuts.pop(0))
             elif self._skipping:
@@ -1250,10 +1250,10 @@ class _Session:
             elif (end := data.find(b"\n", at, at + _LINE_LIMIT)) >= 0:
                 line, at = data[at:end], end + 1
                 request, verb, argument = _parse_command(line)
-                yield self._run(verb, request, argument)
+                yield self._run_command(verb, request, argument)
             elif len(data) - at >= _LINE_LIMIT:
                 self._skipping = True
-                yield self._run("too long", f"line of over {_LINE_LIMIT} bytes", "")
+                yield self._run(self._handlers["too long"], "", f"line of over {_LINE_LIMIT} bytes", "")
             else:
                 self._rest, at = data[at:], len(data)
 
@@ -1269,29 +1269,29 @@ class _Session:
             self._delivered = self._entry.message
             self._hand_out(self._setup.on_other, self._delivered)
 
-    def _run(self, stage: str, request: _Request, argument: Any) -> _Reply:
-        notes = stage in self._handlers and self._handlers[stage].notes
-        if self._entry is not None and self._keeps_messages and not notes:
+    def _run_command(self, verb: str, request: str, argument: str) -> _Reply:
+        handler = self._handlers.get(verb) or self._handlers["unknown"]
+        size = len(handler.keyword)
+        if size and argument[:size].upper() != handler.keyword:
+            handler = self._handlers["unknown"]
+        return self._run(handler, verb, request, argument[size:].strip())
+
+    def _run(self, handler: Handler, stage: str, request: _Request, argument: Any) -> _Reply:
+        if self._entry is not None and self._keeps_messages and not handler.notes:
             self._begin_message()
         self.request = request
         self._unpublished = True
-        handler, reply = self._answer(stage, request, argument)
+        reply = self._answer(handler, stage, request, argument)
         complete = self._over or (reply.accepts and handler.completes)
         if complete or self._entry is not None:
-            self._publish(complete=complete, noted=notes)
+            self._publish(complete=complete, noted=handler.notes)
         if reply.after is _After.BODY:
             self.body = _BodyReader(self._setup.options.msg_size_limit)
             self._cuts = self.rules.cuts() if self.rules.newest_first else []
         return reply
 
-    def _answer(self, stage: str, request: _Request, argument: Any) -> tuple[Handler, _Reply]:
-        handler = self._handlers.get(stage)
-        size = len(handler.keyword) if handler else 0
-        if handler is None or (size and argument[:size].upper() != handler.keyword):
-            handler = self._handlers["unknown"]
+    def _answer(self, handler: Handler, stage: str, request: _Request, argument: Any) -> _Reply:
         self._stage = stage
-        if isinstance(argument, str):
-            argument = argument[size:].strip()
         try:
             reply = handler.run(self, request, argument)
         except BaseException:  # noqa: BLE001 - of a handler of the user
@@ -1301,7 +1301,7 @@ class _Session:
         if reply.after in _ENDS:
             self._over = True
             self.dialogue += (None, reply.after.value)
-        return handler, reply
+        return reply
 
     def decide(self, names: Sequence[str], request: _Request, argument: Any, after: int | None = None) -> Action | None:
         """What a rule does here; None if it is all as usual."""

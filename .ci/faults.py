@@ -1,0 +1,71 @@
+"""What curl and swaks make of failures that rules cause: python .ci/faults.py
+
+It needs curl and swaks. Each case is a rule of the command line, and for each client its exit status and a part of what
+it says.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import smtpmock
+
+ANY = 999  # swaks dies of SIGPIPE, or says that the connection was closed: by chance
+
+CASES = {
+    "connect: reply 421 Too busy; close": ((8, "421"), (21, "421 Too busy")),
+    "RCPT: reply 450 4.2.0 Greylisted": ((55, "RCPT failed: 450"), (24, "450 4.2.0 Greylisted")),
+    "DATA: reply 552 Too much": ((55, "DATA failed: 552"), (25, "552 Too much")),
+    "message: reply 552 Too much": ((8, "552"), (26, "552 Too much")),
+    "message: drop; after=100000": ((55, "failure"), (ANY, "")),
+    "message: reset; after=100000": ((55, "failure"), (ANY, "")),
+    "MAIL: silence": ((28, "timed out"), (23, "Timeout")),
+    "NOOP: drop": ((0, ""), (0, "")),  # which neither sends, so the mail arrives
+}
+
+
+def commands(port: int, mail: str) -> list[list[str]]:
+    curl = f"curl -sSv --max-time 2 smtp://127.0.0.1:{port}/a.example.com --mail-from a@example.com"
+    swaks = f"swaks --server 127.0.0.1:{port} --timeout 2 --helo a.example.com --from a@example.com --to b@example.com"
+    return [
+        [*curl.split(), "--mail-rcpt", "b@example.com", "--upload-file", mail],
+        [*swaks.split(), "--data", f"@{mail}"],
+    ]
+
+
+def check(rule: str, expected: tuple[tuple[int, str], ...], mail: str) -> list[str]:
+    failures = []
+    for index, (status, text) in enumerate(expected):
+        with smtpmock.Server() as server:
+            smtpmock._add_rule(server, rule)
+            command = commands(server.port, mail)[index]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        messages = server.messages()
+        accepted = [message.is_consistent for message in messages]
+        said = [line for line in (done.stdout + done.stderr).splitlines() if text in line]
+        right = status in (done.returncode, ANY) and said and (status == 0) == any(accepted)
+        if "after=" in rule:
+            right = right and [len(message.content) for message in messages] == [100000]
+        outcome = f"{'ok' if right else 'FAILED':6} {rule:36} {command[0]:5} exit {done.returncode}"
+        print(f"{outcome}  {said[-1] if said else ''}")
+        if not right:
+            failures.append(
+                f"{rule}, {command[0]}: {done.returncode}, {accepted}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
+    return failures
+
+
+def main() -> int:
+    with tempfile.NamedTemporaryFile("w", suffix=".eml") as file:
+        file.write("Subject: hi\r\n\r\n" + ("x" * 70 + "\r\n") * 100_000)
+        file.flush()
+        failures = [failure for rule, expected in CASES.items() for failure in check(rule, expected, file.name)]
+    print(*failures, sep="\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
