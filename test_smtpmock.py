@@ -783,6 +783,8 @@ DIALOGUES: dict[str, tuple[dict[str, Any], str]] = {
     S: nonsense
     C: EHLO example.com
     S: 250 Received
+    C: MAIL FROM:<a@example.com>
+    S: nonsense
     C: RCPT TO:<b@example.com>
     S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
     C: DATA
@@ -2428,6 +2430,10 @@ class RuleTest(unittest.TestCase):
         self.assertNotEqual(refusals(7), refusals(8))
         self.assertNotEqual(refusals(None), refusals(None))
         self.assertTrue(200 < len(refusals(7)) < 400)
+        memory = self.memory(seed=7)
+        for verb in ("NOOP", "RSET"):
+            memory.on(verb).reply("450 no", probability=0.5)
+        self.assertNotEqual(self.ask(memory, *["NOOP"] * 100), self.ask(memory, *["RSET"] * 100))
         memory = self.memory()
         never, always = memory.on("NOOP").drop(probability=0), memory.on("RSET").reply("450 no", probability=1)
         self.assertEqual(self.ask(memory, *["NOOP"] * 100), ["250 Ok"] * 100)
