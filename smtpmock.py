@@ -40,7 +40,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -129,6 +129,19 @@ _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool), lambda text: _FLAGS[text.lower()])
 _TEXT = _Kind("a string", lambda value: isinstance(value, str), str)
 _NAMES = _Kind("a list of strings", _are_names, lambda text: [name.strip() for name in text.split(",") if name.strip()])
+_WORDS = _Kind("a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse)
+_CONTEXT = _Kind("an ssl.SSLContext", lambda value: hasattr(value, "wrap_socket"), str)
+
+
+def _are_users(value: object) -> bool:
+    return callable(value) or (isinstance(value, Mapping) and _are_names([*value, *value.values()]))
+
+
+_USERS = _Kind(
+    "a mapping of users to secrets, user:secret,... or a function of the mechanism, user and secret",
+    _are_users,
+    lambda text: dict(pair.split(":", 1) for pair in _NAMES.parse(text)),
+)
 
 
 def _check(name: str, value: object, kind: _Kind) -> None:
@@ -165,6 +178,15 @@ _BAD = "503 Bad sequence of commands."
 _UNRECOGNIZED = "502 Command unrecognized. Available commands: HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT"
 
 
+# Options that are good for nothing without another one.
+_NEEDED = {
+    "auth_required": "auth_users",
+    "auth_requires_tls": "ssl_context",
+    "implicit_tls": "ssl_context",
+    "tls_required": "ssl_context",
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Configuration:
     """Every option of a server, checked when it is made: ConfigurationError if one cannot be used.
@@ -196,6 +218,13 @@ class Configuration:
     response_delay_noop: float = _delay("NOOP")
     response_delay_quit: float = _delay("QUIT")
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
+    extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept, as SIZE, DSN, CHUNKING")
+    auth_users: Any = _option(None, _USERS, "users who can log in, user:secret,... or a function; no AUTH without it")
+    auth_required: bool = _option(False, _FLAG, "refuse MAIL FROM before AUTH")
+    auth_requires_tls: bool = _option(False, _FLAG, "neither announce nor accept AUTH without TLS")
+    ssl_context: Any = _option(None, _CONTEXT, "ssl.SSLContext with a certificate; no TLS without it")
+    implicit_tls: bool = _option(False, _FLAG, "begin with TLS, as on port 465, and not with STARTTLS")
+    tls_required: bool = _option(False, _FLAG, "refuse all but EHLO, NOOP and QUIT before STARTTLS")
     msg_size_limit: int = _option(10485760, _COUNT, "bytes that a message body may have")
     msg_greeting: str = _reply("220 Welcome", "a new connection")
     msg_invalid_cmd: str = _reply(_UNRECOGNIZED, "an unknown command")
@@ -222,6 +251,25 @@ class Configuration:
     msg_rset_received: str = _reply("250 Ok", "RSET")
     msg_noop_received: str = _reply("250 Ok", "NOOP")
     msg_quit_cmd: str = _reply("221 Closing connection", "QUIT")
+    msg_unknown_parameter: str = _reply(
+        "555 Parameter not recognized or not implemented", "a bad parameter of MAIL or RCPT"
+    )
+    msg_bdat_received: str = _reply(_RECEIVED, "BDAT without LAST")
+    msg_invalid_cmd_bdat_arg: str = _reply("501 BDAT requires a size in bytes", "a bad BDAT")
+    msg_auth_received: str = _reply("235 Authentication succeeded", "AUTH")
+    msg_auth_failed: str = _reply("535 Authentication credentials invalid", "AUTH with a wrong user or secret")
+    msg_auth_cancelled: str = _reply("501 Authentication cancelled", "* in place of a secret")
+    msg_auth_bad_response: str = _reply("501 Cannot decode response", "a secret that is not in base64 or not complete")
+    msg_auth_unknown_mechanism: str = _reply("504 Unrecognized authentication type", "AUTH with an unknown mechanism")
+    msg_auth_sequence: str = _reply(
+        f"{_BAD} AUTH should be used once, after EHLO and before MAIL FROM", "a misplaced AUTH"
+    )
+    msg_auth_required: str = _reply("530 Authentication required", "MAIL FROM before AUTH, with auth_required")
+    msg_auth_tls_required: str = _reply("538 Encryption required for authentication", "AUTH, with auth_requires_tls")
+    msg_starttls_received: str = _reply("220 Ready to start TLS", "STARTTLS")
+    msg_invalid_cmd_starttls_arg: str = _reply("501 STARTTLS takes no argument", "STARTTLS with an argument")
+    msg_invalid_cmd_starttls_sequence: str = _reply(f"{_BAD} TLS is on already", "STARTTLS within TLS")
+    msg_tls_required: str = _reply("530 Must issue a STARTTLS command first", "others before it, with tls_required")
     msg_session_timeout: str = _reply("421 Session timeout, closing connection", "a silence of session_timeout")
     msg_server_shutdown: str = _reply("421 Server shutting down, closing connection", "the sessions that stop() ends")
     msg_line_too_long: str = _reply("500 Line too long", "a command line of over 4096 bytes")
@@ -241,6 +289,11 @@ class Configuration:
                 _check(field.name, value, kind)
                 if kind is _NAMES:  # in the form in which they are looked up
                     object.__setattr__(self, field.name, frozenset(map(_fold, value)))
+                elif kind is _WORDS:
+                    object.__setattr__(self, field.name, tuple(value))
+        for name, other in _NEEDED.items():
+            if getattr(self, name) and getattr(self, other) is None:
+                raise ConfigurationError(f"{name}=True: needs {other}")
 
 
 # ----------------------------------------------------------------------------------------- grammar
@@ -314,6 +367,42 @@ def _parse_nothing(text: str) -> str | None:
     return None if text else ""
 
 
+def _parse_chunk(text: str) -> tuple[int, bool] | None:
+    """The size of a chunk, and whether it is the last (RFC 3030 section 2)."""
+    match = re.fullmatch(r"([0-9]{1,20})(?: +([lL][aA][sS][tT]))?", text)
+    return (int(match[1]), match[2] is not None) if match else None
+
+
+class _Address(str):
+    """An address that came with parameters (RFC 5321 section 4.1.2)."""
+
+    parameters: dict[str, str]  # by their names in upper case; one that is there twice has the value "?"
+
+
+# Up to the > that is not quoted, or, without a <, the white space that is not.
+_PATH_END = re.compile(r'(?=[^"]*<)(?:"(?:[^"\\]|\\.)*"|[^">])*>|(?:"(?:[^"\\]|\\.)*"|[^" ])*')
+
+
+def _allow_parameters(parse: Callable[[str], str | None]) -> Callable[[str], str | None]:
+    """The parser of a path, made one of a path with parameters."""
+
+    def parse_all(text: str) -> str | None:
+        match = _PATH_END.match(text)
+        end = match.end() if match and text[match.end() : match.end() + 1] in ("", " ") else len(text)
+        path = parse(text[:end])
+        words = text[end:].split()
+        if path is None or not words:
+            return path
+        address = _Address(path)
+        address.parameters = {}
+        for word in words:
+            name, _, value = word.partition("=")
+            address.parameters[name.upper()] = "?" if name.upper() in address.parameters else value
+        return address
+
+    return parse_all
+
+
 def _decode(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
@@ -337,12 +426,23 @@ class _After(enum.Enum):
 
     COMMAND = "<command>"
     BODY = "<body>"
+    LINE = "<line>"  # for the same command
+    MESSAGE = "<message>"  # its end has come
+    TLS = "<tls>"
     CLOSE = "<closed>"
     RESET = "<reset>"  # closed with an RST
     SILENCE = "<silence>"  # open, but nothing is answered any more
 
 
 _ENDS = (_After.CLOSE, _After.RESET, _After.SILENCE)
+
+
+class _Login(NamedTuple):
+    """What came of an AUTH command."""
+
+    response: str  # the option that has it
+    mechanism: str | None = None
+    user: str | None = None
 
 
 class _Reply(NamedTuple):
@@ -528,6 +628,10 @@ class Message:
     rset = _Part("rset", "accepted", False)
     noop = _Part("noop", "accepted", False)
     quit_sent = _Part("quit", "accepted", False)
+    auth_request = _Part("auth", "request", "")  #: without the secret
+    auth_response = _Part("auth", "response", "")
+    auth = _Part("auth", "accepted", False)
+    tls = _Part[tuple[str, str] | None]("tls", "value", None)  #: (version, cipher), None without TLS
     id: int  #: no other message of the server has it
     peer: tuple[str, int]  #: the client's address and port
 
@@ -570,6 +674,30 @@ class Message:
         return bool(self.rcpt_tos)
 
     @property
+    def mailfrom_parameters(self) -> dict[str, str]:
+        """What came after the sender, as {"SIZE": "1000", "SMTPUTF8": ""}."""
+        return dict(getattr(self.mail_from, "parameters", {}))
+
+    @property
+    def rcptto_parameters(self) -> list[dict[str, str]]:
+        """The same of each of the rcpt_tos."""
+        return [dict(getattr(address, "parameters", {})) for address in self.rcpt_tos]
+
+    @property
+    def auth_mechanism(self) -> str | None:
+        """As PLAIN, also if it failed; None if the client did not try, or never came so far."""
+        return self._login.mechanism
+
+    @property
+    def auth_user(self) -> str | None:
+        return self._login.user
+
+    @property
+    def _login(self) -> _Login:
+        login: _Login = self._steps["auth"].value if "auth" in self._steps else _Login("")
+        return login
+
+    @property
     def msg_request(self) -> str:
         """The content as str: UTF-8, with surrogates for the bytes that are not."""
         return _decode(self.content)
@@ -609,7 +737,8 @@ class Message:
         helo, host = self._steps["helo"].value, self.peer[0].partition("%")[0]
         address = f"[IPv6:{host}]" if ":" in host else f"[{host}]"
         header = f"Received: from {helo if helo.isascii() else address} ({address})\r\n"
-        header += f"\tby smtpmock with {'ESMTP' if self.esmtp else 'SMTP'} id {self.id}"
+        protocol = "ESMTP" + "S" * bool(self.tls) + "A" * self.auth if self.esmtp else "SMTP"  # RFC 3848
+        header += f"\tby smtpmock with {protocol} id {self.id}"
         if len(self.rcpt_tos) == 1 and "@" in self.rcpt_tos[0] and self.rcpt_tos[0].isascii():
             header += f"\r\n\tfor <{self.rcpt_tos[0]}>"
         return f"{header};\r\n\t{format_datetime(self.received_at)}\r\n"
@@ -657,8 +786,9 @@ class Message:
         """All of it as values for JSON. Bytes are text if they are UTF-8 and else base64, as `..._encoding` says."""
         names = [name for name, part in vars(Message).items() if isinstance(part, _Part) and name != "content"]
         names += ["id", "esmtp", "rcpt_tos", "rcptto", "is_consistent", "received_header"]
+        names += ["mailfrom_parameters", "rcptto_parameters", "auth_mechanism", "auth_user"]
         values = {name: getattr(self, name) for name in (*names, "subject", "text", "html", "transcript")}
-        values["peer"] = list(self.peer)
+        values["peer"], values["tls"] = list(self.peer), list(self.tls) if self.tls else None
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
         values["rcptto_request_response"] = [list(pair) for pair in self.rcptto_request_response]
         values["headers"] = [[name, str(value)] for name, value in self.email.items()]
@@ -871,6 +1001,12 @@ _STEPS = ("helo", "mailfrom", "rcptto", "data", "msg", "rset", "noop", "quit")
 _ENVELOPE = _STEPS[1:]
 
 
+def _name_extensions(options: Configuration) -> set[str]:
+    """The extensions that are announced, and with them accepted."""
+    names = {extension.split()[0].upper() for extension in options.extensions}
+    return names if options.auth_users is None else names | {"AUTH"}
+
+
 class Handler:
     """The life of a command: a form to be filled in, and at most a rule of its own.
 
@@ -886,17 +1022,23 @@ class Handler:
     bad_sequence = "msg_invalid_cmd_helo_sequence"
     bad_argument = "msg_invalid_cmd_rset_arg"
     refused: tuple[tuple[str, str], ...] = ()  # the lists of values to refuse, each with the text for them
+    others: tuple[str, ...] = ()  # more texts that refuse() may name
     received = ""
     delay = ""
     after = _After.COMMAND  # if it is accepted
+    before_tls = False  # whether it may come before STARTTLS where that is required
+    has_payload = False  # whether bytes follow it, as many as its parsed argument begins with
     completes = False  # whether the message is complete once it is accepted
     notes = False  # whether it belongs to the complete message before it, and begins no other
 
     def __init__(self, options: Configuration) -> None:
         self.options = options
         self.refusals = [(getattr(options, values), text) for values, text in self.refused if getattr(options, values)]
+        self.extensions = _name_extensions(options)
         texts = (self.bad_sequence, self.bad_argument, self.received, *(text for _, text in self.refused))
-        self.replies = {text: self.reply(text) for text in texts if text}
+        self.replies = {text: self.reply(text) for text in (*texts, *self.others) if text}
+        if options.tls_required:
+            self.replies["msg_tls_required"] = self.reply("msg_tls_required")
 
     def reply(self, option: str) -> _Reply:
         """The reply whose text is in this option."""
@@ -927,6 +1069,11 @@ class Handler:
         delay = usual.delay if action.delay is None else action.delay
         return _Reply(text, data, delay, end or self._choose_after(accepts), accepts, action.trickle)
 
+    @classmethod
+    def is_offered(cls, options: Configuration) -> bool:
+        """Whether the server has the command; if not, it is an unknown one."""
+        return True
+
     def run(self, session: _Session, request: _Request, argument: Any) -> _Reply:
         """Erase, check, record; the reply is still to be sent."""
         if self.erases:
@@ -942,12 +1089,18 @@ class Handler:
         self.record(session, _Exchange(request, reply.text, reply.accepts, value))
         return reply
 
+    def log(self, request: str) -> str:
+        """The line as it may be shown."""
+        return request
+
     def names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         """The addresses or domains that it is about, for the rules that name one."""
         return [name.strip("<>") for name in (value, argument) if isinstance(name, str)]
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         """The text that refuses the command, None to accept it."""
+        if session.lacks_tls and not self.before_tls:
+            return "msg_tls_required"
         if not session.done.issuperset(self.needs):
             return self.bad_sequence
         if value is None:
@@ -970,12 +1123,13 @@ class _Greeting(Handler):
 
     verbs = ("connect",)
     received = "msg_greeting"
+    before_tls = True
 
 
 class _Helo(Handler):
-    """HELO or EHLO, with what the client calls itself."""
+    """HELO, with what the client calls itself."""
 
-    verbs = ("HELO", "EHLO")
+    verbs = ("HELO",)
     step = "helo"
     erases = _STEPS
     parse = staticmethod(_parse_domain)
@@ -983,9 +1137,56 @@ class _Helo(Handler):
     refused = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
     received = "msg_helo_received"
     delay = "response_delay_helo"
+    before_tls = True
 
 
-class _Mailfrom(Handler):
+_XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 section 4
+
+# What parameters are of which command and extension, and what their values may be. Any other is taken to be
+# of the extension that has its name.
+_PARAMETERS = {
+    "SIZE": ("MAIL", "SIZE", "[0-9]{1,20}"),  # RFC 1870
+    "BODY": ("MAIL", "8BITMIME", "7BIT|8BITMIME"),  # RFC 6152
+    "SMTPUTF8": ("MAIL", "SMTPUTF8", ""),  # RFC 6531
+    "AUTH": ("MAIL", "AUTH", f"<>|{_XTEXT}+"),  # RFC 4954
+    "RET": ("MAIL", "DSN", "FULL|HDRS"),  # RFC 3461
+    "ENVID": ("MAIL", "DSN", f"{_XTEXT}{{1,100}}"),
+    "NOTIFY": ("RCPT", "DSN", "NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*"),
+    "ORCPT": ("RCPT", "DSN", f"[A-Z0-9-]+;{_XTEXT}+"),
+}
+
+
+class _Path(Handler):
+    """What is common to MAIL and RCPT: an address with parameters."""
+
+    others: tuple[str, ...] = ("msg_unknown_parameter",)
+
+    def __init__(self, options: Configuration) -> None:
+        super().__init__(options)
+        if self.extensions:
+            self.parse = _allow_parameters(self.parse)
+
+    def refuse(self, session: _Session, value: Any) -> str | None:
+        refusal = super().refuse(session, value)
+        if refusal is None and self.extensions:
+            given = getattr(value, "parameters", {})
+            if "SMTPUTF8" in self.extensions and not value.isascii() and not self.takes_utf8(session, given):
+                return self.bad_argument
+            if not all(self.can_read(session, *parameter) for parameter in given.items()):
+                return "msg_unknown_parameter"
+        return refusal
+
+    def takes_utf8(self, session: _Session, given: dict[str, str]) -> bool:
+        return "SMTPUTF8" in given
+
+    def can_read(self, session: _Session, name: str, value: str) -> bool:
+        verb, extension, pattern = _PARAMETERS.get(name, (self.verbs[0], name, "[^?]*"))
+        is_esmtp = str(session.steps["helo"].request)[:4].upper() == "EHLO"
+        was_announced = is_esmtp and extension in self.extensions and verb in self.verbs
+        return was_announced and re.fullmatch(pattern, value, re.IGNORECASE) is not None
+
+
+class _Mailfrom(_Path):
     """MAIL FROM:<address>, or <> for a mail that nobody is to answer."""
 
     verbs = ("MAIL",)
@@ -997,11 +1198,19 @@ class _Mailfrom(Handler):
     bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
     bad_argument = "msg_invalid_cmd_mailfrom_arg"
     refused = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
+    others = ("msg_unknown_parameter", "msg_auth_required", "msg_msg_size_is_too_big")
     received = "msg_mailfrom_received"
     delay = "response_delay_mailfrom"
 
+    def refuse(self, session: _Session, value: Any) -> str | None:
+        if self.options.auth_required and "auth" not in session.done and not session.lacks_tls:
+            return "msg_auth_required"
+        refusal = super().refuse(session, value)
+        size = getattr(value, "parameters", {}).get("SIZE", "0")
+        return "msg_msg_size_is_too_big" if refusal is None and int(size) > self.options.msg_size_limit else refusal
 
-class _Rcptto(Handler):
+
+class _Rcptto(_Path):
     """RCPT TO:<address>, once per recipient."""
 
     verbs = ("RCPT",)
@@ -1022,6 +1231,9 @@ class _Rcptto(Handler):
         super().__init__(options)
         self.erases = () if options.multiple_rcptto else _STEPS[2:]
 
+    def takes_utf8(self, session: _Session, given: dict[str, str]) -> bool:
+        return "SMTPUTF8" in getattr(session.steps["mailfrom"].value, "parameters", {})
+
     def record(self, session: _Session, exchange: _Exchange) -> None:
         super().record(session, exchange)
         session.recipients.append(exchange)
@@ -1033,14 +1245,57 @@ class _Data(Handler):
     verbs = ("DATA",)
     step = "data"
     needs = ("helo", "mailfrom", "rcptto")
-    erases = ("data", "msg")
+    erases: tuple[str, ...] = ("data", "msg")
     bad_sequence = "msg_invalid_cmd_data_sequence"
     received = "msg_data_received"
     delay = "response_delay_data"
     after = _After.BODY
 
+    def refuse(self, session: _Session, value: Any) -> str | None:
+        return self.bad_sequence if session.chunks is not None else super().refuse(session, value)
+
     def names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         return session.accepted_recipients()
+
+
+class _Bdat(_Data):
+    """BDAT, with which a body comes in chunks that are counted, not marked (RFC 3030)."""
+
+    verbs = ("BDAT",)
+    has_payload = True
+    erases = ()
+    parse = staticmethod(_parse_chunk)
+    bad_argument = "msg_invalid_cmd_bdat_arg"
+    others = ("msg_msg_size_is_too_big",)
+    received = "msg_bdat_received"
+    after = _After.COMMAND
+
+    @classmethod
+    def is_offered(cls, options: Configuration) -> bool:
+        return "CHUNKING" in _name_extensions(options)
+
+    def run(self, session: _Session, request: _Request, argument: Any) -> _Reply:
+        if session.chunks is None:  # a new body
+            session.erase(("data", "msg"))
+        reply = super().run(session, request, argument)
+        if session.payload is None:
+            return reply
+        if not reply.accepts:
+            session.done.discard("rcptto")  # so that no other chunk counts before the next MAIL
+            session.chunks = None
+            return reply
+        session.chunks = (session.chunks or b"") + session.payload.data
+        _, is_last = self.parse(argument) or (0, False)
+        if not is_last:
+            return reply
+        session.dialogue[-1] = None
+        return _Reply("", b"", reply.delay, _After.MESSAGE, accepts=True)
+
+    def refuse(self, session: _Session, value: Any) -> str | None:
+        refusal = Handler.refuse(self, session, value)
+        if refusal is None and int(value[0]) + len(session.chunks or b"") > self.options.msg_size_limit:
+            return "msg_msg_size_is_too_big"
+        return refusal
 
 
 class _Body(Handler):
@@ -1082,6 +1337,7 @@ class _Noop(Handler):
 
     verbs = ("NOOP",)
     step = "noop"
+    before_tls = True
     parse = staticmethod(str)
     received = "msg_noop_received"
     delay = "response_delay_noop"
@@ -1096,13 +1352,210 @@ class _Quit(Handler):
     received = "msg_quit_cmd"
     delay = "response_delay_quit"
     after = _After.CLOSE
+    before_tls = True
     notes = True
+
+
+class _Starttls(Handler):
+    """STARTTLS, after which the session begins anew, in TLS (RFC 3207)."""
+
+    verbs = ("STARTTLS",)
+    needs = ("helo",)
+    bad_argument = "msg_invalid_cmd_starttls_arg"
+    others = ("msg_invalid_cmd_starttls_sequence",)
+    received = "msg_starttls_received"
+    after = _After.TLS
+    before_tls = True
+
+    @classmethod
+    def is_offered(cls, options: Configuration) -> bool:
+        return options.ssl_context is not None and not options.implicit_tls
+
+    def refuse(self, session: _Session, value: Any) -> str | None:
+        return "msg_invalid_cmd_starttls_sequence" if session.is_secure else super().refuse(session, value)
+
+
+# What AUTH is told by a mechanism: a challenge, to which it sends the client's answer. A mechanism
+# returns the user and a secret, and ValueError is what it raises if the answer makes no sense. The first
+# answer may have come already.
+_Conversation = Generator[bytes, bytes, tuple[str, str]]
+
+
+def _converse_plain(users: Any, initial: bytes | None) -> _Conversation:
+    """RFC 4616."""
+    answer = (yield b"") if initial is None else initial
+    _, user, secret = _decode(answer).split("\0")
+    return user, secret
+
+
+def _converse_login(users: Any, initial: bytes | None) -> _Conversation:
+    user = (yield b"Username:") if initial is None else initial
+    secret = yield b"Password:"
+    return _decode(user), _decode(secret)
+
+
+def _converse_cram_md5(users: Any, initial: bytes | None) -> _Conversation:
+    """RFC 2195. The client proves that it knows the secret, and does not tell it."""
+    import hmac
+
+    if initial is not None:
+        raise ValueError("the server begins")
+    challenge = b"<%d.%d@smtpmock>" % (time.monotonic_ns(), id(users))
+    user, _, digest = _decode((yield challenge)).rpartition(" ")
+    if callable(users):
+        return user, f"{challenge.decode()} {digest}"
+    secret = users.get(user, "")
+    expected = hmac.new(secret.encode("utf-8", "surrogateescape"), challenge, "md5").hexdigest()
+    return user, secret if digest == expected else f"not {secret}"
+
+
+def _converse_xoauth2(users: Any, initial: bytes | None) -> _Conversation:
+    """As Google and Microsoft have it; the secret is the token."""
+    answer = (yield b"") if initial is None else initial
+    match = re.fullmatch("user=([^\1]*)\1auth=Bearer ([^\1]*)\1\1", _decode(answer))
+    if match is None:
+        raise ValueError("no user and token")
+    return match[1], match[2]
+
+
+_MECHANISMS: dict[str, Callable[[Any, bytes | None], _Conversation]] = {
+    "PLAIN": _converse_plain,
+    "LOGIN": _converse_login,
+    "CRAM-MD5": _converse_cram_md5,
+    "XOAUTH2": _converse_xoauth2,
+}
+
+
+def _encode_base64(data: bytes) -> str:
+    import base64
+
+    return base64.b64encode(data).decode()
+
+
+def _decode_base64(text: str) -> bytes:
+    import base64
+
+    return base64.b64decode(text.encode(), validate=True)
+
+
+class _Auth(Handler):
+    """AUTH, in one line or in several (RFC 4954). Its argument is what came of that."""
+
+    verbs = ("AUTH",)
+    step = "auth"
+    parse = staticmethod(lambda login: login)
+    others = (
+        "msg_auth_failed",
+        "msg_auth_cancelled",
+        "msg_auth_bad_response",
+        "msg_auth_unknown_mechanism",
+        "msg_auth_sequence",
+        "msg_auth_tls_required",
+        "msg_invalid_cmd",
+    )
+    received = "msg_auth_received"
+
+    def log(self, request: str) -> str:
+        return re.sub(r"^(\S+\s+\S+\s+).*", r"\1***", request, flags=re.DOTALL)
+
+    def run(self, session: _Session, request: _Request, argument: Any) -> _Reply:
+        command, conversation = session.conversation or (request, self.converse(session, argument))
+        try:
+            challenge = conversation.send(argument if session.conversation else None)
+        except StopIteration as stop:
+            session.conversation = None
+            reply = super().run(session, command, stop.value)
+            session.dialogue[-2] = request
+            return reply
+        session.conversation = command, conversation
+        reply = _Reply(f"334 {challenge}", _encode(f"334 {challenge}"), after=_After.LINE, accepts=True)
+        session.dialogue.extend((request, reply.text))
+        return reply
+
+    def refuse(self, session: _Session, value: Any) -> str | None:
+        return None if value.response == self.received else value.response
+
+    def record(self, session: _Session, exchange: _Exchange) -> None:
+        if self.options.auth_users is not None and self.step not in session.done:
+            super().record(session, exchange)
+
+    def names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
+        return [value.user or ""]
+
+    def converse(self, session: _Session, argument: str) -> Generator[str, Any, _Login]:
+        """Yields challenges in base64, and is sent the lines that answer them."""
+        name, _, initial = argument.partition(" ")
+        mechanism = name.upper()
+        refusal = self.refuse_start(session, mechanism)
+        if refusal is not None:
+            return _Login(refusal, mechanism)
+        try:
+            first = _decode_base64("" if initial == "=" else initial) if initial else None
+            steps = _MECHANISMS[mechanism](self.options.auth_users, first)
+            challenge = next(steps)
+            while True:
+                line = yield _encode_base64(challenge)
+                if line == "*":
+                    return _Login("msg_auth_cancelled", mechanism)
+                challenge = steps.send(_decode_base64(line))
+        except StopIteration as stop:
+            user, secret = stop.value
+        except ValueError:
+            return _Login("msg_auth_bad_response", mechanism)
+        return _Login(self.received if self.knows(mechanism, user, secret) else "msg_auth_failed", mechanism, user)
+
+    def refuse_start(self, session: _Session, mechanism: str) -> str | None:
+        if self.options.auth_users is None:
+            return "msg_invalid_cmd"
+        if session.lacks_tls:
+            return "msg_tls_required"
+        if "helo" not in session.done or "auth" in session.done or "mailfrom" in session.done:
+            return "msg_auth_sequence"
+        if self.options.auth_requires_tls and not session.is_secure:
+            return "msg_auth_tls_required"
+        return None if mechanism in _MECHANISMS else "msg_auth_unknown_mechanism"
+
+    def knows(self, mechanism: str, user: str, secret: str) -> bool:
+        users = self.options.auth_users
+        return bool(users(mechanism, user, secret) if callable(users) else user in users and users[user] == secret)
+
+
+def _write_lines(text: str, extensions: Sequence[str]) -> str:
+    """A reply with extensions after it: all lines but the last have a - after the code (RFC 5321 section 4.2.1)."""
+    lines = [*text.replace("\r\n", "\n").split("\n"), *(f"250 {extension}" for extension in extensions)]
+    more = [f"{line[:3]}-{line[4:]}" if line[:3].isdigit() else line for line in lines[:-1]]
+    return "\n".join([*more, lines[-1]]) if extensions else text
+
+
+class _Ehlo(_Helo):
+    """EHLO, the reply to which lists the extensions (RFC 5321 section 4.1.1.1)."""
+
+    verbs = ("EHLO",)
+
+    def __init__(self, options: Configuration) -> None:
+        super().__init__(options)
+        usual = self.replies[self.received]
+        for key, is_secure in ((self.received, False), ("secure", True)):
+            text = _write_lines(usual.text, list(self.list_extensions(is_secure))) if usual.accepts else usual.text
+            self.replies[key] = usual._replace(text=text, data=_encode(text))
+
+    def list_extensions(self, is_secure: bool) -> Iterator[str]:
+        for extension in self.options.extensions:
+            yield f"SIZE {self.options.msg_size_limit}" if extension.upper() == "SIZE" else extension
+        if _Starttls.is_offered(self.options) and not is_secure:
+            yield "STARTTLS"
+        if self.options.auth_users is not None and (is_secure or not self.options.auth_requires_tls):
+            yield f"AUTH {' '.join(_MECHANISMS)}"
+
+    def refuse(self, session: _Session, value: Any) -> str | None:
+        return super().refuse(session, value) or ("secure" if session.is_secure else None)
 
 
 class _Unknown(Handler):
     """A command that is none of the others."""
 
     verbs = ("unknown",)
+    before_tls = True
     parse = staticmethod(lambda argument: None)
     bad_argument = "msg_invalid_cmd"
 
@@ -1114,7 +1567,8 @@ class _TooLong(_Unknown):
     bad_argument = "msg_line_too_long"
 
 
-_FORMS = (_Greeting, _Helo, _Mailfrom, _Rcptto, _Data, _Body, _Rset, _Noop, _Quit, _Unknown, _TooLong)
+_FORMS: tuple[type[Handler], ...] = (_Greeting, _Helo, _Ehlo, _Mailfrom, _Rcptto, _Data, _Bdat, _Body, _Rset)
+_FORMS += (_Noop, _Quit, _Starttls, _Auth, _Unknown, _TooLong)
 
 
 def _make_handlers(options: Configuration, others: Iterable[Any] = ()) -> dict[str, Handler]:
@@ -1122,7 +1576,8 @@ def _make_handlers(options: Configuration, others: Iterable[Any] = ()) -> dict[s
     for form in others:
         if not (isinstance(form, type) and issubclass(form, Handler) and form.verbs):
             raise ConfigurationError(f"handlers: {form!r} must be a subclass of Handler that has verbs")
-    table = {verb: handler for form in _FORMS for handler in [form(options)] for verb in form.verbs}
+    forms = [form for form in _FORMS if form.is_offered(options)]
+    table = {verb: handler for form in forms for handler in [form(options)] for verb in form.verbs}
     return table | {
         _parse_stage(verb): handler for form in others for handler in [form(options)] for verb in form.verbs
     }
@@ -1131,6 +1586,7 @@ def _make_handlers(options: Configuration, others: Iterable[Any] = ()) -> dict[s
 # ----------------------------------------------------------------------------------------- session
 
 _LINE_LIMIT = 4096  # bytes of a command line with its end; RFC 5321 section 4.5.3.1.4 asks for 512 or more
+_AUTH_LINE_LIMIT = 12288  # where there may be tokens in it; RFC 4954 section 4
 _END_OF_DATA = b"\r\n.\r\n"
 _DIALOGUE_LIMIT = 20000  # requests and replies that a transcript goes back, so that an endless session has an end
 
@@ -1178,6 +1634,33 @@ class _BodyReader:
         return None if self._dropped or len(body) > self._limit else body
 
 
+class _Payload:
+    """Takes in bytes that were announced by their number, and keeps them if they are no more than the limit."""
+
+    def __init__(self, size: int, limit: int) -> None:
+        self.missing = size
+        self.data = b""
+        self._is_kept = size <= limit
+
+    def feed(self, data: bytes, start: int) -> int:
+        """Take data from start on, and return where in it the payload ends."""
+        stop = min(len(data), start + self.missing)
+        self.missing -= stop - start
+        if self._is_kept:
+            self.data += data[start:stop]
+        return stop
+
+
+class _Command(NamedTuple):
+    """A command that waits for its payload."""
+
+    handler: Handler
+    verb: str
+    request: str
+    argument: str
+    payload: _Payload
+
+
 def _ignore(message: Message) -> None:
     pass
 
@@ -1222,6 +1705,14 @@ class _Session:
         self._rest = b""  # the beginning of a command line
         self._skipping = False  # the rest of a line that was too long
         self.body: _BodyReader | None = None  # while it comes in
+        self._command: _Command | None = None  # whose payload comes in
+        self.payload: _Payload | None = None  # of the command that is run
+        self.chunks: bytes | None = None  # of a body, that came so far
+        self.conversation: tuple[_Request, Generator[str, Any, Any]] | None = None  # the command, and how it goes on
+        self._continuing: Handler | None = None  # which takes the next line
+        self.is_secure = False  # in TLS
+        self.lacks_tls = setup.options.tls_required
+        self._line_limit = _LINE_LIMIT if setup.options.auth_users is None else _AUTH_LINE_LIMIT
         self._cuts: list[int] = []  # the sizes at which rules may end it
         self._over = False
 
@@ -1235,32 +1726,48 @@ class _Session:
         data, self._rest = self._rest + data, b""
         at = 0
         while at < len(data) and not self._over:
-            if self.body is not None:
-                cut = self._cuts[0] - self.body.size if self._cuts else len(data)
-                at = self.body.feed(data[: at + cut], at)
-                if self.body.complete:
-                    body, self.body = self.body, None
-                    yield self._run(self._handlers["message"], "message", body.size, body.content())
-                elif self._cuts and self.body.size == self._cuts[0]:
-                    yield from self._cut(self._cuts.pop(0))
-            elif self._skipping:
-                end = data.find(b"\n", at)
-                self._skipping = end < 0
-                at = len(data) if self._skipping else end + 1
-            elif (end := data.find(b"\n", at, at + _LINE_LIMIT)) >= 0:
+            if self._skipping or not self.is_idle:
+                at, reply = self._take(data, at)
+            elif (end := data.find(b"\n", at, at + self._line_limit)) >= 0:
                 line, at = data[at:end], end + 1
-                request, verb, argument = _parse_command(line)
-                yield self._run_command(verb, request, argument)
-            elif len(data) - at >= _LINE_LIMIT:
-                self._skipping = True
-                yield self._run(self._handlers["too long"], "", f"line of over {_LINE_LIMIT} bytes", "")
+                reply = self._run_line(line)
+            elif len(data) - at >= self._line_limit:
+                self._skipping, self._continuing, self.conversation = True, None, None
+                reply = self._run(self._handlers["too long"], "", f"line of over {self._line_limit} bytes", "")
             else:
-                self._rest, at = data[at:], len(data)
+                self._rest = data[at:]
+                return
+            if reply is not None:
+                if reply.after is _After.TLS:  # what came before the handshake must have no effect in TLS
+                    at = len(data)
+                yield reply
+
+    def _take(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
+        """Take what is not a command, up to where it ends in data, and the reply if that is due."""
+        if self._skipping:
+            end = data.find(b"\n", at)
+            self._skipping = end < 0
+            return (len(data) if self._skipping else end + 1), None
+        if self._command is not None:
+            at = self._command.payload.feed(data, at)
+            return at, None if self._command.payload.missing else self._run_with_payload(self._command)
+        body = self.body
+        assert body is not None
+        cut = self._cuts[0] - body.size if self._cuts else len(data)
+        at = body.feed(data[: at + cut], at)
+        if body.complete:
+            self.body = None
+            return at, self._run(self._handlers["message"], "message", body.size, body.content())
+        return at, self._cut(self._cuts.pop(0)) if self._cuts and body.size == self._cuts[0] else None
 
     def end(self, farewell: str | None = None) -> None:
         """Record what is not recorded yet, because the connection ends; the farewell is said by the server."""
         if self.body is not None:
-            self._leave_body(self.body, "")
+            self._leave_body(self.body.size, self.body.content(), "")
+        elif self.chunks is not None or self._command is not None:
+            rest = self._command.payload.data if self._command else b""
+            content, self.chunks, self._command = (self.chunks or b"") + rest, None, None
+            self._leave_body(len(content), content, "")
         if farewell is not None:
             self.dialogue += (None, farewell, None, _After.CLOSE.value)
         if self._unpublished or (self._entry is not None and farewell is not None):
@@ -1269,12 +1776,54 @@ class _Session:
             self._delivered = self._entry.message
             self._hand_out(self._setup.on_other, self._delivered)
 
-    def _run_command(self, verb: str, request: str, argument: str) -> _Reply:
+    def _run_line(self, line: bytes) -> _Reply | None:
+        """The reply to a line; None if it has to wait for more."""
+        if self._continuing is not None:
+            answer = _decode(line.strip())
+            return self._run(self._continuing, self._stage, answer if answer == "*" else "***", answer)
+        request, verb, argument = _parse_command(line)
         handler = self._handlers.get(verb) or self._handlers["unknown"]
         size = len(handler.keyword)
         if size and argument[:size].upper() != handler.keyword:
             handler = self._handlers["unknown"]
-        return self._run(handler, verb, request, argument[size:].strip())
+        argument = argument[size:].strip()
+        if handler.has_payload:
+            return self._await_payload(handler, verb, request, argument)
+        return self._run(handler, verb, handler.log(request), argument)
+
+    def _await_payload(self, handler: Handler, verb: str, request: str, argument: str) -> _Reply | None:
+        parsed = handler.parse(argument)
+        if parsed is None:
+            return self._run(handler, verb, request, argument)
+        limit = self._setup.options.msg_size_limit
+        command = _Command(handler, verb, request, argument, _Payload(parsed[0], limit))
+        if parsed[0] == 0:
+            return self._run_with_payload(command)
+        self._command = command
+        return None
+
+    def _run_with_payload(self, command: _Command) -> _Reply:
+        self._command, self.payload = None, command.payload
+        reply = self._run(command.handler, command.verb, command.request, command.argument)
+        self.payload = None
+        if reply.after is _After.MESSAGE:
+            content, self.chunks = self.chunks or b"", None
+            reply = self._run(self._handlers["message"], "message", len(content), content)
+            self.request = command.request
+        return reply
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is the client's turn to give a command."""
+        return self.body is None and self._command is None
+
+    def secure(self, version: str, cipher: str) -> None:
+        """Begin anew in TLS; what was said before it is forgotten (RFC 3207 section 4.2)."""
+        if self._entry is not None and self._keeps_messages:
+            self._begin_message()
+        self.erase((*_STEPS, "auth"))
+        self.is_secure, self.lacks_tls = True, False
+        self.steps["tls"] = _Exchange(None, "", True, (version, cipher))
 
     def _run(self, handler: Handler, stage: str, request: _Request, argument: Any) -> _Reply:
         if self._entry is not None and self._keeps_messages and not handler.notes:
@@ -1285,6 +1834,7 @@ class _Session:
         complete = self._over or (reply.accepts and handler.completes)
         if complete or self._entry is not None:
             self._publish(complete=complete, noted=handler.notes)
+        self._continuing = handler if reply.after is _After.LINE else None
         if reply.after is _After.BODY:
             self.body = _BodyReader(self._setup.options.msg_size_limit)
             self._cuts = self.rules.cuts() if self.rules.newest_first else []
@@ -1315,22 +1865,23 @@ class _Session:
     def accepted_recipients(self) -> list[str]:
         return [recipient.value for recipient in self.recipients if recipient.accepted]
 
-    def _cut(self, after: int) -> Iterator[_Reply]:
+    def _cut(self, after: int) -> _Reply | None:
         """End the session in its body, if a rule is for that."""
         assert self.body is not None
         self._stage = "message"
         action = self.decide(self.accepted_recipients(), None, self.body.content(), after)
-        if action is not None:
-            reply = self._handlers["message"].perform(action, _Reply("", b""))
-            self._leave_body(self.body, reply.text)
-            self._over = True
-            self.dialogue += (None, reply.after.value)
-            self._publish(complete=True)
-            yield reply
+        if action is None:
+            return None
+        reply = self._handlers["message"].perform(action, _Reply("", b""))
+        self._leave_body(self.body.size, self.body.content(), reply.text)
+        self._over = True
+        self.dialogue += (None, reply.after.value)
+        self._publish(complete=True)
+        return reply
 
-    def _leave_body(self, body: _BodyReader, response: str) -> None:
-        self.steps["msg"] = _Exchange(body.size, response, False, body.content())
-        self.dialogue += (body.size, response or None)
+    def _leave_body(self, size: int, content: bytes | None, response: str) -> None:
+        self.steps["msg"] = _Exchange(size, response, False, content)
+        self.dialogue += (size, response or None)
         self.body = None
         self._unpublished = True
 
@@ -1340,7 +1891,7 @@ class _Session:
         self.erase(_ENVELOPE)
         self.dialogue = self.dialogue[:2]
         for step in self.steps.values():
-            self.dialogue += (step.request, step.response)
+            self.dialogue += (step.request, step.response or None)
 
     def deliver(self) -> bool:
         """Hand out the mail that is about to be accepted; returns whether it may be."""
@@ -1567,10 +2118,11 @@ def _set_timeout(sock: socket.socket, seconds: float) -> None:
 class _Connection(socketserver.BaseRequestHandler):
     """Moves bytes between a client and its session, and does what the replies say."""
 
-    request: socket.socket
+    request: Any  # the socket, later perhaps an ssl.SSLSocket
     server: _Listener
 
     def setup(self) -> None:
+        self.plain: socket.socket = self.request
         self.options = self.server.setup.options
         self.log = self.server.log
         self.session = _Session(self.server.setup, self.client_address[:2])
@@ -1583,7 +2135,8 @@ class _Connection(socketserver.BaseRequestHandler):
         try:
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _set_timeout(self.request, self.options.session_timeout)
-            goes_on = self._say(self.session.greet())
+            goes_on = not self.options.implicit_tls or self._start_tls()
+            goes_on = goes_on and self._say(self.session.greet())
             while goes_on and (data := self._read()):
                 for reply in self.session.receive(data):
                     goes_on = self._say(reply, self.session.request)
@@ -1595,6 +2148,9 @@ class _Connection(socketserver.BaseRequestHandler):
     def finish(self) -> None:
         self.session.end()
         self.server.connections.discard(self)
+        if self.request is not self.plain:  # which is for the listener to close
+            self.shut_down(socket.SHUT_WR)
+            self.request.close()
         self.log.activity("SMTP session finished")
 
     def _say(self, reply: _Reply, request: _Request = None) -> bool:
@@ -1614,14 +2170,25 @@ class _Connection(socketserver.BaseRequestHandler):
             return False
         self.unsent += b"" if reply.trickle else reply.data
         ends = reply.after in _ENDS
-        if ends or len(self.unsent) >= 65536:
+        if ends or reply.after is _After.TLS or len(self.unsent) >= 65536:
             self._flush()
+            return self._go_on(reply)
+        return True
+
+    def _go_on(self, reply: _Reply) -> bool:
+        """Do what comes after a reply that was sent; returns whether the session goes on."""
+        if reply.after is _After.TLS:
+            return self._start_tls()
         if reply.after is _After.RESET:
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.request.close()
         elif reply.after is _After.SILENCE:
             self._stay_silent()
-        return not ends
+        elif reply.after is _After.CLOSE and reply.data and self.session.is_secure:
+            self.request.settimeout(0)  # the client is told that nothing follows, and need not say so, too
+            with contextlib.suppress(OSError, ValueError):
+                self.request.unwrap()
+        return reply.after not in _ENDS
 
     def _trickle(self, reply: _Reply) -> bool:
         self._flush()
@@ -1630,6 +2197,22 @@ class _Connection(socketserver.BaseRequestHandler):
                 return False
             self.request.sendall(reply.data[index : index + 1])
         return True
+
+    def _start_tls(self) -> bool:
+        """Whether the handshake succeeds."""
+        self.plain.settimeout(self.options.session_timeout)  # which OpenSSL minds, as it does not the other
+        try:
+            self.request = self.options.ssl_context.wrap_socket(
+                self.plain, server_side=True, do_handshake_on_connect=False
+            )
+            self.is_idle = True
+            if not self.server.stopping:
+                self.request.do_handshake()
+                self.session.secure(self.request.version(), self.request.cipher()[0])
+            self.is_idle = False
+        except (OSError, ValueError) as error:
+            self.log("warning", f"SMTP session broke off: TLS handshake failed: {error}")
+        return self.session.is_secure
 
     def _stay_silent(self) -> None:
         """Read what the client says, until it or the server ends or nothing has come for the session's timeout."""
@@ -1648,9 +2231,11 @@ class _Connection(socketserver.BaseRequestHandler):
         server = self.server
         try:
             # is_idle is set before stopping is read, and stop() does the reverse: one of the two notices.
-            self.is_idle = is_idle = self.session.body is None
+            self.is_idle = is_idle = self.session.is_idle
+            if self.session.is_secure and not (is_idle and server.stopping):
+                self._await_input()
             if not (is_idle and server.stopping):
-                data = self.request.recv(65536 if is_idle else 262144)
+                data: bytes = self.request.recv(65536 if is_idle else 262144)
                 self.is_idle = False
                 if not (is_idle and server.stopping):
                     return data
@@ -1660,6 +2245,14 @@ class _Connection(socketserver.BaseRequestHandler):
         except ConnectionError:  # a reset is an end like any other
             return b""
 
+    def _await_input(self) -> None:
+        """Wait outside of TLS, in which nothing can be said any more once stop() has woken a read."""
+        if not self.request.pending():
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.request, selectors.EVENT_READ)
+                if not selector.select(self.options.session_timeout):
+                    raise TimeoutError
+
     def _say_goodbye(self, text: str) -> bytes:
         self.session.end(text)
         self._say(_Reply(text, _encode(text), after=_After.CLOSE))
@@ -1668,7 +2261,7 @@ class _Connection(socketserver.BaseRequestHandler):
     def shut_down(self, how: int) -> None:
         """Wake the session's thread from what it waits for in the socket. Called by the one that stops the server."""
         with contextlib.suppress(OSError):  # it may have ended just now
-            self.request.shutdown(how)
+            socket.socket.shutdown(self.request, how)  # that of an SSLSocket would forget that it is one
 
 
 _SPARE_THREADS = 16
@@ -2021,6 +2614,11 @@ class Server:
 _LOG = ("log", _FLAG, False, "log to stdout, errors to stderr")
 _LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # which have one flag between them
 
+_CERTIFICATE = (
+    ("tls_cert", _TEXT, "", "PEM file with a certificate, and all that belongs to it; turns on STARTTLS"),
+    ("tls_key", _TEXT, "", "PEM file with its key, if that is not in the same"),
+)
+
 # What becomes of the mail, for those who cannot ask a Server for it.
 _OUTPUTS = (
     ("json", _FLAG, False, "print each accepted mail, and each session without one, as a line of JSON; log to stderr"),
@@ -2210,14 +2808,26 @@ def _make_parser() -> Any:
     parser = Parser("smtpmock", description=__doc__.partition("\n")[0], add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
     parser.add_argument("-v", "--version", action="store_true", help="print the version and exit")
-    for flag in (_LOG, *_OUTPUTS):
+    for flag in (_LOG, *_CERTIFICATE, *_OUTPUTS):
         _add_flag(parser, *flag)
     about = "deviation from the usual, as 'RCPT bob@example.com: reply 550 No such user; times=2'; can be repeated"
     parser.add_argument("-rule", "--rule", dest="rules", action="append", metavar="...", help=about)
     for field in dataclasses.fields(Configuration):
-        if field.name not in _LOG_OPTIONS:
+        if field.name not in _LOG_OPTIONS and field.metadata["kind"] is not _CONTEXT:
             _add_flag(parser, field.name, field.metadata["kind"], field.default, field.metadata["about"])
     return parser
+
+
+def _load_certificate(certificate: str, key: str) -> Any:
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key or None)
+    except OSError as error:
+        reason = f"{error.strerror or error}"
+        raise ConfigurationError(f"tls_cert={certificate!r}, tls_key={key!r}: cannot be loaded: {reason}") from error
+    return context
 
 
 def _parse_arguments(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
@@ -2232,6 +2842,9 @@ def _parse_arguments(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
             _check(name, given[name], kind)
     if "log" in given:
         given.update(dict.fromkeys(_LOG_OPTIONS, given.pop("log")))
+    certificate, key = given.pop("tls_cert", ""), given.pop("tls_key", "")
+    if certificate or key:
+        given["ssl_context"] = _load_certificate(certificate, key)
     return given
 
 

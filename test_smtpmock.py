@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import datetime
 import errno
+import hmac
 import inspect
 import io
 import itertools
@@ -22,6 +23,7 @@ import shlex
 import signal
 import smtplib
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -181,6 +183,7 @@ def in_threads(*calls: Any) -> list[Any]:
 
 EMPTY = Message(Memory().session, 0, 0.0)
 DERIVED = ["attachments", "email", "esmtp", "html", "id", "is_consistent", "msg_request", "peer", "received_at"]
+DERIVED += ["mailfrom_parameters", "rcptto_parameters", "auth_mechanism", "auth_user"]
 DERIVED += ["received_header", "subject", "text", "transcript", "as_bytes", "to_dict"]
 FIELDS = [name for name in dir(EMPTY) if not name.startswith("_") and name not in DERIVED]
 
@@ -1037,8 +1040,9 @@ class DialogueTest(unittest.TestCase):
         self.assertEqual(Verify(options).run(Memory().session, "VRFY", "").text, "503 custom")
 
     def test_all_texts_have_a_dialogue(self) -> None:
-        elsewhere = {"msg_invalid_cmd_helo_sequence", "msg_session_timeout", "msg_server_shutdown"}
         texts = {field.name for field in dataclasses.fields(Configuration) if field.name.startswith("msg_")}
+        elsewhere = {text for text in texts if "auth" in text or "tls" in text or "bdat" in text or "parameter" in text}
+        elsewhere |= {"msg_invalid_cmd_helo_sequence", "msg_session_timeout", "msg_server_shutdown"}
         self.assertEqual({option for option, *_ in TEXTS} | elsewhere, texts - {"msg_size_limit"})
 
     def test_the_forms_name_options(self) -> None:
@@ -2568,6 +2572,635 @@ class HandlerTest(unittest.TestCase):
                 Server(handlers=[bad])  # type: ignore[list-item]
 
 
+# ------------------------------------------------------------------------------------------- ESMTP
+
+ALL = ("SIZE", "8BITMIME", "SMTPUTF8", "PIPELINING", "DSN", "CHUNKING", "ENHANCEDSTATUSCODES", "XFOO")
+USERS = {"alice": "sécret", "bob": ""}
+
+
+def b64(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+class ExtensionsTest(unittest.TestCase):
+    def ask(self, *lines: str, greet: bool = True, **options: Any) -> list[str]:
+        memory = Memory(**{"extensions": ALL, "multiple_rcptto": True, **options})
+        self.memory = memory
+        if greet:
+            memory.feed(b"EHLO a.com\r\n")
+        return [reply.text for line in lines for reply in memory.feed(line.encode() + b"\r\n")]
+
+    def message(self) -> Message:
+        self.memory.session.end()
+        return self.memory.messages()[-1]
+
+    def test_announced(self) -> None:
+        expected = "\n".join(["250-Received", "250-SIZE 10485760", *(f"250-{name}" for name in ALL[1:-1]), "250 XFOO"])
+        self.assertEqual(self.ask("EHLO a.com", "HELO a.com", greet=False), [expected, RECEIVED])
+        (reply,) = self.ask(
+            "EHLO a.com", greet=False, msg_helo_received="250-one\n250 two", extensions=["dsn", "LIMITS X=1"]
+        )
+        self.assertEqual(reply, "250-one\n250-two\n250-dsn\n250 LIMITS X=1")
+        self.assertEqual(
+            self.ask("EHLO a.com", msg_helo_received="250-odd\n251 two", extensions=()), ["250-odd\n251 two"]
+        )
+        self.assertEqual(self.ask("EHLO a.com", msg_helo_received="550 no"), ["550 no"])
+
+    def test_parameters(self) -> None:
+        taken = [
+            "SIZE=5",
+            "size=10485760",
+            "BODY=8BITMIME",
+            "Body=7bit",
+            "SMTPUTF8",
+            "RET=HDRS",
+            "RET=full",
+            "XFOO",
+            "XFOO=1",
+        ]
+        taken += ["ENVID=a+3Db", "SIZE=1 BODY=7BIT  SMTPUTF8 RET=FULL"]
+        for words in taken:
+            self.assertEqual(self.ask(f"MAIL FROM:<a@a.com> {words}"), [RECEIVED], words)
+        refused = [
+            "SIZE=x",
+            "SIZE",
+            "SIZE=-1",
+            "BODY=9BIT",
+            "BODY",
+            "SMTPUTF8=1",
+            "RET=ALL",
+            "ENVID=a=b",
+            "ENVID=+3",
+            "XBAR",
+        ]
+        refused += ["SIZE=1 SIZE=2", "NOTIFY=NEVER", "AUTH=<>", "=", "SIZE=1 foo"]
+        for words in refused:
+            self.assertEqual(
+                self.ask(f"MAIL FROM:<a@a.com> {words}"), ["555 Parameter not recognized or not implemented"], words
+            )
+        for words, ok in {
+            "NOTIFY=NEVER": True, "notify=SUCCESS,DELAY,failure": True, "ORCPT=rfc822;b@b.com": True, "NOTIFY=": False,
+            "NOTIFY=NEVER,DELAY": False, "ORCPT=b@b.com": False, "SIZE=1": False, "ORCPT=utf-8;a+2Bb NOTIFY=DELAY": True,
+        }.items():  # fmt: skip
+            replies = self.ask("MAIL FROM:<a@a.com>", f"RCPT TO:<b@b.com> {words}")
+            self.assertEqual(replies[1][:3], "250" if ok else "555", words)
+
+    def test_not_announced(self) -> None:
+        unknown = "555 Parameter not recognized or not implemented"
+        self.assertEqual(self.ask("MAIL FROM:<a@a.com> SIZE=1", extensions=["DSN"]), [unknown])
+        self.assertEqual(self.ask("HELO a.com", "MAIL FROM:<a@a.com> SIZE=1")[1], unknown)
+        self.assertEqual(
+            self.ask("MAIL FROM:<a@a.com> SIZE=1", extensions=()), ["501 MAIL FROM requires valid email address"]
+        )
+        self.assertEqual(self.ask("MAIL FROM:<a@a.com> AUTH=<>", extensions=(), auth_users={}), [RECEIVED])
+
+    def test_the_forms_of_paths_with_parameters(self) -> None:
+        for path in ("<a@a.com>", "a@a.com", "John Doe <a@a.com>", "<>", '<"a> b"@a.com>', '"a b"@a.com'):
+            self.assertEqual(self.ask(f"MAIL FROM:{path} SIZE=3"), [RECEIVED], path)
+            self.assertEqual(self.message().mailfrom_parameters, {"SIZE": "3"})
+        for path in ("<a@a.com>SIZE=3", "<a@a.com", "a", "<a@a.com> SIZE=3>"):
+            self.assertIn(self.ask(f"MAIL FROM:{path}")[0][:3], ("501", "555"), path)
+        self.assertEqual(self.ask("MAIL FROM:<>", "RCPT TO:<Postmaster> NOTIFY=NEVER"), [RECEIVED, RECEIVED])
+
+    def test_hostile_parameters_cost_what_their_length_does(self) -> None:
+        parse = smtpmock._allow_parameters(smtpmock._parse_sender)
+        for piece in ("a", '"', "<", ">", '"\\', " ", "=", "a@", "SIZE=1 "):
+            for start in ("", "<", "<a@a.com> ", '<"'):
+                began = time.perf_counter()
+                parse(start + piece * (100_000 // len(piece)))
+                self.assertLess(time.perf_counter() - began, TIMEOUT / 10)
+
+    def test_recorded(self) -> None:
+        self.ask(
+            "MAIL FROM:<a@a.com> SIZE=5 smtputf8",
+            "RCPT TO:<b@b.com> NOTIFY=NEVER",
+            "RCPT TO:<c@c.com>",
+            "DATA",
+            "hi\r\n.",
+        )
+        message = self.message()
+        self.assertEqual(message.mailfrom_parameters, {"SIZE": "5", "SMTPUTF8": ""})
+        self.assertEqual(message.rcptto_parameters, [{"NOTIFY": "NEVER"}, {}])
+        self.assertEqual((message.mail_from, message.rcpt_tos), ("a@a.com", ["b@b.com", "c@c.com"]))
+        self.assertEqual(json.loads(json.dumps(message.to_dict()))["rcptto_parameters"], [{"NOTIFY": "NEVER"}, {}])
+
+    def test_a_declared_size(self) -> None:
+        self.assertEqual(
+            self.ask("MAIL FROM:<a@a.com> SIZE=6", msg_size_limit=5), ["552 Message exceeded max size of 5 bytes"]
+        )
+        self.assertEqual(self.ask("MAIL FROM:<a@a.com> SIZE=5", msg_size_limit=5), [RECEIVED])
+
+    def test_addresses_that_are_not_ascii(self) -> None:
+        sender, recipient = "501 MAIL FROM requires valid email address", "501 RCPT TO requires valid email address"
+        self.assertEqual(
+            self.ask("MAIL FROM:<дядя@пример.рф>", "MAIL FROM:<дядя@пример.рф> SMTPUTF8"), [sender, RECEIVED]
+        )
+        self.assertEqual(self.ask("MAIL FROM:<a@a.com>", "RCPT TO:<b@пример.рф>"), [RECEIVED, recipient])
+        self.assertEqual(self.ask("MAIL FROM:<a@a.com> SMTPUTF8", "RCPT TO:<b@пример.рф>"), [RECEIVED, RECEIVED])
+        self.assertEqual(self.ask("MAIL FROM:<дядя@пример.рф>", extensions=["DSN"]), [RECEIVED])
+
+    # CHUNKING
+
+    def bdat(self, *pieces: bytes, **options: Any) -> list[str]:
+        self.ask("MAIL FROM:<a@a.com>", "RCPT TO:<b@b.com>", **options)
+        return [reply.text for piece in pieces for reply in self.memory.feed(piece)]
+
+    def test_chunks(self) -> None:
+        content = b"Subject: x\r\n\r\n.\r\n..\n\0\xff"
+        for size in (1, 3, len(content)):
+            pieces = [content[at : at + size] for at in range(0, len(content), size)]
+            sent = [b"BDAT %d\r\n%s" % (len(piece), piece) for piece in pieces]
+            self.assertEqual(
+                self.bdat(*sent, b"bdat 0 last\r\n", b"NOOP\r\n"), [*[RECEIVED] * len(pieces), RECEIVED, "250 Ok"]
+            )
+            message = self.message()
+            self.assertEqual((message.content, message.is_consistent), (content, True))
+            self.assertEqual(message.data_request, "bdat 0 last")
+            self.assertEqual(
+                self.bdat(b"".join(sent[:-1]) + b"BDAT %d LAST\r\n%s" % (len(pieces[-1]), pieces[-1])),
+                [RECEIVED] * len(pieces),
+            )
+            self.assertEqual(self.message().content, content)
+        self.assertIn(
+            f"C: BDAT {len(content)} LAST\nC: <{len(content)} bytes>\nS: 250 Received", self.message().transcript
+        )
+
+    def test_no_bytes_at_all(self) -> None:
+        self.assertEqual(self.bdat(b"BDAT 0 LAST\r\n"), [RECEIVED])
+        self.assertEqual((self.message().content, self.message().is_consistent), (b"", True))
+
+    def test_a_chunk_out_of_sequence_is_consumed(self) -> None:
+        sequence = "503 Bad sequence of commands. DATA should be used after RCPT TO"
+        self.ask()
+        replies = [
+            reply.text for reply in self.memory.feed(b"BDAT 6\r\nNOOP\r\nNOOP\r\nBDAT 6 LAST\r\nQUIT\r\nRSET\r\n")
+        ]
+        self.assertEqual(replies, [sequence, "250 Ok", sequence, "250 Ok"])
+
+    def test_data_after_a_chunk(self) -> None:
+        sequence = "503 Bad sequence of commands. DATA should be used after RCPT TO"
+        self.assertEqual(self.bdat(b"BDAT 2\r\nhi", b"DATA\r\n", b"BDAT 0 LAST\r\n"), [RECEIVED, sequence, RECEIVED])
+        self.assertEqual(self.message().content, b"hi")
+
+    def test_chunks_that_are_too_long(self) -> None:
+        big, sequence = (
+            "552 Message exceeded max size of 5 bytes",
+            "503 Bad sequence of commands. DATA should be used after RCPT TO",
+        )
+        self.assertEqual(self.bdat(b"BDAT 6 LAST\r\n123456", b"NOOP\r\n", msg_size_limit=5), [big, "250 Ok"])
+        self.assertEqual(
+            self.bdat(b"BDAT 5\r\n12345BDAT 1\r\n1BDAT 0 LAST\r\n", msg_size_limit=5), [RECEIVED, big, sequence]
+        )
+        self.assertFalse(self.message().is_consistent)
+        self.assertEqual(self.bdat(b"BDAT 99999999999\r\n" + b"x" * 10**6, msg_size_limit=5), [])
+        assert self.memory.session._command is not None
+        self.assertEqual(self.memory.session._command.payload.data, b"")
+
+    def test_bad_chunks(self) -> None:
+        bad = "501 BDAT requires a size in bytes"
+        self.assertEqual(
+            self.bdat(*(b"BDAT%s\r\n" % word for word in (b"", b" x", b" 1 x", b" -1", b" 1 LAST x"))), [bad] * 5
+        )
+        self.assertEqual(self.bdat(b"BDAT 2 LAST\r\nhi"), [RECEIVED])
+        self.assertEqual(self.ask("BDAT 1", extensions=["DSN"]), [UNRECOGNIZED])
+
+    def test_a_client_that_leaves_in_a_chunk(self) -> None:
+        self.bdat(b"BDAT 2\r\nhi", b"BDAT 10 LAST\r\nhalf")
+        message = self.message()
+        self.assertEqual(
+            (message.content, message.msg, message.transcript.splitlines()[-1]), (b"hihalf", False, "C: <6 bytes>")
+        )
+
+    def test_several_mails_in_chunks(self) -> None:
+        self.bdat(multiple_message_receiving=True)
+        mail = b"BDAT 2\r\nhiBDAT 1 LAST\r\n!MAIL FROM:<a@a.com>\r\nRCPT TO:<b@b.com>\r\n"
+        self.memory.feed(mail * 3)
+        self.assertEqual([message.content for message in self.memory.messages()], [b"hi!"] * 3)
+
+    def test_rules(self) -> None:
+        self.ask("MAIL FROM:<a@a.com>", "RCPT TO:<b@b.com>")
+        self.memory.on("BDAT").reply("451 not now", times=1)
+        replies = [reply.text for reply in self.memory.feed(b"BDAT 6\r\nNOOP\r\nBDAT 0 LAST\r\n")]
+        self.assertEqual([reply[:3] for reply in replies], ["451", "503"])
+        self.ask("MAIL FROM:<a@a.com>", "RCPT TO:<b@b.com>")
+        self.memory.on("message").reply("452 full")
+        self.assertEqual(
+            [reply.text for reply in self.memory.feed(b"BDAT 2\r\nhiBDAT 0 LAST\r\n")], [RECEIVED, "452 full"]
+        )
+
+    def test_the_default_is_as_it_was(self) -> None:
+        replies = self.ask("EHLO a.com", "AUTH PLAIN AGEAYg==", "STARTTLS", "BDAT 1", greet=False, extensions=())
+        self.assertEqual(replies, [RECEIVED, *[UNRECOGNIZED] * 3])
+        self.assertEqual(differing(state(self.message())), HELO)
+
+    def test_options_that_lack_another(self) -> None:
+        for name, other in smtpmock._NEEDED.items():
+            with self.assertRaisesRegex(ConfigurationError, f"^{name}=True: needs {other}$"):
+                Server(None, **dict[str, Any]({name: True}))
+
+
+class AuthTest(unittest.TestCase):
+    SUCCEEDED, FAILED = "235 Authentication succeeded", "535 Authentication credentials invalid"
+
+    def ask(self, *lines: str, users: Any = USERS, **options: Any) -> list[str]:
+        memory = Memory(auth_users=users, **options)
+        self.memory = memory
+        memory.feed(b"EHLO a.com\r\n")
+        return [reply.text for line in lines for reply in memory.feed(line.encode() + b"\r\n")]
+
+    def message(self) -> Message:
+        self.memory.session.end()
+        return self.memory.messages()[-1]
+
+    def test_announced(self) -> None:
+        self.assertEqual(self.ask("EHLO a.com"), ["250-Received\n250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2"])
+
+    def test_mechanisms(self) -> None:
+        plain, token = b64("\0alice\0sécret"), b64("user=alice\1auth=Bearer sécret\1\1")
+        for mechanism, lines in (
+            ("PLAIN", [f"AUTH PLAIN {plain}"]),
+            ("PLAIN", ["auth plain", plain]),
+            ("PLAIN", [f"AUTH PLAIN {b64('authzid' + chr(0) + 'alice' + chr(0) + 'sécret')}"]),
+            ("LOGIN", ["AUTH LOGIN", b64("alice"), b64("sécret")]),
+            ("LOGIN", [f"Auth Login {b64('alice')}", b64("sécret")]),
+            ("XOAUTH2", [f"AUTH XOAUTH2 {token}"]),
+            ("XOAUTH2", ["AUTH xoauth2", token]),
+        ):
+            *challenges, reply = self.ask(*lines)
+            self.assertEqual(reply, self.SUCCEEDED, lines)
+            self.assertEqual(
+                challenges,
+                ["334 VXNlcm5hbWU6", "334 UGFzc3dvcmQ6"][-len(challenges) :]
+                if mechanism == "LOGIN"
+                else ["334 "] * len(challenges),
+            )
+            message = self.message()
+            self.assertEqual((message.auth_mechanism, message.auth_user, message.auth), (mechanism, "alice", True))
+            self.assertEqual(
+                (message.auth_response, message.auth_request.upper().split()[:2]), (reply, ["AUTH", mechanism])
+            )
+            for secret in (plain, token, b64("sécret"), "sécret"):
+                self.assertNotIn(secret, str(message.to_dict()))
+
+    def test_cram_md5(self) -> None:
+        challenges = set()
+        for secret, expected in (("sécret", self.SUCCEEDED), ("", self.FAILED), ("wrong", self.FAILED)):
+            (reply,) = self.ask("AUTH CRAM-MD5")
+            challenge = base64.b64decode(reply.removeprefix("334 "))
+            challenges.add(challenge)
+            digest = hmac.new(secret.encode(), challenge, "md5").hexdigest()
+            self.assertEqual(
+                [reply.text for reply in self.memory.feed(b64(f"alice {digest}").encode() + b"\r\n")], [expected]
+            )
+        self.assertEqual(len(challenges), 3)
+        self.assertEqual(self.ask("AUTH CRAM-MD5 abcd"), ["501 Cannot decode response"])
+        self.assertEqual(self.ask("AUTH CRAM-MD5", b64("nobody x"))[1], self.FAILED)
+        self.assertEqual(self.ask("AUTH CRAM-MD5", b64("bob x"))[1], self.FAILED)
+
+    def test_refusals(self) -> None:
+        for lines, expected in {
+            ("AUTH PLAIN " + b64("\0alice\0wrong"),): self.FAILED,
+            ("AUTH PLAIN " + b64("\0nobody\0"),): self.FAILED,
+            ("AUTH LOGIN", b64("nobody"), b64("")): self.FAILED,
+            ("AUTH LOGIN", "*"): "501 Authentication cancelled",
+            ("AUTH CRAM-MD5", "*"): "501 Authentication cancelled",
+            ("AUTH PLAIN !!!",): "501 Cannot decode response",
+            ("AUTH PLAIN", "é"): "501 Cannot decode response",
+            ("AUTH PLAIN =",): "501 Cannot decode response",
+            ("AUTH PLAIN " + b64("alice"),): "501 Cannot decode response",
+            ("AUTH XOAUTH2 " + b64("alice"),): "501 Cannot decode response",
+            ("AUTH GSSAPI",): "504 Unrecognized authentication type",
+            ("AUTH",): "504 Unrecognized authentication type",
+            ("AUTH PLAIN " + b64("\0bob\0"), "AUTH LOGIN"): Configuration().msg_auth_sequence,
+            ("MAIL FROM:<a@a.com>", "AUTH LOGIN"): Configuration().msg_auth_sequence,
+        }.items():
+            self.assertEqual(self.ask(*lines)[-1], expected, lines)
+            self.assertEqual([reply.text for reply in self.memory.feed(b"NOOP\r\n")], ["250 Ok"])
+        self.assertEqual(Memory(auth_users=USERS).feed(b"AUTH LOGIN\r\n")[0].text, Configuration().msg_auth_sequence)
+
+    def test_a_refusal_after_a_success_undoes_nothing(self) -> None:
+        self.ask("AUTH PLAIN " + b64("\0bob\0"), "AUTH LOGIN", "EHLO a.com", *SEND)
+        message = self.message()
+        self.assertEqual((message.auth, message.auth_user), (True, "bob"))
+        self.assertIn(" with ESMTPA id ", message.received_header)
+
+    def test_a_wrong_user_is_recorded(self) -> None:
+        self.ask("AUTH PLAIN " + b64("\0mallory\0guess"), "QUIT")
+        message = self.message()
+        self.assertEqual((message.auth, message.auth_user, message.auth_response), (False, "mallory", self.FAILED))
+
+    def test_each_mail_has_it(self) -> None:
+        self.ask("AUTH PLAIN " + b64("\0bob\0"), *SEND, *SEND, multiple_message_receiving=True)
+        self.assertEqual([message.auth_user for message in self.memory.messages()], ["bob", "bob"])
+        self.assertIn("C: AUTH PLAIN ***\nS: 235", self.memory.messages()[1].transcript)
+
+    def test_required(self) -> None:
+        replies = self.ask(SEND[0], "AUTH PLAIN " + b64("\0bob\0"), *SEND, auth_required=True)
+        self.assertEqual((replies[0], replies[-1]), ("530 Authentication required", RECEIVED))
+        memory = Memory(auth_users=USERS, auth_required=True)
+        self.assertEqual(memory.feed(b"MAIL FROM:x\r\n")[0].text, "530 Authentication required")
+
+    def test_a_function(self) -> None:
+        seen: list[tuple[str, str, str]] = []
+
+        def check(mechanism: str, user: str, secret: str) -> bool:
+            seen.append((mechanism, user, secret))
+            return user == "alice"
+
+        self.assertEqual(self.ask("AUTH PLAIN " + b64("\0alice\0s"), users=check), [self.SUCCEEDED])
+        self.assertEqual(self.ask("AUTH LOGIN " + b64("bob"), b64("t"), users=check)[1], self.FAILED)
+        challenge, reply = self.ask("AUTH CRAM-MD5", b64("alice abc"), users=check)
+        self.assertEqual(reply, self.SUCCEEDED)
+        text = base64.b64decode(challenge[4:]).decode()
+        self.assertEqual(seen, [("PLAIN", "alice", "s"), ("LOGIN", "bob", "t"), ("CRAM-MD5", "alice", f"{text} abc")])
+
+    def test_a_function_that_raises(self) -> None:
+        self.assertEqual(
+            self.ask("AUTH PLAIN " + b64("\0a\0b"), users=lambda *_: 1 / 0), ["451 Local error in processing"]
+        )
+
+    def test_rules(self) -> None:
+        self.ask()
+        self.memory.on("AUTH", "alice").reply("454 4.7.0 Temporary authentication failure", times=1)
+        line = b"AUTH PLAIN " + b64("\0alice\0sécret").encode() + b"\r\n"
+        self.assertEqual([reply.text[:3] for _ in range(2) for reply in self.memory.feed(line)], ["454", "235"])
+
+    def test_a_secret_is_not_shown(self) -> None:
+        recorder = Recorder()
+        for users in (USERS, None):
+            with Server(auth_users=users, logger=recorder) as server, Client(server) as client:
+                client.read()
+                client.ask("EHLO a.com")
+                if users:
+                    client.read()
+                client.ask("AUTH LOGIN " + b64("alice"), b64("sécret"), "AUTH PLAIN " + b64("\0alice\0sécret"))
+                client.ask("auth  plain   " + b64("\0alice\0sécret"), "AUTH LOGIN", "*", "QUIT")
+            recorder.wait_for("SMTP mock server was")
+            for secret in (b64("\0alice\0sécret"), b64("sécret")) if users else (b64("\0alice\0sécret"),):
+                self.assertNotIn(secret, str(recorder.seen))
+                self.assertNotIn(secret, server.messages()[0].transcript)
+
+    def test_a_long_token(self) -> None:
+        token = b64(f"user=alice\1auth=Bearer {'t' * 8000}\1\1")
+        self.assertEqual(self.ask(f"AUTH XOAUTH2 {token}", users={"alice": "t" * 8000}), [self.SUCCEEDED])
+        self.assertEqual(self.ask("AUTH XOAUTH2", "x" * 13000, "NOOP")[1:], ["500 Line too long", "250 Ok"])
+
+    def test_smtplib(self) -> None:
+        with Server(auth_users={"alice": "secret"}) as server:
+            for mechanism in ("auth_plain", "auth_login", "auth_cram_md5"):
+                with self.subTest(mechanism), smtplib.SMTP(server.host, server.port, timeout=TIMEOUT) as client:
+                    client.ehlo()
+                    client.user, client.password = "alice", "secret"
+                    name = mechanism.removeprefix("auth_").upper().replace("_", "-")
+                    self.assertEqual(client.auth(name, getattr(client, mechanism))[0], 235)
+            with smtplib.SMTP(server.host, server.port, timeout=TIMEOUT) as client:
+                with self.assertRaises(smtplib.SMTPAuthenticationError) as caught:
+                    client.login("alice", "wrong")
+                self.assertEqual(
+                    (caught.exception.smtp_code, caught.exception.smtp_error), (535, self.FAILED[4:].encode())
+                )
+
+    def test_bad_users(self) -> None:
+        for bad in ("a:b", ["a"], {"a": 1}, {1: "a"}):
+            with self.assertRaisesRegex(ConfigurationError, "^auth_users=.*: must be a mapping of users"):
+                Server(auth_users=bad)
+
+
+# Certificates of localhost and 127.0.0.1 which are their own authority, with their keys. One is good until 2120.
+GOOD = """-----BEGIN CERTIFICATE-----
+MIIBqjCCAVGgAwIBAgIUDM/Num28xnxma8Q+X5P236BT4CIwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAx
+MDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARDnNB8bTbrRO5/EVPX+ZDdEN0uGbtorWyhsX65xF28RK6NGaKw316m
+RPCdDHXRS9nvPe/3/sirsDjLLkzfGOUFo38wfTAaBgNVHREEEzARgglsb2NhbGhv
+c3SHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMCAoQwHQYDVR0O
+BBYEFBA21DskUsf6Ga0pIasU1wcmL2A1MB8GA1UdIwQYMBaAFBA21DskUsf6Ga0p
+IasU1wcmL2A1MAoGCCqGSM49BAMCA0cAMEQCIEP8ebnHJG+RSQGYsitXE6pS63l+
+a6ODCmSdDyMyS1EDAiBRcTXg23Xz7aVVKUOkM1uFtNYde5laee9RDEUoavCK5Q==
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpI7nF53S/ZqGp3Cm
+adTnMoeRkiJypq8dyPruhaqNszKhRANCAARDnNB8bTbrRO5/EVPX+ZDdEN0uGbto
+rWyhsX65xF28RK6NGaKw316mRPCdDHXRS9nvPe/3/sirsDjLLkzfGOUF
+-----END PRIVATE KEY-----
+"""
+EXPIRED = """-----BEGIN CERTIFICATE-----
+MIIBqjCCAU+gAwIBAgIUJblK3yawA3oTS1g7NUCtULXX5p8wCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MB4XDTIwMDEwMTAwMDAwMFoXDTIxMDEwMTAw
+MDAwMFowFDESMBAGA1UEAwwJbG9jYWxob3N0MFkwEwYHKoZIzj0CAQYIKoZIzj0D
+AQcDQgAEFtVrwhTByopsnKvgb7EPicKNFAtuYJjc2FimiC4NZGjCFtwrSNzx7DeZ
+ETRWeSeplX0tvBvPnxy4S/0XbUMcY6N/MH0wGgYDVR0RBBMwEYIJbG9jYWxob3N0
+hwR/AAABMA8GA1UdEwEB/wQFMAMBAf8wDgYDVR0PAQH/BAQDAgKEMB0GA1UdDgQW
+BBQuvV3fAmPdbgnL20Y7kpMfX/88IDAfBgNVHSMEGDAWgBQuvV3fAmPdbgnL20Y7
+kpMfX/88IDAKBggqhkjOPQQDAgNJADBGAiEAiiFo8pG2V5g2O5EMzjIUWzJM8WvS
+6PAuHx+yw2F94acCIQCgJptq+ByOcQc0eJqq2omGIZ5VOJY6mWIVpz8JyVUx0w==
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgeEYcabQfIfC6H+Gt
+zSehicJHuf0WsA2Jzd0vOHnU0CGhRANCAAQW1WvCFMHKimycq+BvsQ+Jwo0UC25g
+mNzYWKaILg1kaMIW3CtI3PHsN5kRNFZ5J6mVfS28G8+fHLhL/RdtQxxj
+-----END PRIVATE KEY-----
+"""
+
+
+class TlsTest(unittest.TestCase):
+    good: Path
+    expired: Path
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        cls.good, cls.expired = Path(folder.name, "good.pem"), Path(folder.name, "expired.pem")
+        cls.good.write_text(GOOD)
+        cls.expired.write_text(EXPIRED)
+
+    def context(self, path: Path | None = None) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path or self.good)
+        return context
+
+    def trusting(self, path: Path | None = None) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=path or self.good)
+
+    def server(self, path: Path | None = None, **options: Any) -> Server:
+        return Server(ssl_context=self.context(path), **options)
+
+    def connect(self, server: Server) -> smtplib.SMTP:
+        return smtplib.SMTP("localhost", server.port, timeout=TIMEOUT)
+
+    def test_starttls(self) -> None:
+        with self.server(extensions=["SIZE"], auth_users={"u": "s"}, auth_requires_tls=True) as server:
+            with self.connect(server) as client:
+                client.ehlo()
+                self.assertTrue(client.has_extn("starttls"))
+                self.assertFalse(client.has_extn("auth"))
+                self.assertEqual(client.docmd("AUTH PLAIN x"), (538, b"Encryption required for authentication"))
+                client.starttls(context=self.trusting())
+                self.assertEqual(client.docmd("MAIL FROM:<a@a.com>")[0], 503)  # what was said before is forgotten
+                client.ehlo()
+                self.assertFalse(client.has_extn("starttls"))
+                self.assertEqual(client.docmd("STARTTLS"), (503, b"Bad sequence of commands. TLS is on already"))
+                client.login("u", "s")
+                client.sendmail("a@a.com", ["b@b.com"], b"Subject: x\r\n\r\n" + b"y" * 100_000)
+            (message,) = server.messages()
+            self.assertRegex(str(message.tls), r"^\('TLSv1\.[23]', '[A-Z0-9_-]+'\)$")
+            self.assertEqual((len(message.content), message.auth_user, message.quit_sent), (100_016, "u", True))
+            self.assertIn("with ESMTPSA id", message.received_header)
+            self.assertEqual(message.to_dict()["tls"], list(message.tls or ()))
+            self.assertTrue(message.transcript.startswith("S: 220 Welcome\nC: ehlo"))
+
+    def test_implicit(self) -> None:
+        with self.server(implicit_tls=True, multiple_message_receiving=True) as server:
+            with smtplib.SMTP_SSL(server.host, server.port, timeout=TIMEOUT, context=self.trusting()) as client:
+                client.ehlo()
+                self.assertFalse(client.has_extn("starttls"))
+                self.assertEqual(client.docmd("STARTTLS")[0], 502)
+                for _ in range(2):
+                    client.sendmail("a@a.com", ["b@b.com"], "hi")
+            self.assertEqual([bool(message.tls) for message in server.messages()], [True, True])
+
+    def test_the_client_is_told_that_nothing_follows(self) -> None:
+        with (
+            self.server(implicit_tls=True) as server,
+            socket.create_connection((server.host, server.port), TIMEOUT) as plain,
+        ):
+            with self.trusting().wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False) as client:
+                client.sendall(b"QUIT\r\n")
+                self.assertEqual(
+                    b"".join(iter(lambda: client.recv(100), b"")), b"220 Welcome\r\n221 Closing connection\r\n"
+                )
+
+    def test_required(self) -> None:
+        needed = (530, b"Must issue a STARTTLS command first")
+        with (
+            self.server(tls_required=True, auth_users={}, auth_required=True) as server,
+            self.connect(server) as client,
+        ):
+            client.ehlo()
+            for line in ("MAIL FROM:<a@a.com>", "RCPT TO:<b@b.com>", "DATA", "RSET", "AUTH LOGIN"):
+                self.assertEqual(client.docmd(line), needed, line)
+            self.assertEqual(client.noop()[0], 250)
+            with self.assertRaises(smtplib.SMTPSenderRefused) as caught:
+                client.sendmail("a@a.com", ["b@b.com"], "hi")
+            self.assertEqual((caught.exception.smtp_code, caught.exception.smtp_error), needed)
+            client.starttls(context=self.trusting())
+            client.ehlo()
+            self.assertEqual(client.docmd("MAIL FROM:<a@a.com>"), (530, b"Authentication required"))
+
+    def test_an_argument(self) -> None:
+        with self.server() as server, self.connect(server) as client:
+            self.assertEqual(client.docmd("STARTTLS")[0], 503)
+            client.ehlo()
+            self.assertEqual(client.docmd("STARTTLS now"), (501, b"STARTTLS takes no argument"))
+
+    def test_what_was_sent_before_the_handshake_has_no_effect(self) -> None:
+        with self.server() as server, Client(server) as client:
+            client.read()
+            client.ask("EHLO a.com")
+            client.read()
+            client.send(b"STARTTLS\r\nMAIL FROM:<evil@a.com>\r\nRSET\r\nNOOP")
+            self.assertEqual(client.read(), "220 Ready to start TLS")
+            with self.trusting().wrap_socket(client.socket, server_hostname="localhost") as secure:
+                secure.sendall(b"EHLO b.com\r\nRCPT TO:<b@b.com>\r\nQUIT\r\n")
+                replies = b"".join(iter(lambda: secure.recv(1000), b"")).decode().splitlines()
+            self.assertEqual([reply[:3] for reply in replies], ["250", "503", "221"])
+        (message,) = server.messages()
+        self.assertEqual((message.mail_from, message.helo_request), (None, "EHLO b.com"))
+        self.assertNotIn("evil", message.transcript)
+
+    def test_certificates_as_a_client_sees_them(self) -> None:
+        for name, path, trusted, host, expected in (
+            ("expired", self.expired, self.expired, "localhost", "certificate has expired"),
+            ("self-signed", self.good, None, "localhost", "self-signed certificate|self signed certificate"),
+            ("another host's", self.good, self.good, "mx.example.com", "(?i)hostname mismatch"),
+        ):
+            recorder = Recorder()
+            with self.subTest(name), self.server(path, implicit_tls=True, logger=recorder) as server:
+                context = self.trusting(trusted) if trusted else ssl.create_default_context()
+                with socket.create_connection((server.host, server.port), TIMEOUT) as plain:
+                    with self.assertRaisesRegex(ssl.SSLCertVerificationError, expected):
+                        context.wrap_socket(plain, server_hostname=host)
+                level, line = recorder.wait_for("SMTP session broke off: TLS")
+                self.assertEqual((level, len(line.splitlines())), ("warning", 1))
+                self.assertEqual(server.messages(), [])
+
+    def test_no_tls_where_tls_is(self) -> None:
+        recorder = Recorder()
+        with self.server(implicit_tls=True, logger=recorder) as server, Client(server) as client:
+            client.send(b"EHLO a.com\r\n")
+            self.assertNotEqual(client.read()[:3], "220")
+            self.assertEqual(len(recorder.wait_for("TLS handshake failed")[1].splitlines()), 1)
+
+    def test_clients_that_stall_in_the_handshake(self) -> None:
+        recorder = Recorder()
+        server = self.server(implicit_tls=True, shutdown_timeout=10 * TIMEOUT, logger=recorder).start()
+        with contextlib.ExitStack() as stack:
+            for number in range(100):
+                client = stack.enter_context(socket.create_connection((server.host, server.port), TIMEOUT))
+                client.sendall(b"\x16\x03\x01"[: number % 4])
+            for _ in range(100):
+                recorder.wait_for("SMTP session started")
+            with smtplib.SMTP_SSL(server.host, server.port, timeout=TIMEOUT, context=self.trusting()) as other:
+                self.assertEqual(other.noop()[0], 250)
+            began = time.monotonic()
+            server.stop()
+            self.assertLess(time.monotonic() - began, TIMEOUT)
+        recorder.wait_for("SMTP mock server was stopped successfully")
+
+    def test_a_handshake_has_the_timeout_of_the_session(self) -> None:
+        with self.server(implicit_tls=True, session_timeout=0.05) as server, Client(server) as client:
+            self.assertIn(client.read(), ("<closed>", "<reset>"))
+
+    def test_idle_sessions_get_a_421(self) -> None:
+        server = self.server(implicit_tls=True).start()
+        with smtplib.SMTP_SSL(server.host, server.port, timeout=TIMEOUT, context=self.trusting()) as client:
+            client.noop()
+            server.stop()
+            self.assertEqual(client.getreply()[0], 421)
+            client.close()
+
+    def test_silence_in_tls(self) -> None:
+        with self.server(implicit_tls=True, session_timeout=0.2) as server:
+            with smtplib.SMTP_SSL(server.host, server.port, timeout=TIMEOUT, context=self.trusting()) as client:
+                self.assertEqual(client.getreply(), (421, b"Session timeout, closing connection"))
+                client.close()
+
+    def test_rules(self) -> None:
+        with self.server() as server:
+            server.on("STARTTLS").reply("454 TLS not available", times=1)
+            with self.connect(server) as client:
+                client.ehlo()
+                self.assertEqual(client.docmd("STARTTLS"), (454, b"TLS not available"))
+                client.starttls(context=self.trusting())
+                server.on("NOOP").reset()
+                with self.assertRaises(smtplib.SMTPServerDisconnected):
+                    client.noop()
+            server.on("STARTTLS").drop("220 go")
+            with self.connect(server) as client, self.assertRaises((ssl.SSLError, OSError)):
+                client.starttls(context=self.trusting())
+
+    def test_the_command_line(self) -> None:
+        process = ProcessCase.start(self, f"-tlsCert={self.good}", "-authUsers=u:s", "--implicit-tls")  # type: ignore[arg-type]
+        port = ProcessCase.port(self, process)  # type: ignore[arg-type]
+        with smtplib.SMTP_SSL("127.0.0.1", port, timeout=TIMEOUT, context=self.trusting()) as client:
+            client.login("u", "s")
+            client.sendmail("a@a.com", ["b@b.com"], "hi")
+        for argv, expected in {
+            (f"-tlsCert={HERE / 'none'}",): "No such file or directory",
+            (f"-tlsCert={__file__}",): r"\[SSL\].*",
+            (f"-tlsKey={self.good}",): "No such file or directory",
+            ("-implicitTls",): "",
+        }.items():
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                self.assertEqual(smtpmock.main(argv), 2)
+            self.assertRegex(err.getvalue(), rf"\Asmtpmock: [^\n]*{expected}[^\n]*\n\Z")
+
+    def test_a_context_that_is_none(self) -> None:
+        with self.assertRaisesRegex(ConfigurationError, "^ssl_context=1: must be an ssl.SSLContext$"):
+            Server(ssl_context=1)
+
+
 # ------------------------------------------------------------------------------------- server life
 
 
@@ -3394,7 +4027,7 @@ class CommandLineTest(unittest.TestCase):
 
     def test_every_option_has_both_flags(self) -> None:
         for field in dataclasses.fields(Configuration):
-            if field.name.startswith("log_"):
+            if field.name.startswith("log_") or field.name == "ssl_context":
                 continue
             kind = field.metadata["kind"]
             text, value = {
@@ -3406,6 +4039,8 @@ class CommandLineTest(unittest.TestCase):
                 smtpmock._PORT: ("25", 25),
                 smtpmock._COUNT: ("9", 9),
                 smtpmock._SEED: ("-9", -9),
+                smtpmock._WORDS: ("SIZE, DSN", ["SIZE", "DSN"]),
+                smtpmock._USERS: ("u:s:t, v:", {"u": "s:t", "v": ""}),
             }[kind]
             for flag in flags(field.name):
                 self.assertEqual(self.parse(f"{flag}={text}"), {field.name: value})
@@ -3433,7 +4068,7 @@ class CommandLineTest(unittest.TestCase):
             text = " ".join(out.split())
             self.assertIn("-log", text)
             for field in dataclasses.fields(Configuration):
-                if not field.name.startswith("log_"):
+                if not field.name.startswith("log_") and field.name != "ssl_context":
                     self.assertIn(" ".join(flags(field.name)[0].split()), text)
                     self.assertIn(field.metadata["about"], text)
 
@@ -3871,6 +4506,7 @@ class ReadmeTest(unittest.TestCase):
         expected = []
         for field in dataclasses.fields(Configuration):
             flag = "-log" if field.name.startswith("log_") else flags(field.name)[0]
+            flag = "-tlsCert" if field.name == "ssl_context" else flag
             default = "empty" if isinstance(field.default, frozenset) else f"`{field.default}`"
             expected.append((field.name, flag, default, field.metadata["about"]))
         self.assertEqual([row for row in rows if row[0] in Configuration.__dataclass_fields__], expected)
