@@ -1026,7 +1026,9 @@ class Handler:
     received = ""
     delay = ""
     after = _After.COMMAND  # if it is accepted
+    after_auth = False  # whether it may not come before AUTH
     before_tls = False  # whether it may come before STARTTLS where that is required
+    has_secret = False  # whether its argument is not for everybody to see
     has_payload = False  # whether bytes follow it, as many as its parsed argument begins with
     completes = False  # whether the message is complete once it is accepted
     notes = False  # whether it belongs to the complete message before it, and begins no other
@@ -1089,9 +1091,9 @@ class Handler:
         self.record(session, _Exchange(request, reply.text, reply.accepts, value))
         return reply
 
-    def log(self, request: str) -> str:
-        """The line as it may be shown."""
-        return request
+    def hide(self, request: str) -> str:
+        """The line as it may be shown, if it has a secret."""
+        return re.sub(r"^(\S+\s+\S+\s+).*", r"\1***", request, flags=re.DOTALL)
 
     def names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         """The addresses or domains that it is about, for the rules that name one."""
@@ -1101,6 +1103,8 @@ class Handler:
         """The text that refuses the command, None to accept it."""
         if session.lacks_tls and not self.before_tls:
             return "msg_tls_required"
+        if self.after_auth and "auth" not in session.done:
+            return "msg_auth_required"
         if not session.done.issuperset(self.needs):
             return self.bad_sequence
         if value is None:
@@ -1159,7 +1163,7 @@ _PARAMETERS = {
 class _Path(Handler):
     """What is common to MAIL and RCPT: an address with parameters."""
 
-    others: tuple[str, ...] = ("msg_unknown_parameter",)
+    others = ("msg_unknown_parameter", "msg_msg_size_is_too_big", "msg_auth_required")
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
@@ -1168,13 +1172,15 @@ class _Path(Handler):
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         refusal = super().refuse(session, value)
-        if refusal is None and self.extensions:
-            given = getattr(value, "parameters", {})
-            if "SMTPUTF8" in self.extensions and not value.isascii() and not self.takes_utf8(session, given):
-                return self.bad_argument
-            if not all(self.can_read(session, *parameter) for parameter in given.items()):
-                return "msg_unknown_parameter"
-        return refusal
+        return self.refuse_parameters(session, value) if refusal is None and self.extensions else refusal
+
+    def refuse_parameters(self, session: _Session, address: str) -> str | None:
+        given = getattr(address, "parameters", {})
+        if "SMTPUTF8" in self.extensions and not address.isascii() and not self.takes_utf8(session, given):
+            return self.bad_argument
+        if not all(self.can_read(session, *parameter) for parameter in given.items()):
+            return "msg_unknown_parameter"
+        return "msg_msg_size_is_too_big" if int(given.get("SIZE", 0)) > self.options.msg_size_limit else None
 
     def takes_utf8(self, session: _Session, given: dict[str, str]) -> bool:
         return "SMTPUTF8" in given
@@ -1198,16 +1204,12 @@ class _Mailfrom(_Path):
     bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
     bad_argument = "msg_invalid_cmd_mailfrom_arg"
     refused = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
-    others = ("msg_unknown_parameter", "msg_auth_required", "msg_msg_size_is_too_big")
     received = "msg_mailfrom_received"
     delay = "response_delay_mailfrom"
 
-    def refuse(self, session: _Session, value: Any) -> str | None:
-        if self.options.auth_required and "auth" not in session.done and not session.lacks_tls:
-            return "msg_auth_required"
-        refusal = super().refuse(session, value)
-        size = getattr(value, "parameters", {}).get("SIZE", "0")
-        return "msg_msg_size_is_too_big" if refusal is None and int(size) > self.options.msg_size_limit else refusal
+    def __init__(self, options: Configuration) -> None:
+        super().__init__(options)
+        self.after_auth = options.auth_required
 
 
 class _Rcptto(_Path):
@@ -1454,9 +1456,7 @@ class _Auth(Handler):
         "msg_invalid_cmd",
     )
     received = "msg_auth_received"
-
-    def log(self, request: str) -> str:
-        return re.sub(r"^(\S+\s+\S+\s+).*", r"\1***", request, flags=re.DOTALL)
+    has_secret = True
 
     def run(self, session: _Session, request: _Request, argument: Any) -> _Reply:
         command, conversation = session.conversation or (request, self.converse(session, argument))
@@ -1726,7 +1726,7 @@ class _Session:
         data, self._rest = self._rest + data, b""
         at = 0
         while at < len(data) and not self._over:
-            if self._skipping or not self.is_idle:
+            if self.body is not None or self._command is not None or self._skipping:
                 at, reply = self._take(data, at)
             elif (end := data.find(b"\n", at, at + self._line_limit)) >= 0:
                 line, at = data[at:end], end + 1
@@ -1779,8 +1779,9 @@ class _Session:
     def _run_line(self, line: bytes) -> _Reply | None:
         """The reply to a line; None if it has to wait for more."""
         if self._continuing is not None:
+            handler, self._continuing = self._continuing, None
             answer = _decode(line.strip())
-            return self._run(self._continuing, self._stage, answer if answer == "*" else "***", answer)
+            return self._run(handler, self._stage, answer if answer == "*" else "***", answer)
         request, verb, argument = _parse_command(line)
         handler = self._handlers.get(verb) or self._handlers["unknown"]
         size = len(handler.keyword)
@@ -1789,7 +1790,7 @@ class _Session:
         argument = argument[size:].strip()
         if handler.has_payload:
             return self._await_payload(handler, verb, request, argument)
-        return self._run(handler, verb, handler.log(request), argument)
+        return self._run(handler, verb, handler.hide(request) if handler.has_secret else request, argument)
 
     def _await_payload(self, handler: Handler, verb: str, request: str, argument: str) -> _Reply | None:
         parsed = handler.parse(argument)
@@ -1834,10 +1835,11 @@ class _Session:
         complete = self._over or (reply.accepts and handler.completes)
         if complete or self._entry is not None:
             self._publish(complete=complete, noted=handler.notes)
-        self._continuing = handler if reply.after is _After.LINE else None
         if reply.after is _After.BODY:
             self.body = _BodyReader(self._setup.options.msg_size_limit)
             self._cuts = self.rules.cuts() if self.rules.newest_first else []
+        elif reply.after is _After.LINE:
+            self._continuing = handler
         return reply
 
     def _answer(self, handler: Handler, stage: str, request: _Request, argument: Any) -> _Reply:
