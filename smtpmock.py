@@ -1459,11 +1459,11 @@ class _Auth(Handler):
     has_secret = True
 
     def run(self, session: _Session, request: _Request, argument: Any) -> _Reply:
-        command, conversation = session.conversation or (request, self.converse(session, argument))
+        begun, session.conversation = session.conversation, None
+        command, conversation = begun or (request, self.converse(session, argument))
         try:
-            challenge = conversation.send(argument if session.conversation else None)
+            challenge = conversation.send(argument if begun else None)
         except StopIteration as stop:
-            session.conversation = None
             reply = super().run(session, command, stop.value)
             session.dialogue[-2] = request
             return reply
@@ -1935,6 +1935,8 @@ class _Session:
         self.done.difference_update(steps)
         if "rcptto" in steps:
             self.recipients = []
+        if "mailfrom" in steps:
+            self.chunks = None
 
 
 # ----------------------------------------------------------------------------------------- mailbox

@@ -2771,6 +2771,17 @@ class ExtensionsTest(unittest.TestCase):
             (message.content, message.msg, message.transcript.splitlines()[-1]), (b"hihalf", False, "C: <6 bytes>")
         )
 
+    def test_chunks_that_are_given_up(self) -> None:
+        for line in (b"RSET\r\n", b"EHLO a.com\r\n", b"MAIL FROM:<x@x.com>\r\n"):
+            self.bdat(
+                b"BDAT 2\r\nhi" + line + b"EHLO a.com\r\nMAIL FROM:<a@a.com>\r\nRCPT TO:<b@b.com>\r\nBDAT 1 LAST\r\n!"
+            )
+            self.assertEqual(self.message().content, b"!")
+            self.bdat(
+                b"BDAT 2\r\nhi" + line + b"EHLO a.com\r\nMAIL FROM:<a@a.com>\r\nRCPT TO:<b@b.com>\r\nDATA\r\n!\r\n.\r\n"
+            )
+            self.assertEqual(self.message().content, b"!\r\n")
+
     def test_several_mails_in_chunks(self) -> None:
         self.bdat(multiple_message_receiving=True)
         mail = b"BDAT 2\r\nhiBDAT 1 LAST\r\n!MAIL FROM:<a@a.com>\r\nRCPT TO:<b@b.com>\r\n"
@@ -2918,6 +2929,11 @@ class AuthTest(unittest.TestCase):
         self.assertEqual(
             self.ask("AUTH PLAIN " + b64("\0a\0b"), users=lambda *_: 1 / 0), ["451 Local error in processing"]
         )
+        for lines in (["AUTH LOGIN", b64("a"), b64("b")], ["AUTH LOGIN", "x" * 13000]):
+            self.ask(*lines, users=lambda *_: 1 / 0)
+            self.assertEqual(
+                [reply.text for reply in self.memory.feed(b"AUTH CRAM-MD5\r\n*\r\n")][1], "501 Authentication cancelled"
+            )
 
     def test_rules(self) -> None:
         self.ask()
