@@ -3066,6 +3066,16 @@ class TlsTest(unittest.TestCase):
             self.assertEqual(message.to_dict()["tls"], list(message.tls or ()))
             self.assertTrue(message.transcript.startswith("S: 220 Welcome\nC: ehlo"))
 
+    def test_a_login_before_it_is_forgotten(self) -> None:
+        with self.server(auth_users={"u": "s"}, auth_required=True) as server, self.connect(server) as client:
+            client.login("u", "s")
+            client.starttls(context=self.trusting())
+            client.ehlo()
+            self.assertEqual(client.mail("a@a.com"), (530, b"Authentication required"))
+            client.login("u", "s")
+            client.quit()
+        self.assertEqual((server.messages()[0].auth, server.messages()[0].tls is not None), (True, True))
+
     def test_implicit(self) -> None:
         with self.server(implicit_tls=True, multiple_message_receiving=True) as server:
             with smtplib.SMTP_SSL(server.host, server.port, timeout=TIMEOUT, context=self.trusting()) as client:
