@@ -433,8 +433,11 @@ class _After(enum.Enum):
     RESET = "<reset>"  # closed with an RST
     SILENCE = "<silence>"  # open, but nothing is answered any more
 
+    def __init__(self, value: str) -> None:
+        self.ends = value in ("<closed>", "<reset>", "<silence>")  # the session; nothing more is answered
 
-_ENDS = (_After.CLOSE, _After.RESET, _After.SILENCE)
+
+_ENDS = tuple(after for after in _After if after.ends)
 
 
 class _Login(NamedTuple):
@@ -1026,7 +1029,7 @@ class Handler:
     received = ""
     delay = ""
     after = _After.COMMAND  # if it is accepted
-    after_auth = False  # whether it may not come before AUTH
+    checks_more = False  # whether there is something to refuse_more()
     before_tls = False  # whether it may come before STARTTLS where that is required
     has_secret = False  # whether its argument is not for everybody to see
     has_payload = False  # whether bytes follow it, as many as its parsed argument begins with
@@ -1039,8 +1042,10 @@ class Handler:
         self.extensions = _name_extensions(options)
         texts = (self.bad_sequence, self.bad_argument, self.received, *(text for _, text in self.refused))
         self.replies = {text: self.reply(text) for text in (*texts, *self.others) if text}
-        if options.tls_required:
+        if options.tls_required and not self.before_tls:
+            self.needs = ("tls", *self.needs)
             self.replies["msg_tls_required"] = self.reply("msg_tls_required")
+        self.is_special = self.has_secret or self.has_payload
 
     def reply(self, option: str) -> _Reply:
         """The reply whose text is in this option."""
@@ -1092,8 +1097,8 @@ class Handler:
         return reply
 
     def hide(self, request: str) -> str:
-        """The line as it may be shown, if it has a secret."""
-        return re.sub(r"^(\S+\s+\S+\s+).*", r"\1***", request, flags=re.DOTALL)
+        """The line as it may be shown."""
+        return re.sub(r"^(\S+\s+\S+\s+).*", r"\1***", request, flags=re.DOTALL) if self.has_secret else request
 
     def names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         """The addresses or domains that it is about, for the rules that name one."""
@@ -1101,18 +1106,25 @@ class Handler:
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         """The text that refuses the command, None to accept it."""
-        if session.lacks_tls and not self.before_tls:
-            return "msg_tls_required"
-        if self.after_auth and "auth" not in session.done:
-            return "msg_auth_required"
         if not session.done.issuperset(self.needs):
-            return self.bad_sequence
+            return self.name_missing(session)
         if value is None:
             return self.bad_argument
         for values, text in self.refusals:
             if _fold(value) in values:
                 return text
+        return self.refuse_more(session, value) if self.checks_more else None
+
+    def refuse_more(self, session: _Session, value: Any) -> str | None:
+        """The same, of what only some servers have to check."""
         return None
+
+    def name_missing(self, session: _Session) -> str:
+        """The text about the first of its needs that is not met."""
+        for step, text in (("tls", "msg_tls_required"), ("auth", "msg_auth_required")):
+            if step in self.needs and step not in session.done:
+                return text
+        return self.bad_sequence
 
     def record(self, session: _Session, exchange: _Exchange) -> None:
         """Keep the exchange for the message."""
@@ -1168,15 +1180,11 @@ class _Path(Handler):
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
         if self.extensions:
-            self.parse = _allow_parameters(self.parse)
+            self.checks_more, self.parse = True, _allow_parameters(self.parse)
 
-    def refuse(self, session: _Session, value: Any) -> str | None:
-        refusal = super().refuse(session, value)
-        return self.refuse_parameters(session, value) if refusal is None and self.extensions else refusal
-
-    def refuse_parameters(self, session: _Session, address: str) -> str | None:
-        given = getattr(address, "parameters", {})
-        if "SMTPUTF8" in self.extensions and not address.isascii() and not self.takes_utf8(session, given):
+    def refuse_more(self, session: _Session, value: Any) -> str | None:
+        given = getattr(value, "parameters", {})
+        if "SMTPUTF8" in self.extensions and not value.isascii() and not self.takes_utf8(session, given):
             return self.bad_argument
         if not all(self.can_read(session, *parameter) for parameter in given.items()):
             return "msg_unknown_parameter"
@@ -1198,7 +1206,7 @@ class _Mailfrom(_Path):
     verbs = ("MAIL",)
     keyword = "FROM:"
     step = "mailfrom"
-    needs = ("helo",)
+    needs: tuple[str, ...] = ("helo",)
     erases = _ENVELOPE
     parse = staticmethod(_parse_sender)
     bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
@@ -1209,7 +1217,8 @@ class _Mailfrom(_Path):
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
-        self.after_auth = options.auth_required
+        if options.auth_required:
+            self.needs = ("auth", *self.needs)
 
 
 class _Rcptto(_Path):
@@ -1253,8 +1262,12 @@ class _Data(Handler):
     delay = "response_delay_data"
     after = _After.BODY
 
-    def refuse(self, session: _Session, value: Any) -> str | None:
-        return self.bad_sequence if session.chunks is not None else super().refuse(session, value)
+    def __init__(self, options: Configuration) -> None:
+        super().__init__(options)
+        self.checks_more = "CHUNKING" in self.extensions
+
+    def refuse_more(self, session: _Session, value: Any) -> str | None:
+        return None if session.chunks is None else self.bad_sequence
 
     def names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         return session.accepted_recipients()
@@ -1293,11 +1306,9 @@ class _Bdat(_Data):
         session.dialogue[-1] = None
         return _Reply("", b"", reply.delay, _After.MESSAGE, accepts=True)
 
-    def refuse(self, session: _Session, value: Any) -> str | None:
-        refusal = Handler.refuse(self, session, value)
-        if refusal is None and int(value[0]) + len(session.chunks or b"") > self.options.msg_size_limit:
-            return "msg_msg_size_is_too_big"
-        return refusal
+    def refuse_more(self, session: _Session, value: Any) -> str | None:
+        size = value[0] + len(session.chunks or b"")
+        return "msg_msg_size_is_too_big" if size > self.options.msg_size_limit else None
 
 
 class _Body(Handler):
@@ -1507,8 +1518,8 @@ class _Auth(Handler):
     def refuse_start(self, session: _Session, mechanism: str) -> str | None:
         if self.options.auth_users is None:
             return "msg_invalid_cmd"
-        if session.lacks_tls:
-            return "msg_tls_required"
+        if not session.done.issuperset(self.needs):
+            return self.name_missing(session)
         if "helo" not in session.done or "auth" in session.done or "mailfrom" in session.done:
             return "msg_auth_sequence"
         if self.options.auth_requires_tls and not session.is_secure:
@@ -1705,13 +1716,12 @@ class _Session:
         self._rest = b""  # the beginning of a command line
         self._skipping = False  # the rest of a line that was too long
         self.body: _BodyReader | None = None  # while it comes in
-        self._command: _Command | None = None  # whose payload comes in
+        self.command: _Command | None = None  # whose payload comes in
         self.payload: _Payload | None = None  # of the command that is run
         self.chunks: bytes | None = None  # of a body, that came so far
         self.conversation: tuple[_Request, Generator[str, Any, Any]] | None = None  # the command, and how it goes on
         self._continuing: Handler | None = None  # which takes the next line
         self.is_secure = False  # in TLS
-        self.lacks_tls = setup.options.tls_required
         self._line_limit = _LINE_LIMIT if setup.options.auth_users is None else _AUTH_LINE_LIMIT
         self._cuts: list[int] = []  # the sizes at which rules may end it
         self._over = False
@@ -1726,7 +1736,7 @@ class _Session:
         data, self._rest = self._rest + data, b""
         at = 0
         while at < len(data) and not self._over:
-            if self.body is not None or self._command is not None or self._skipping:
+            if self.body is not None or self.command is not None or self._skipping:
                 at, reply = self._take(data, at)
             elif (end := data.find(b"\n", at, at + self._line_limit)) >= 0:
                 line, at = data[at:end], end + 1
@@ -1748,9 +1758,9 @@ class _Session:
             end = data.find(b"\n", at)
             self._skipping = end < 0
             return (len(data) if self._skipping else end + 1), None
-        if self._command is not None:
-            at = self._command.payload.feed(data, at)
-            return at, None if self._command.payload.missing else self._run_with_payload(self._command)
+        if self.command is not None:
+            at = self.command.payload.feed(data, at)
+            return at, None if self.command.payload.missing else self._run_with_payload(self.command)
         body = self.body
         assert body is not None
         cut = self._cuts[0] - body.size if self._cuts else len(data)
@@ -1764,9 +1774,9 @@ class _Session:
         """Record what is not recorded yet, because the connection ends; the farewell is said by the server."""
         if self.body is not None:
             self._leave_body(self.body.size, self.body.content(), "")
-        elif self.chunks is not None or self._command is not None:
-            rest = self._command.payload.data if self._command else b""
-            content, self.chunks, self._command = (self.chunks or b"") + rest, None, None
+        elif self.chunks is not None or self.command is not None:
+            rest = self.command.payload.data if self.command else b""
+            content, self.chunks, self.command = (self.chunks or b"") + rest, None, None
             self._leave_body(len(content), content, "")
         if farewell is not None:
             self.dialogue += (None, farewell, None, _After.CLOSE.value)
@@ -1788,9 +1798,11 @@ class _Session:
         if size and argument[:size].upper() != handler.keyword:
             handler = self._handlers["unknown"]
         argument = argument[size:].strip()
-        if handler.has_payload:
-            return self._await_payload(handler, verb, request, argument)
-        return self._run(handler, verb, handler.hide(request) if handler.has_secret else request, argument)
+        if handler.is_special:
+            request = handler.hide(request)
+            if handler.has_payload:
+                return self._await_payload(handler, verb, request, argument)
+        return self._run(handler, verb, request, argument)
 
     def _await_payload(self, handler: Handler, verb: str, request: str, argument: str) -> _Reply | None:
         parsed = handler.parse(argument)
@@ -1800,11 +1812,11 @@ class _Session:
         command = _Command(handler, verb, request, argument, _Payload(parsed[0], limit))
         if parsed[0] == 0:
             return self._run_with_payload(command)
-        self._command = command
+        self.command = command
         return None
 
     def _run_with_payload(self, command: _Command) -> _Reply:
-        self._command, self.payload = None, command.payload
+        self.command, self.payload = None, command.payload
         reply = self._run(command.handler, command.verb, command.request, command.argument)
         self.payload = None
         if reply.after is _After.MESSAGE:
@@ -1813,17 +1825,13 @@ class _Session:
             self.request = command.request
         return reply
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether it is the client's turn to give a command."""
-        return self.body is None and self._command is None
-
     def secure(self, version: str, cipher: str) -> None:
         """Begin anew in TLS; what was said before it is forgotten (RFC 3207 section 4.2)."""
         if self._entry is not None and self._keeps_messages:
             self._begin_message()
         self.erase((*_STEPS, "auth"))
-        self.is_secure, self.lacks_tls = True, False
+        self.is_secure = True
+        self.done.add("tls")
         self.steps["tls"] = _Exchange(None, "", True, (version, cipher))
 
     def _run(self, handler: Handler, stage: str, request: _Request, argument: Any) -> _Reply:
@@ -1835,12 +1843,16 @@ class _Session:
         complete = self._over or (reply.accepts and handler.completes)
         if complete or self._entry is not None:
             self._publish(complete=complete, noted=handler.notes)
-        if reply.after is _After.BODY:
+        if reply.after is not _After.COMMAND:
+            self._await_more(handler, reply.after)
+        return reply
+
+    def _await_more(self, handler: Handler, after: _After) -> None:
+        if after is _After.BODY:
             self.body = _BodyReader(self._setup.options.msg_size_limit)
             self._cuts = self.rules.cuts() if self.rules.newest_first else []
-        elif reply.after is _After.LINE:
+        elif after is _After.LINE:
             self._continuing = handler
-        return reply
 
     def _answer(self, handler: Handler, stage: str, request: _Request, argument: Any) -> _Reply:
         self._stage = stage
@@ -1850,7 +1862,7 @@ class _Session:
             self._setup.log.failure(f"{type(handler).__name__} failed")
             reply = handler.reply("msg_msg_failed")
             self.dialogue += (request, reply.text)
-        if reply.after in _ENDS:
+        if reply.after.ends:
             self._over = True
             self.dialogue += (None, reply.after.value)
         return reply
@@ -1935,8 +1947,8 @@ class _Session:
         self.done.difference_update(steps)
         if "rcptto" in steps:
             self.recipients = []
-        if "mailfrom" in steps:
-            self.chunks = None
+            if "mailfrom" in steps:
+                self.chunks = None
 
 
 # ----------------------------------------------------------------------------------------- mailbox
@@ -2170,14 +2182,14 @@ class _Connection(socketserver.BaseRequestHandler):
                 return False
         if self.log.shows_activity:
             self.log.activity("SMTP response: ", reply.text if reply.data else "none")
-        if reply.trickle and not self._trickle(reply):
+        if not reply.trickle:
+            self.unsent += reply.data
+        elif not self._trickle(reply):
             return False
-        self.unsent += b"" if reply.trickle else reply.data
-        ends = reply.after in _ENDS
-        if ends or reply.after is _After.TLS or len(self.unsent) >= 65536:
-            self._flush()
-            return self._go_on(reply)
-        return True
+        if (reply.after is _After.COMMAND or reply.after is _After.BODY) and len(self.unsent) < 65536:
+            return True
+        self._flush()
+        return self._go_on(reply)
 
     def _go_on(self, reply: _Reply) -> bool:
         """Do what comes after a reply that was sent; returns whether the session goes on."""
@@ -2192,7 +2204,7 @@ class _Connection(socketserver.BaseRequestHandler):
             self.request.settimeout(0)  # the client is told that nothing follows, and need not say so, too
             with contextlib.suppress(OSError, ValueError):
                 self.request.unwrap()
-        return reply.after not in _ENDS
+        return not reply.after.ends
 
     def _trickle(self, reply: _Reply) -> bool:
         self._flush()
@@ -2235,7 +2247,7 @@ class _Connection(socketserver.BaseRequestHandler):
         server = self.server
         try:
             # is_idle is set before stopping is read, and stop() does the reverse: one of the two notices.
-            self.is_idle = is_idle = self.session.is_idle
+            self.is_idle = is_idle = self.session.body is None and self.session.command is None
             if self.session.is_secure and not (is_idle and server.stopping):
                 self._await_input()
             if not (is_idle and server.stopping):

@@ -2753,8 +2753,8 @@ class ExtensionsTest(unittest.TestCase):
         )
         self.assertFalse(self.message().is_consistent)
         self.assertEqual(self.bdat(b"BDAT 99999999999\r\n" + b"x" * 10**6, msg_size_limit=5), [])
-        assert self.memory.session._command is not None
-        self.assertEqual(self.memory.session._command.payload.data, b"")
+        assert self.memory.session.command is not None
+        self.assertEqual(self.memory.session.command.payload.data, b"")
 
     def test_bad_chunks(self) -> None:
         bad = "501 BDAT requires a size in bytes"
