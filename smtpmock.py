@@ -1299,7 +1299,8 @@ class _Bdat(_Data):
             session.done.discard("rcptto")  # so that no other chunk counts before the next MAIL
             session.chunks = None
             return reply
-        session.chunks = (session.chunks or b"") + session.payload.data
+        session.chunks = session.chunks or bytearray()
+        session.chunks += session.payload.data
         _, is_last = self.parse(argument) or (0, False)
         if not is_last:
             return reply
@@ -1650,7 +1651,7 @@ class _Payload:
 
     def __init__(self, size: int, limit: int) -> None:
         self.missing = size
-        self.data = b""
+        self.data = bytearray()
         self._is_kept = size <= limit
 
     def feed(self, data: bytes, start: int) -> int:
@@ -1718,7 +1719,7 @@ class _Session:
         self.body: _BodyReader | None = None  # while it comes in
         self.command: _Command | None = None  # whose payload comes in
         self.payload: _Payload | None = None  # of the command that is run
-        self.chunks: bytes | None = None  # of a body, that came so far
+        self.chunks: bytearray | None = None  # of a body, that came so far
         self.conversation: tuple[_Request, Generator[str, Any, Any]] | None = None  # the command, and how it goes on
         self._continuing: Handler | None = None  # which takes the next line
         self.is_secure = False  # in TLS
@@ -1776,7 +1777,7 @@ class _Session:
             self._leave_body(self.body.size, self.body.content(), "")
         elif self.chunks is not None or self.command is not None:
             rest = self.command.payload.data if self.command else b""
-            content, self.chunks, self.command = (self.chunks or b"") + rest, None, None
+            content, self.chunks, self.command = bytes(self.chunks or b"") + rest, None, None
             self._leave_body(len(content), content, "")
         if farewell is not None:
             self.dialogue += (None, farewell, None, _After.CLOSE.value)
@@ -1820,7 +1821,7 @@ class _Session:
         reply = self._run(command.handler, command.verb, command.request, command.argument)
         self.payload = None
         if reply.after is _After.MESSAGE:
-            content, self.chunks = self.chunks or b"", None
+            content, self.chunks = bytes(self.chunks or b""), None
             reply = self._run(self._handlers["message"], "message", len(content), content)
             self.request = command.request
         return reply

@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,9 +19,21 @@ FLAGS = ("fail_fast", "multiple_rcptto", "multiple_message_receiving")
 options = st.fixed_dictionaries(
     dict.fromkeys(FLAGS, st.booleans()) | {"msg_size_limit": st.sampled_from([0, 10, 10**6])}
 )
+esmtp = st.sampled_from(
+    [
+        {},
+        {"extensions": ("SIZE", "DSN", "SMTPUTF8", "CHUNKING", "XFOO"), "auth_users": {"a": "b"}},
+        {"extensions": ("CHUNKING",), "auth_users": {}, "auth_required": True},
+    ]
+)
+chunks = st.sampled_from([b"BDAT 3", b"BDAT 9 LAST", b"BDAT 0 LAST", b"BDAT x"])
+logins = st.sampled_from([b"AUTH PLAIN AGEAYg==", b"AUTH LOGIN", b"AUTH LOGIN YQ==", b"YQ==", b"Yg==", b"*"])
+paths = st.sampled_from([b"MAIL FROM:<a@a.com> SIZE=5 RET=FULL", b"RCPT TO:<b@b.com> NOTIFY=NEVER XFOO"])
 words = st.sampled_from([*ENVELOPE.splitlines(), b"RSET", b"NOOP", b"QUIT", b".", b"..", b"", b"\r", b"RCPT TO:<x>"])
 lines = st.one_of(words, words, st.binary(max_size=40), st.just(b"x" * 5000)).map(lambda line: line.replace(b"\n", b""))
-streams = st.lists(st.tuples(lines, st.sampled_from([b"\r\n", b"\r\n", b"\n"])).map(b"".join), max_size=25)
+endings = st.sampled_from([b"\r\n", b"\r\n", b"\n"])
+more_streams = st.lists(st.tuples(st.one_of(lines, chunks, logins, paths), endings).map(b"".join), max_size=25)
+streams = st.lists(st.tuples(lines, endings).map(b"".join), max_size=25)
 
 
 def make_session(chosen: dict[str, bool | int]) -> smtpmock._Session:
@@ -41,8 +54,11 @@ def converse(chosen: dict[str, bool | int], pieces: list[bytes]) -> tuple[list[s
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(options, streams, st.data())
-def pieces_do_not_matter(chosen: dict[str, bool | int], stream: list[bytes], data: st.DataObject) -> None:
+@given(options, esmtp, more_streams, st.data())
+def pieces_do_not_matter(
+    chosen: dict[str, bool | int], extended: dict[str, Any], stream: list[bytes], data: st.DataObject
+) -> None:
+    chosen = {**chosen, **extended}
     whole = b"".join(stream)
     cuts = sorted(data.draw(st.sets(st.integers(0, len(whole)))))
     pieces = [whole[i:j] for i, j in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
