@@ -322,6 +322,7 @@ def is_open(port: int) -> bool:
 
 def run(*command: str, text: str | None = None, timeout: float = 60) -> str:
     environment = {**os.environ, "SSL_CERT_FILE": str(folder / "ca.pem"), "NODE_PATH": str(folder / "node_modules")}
+    environment["CGO_ENABLED"] = "0"  # Go then needs no C compiler
     done = subprocess.run(
         command, input=text, capture_output=True, text=True, check=False, timeout=timeout, cwd=folder, env=environment
     )
