@@ -2234,8 +2234,9 @@ class _Connection(socketserver.BaseRequestHandler):
     def _stay_silent(self) -> None:
         """Read what the client says, until it or the server ends or nothing has come for the session's timeout."""
         self.is_idle = True
-        while not self.server.stopping and self.request.recv(65536):
-            pass
+        with contextlib.suppress(OSError):
+            while not self.server.stopping and self.request.recv(65536):
+                pass
 
     def _flush(self) -> None:
         if self.unsent:

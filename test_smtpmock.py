@@ -2481,11 +2481,14 @@ class RuleTest(unittest.TestCase):
                 self.assertEqual(len(server.messages()), 10)
 
     def test_silence_ends_with_the_session_timeout(self) -> None:
-        with Server(session_timeout=0.05) as server, Client(server) as client:
+        recorder = Recorder()
+        with Server(session_timeout=0.05, logger=recorder) as server, Client(server) as client:
             server.on("EHLO").silence()
             client.read()
             client.send(b"EHLO a.com\r\n")
             self.assertEqual(client.read(), "<closed>")
+            recorder.wait_for("SMTP session finished")
+            self.assertNotIn("warning", [level for level, _ in recorder.seen])
             self.assertTrue(server.wait_for_messages(1, TIMEOUT)[0].transcript.endswith("C: EHLO a.com\nS: <silence>"))
 
     def test_smtplib_against_greylisting(self) -> None:
