@@ -1062,18 +1062,17 @@ class Handler:
 
     def perform(self, action: Action, usual: _Reply) -> _Reply:
         """The reply that the action of a rule asks for."""
-        end = _THEN[action.then]
-        text, data, accepts = usual.text, usual.data, usual.accepts
+        delay, end = usual.delay if action.delay is None else action.delay, _THEN[action.then]
         if action.raw is not None:
             text, data = _decode(action.raw).rstrip("\r\n"), action.raw
         elif action.reply is not None:
             text = self._fill(action.reply)
             data = _encode(text)
-        elif end:
+        elif end is not None:
             text, data = "", b""
-        if text is not usual.text:
-            accepts = text.startswith(("2", "3"))
-        delay = usual.delay if action.delay is None else action.delay
+        else:
+            return usual._replace(delay=delay, trickle=action.trickle)
+        accepts = text.startswith(("2", "3"))
         return _Reply(text, data, delay, end or self._choose_after(accepts), accepts, action.trickle)
 
     @classmethod

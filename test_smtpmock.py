@@ -2408,6 +2408,12 @@ class RuleTest(unittest.TestCase):
             self.assertEqual(client.ask("NOOP"), ["250 Ok"])
             self.assertGreaterEqual(time.monotonic() - began, 0.05)
 
+    def test_a_delay_changes_nothing_else(self) -> None:
+        """A text of the options accepts without a code, too."""
+        memory = self.memory(msg_mailfrom_received="nonsense")
+        memory.on("MAIL").delay(0.5)
+        self.assertEqual(self.ask(memory, *SEND[:2]), ["nonsense", RECEIVED])
+
     def test_times_are_exact(self) -> None:
         with Server() as server:
             rule = server.on("NOOP").reply("450 no", times=100)
