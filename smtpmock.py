@@ -1,4 +1,4 @@
-"""An SMTP server for tests: it records the mail it is sent, and misbehaves as it is told.
+"""An SMTP server for tests: it records the mail it receives, and it fails on request.
 
     with smtpmock.Server() as server, smtplib.SMTP(server.host, server.port) as client:
         client.sendmail("alice@example.com", ["bob@example.com"], "Subject: Hi\\r\\n\\r\\nHello")
@@ -6,18 +6,18 @@
         assert message.mail_from == "alice@example.com"
         assert message.content == b"Subject: Hi\\r\\n\\r\\nHello\\r\\n"
 
-One module, the standard library only, one thread per connection. It reads from top to bottom:
+One module, standard library only, one thread per connection. It reads from top to bottom:
 
-    errors          what can go wrong, each also the built-in error it resembles
-    options         Configuration: every option, its default and what it does
-    grammar         the patterns of RFC 5321, and the parser of a command line
-    records         what the server answers, and what it keeps of a session
-    rules           where it deviates from that on purpose
-    handlers        the generic life of a command, and one class per command
-    session         one SMTP conversation, without a socket in it
+    errors          what can go wrong, each also the built-in error that it resembles
+    options         Configuration: every option with its default and its meaning
+    grammar         the patterns of RFC 5321 and the parsers of a command line
+    records         what the server answers, and what it records of a session
+    rules           when the server deviates from its normal replies, and how
+    handlers        how a command is processed, and one class per command
+    session         one SMTP conversation, without a socket
     mailbox         the list of recorded messages
-    logger          the Logger protocol, and the default logger
-    server          the connection, the listener, and Server, which holds it
+    logger          the Logger protocol and the default logger
+    server          the connection, the listener, and Server, which owns the listener
     command line    python -m smtpmock
 
 MIT licence, https://opensource.org/licenses/MIT. Copyright 2026 the smtpmock authors.
@@ -30,9 +30,9 @@ import dataclasses
 import enum
 import errno
 import functools
-import itertools
 import os
 import re
+import select
 import selectors
 import socket
 import socketserver
@@ -40,8 +40,9 @@ import struct
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import datetime
@@ -75,19 +76,19 @@ class SMTPMockError(Exception):
 
 
 class ConfigurationError(SMTPMockError, ValueError):
-    """An option or an argument that cannot be used: its name, its value, and what is allowed."""
+    """An invalid option or argument. The text has its name, its value, and what is allowed."""
 
 
 class ServerStateError(SMTPMockError, RuntimeError):
-    """start() of a running server, or stop() of one that does not run."""
+    """start() was called on a running server, or stop() on one that is not running."""
 
 
 class ServerStartError(SMTPMockError, OSError):
-    """The host and port cannot be listened on; `errno` is the operating system's reason, if it gave one."""
+    """The server cannot listen on its host and port. `errno` is that of the operating system, if there is one."""
 
 
 class WaitTimeoutError(SMTPMockError, TimeoutError):
-    """Too few messages came in time. `messages` are those that did; none of them was purged."""
+    """Too few messages arrived in time. `messages` has those that did; none of them was purged."""
 
     def __init__(self, text: str, messages: Sequence[Message] = ()) -> None:
         super().__init__(text)
@@ -98,15 +99,20 @@ class WaitTimeoutError(SMTPMockError, TimeoutError):
 
 
 class _Kind(NamedTuple):
-    """The values that an option takes."""
+    """The type of an option."""
 
-    allowed: str  # in the words of an error message
+    allowed: str  # completes the sentence "must be ..." of an error message
     accepts: Callable[[Any], bool]
-    parse: Callable[[str], Any]  # from the command line; KeyError or ValueError if it cannot
+    parse: Callable[[str], Any]  # reads the text of a command line; may raise KeyError or ValueError
 
 
 def _number(least: float, most: float, *types: type[float]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, types) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a str that can be sent: a lone surrogate has no encoding."""
+    return isinstance(value, str) and (value.isascii() or re.search("[\ud800-\udfff]", value) is None)
 
 
 def _are_names(value: object) -> bool:
@@ -114,12 +120,12 @@ def _are_names(value: object) -> bool:
 
 
 def _fold(name: str) -> str:
-    """A domain or an address as they are compared: domains have no case, local parts have one."""
+    """Normalise a domain or an address for comparison: domains have no case, local parts have."""
     local, at, domain = name.rpartition("@")
     return local + at + domain.lower()
 
 
-# The longest time is one that poll() takes on every platform: 2**31 milliseconds are 24 days.
+# poll() takes at most 2**31 milliseconds, which are 24 days.
 _SECONDS = _Kind("a number of seconds from 0 to 1000000", _number(0, 1e6, int, float), float)
 _TIMEOUT = _Kind("a number of seconds from 0.001 to 1000000", _number(1e-3, 1e6, int, float), float)
 _PORT = _Kind("an integer from 0 to 65535", _number(0, 65535, int), int)
@@ -127,7 +133,7 @@ _COUNT = _Kind("an integer from 0 up", _number(0, float("inf"), int), int)
 _SEED = _Kind("an integer", lambda value: value is None or _number(float("-inf"), float("inf"), int)(value), int)
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool), lambda text: _FLAGS[text.lower()])
-_TEXT = _Kind("a string", lambda value: isinstance(value, str), str)
+_TEXT = _Kind("a string without lone surrogates", _is_text, str)
 _NAMES = _Kind("a list of strings", _are_names, lambda text: [name.strip() for name in text.split(",") if name.strip()])
 _WORDS = _Kind("a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse)
 _CONTEXT = _Kind("an ssl.SSLContext", lambda value: hasattr(value, "wrap_socket"), str)
@@ -178,7 +184,7 @@ _BAD = "503 Bad sequence of commands."
 _UNRECOGNIZED = "502 Command unrecognized. Available commands: HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT"
 
 
-# Options that are good for nothing without another one.
+# Options that have no effect without another one.
 _NEEDED = {
     "auth_required": "auth_users",
     "auth_requires_tls": "ssl_context",
@@ -187,79 +193,92 @@ _NEEDED = {
 }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Configuration:
-    """Every option of a server, checked when it is made: ConfigurationError if one cannot be used.
+class _Fields:
+    """The base of a dataclass that names the nearest field when it is given an unknown one."""
 
-    Times are in seconds, and fractions are fine. A reply may be any text, with a code or without;
-    a newline makes it one of several lines, and {msg_size_limit} in it stands for that option. One
+    def __new__(cls, *values: Any, **fields: Any) -> Any:
+        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+        for name, value in fields.items():
+            if name not in known:
+                others = "" if len(known) > 9 else f"; there are {', '.join(known)}"
+                what = f"there is no such option{_suggest(name, known) or others}"
+                raise ConfigurationError(f"{name}={value!r}: {what}")
+        return super().__new__(cls)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Configuration(_Fields):
+    """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
+
+    Times are in seconds and may have fractions. A reply may be any text, with or without a code. Each
+    newline in it makes another line of the reply, and {msg_size_limit} stands for that option. A text
     that begins with 4 or 5 refuses the command, whichever option it is.
     """
 
-    host: str = _option("127.0.0.1", _TEXT, "host name or address to listen on; [::] is every one")
-    port: int = _option(0, _PORT, "port to listen on; 0 is a free one")
+    host: str = _option("127.0.0.1", _TEXT, "host name or address to listen on; [::] is all of them")
+    port: int = _option(0, _PORT, "port to listen on; 0 takes a free one")
     log_to_stdout: bool = _option(False, _FLAG, "log to stdout, and errors to stderr")
-    log_server_activity: bool = _option(False, _FLAG, "have each session, request and reply in that log")
+    log_server_activity: bool = _option(False, _FLAG, "include sessions, requests and replies in that log")
     session_timeout: float = _option(30, _TIMEOUT, "seconds of silence after which a session is closed")
-    shutdown_timeout: float = _option(1, _SECONDS, "seconds that stop() leaves to sessions at work")
+    shutdown_timeout: float = _option(1, _SECONDS, "seconds that stop() gives to busy sessions")
     fail_fast: bool = _option(False, _FLAG, "close a session after its first refused command")
     multiple_rcptto: bool = _option(False, _FLAG, "keep all recipients of a message, not only the last")
     multiple_message_receiving: bool = _option(False, _FLAG, "keep all messages of a session, not only the last")
     blacklisted_helo_domains: Collection[str] = _names("domains that HELO and EHLO refuse")
     blacklisted_mailfrom_emails: Collection[str] = _names("addresses that MAIL FROM refuses")
     blacklisted_rcptto_emails: Collection[str] = _names("addresses that RCPT TO refuses")
-    not_registered_emails: Collection[str] = _names("addresses that RCPT TO does not know")
+    not_registered_emails: Collection[str] = _names("addresses that RCPT TO refuses as unknown")
     response_delay_helo: float = _delay("HELO and EHLO")
     response_delay_mailfrom: float = _delay("MAIL FROM")
     response_delay_rcptto: float = _delay("RCPT TO")
-    response_delay_data: float = _delay("DATA")
+    response_delay_data: float = _delay("DATA and BDAT")
     response_delay_message: float = _delay("the message body")
     response_delay_rset: float = _delay("RSET")
     response_delay_noop: float = _delay("NOOP")
     response_delay_quit: float = _delay("QUIT")
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
-    extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept, as SIZE, DSN, CHUNKING")
-    auth_users: Any = _option(None, _USERS, "users who can log in, user:secret,... or a function; no AUTH without it")
+    extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept: SIZE, DSN, CHUNKING...")
+    auth_users: Any = _option(None, _USERS, "who can log in: user:secret,... or a function; no AUTH without it")
     auth_required: bool = _option(False, _FLAG, "refuse MAIL FROM before AUTH")
     auth_requires_tls: bool = _option(False, _FLAG, "neither announce nor accept AUTH without TLS")
     ssl_context: Any = _option(None, _CONTEXT, "ssl.SSLContext with a certificate; no TLS without it")
-    implicit_tls: bool = _option(False, _FLAG, "begin with TLS, as on port 465, and not with STARTTLS")
-    tls_required: bool = _option(False, _FLAG, "refuse all but EHLO, NOOP and QUIT before STARTTLS")
-    msg_size_limit: int = _option(10485760, _COUNT, "bytes that a message body may have")
+    implicit_tls: bool = _option(False, _FLAG, "begin each session with TLS, as on port 465; no STARTTLS then")
+    tls_required: bool = _option(False, _FLAG, "refuse all commands but EHLO, NOOP and QUIT before STARTTLS")
+    msg_size_limit: int = _option(10485760, _COUNT, "largest message body, in bytes")
     msg_greeting: str = _reply("220 Welcome", "a new connection")
-    msg_invalid_cmd: str = _reply(_UNRECOGNIZED, "an unknown command")
-    msg_invalid_cmd_helo_sequence: str = _reply(f"{_BAD} HELO should be the first", "others that come before HELO")
+    msg_invalid_cmd: str = _reply(_UNRECOGNIZED, "an unknown command, and to DATA or QUIT with an argument")
+    msg_invalid_cmd_helo_sequence: str = _reply(f"{_BAD} HELO should be the first", "other commands before HELO")
     msg_invalid_cmd_helo_arg: str = _reply("501 HELO requires domain address or valid address literal", "a bad HELO")
     msg_helo_blacklisted_domain: str = _reply(_UNAVAILABLE, "a blacklisted HELO")
     msg_helo_received: str = _reply(_RECEIVED, "HELO and EHLO")
-    msg_invalid_cmd_mailfrom_sequence: str = _reply(f"{_BAD} MAIL FROM should be used after HELO", "an early MAIL")
+    msg_invalid_cmd_mailfrom_sequence: str = _reply(f"{_BAD} MAIL FROM should be used after HELO", "an early MAIL FROM")
     msg_invalid_cmd_mailfrom_arg: str = _reply("501 MAIL FROM requires valid email address", "a bad MAIL FROM")
     msg_mailfrom_blacklisted_email: str = _reply(_UNAVAILABLE, "a blacklisted MAIL FROM")
     msg_mailfrom_received: str = _reply(_RECEIVED, "MAIL FROM")
-    msg_invalid_cmd_rcptto_sequence: str = _reply(f"{_BAD} RCPT TO should be used after MAIL FROM", "an early RCPT")
+    msg_invalid_cmd_rcptto_sequence: str = _reply(f"{_BAD} RCPT TO should be used after MAIL FROM", "an early RCPT TO")
     msg_invalid_cmd_rcptto_arg: str = _reply("501 RCPT TO requires valid email address", "a bad RCPT TO")
     msg_rcptto_blacklisted_email: str = _reply(_UNAVAILABLE, "a blacklisted RCPT TO")
-    msg_rcptto_not_registered_email: str = _reply("550 User not found", "a not registered RCPT TO")
+    msg_rcptto_not_registered_email: str = _reply("550 User not found", "RCPT TO for an address that is not registered")
     msg_rcptto_received: str = _reply(_RECEIVED, "RCPT TO")
-    msg_invalid_cmd_data_sequence: str = _reply(f"{_BAD} DATA should be used after RCPT TO", "an early DATA")
+    msg_invalid_cmd_data_sequence: str = _reply(f"{_BAD} DATA should be used after RCPT TO", "an early DATA or BDAT")
     msg_data_received: str = _reply("354 Ready for receive message. End data with <CR><LF>.<CR><LF>", "DATA")
-    msg_msg_size_is_too_big: str = _reply("552 Message exceeded max size of {msg_size_limit} bytes", "a longer body")
+    msg_msg_size_is_too_big: str = _reply("552 Message exceeded max size of {msg_size_limit} bytes", "too long a body")
     msg_msg_received: str = _reply(_RECEIVED, "the message body")
-    msg_msg_failed: str = _reply("451 Local error in processing", "what on_message, a rule or a handler failed at")
+    msg_msg_failed: str = _reply("451 Local error in processing", "a command on which user code raised an exception")
     msg_invalid_cmd_rset_sequence: str = _reply(f"{_BAD} HELO should be the first", "an early RSET")
-    msg_invalid_cmd_rset_arg: str = _reply(_UNRECOGNIZED, "RSET, DATA or QUIT with an argument")
+    msg_invalid_cmd_rset_arg: str = _reply(_UNRECOGNIZED, "RSET with an argument")
     msg_rset_received: str = _reply("250 Ok", "RSET")
     msg_noop_received: str = _reply("250 Ok", "NOOP")
     msg_quit_cmd: str = _reply("221 Closing connection", "QUIT")
     msg_unknown_parameter: str = _reply(
-        "555 Parameter not recognized or not implemented", "a bad parameter of MAIL or RCPT"
+        "555 Parameter not recognized or not implemented", "a bad MAIL or RCPT parameter"
     )
     msg_bdat_received: str = _reply(_RECEIVED, "BDAT without LAST")
     msg_invalid_cmd_bdat_arg: str = _reply("501 BDAT requires a size in bytes", "a bad BDAT")
     msg_auth_received: str = _reply("235 Authentication succeeded", "AUTH")
     msg_auth_failed: str = _reply("535 Authentication credentials invalid", "AUTH with a wrong user or secret")
-    msg_auth_cancelled: str = _reply("501 Authentication cancelled", "* in place of a secret")
-    msg_auth_bad_response: str = _reply("501 Cannot decode response", "a secret that is not in base64 or not complete")
+    msg_auth_cancelled: str = _reply("501 Authentication cancelled", "* in place of an answer to a challenge")
+    msg_auth_bad_response: str = _reply("501 Cannot decode response", "an answer that cannot be decoded")
     msg_auth_unknown_mechanism: str = _reply("504 Unrecognized authentication type", "AUTH with an unknown mechanism")
     msg_auth_sequence: str = _reply(
         f"{_BAD} AUTH should be used once, after EHLO and before MAIL FROM", "a misplaced AUTH"
@@ -269,17 +288,10 @@ class Configuration:
     msg_starttls_received: str = _reply("220 Ready to start TLS", "STARTTLS")
     msg_invalid_cmd_starttls_arg: str = _reply("501 STARTTLS takes no argument", "STARTTLS with an argument")
     msg_invalid_cmd_starttls_sequence: str = _reply(f"{_BAD} TLS is on already", "STARTTLS within TLS")
-    msg_tls_required: str = _reply("530 Must issue a STARTTLS command first", "others before it, with tls_required")
+    msg_tls_required: str = _reply("530 Must issue a STARTTLS command first", "other commands, with tls_required")
     msg_session_timeout: str = _reply("421 Session timeout, closing connection", "a silence of session_timeout")
     msg_server_shutdown: str = _reply("421 Server shutting down, closing connection", "the sessions that stop() ends")
     msg_line_too_long: str = _reply("500 Line too long", "a command line of over 4096 bytes")
-
-    def __new__(cls, **options: Any) -> Configuration:
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name, value in options.items():
-            if name not in known:
-                raise ConfigurationError(f"{name}={value!r}: there is no such option{_suggest(name, known)}")
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -287,7 +299,7 @@ class Configuration:
             if value is not field.default:
                 kind = field.metadata["kind"]
                 _check(field.name, value, kind)
-                if kind is _NAMES:  # in the form in which they are looked up
+                if kind is _NAMES:  # normalised once, because each command looks them up
                     object.__setattr__(self, field.name, frozenset(map(_fold, value)))
                 elif kind is _WORDS:
                     object.__setattr__(self, field.name, tuple(value))
@@ -298,9 +310,9 @@ class Configuration:
 
 # ----------------------------------------------------------------------------------------- grammar
 
-# Every pattern is linear: where a part of one repeats, no two of its parts match the same text. They
-# are for printable text, and so need not tell letters of any script (RFC 6531 section 3.3) from control
-# characters, white space that is not ASCII, and the surrogates for bytes that are not UTF-8.
+# Every pattern is linear: no two parts of a repetition can match the same text. Letters of any script are
+# allowed (RFC 6531 section 3.3), so whatever is not ASCII counts as a letter, unless _FORBIDDEN matches it.
+_FORBIDDEN = re.compile("[^\\S ]|[\0-\x1f\x7f-\x9f\ud800-\udfff]")
 
 # "Let-dig" and "ALPHA" of RFC 5321 section 4.1.2.
 _ALNUM = r"[^ -/:-@\[-`{-~]"
@@ -308,11 +320,11 @@ _ALPHA = r"[^ -@\[-`{-~]"
 _LABEL = rf"{_ALNUM}+(?:-+{_ALNUM}+)*"
 _DOTTED = rf"(?:{_LABEL}\.)+(?:{_ALPHA}{{2,}}|[xX][nN]--{_LABEL})"
 
-# RFC 5321 section 4.1.3; whether the numbers are right is for inet_pton() to say.
+# RFC 5321 section 4.1.3. inet_pton() decides whether the numbers are right.
 _ADDRESS_LITERAL = re.compile(r"\[([iI][pP][vV]6:)?([0-9a-fA-F:.]+)\]")
 
-# The argument of HELO, section 4.1.1.1. A host without a domain sends its one label, as containers
-# do; digits alone are no name, though.
+# The argument of HELO, section 4.1.1.1. A host without a domain, such as a container, sends its one label,
+# but a label of digits alone is no name.
 _DOMAIN = re.compile(rf"{_DOTTED}|(?=[0-9-]*[^0-9-]){_LABEL}")
 
 # "Mailbox" of section 4.1.2.
@@ -320,9 +332,10 @@ _ATOM = r"[^ \"(),.:;<>@\[\\\]]+"
 _QUOTED = r"\"(?:[^\"\\]|\\[ -~])*\""
 _MAILBOX = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_DOTTED}|[lL][oO][cC][aA][lL][hH][oO][sS][tT]|\[[^\[\]@]*\])"
 
-# The path of MAIL and RCPT, section 4.1.1.2 and as clients send it: <user@example.com>,
-# user@example.com, John Doe <user@example.com>.
-_PATH = re.compile(rf"([^\"<>@]*<)?({_MAILBOX})(>)?")
+# The path of MAIL and RCPT as clients write it: <user@example.com>, user@example.com, and
+# John Doe <user@example.com>. A source route is accepted and ignored (section 4.1.1.3).
+_ROUTE = rf"(?:@{_DOTTED}(?:,@{_DOTTED})*:)?"
+_PATH = re.compile(rf"([^\"<>@]*<{_ROUTE})?({_MAILBOX})(>)?")
 
 
 def _is_ip_address(text: str, family: socket.AddressFamily) -> bool:
@@ -337,17 +350,21 @@ def _is_address_literal(text: str) -> bool:
     return match is not None and _is_ip_address(match[2], socket.AF_INET6 if match[1] else socket.AF_INET)
 
 
-# Each of these takes the argument of a command, and returns what it says or None if it is not valid.
+def _is_clean(text: str) -> bool:
+    return (text.isascii() and text.isprintable()) or _FORBIDDEN.search(text) is None
+
+
+# Each of these parses the argument of a command, and returns None if it is invalid.
 
 
 def _parse_domain(text: str) -> str | None:
     valid = _DOMAIN.fullmatch(text) or _is_address_literal(text) or _is_ip_address(text, socket.AF_INET)
-    return text if valid and text.isprintable() else None
+    return text if valid and _is_clean(text) else None
 
 
 def _parse_path(text: str) -> str | None:
     match = _PATH.fullmatch(text)
-    if match is None or (match[1] is None) != (match[3] is None) or not text.isprintable():
+    if match is None or (match[1] is None) != (match[3] is None) or not _is_clean(text):
         return None
     address: str = match[2]
     domain = address[address.rindex("@") + 1 :]
@@ -359,7 +376,7 @@ def _parse_sender(text: str) -> str | None:
 
 
 def _parse_recipient(text: str) -> str | None:
-    # Postmaster is the one address without a domain, section 4.1.1.3.
+    # Postmaster is the only address that needs no domain, section 4.1.1.3.
     return text[1:-1] if text.lower() == "<postmaster>" else _parse_path(text)
 
 
@@ -376,31 +393,27 @@ def _parse_chunk(text: str) -> tuple[int, bool] | None:
 class _Address(str):
     """An address that came with parameters (RFC 5321 section 4.1.2)."""
 
-    parameters: dict[str, str]  # by their names in upper case; one that is there twice has the value "?"
+    parameters: dict[str, str]  # names in upper case; a duplicate gets "?", which is never valid, so it is refused
 
 
-# Up to the > that is not quoted, or, without a <, the white space that is not.
+# Up to the > that is not quoted or, without a <, up to the white space that is not quoted.
 _PATH_END = re.compile(r'(?=[^"]*<)(?:"(?:[^"\\]|\\.)*"|[^">])*>|(?:"(?:[^"\\]|\\.)*"|[^" ])*')
 
 
-def _allow_parameters(parse: Callable[[str], str | None]) -> Callable[[str], str | None]:
-    """The parser of a path, made one of a path with parameters."""
-
-    def parse_all(text: str) -> str | None:
-        match = _PATH_END.match(text)
-        end = match.end() if match and text[match.end() : match.end() + 1] in ("", " ") else len(text)
-        path = parse(text[:end])
-        words = text[end:].split()
-        if path is None or not words:
-            return path
-        address = _Address(path)
-        address.parameters = {}
-        for word in words:
-            name, _, value = word.partition("=")
-            address.parameters[name.upper()] = "?" if name.upper() in address.parameters else value
-        return address
-
-    return parse_all
+def _parse_parameters(text: str, parse: Callable[[str], str | None]) -> str | None:
+    """Parse a path with parameters behind it; parse() is given the path alone."""
+    match = _PATH_END.match(text)
+    end = match.end() if match and text[match.end() : match.end() + 1] in ("", " ") else len(text)
+    path = parse(text[:end])
+    words = text[end:].split()
+    if path is None or not words:
+        return path
+    address = _Address(path)
+    address.parameters = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        address.parameters[name.upper()] = "?" if name.upper() in address.parameters else value
+    return address
 
 
 def _decode(data: bytes) -> str:
@@ -408,55 +421,53 @@ def _decode(data: bytes) -> str:
 
 
 def _parse_command(line: bytes) -> tuple[str, str, str]:
-    """Take a line apart (RFC 5321 section 4.1.1): the line itself, its verb in upper case, its argument.
+    """Split a command line into the stripped line, its verb in upper case, and its argument (RFC 5321 section 4.1.1).
 
-    White space around it is dropped. Bytes that are not UTF-8 become surrogates.
+    Bytes that are not UTF-8 become surrogates.
     """
     request = _decode(line.strip())
-    verb, _, argument = request.replace("\t", " ").partition(" ")
-    # Only if it is ASCII, since "quıt" with a dotless i would become "QUIT".
+    verb, _, argument = (request.replace("\t", " ") if "\t" in request else request).partition(" ")
+    # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
     return request, verb.upper() if verb.isascii() else "", argument
 
 
 # ----------------------------------------------------------------------------------------- records
 
 
-class _After(enum.Enum):
-    """What comes after a reply; the values are what a transcript has for it."""
+class _Next(enum.Enum):
+    """What the server does after a reply. A transcript shows the values of those that end the session."""
 
     COMMAND = "<command>"
-    BODY = "<body>"
-    LINE = "<line>"  # for the same command
-    MESSAGE = "<message>"  # its end has come
     TLS = "<tls>"
     CLOSE = "<closed>"
-    RESET = "<reset>"  # closed with an RST
-    SILENCE = "<silence>"  # open, but nothing is answered any more
+    RESET = "<reset>"  # closes with an RST
+    SILENCE = "<silence>"  # stays connected, but answers nothing any more
 
     def __init__(self, value: str) -> None:
-        self.ends = value in ("<closed>", "<reset>", "<silence>")  # the session; nothing more is answered
+        self.ends = value in ("<closed>", "<reset>", "<silence>")
 
 
-_ENDS = tuple(after for after in _After if after.ends)
+_ENDINGS = tuple(state.value for state in _Next if state.ends)
 
 
 class _Login(NamedTuple):
-    """What came of an AUTH command."""
+    """The outcome of AUTH."""
 
-    response: str  # the option that has it
+    response: str  # the option that has the text of the reply
     mechanism: str | None = None
     user: str | None = None
+    request: str = ""  # the line that began it, without the secret
 
 
 class _Reply(NamedTuple):
-    """What the server says next, as data, for the connection to carry out."""
+    """What the server says next, as data for the connection to carry out."""
 
     text: str
     data: bytes  # the text as it is sent
-    delay: float = 0.0  # seconds before that
-    after: _After = _After.COMMAND
+    delay: float = 0.0  # seconds before it
+    next: _Next = _Next.COMMAND
     accepts: bool = False  # whether the command takes effect
-    trickle: float = 0.0  # seconds between its bytes
+    trickle: float = 0.0  # seconds between the bytes
 
 
 def _encode(text: str) -> bytes:
@@ -464,30 +475,30 @@ def _encode(text: str) -> bytes:
     return lines.encode("utf-8", "surrogateescape") + b"\r\n"
 
 
-# A client's line, the size of its body, or None where the server speaks first.
+# A client's line, the size of its body, or None where the server speaks unasked.
 _Request = str | int | None
 
 
 class _Exchange(NamedTuple):
-    """A request and what became of it."""
+    """A request and its reply."""
 
     request: _Request
     response: str
     accepted: bool
-    value: Any  # of the argument; None if that is not valid
+    value: Any  # of the argument; None if that is invalid
 
 
-# Requests and responses, by turns. Nothing is formatted before somebody asks for it.
+# Requests and responses in turn. They are formatted only on demand.
 _Dialogue = list[_Request]
 
 
 def _printable(text: str) -> str:
-    """One line, in which nothing is left that a terminal would obey."""
+    """The text as one line, with escapes in place of control characters, which a terminal would obey."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
-def _write_dialogue(dialogue: _Dialogue) -> Iterator[str]:
-    """Its lines, as "C: QUIT" and "S: 221 Closing connection"."""
+def _format_dialogue(dialogue: _Dialogue) -> Iterator[str]:
+    """Yield lines such as "C: QUIT" and "S: 221 Closing connection"."""
     for index, said in enumerate(dialogue):
         if isinstance(said, int):
             yield f"C: <{said} bytes>"
@@ -499,16 +510,20 @@ def _write_dialogue(dialogue: _Dialogue) -> Iterator[str]:
 _T = TypeVar("_T")
 
 
-class _Part(Generic[_T]):
-    """An attribute of Message: a part of what was exchanged at a step, or a default if the step did not come."""
+class _StepField(Generic[_T]):
+    """An attribute of Message that is read from the exchange of one step; the default if the step is missing."""
 
-    def __init__(self, step: str, part: str, default: _T) -> None:
-        self.step, self.part, self.default = step, part, default
+    def __init__(self, step: str, field: str, default: _T) -> None:
+        self.step, self.field, self.default = step, field, default
 
     def __get__(self, message: Message, owner: type[Message]) -> _T:
         exchange = message._steps.get(self.step)
-        part: _T | None = None if exchange is None else getattr(exchange, self.part)
-        return self.default if part is None else part
+        value: _T | None = None if exchange is None else getattr(exchange, self.field)
+        return self.default if value is None else value
+
+
+def _make_fields(step: str) -> tuple[_StepField[str], _StepField[str], _StepField[bool]]:
+    return _StepField(step, "request", ""), _StepField(step, "response", ""), _StepField(step, "accepted", False)
 
 
 class Attachment(NamedTuple):
@@ -528,7 +543,7 @@ def _make_email_policy() -> Any:
         def header_fetch_parse(self, name: str, value: str) -> Any:
             try:
                 return super().header_fetch_parse(name, value)
-            except Exception as error:  # noqa: BLE001 - whatever the parser meets, an IndexError in "From: :"
+            except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
                 header: Any = self.header_factory("unstructured", "".join(value.splitlines()).replace("=?", "= ?"))
                 header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
                 return header
@@ -549,14 +564,14 @@ def _parse_email(data: bytes) -> Any:
 
 
 def _decode_part(part: Any) -> bytes:
-    if part.is_multipart():  # a mail in the mail
-        policy = part.policy.clone(linesep="\r\n", refold_source="none")
-        part, data = part.get_payload(0), b""
-        with contextlib.suppress(Exception):  # it is written anew, and not all can be
-            data = part.as_bytes(policy=policy)
-        return data
-    content: bytes = part.get_payload(decode=True)
-    return content
+    if not part.is_multipart():
+        content: bytes = part.get_payload(decode=True)
+        return content
+    # A mail within the mail, or the blocks of a delivery report. The generator cannot write all of them.
+    policy, data = part.policy.clone(linesep="\r\n", refold_source="none"), b""
+    with contextlib.suppress(Exception):
+        data = b"".join(inner.as_bytes(policy=policy) for inner in part.get_payload())
+    return data
 
 
 def _decode_text(part: Any) -> str:
@@ -566,8 +581,8 @@ def _decode_text(part: Any) -> str:
     return data.decode("utf-8", "replace")
 
 
-def _take_apart(mail: Any) -> tuple[dict[str, str], list[Attachment]]:
-    """The text of each type, and what else there is."""
+def _split_parts(mail: Any) -> tuple[dict[str, str], list[Attachment]]:
+    """The first text of each type, and all other parts."""
     texts: dict[str, str] = {}
     attachments: list[Attachment] = []
     parts = [mail]
@@ -578,7 +593,7 @@ def _take_apart(mail: Any) -> tuple[dict[str, str], list[Attachment]]:
         if is_container and part.is_multipart():
             parts.extend(reversed(part.get_payload()))
             continue
-        if is_container:  # whose boundary never came
+        if is_container:  # but its boundary never came
             kind = "text/plain"
         if kind in ("text/plain", "text/html") and kind not in texts and name is None and not part.is_attachment():
             texts[kind] = _decode_text(part)
@@ -587,7 +602,7 @@ def _take_apart(mail: Any) -> tuple[dict[str, str], list[Attachment]]:
     return texts, attachments
 
 
-def _write_bytes(data: bytes) -> dict[str, str]:
+def _jsonify_bytes(data: bytes) -> dict[str, str]:
     import base64
 
     try:
@@ -596,61 +611,51 @@ def _write_bytes(data: bytes) -> dict[str, str]:
         return {"content": base64.b64encode(data).decode(), "content_encoding": "base64"}
 
 
-def _make_plain(value: Any) -> Any:
-    """The value without the surrogates that stand for bytes, since few readers of JSON take them."""
+def _escape_surrogates(value: Any) -> Any:
+    """The value with escapes in place of the surrogates that stand for bytes: few readers of JSON accept those."""
     if isinstance(value, dict):
-        return {name: _make_plain(item) for name, item in value.items()}
+        return {name: _escape_surrogates(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_make_plain(item) for item in value]
+        return [_escape_surrogates(item) for item in value]
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 class Message:
-    """What came of an SMTP session or, with multiple_message_receiving, of one mail in it.
+    """The record of an SMTP session or, with multiple_message_receiving, of one mail in it.
 
-    For each step of the dialogue: the request as the client wrote it, the response as it was sent,
-    and under the step's own name whether it succeeded. Read-only, and nothing changes it: if the
-    session goes on, a later messages() has another object in its place.
+    Each step of the dialogue has three attributes: the request as the client wrote it, the response as
+    it was sent and, under the step's own name, whether it succeeded. A Message is read-only and never
+    changes. While its session goes on, messages() returns a newer object in its place.
     """
 
-    helo_request = _Part("helo", "request", "")
-    helo_response = _Part("helo", "response", "")
-    helo = _Part("helo", "accepted", False)
-    mailfrom_request = _Part("mailfrom", "request", "")
-    mailfrom_response = _Part("mailfrom", "response", "")
-    mailfrom = _Part("mailfrom", "accepted", False)
-    mail_from = _Part[str | None]("mailfrom", "value", None)  #: the sender, "" for <>; None if none was valid
-    data_request = _Part("data", "request", "")
-    data_response = _Part("data", "response", "")
-    data = _Part("data", "accepted", False)
-    content = _Part("msg", "value", b"")  #: the body, dots unstuffed, CRLF kept; what came of it, if the client left
-    msg_response = _Part("msg", "response", "")
-    msg = _Part("msg", "accepted", False)
-    rset_request = _Part("rset", "request", "")
-    rset_response = _Part("rset", "response", "")
-    rset = _Part("rset", "accepted", False)
-    noop = _Part("noop", "accepted", False)
-    quit_sent = _Part("quit", "accepted", False)
-    auth_request = _Part("auth", "request", "")  #: without the secret
-    auth_response = _Part("auth", "response", "")
-    auth = _Part("auth", "accepted", False)
-    tls = _Part[tuple[str, str] | None]("tls", "value", None)  #: (version, cipher), None without TLS
-    id: int  #: no other message of the server has it
+    helo_request, helo_response, helo = _make_fields("helo")
+    mailfrom_request, mailfrom_response, mailfrom = _make_fields("mailfrom")
+    mail_from = _StepField[str | None]("mailfrom", "value", None)  #: the sender, "" for <>; None if none was valid
+    data_request, data_response, data = _make_fields("data")
+    content = _StepField("msg", "value", b"")  #: the body, dots unstuffed, CRLF kept; partial if the client left
+    msg_response = _StepField("msg", "response", "")
+    msg = _StepField("msg", "accepted", False)
+    rset_request, rset_response, rset = _make_fields("rset")
+    noop = _StepField("noop", "accepted", False)
+    quit_sent = _StepField("quit", "accepted", False)
+    auth_request, auth_response, auth = _make_fields("auth")  #: the request is without the secret
+    tls = _StepField[tuple[str, str] | None]("tls", "value", None)  #: (version, cipher); None without TLS
+    id: int  #: unique among the messages of the server
     peer: tuple[str, int]  #: the client's address and port
 
-    def __init__(self, session: _Session, number: int, stamped_at: float) -> None:
-        # The session goes on to append to these lists, so their lengths belong to them.
+    def __init__(self, mail: _Mail, peer: tuple[str, int], number: int, stamped_at: float) -> None:
+        # The session goes on appending to the lists, so their present lengths are kept with them.
         fields = {
             "id": number,
-            "peer": session.peer,
+            "peer": peer,
             "_stamped_at": stamped_at,
-            "_steps": session.steps.copy(),
-            "_recipients": session.recipients,
-            "_count": len(session.recipients),
-            "_dialogue": session.dialogue,
-            "_said": len(session.dialogue),
+            "_steps": mail.steps.copy(),
+            "_recipients": mail.recipients,
+            "_count": len(mail.recipients),
+            "_dialogue": mail.dialogue,
+            "_said": len(mail.dialogue),
         }
-        object.__setattr__(self, "__dict__", fields)  # as nothing else can be set
+        object.__setattr__(self, "__dict__", fields)  # __setattr__() allows nothing else
 
     _stamped_at: float
     _steps: dict[str, _Exchange]
@@ -661,6 +666,11 @@ class Message:
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy: the record, without what was parsed from it and cached."""
+        cached = ("transcript", "received_header", "email", "_parts")
+        return {name: value for name, value in vars(self).items() if name not in cached}
 
     @property
     def rcptto_request_response(self) -> list[tuple[str, str]]:
@@ -678,17 +688,17 @@ class Message:
 
     @property
     def mailfrom_parameters(self) -> dict[str, str]:
-        """What came after the sender, as {"SIZE": "1000", "SMTPUTF8": ""}."""
+        """The parameters of MAIL FROM, such as {"SIZE": "1000", "SMTPUTF8": ""}."""
         return dict(getattr(self.mail_from, "parameters", {}))
 
     @property
     def rcptto_parameters(self) -> list[dict[str, str]]:
-        """The same of each of the rcpt_tos."""
+        """The parameters of each of the rcpt_tos."""
         return [dict(getattr(address, "parameters", {})) for address in self.rcpt_tos]
 
     @property
     def auth_mechanism(self) -> str | None:
-        """As PLAIN, also if it failed; None if the client did not try, or never came so far."""
+        """Such as PLAIN, also if the login failed; None if the client named none."""
         return self._login.mechanism
 
     @property
@@ -697,12 +707,12 @@ class Message:
 
     @property
     def _login(self) -> _Login:
-        login: _Login = self._steps["auth"].value if "auth" in self._steps else _Login("")
-        return login
+        login = self._steps["auth"].value if "auth" in self._steps else None
+        return login if isinstance(login, _Login) else _Login("")
 
     @property
     def msg_request(self) -> str:
-        """The content as str: UTF-8, with surrogates for the bytes that are not."""
+        """The content as str: UTF-8, with surrogates for bytes that are not."""
         return _decode(self.content)
 
     @property
@@ -724,70 +734,73 @@ class Message:
 
     @functools.cached_property
     def transcript(self) -> str:
-        """The dialogue, a line for each "C: QUIT" and "S: 221 Closing connection"; the body is one line with its size.
+        """The dialogue, with lines such as "C: QUIT" and "S: 221 Closing connection"; a body is one line with its size.
 
-        With multiple_message_receiving it is that of this mail, and before it the greeting and HELO.
+        With multiple_message_receiving it has the greeting, HELO, and then this mail alone.
         """
-        return "\n".join(_write_dialogue(self._dialogue[: self._said]))
+        return "\n".join(_format_dialogue(self._dialogue[: self._said]))
 
     @functools.cached_property
     def received_header(self) -> str:
-        """The header that a server adds to a mail (RFC 5321 section 4.4), folded, with CRLF; "" if not accepted."""
+        """The Received header of RFC 5321 section 4.4, folded, with CRLF; "" if the mail was not accepted."""
         from email.utils import format_datetime
 
         if self.received_at is None:
             return ""
-        helo, host = self._steps["helo"].value, self.peer[0].partition("%")[0]
+        host = self.peer[0].partition("%")[0]
         address = f"[IPv6:{host}]" if ":" in host else f"[{host}]"
-        header = f"Received: from {helo if helo.isascii() else address} ({address})\r\n"
+        name = str(self._steps["helo"].value) if self.helo else ""
+        header = f"Received: from {name if name.isascii() and _parse_domain(name) else address} ({address})\r\n"
         protocol = "ESMTP" + "S" * bool(self.tls) + "A" * self.auth if self.esmtp else "SMTP"  # RFC 3848
         header += f"\tby smtpmock with {protocol} id {self.id}"
-        if len(self.rcpt_tos) == 1 and "@" in self.rcpt_tos[0] and self.rcpt_tos[0].isascii():
-            header += f"\r\n\tfor <{self.rcpt_tos[0]}>"
+        recipient = self.rcpt_tos[0] if len(self.rcpt_tos) == 1 else ""
+        if "@" in recipient and recipient.isascii() and _is_clean(recipient):
+            header += f"\r\n\tfor <{recipient}>"
         return f"{header};\r\n\t{format_datetime(self.received_at)}\r\n"
 
     def as_bytes(self) -> bytes:
-        """The mail as a mailbox holds it: Return-Path, Received, and the content as it is."""
-        head = f"Return-Path: <{self.mail_from}>\r\n" if self.mailfrom else ""
+        """The mail as a mailbox stores it: Return-Path, Received, and the unchanged content."""
+        sender = re.sub("[\r\n]", " ", self.mail_from or "")  # a rule may have accepted anything
+        head = f"Return-Path: <{sender}>\r\n" if self.mailfrom else ""
         head += self.received_header
-        if self.content[:1] in (b" ", b"\t"):  # it has no header, and would pass for the end of ours
+        if self.content[:1] in (b" ", b"\t"):  # without a header, this would continue ours
             head += "\r\n"
         return head.encode("utf-8", "surrogateescape") + self.content
 
     @functools.cached_property
     def email(self) -> EmailMessage:
-        """as_bytes() parsed. What is wrong with it is in the `defects` of its parts, and raises nothing."""
+        """as_bytes() parsed. Faults are in the `defects` of its parts; they raise nothing."""
         mail: EmailMessage = _parse_email(self.as_bytes())
         return mail
 
     @property
     def subject(self) -> str | None:
-        """Decoded, None without one."""
+        """The decoded subject; None without one."""
         subject = self.email["subject"]
         return None if subject is None else str(subject)
 
     @property
     def text(self) -> str | None:
-        """The first text/plain part that is no attachment, with LF for line ends; None without one."""
+        """The first text/plain part that is not an attachment, with LF line ends; None without one."""
         return self._parts[0].get("text/plain")
 
     @property
     def html(self) -> str | None:
-        """The first text/html part that is no attachment, with LF for line ends; None without one."""
+        """The first text/html part that is not an attachment, with LF line ends; None without one."""
         return self._parts[0].get("text/html")
 
     @property
     def attachments(self) -> list[Attachment]:
-        """All other parts, the images of an HTML page among them."""
+        """All other parts, including the images of an HTML page."""
         return self._parts[1].copy()
 
     @functools.cached_property
     def _parts(self) -> tuple[dict[str, str], list[Attachment]]:
-        return _take_apart(self.email)
+        return _split_parts(self.email)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as values for JSON. Bytes are text if they are UTF-8 and else base64, as `..._encoding` says."""
-        names = [name for name, part in vars(Message).items() if isinstance(part, _Part) and name != "content"]
+        """Every attribute as values for JSON. `content` is text if it is UTF-8, else base64: see `content_encoding`."""
+        names = [name for name, field in vars(Message).items() if isinstance(field, _StepField) and name != "content"]
         names += ["id", "esmtp", "rcpt_tos", "rcptto", "is_consistent", "received_header"]
         names += ["mailfrom_parameters", "rcptto_parameters", "auth_mechanism", "auth_user"]
         values = {name: getattr(self, name) for name in (*names, "subject", "text", "html", "transcript")}
@@ -799,34 +812,22 @@ class Message:
             f"{type(defect).__name__}: {defect}" for part in self.email.walk() for defect in part.defects
         ]
         values["attachments"] = [
-            {"name": name, "type": kind, **_write_bytes(content)} for name, kind, content in self.attachments
+            {"name": name, "type": kind, **_jsonify_bytes(content)} for name, kind, content in self.attachments
         ]
-        plain: dict[str, Any] = _make_plain({**values, **_write_bytes(self.content)})
-        return plain
+        record: dict[str, Any] = _escape_surrogates({**values, **_jsonify_bytes(self.content)})
+        return record
 
     def __repr__(self) -> str:
-        ends = {after.value for after in _ENDS}
-        replies = [said for said in self._dialogue[1 : self._said : 2] if said is not None and said not in ends]
-        end = (
-            "accepted" if self.is_consistent else f"not accepted, last reply {replies[-1]!r}" if replies else "no reply"
-        )
+        responses = self._dialogue[1 : self._said : 2]
+        replies = [said for said in responses if said is not None and said not in _ENDINGS]
+        end = "no reply"
+        if replies:
+            end = "accepted" if self.is_consistent else f"not accepted, last reply {replies[-1]!r}"
         return f"<Message {self.id} from {self.mail_from!r} to {self.rcpt_tos}: {len(self.content)} bytes, {end}>"
 
 
 # ------------------------------------------------------------------------------------------- rules
 
-
-class Action(NamedTuple):
-    """What to do in place of the usual; what is left out is as usual. For a function that is a rule to return."""
-
-    reply: str | None = None  # 2xx and 3xx let the command take effect, anything else refuses it
-    raw: bytes | None = None  # sent as it is, in place of a reply
-    delay: float | None = None  # seconds
-    trickle: float = 0.0  # seconds after each byte but the last
-    then: str = ""  # "close", "reset" or "silence"; without a reply, instead of one
-
-
-_THEN = {"": None, "close": _After.CLOSE, "reset": _After.RESET, "silence": _After.SILENCE}
 _STAGES = ("connect", "message", "*")
 _PROBABILITY = _Kind("a number from 0 to 1", _number(0, 1, int, float), float)
 _TIMES = _Kind("an integer from 1 up", _number(1, float("inf"), int), int)
@@ -835,142 +836,185 @@ _BYTES = _Kind(
     lambda value: isinstance(value, bytes),
     lambda text: text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode("latin-1"),
 )
+_THEN = {"close": _Next.CLOSE, "drop": _Next.CLOSE, "reset": _Next.RESET, "silence": _Next.SILENCE}
+_ENDING = _Kind(f"one of {', '.join(_THEN)}", lambda value: isinstance(value, str) and value in _THEN, str)
+
+# The four aspects of a reply that rules decide: str or bytes to say, seconds, seconds, a _Next.
+_ASPECTS = ("said", "delay", "trickle", "then")
+
+
+_ACTIONS = {"reply": _TEXT, "raw": _BYTES, "delay": _SECONDS, "trickle": _SECONDS, "then": _ENDING}
+
+
+@dataclasses.dataclass(frozen=True)
+class Action(_Fields):
+    """What a rule does. A field that is None leaves its aspect of the reply as it is without the rule."""
+
+    reply: str | None = None
+    raw: bytes | None = None  #: sent in place of a reply
+    delay: float | None = None  #: seconds before the reply
+    trickle: float | None = None  #: seconds between two bytes of the reply
+    then: str | None = None  #: close, or without a reply: drop, reset, silence
+
+    def __post_init__(self) -> None:
+        for name, kind in _ACTIONS.items():
+            if getattr(self, name) is not None:
+                _check(name, getattr(self, name), kind)
+
+    def _aspects(self) -> dict[str, Any]:
+        aspects: dict[str, Any] = {} if self.then in (None, "close") else {"said": b""}
+        said = self.reply if self.raw is None else self.raw
+        values = {"said": said, "delay": self.delay, "trickle": self.trickle, "then": _THEN.get(self.then or "")}
+        return aspects | {name: value for name, value in values.items() if value is not None}
 
 
 def _parse_stage(name: object) -> str:
-    """connect, message, *, or a verb in upper case, without the FROM or TO after it."""
+    """connect, message, *, or a verb in upper case; MAIL FROM and RCPT TO are MAIL and RCPT."""
     words = name.replace(":", " ").split() if isinstance(name, str) else []
-    if not words or len(words) > 2 or words[1:] not in ([], ["FROM"], ["from"], ["TO"], ["to"]):
-        raise ConfigurationError(f"stage={name!r}: must be connect, message, * or a verb, as RCPT")
+    if not words or len(words) > 2 or (words[1:] and words[1].upper() not in ("FROM", "TO")):
+        raise ConfigurationError(f"stage={name!r}: must be connect, message, * or a verb such as RCPT")
     return words[0].lower() if words[0].lower() in _STAGES else words[0].upper()
 
 
-class Rule:
-    """A deviation of a server from the usual, which on() makes and one of these methods puts into force.
+_Match = Callable[[str], object] | str | re.Pattern[str] | None
 
-    All of them take times, after which the rule is spent, and probability, from 0 to 1; and return the rule.
+
+class Rule:
+    """A deviation from the normal replies. Server.on() makes it and says when it applies; the methods say what it does.
+
+    Each method returns the rule. Different methods add up, and the same method called again replaces its
+    first call. A function used as a decorator is called as function(request, message). It returns None
+    for the normal reply, the text of another one, or an Action.
     """
 
-    def __init__(self, rules: _Rules, stage: str, match: Any) -> None:
-        self.hits = 0  #: how often it was applied
+    def __init__(
+        self, rules: _Rules, stage: str, match: _Match, times: int | None, probability: float, after: int | None
+    ) -> None:
+        self.hits = 0  #: how often the rule was used; guarded by the lock of the rules
         self._rules = rules
-        self._stage = stage
+        self._stage = _parse_stage(stage)
+        if not (match is None or isinstance(match, str | re.Pattern) or callable(match)):
+            raise ConfigurationError(f"match={match!r}: must be an address, a domain, a pattern or a function")
         self._match = _fold(match) if isinstance(match, str) else match
-        self._actions: Sequence[Action] = ()
+        for name, value, kind in (("times", times, _TIMES), ("after", after, _COUNT)):
+            if value is not None:
+                _check(name, value, kind)
+        _check("probability", probability, _PROBABILITY)
+        if after is not None and self._stage != "message":
+            raise ConfigurationError(f"after={after!r}: is for the stage message, not for {self._stage}")
+        self._times, self._probability, self._after = times, probability, after
+        self._random = rules.make_random() if probability < 1 else None
+        # Aspects of a reply, one dictionary for each use and the last from then on. Replaced, never changed.
+        self._uses: tuple[dict[str, Any], ...] = ({},)
         self._function: Callable[[str, Message], Any] | None = None
-        self._after: int | None = None  # bytes of the body
-        self._times: int | None = None
-        self._probability = 1.0
-        self._random: Any = None
+        rules.add(self)
 
-    def reply(self, *texts: str | None, close: bool = False, **limits: Any) -> Rule:
-        """Say these texts, one each time and the last one from then on; None is as usual. With close, hang up.
+    def reply(self, *texts: str | None) -> Rule:
+        """Say these texts, one per use, and the last one from then on; None is the normal reply.
 
-        A text of 2xx or 3xx takes the place of the usual and the command takes effect. Any other refuses it.
+        A text that begins with 4 or 5 refuses the command. With any other text, it takes effect.
         """
         for text in texts or [()]:
-            _check("reply", text, _Kind("one string or more", lambda text: text is None or isinstance(text, str), str))
-        _check("close", close, _FLAG)
-        then = "close" if close else ""
-        return self._enforce([Action() if text is None else Action(text, then=then) for text in texts], **limits)
+            _check("reply", text, _Kind("one string or more", lambda text: text is None or _is_text(text), str))
+        base = self._uses[0]
+        self._uses = tuple({**base, "said": text} for text in texts)
+        return self
 
-    def delay(self, seconds: float, **limits: Any) -> Rule:
-        """Wait so long before the reply, which is as usual."""
-        _check("delay", seconds, _SECONDS)
-        return self._enforce([Action(delay=seconds)], **limits)
-
-    def drop(self, reply: str | None = None, *, after: int | None = None, **limits: Any) -> Rule:
-        """Close the connection, without a reply or after this one; at message, after so many bytes of the body."""
-        if reply is not None:
-            _check("drop", reply, _TEXT)
-        return self._enforce([Action(reply, then="close")], after, **limits)
-
-    def reset(self, *, after: int | None = None, **limits: Any) -> Rule:
-        """Close the connection with an RST; at message, after so many bytes of the body."""
-        return self._enforce([Action(then="reset")], after, **limits)
-
-    def silence(self, **limits: Any) -> Rule:
-        """Keep the connection, and answer neither this nor anything that follows."""
-        return self._enforce([Action(then="silence")], **limits)
-
-    def raw(self, data: bytes, **limits: Any) -> Rule:
+    def raw(self, data: bytes) -> Rule:
         """Send these bytes as they are, in place of the reply."""
-        _check("raw", data, _BYTES)
-        return self._enforce([Action(raw=data)], **limits)
+        return self._add("raw", data)
 
-    def trickle(self, seconds: float, **limits: Any) -> Rule:
-        """Send the reply, which is as usual, byte by byte, with so much time between them."""
-        _check("trickle", seconds, _SECONDS)
-        return self._enforce([Action(trickle=seconds)], **limits)
+    def delay(self, seconds: float) -> Rule:
+        """Wait before the reply, in place of the delay of the options."""
+        return self._add("delay", seconds)
+
+    def trickle(self, seconds: float) -> Rule:
+        """Send the reply byte by byte, with so many seconds between two bytes."""
+        return self._add("trickle", seconds)
+
+    def close(self) -> Rule:
+        """Close the connection after the reply."""
+        return self._add("then", "close")
+
+    def drop(self) -> Rule:
+        """Close the connection without a reply."""
+        return self._add("then", "drop")
+
+    def reset(self) -> Rule:
+        """Close the connection with an RST and without a reply."""
+        return self._add("then", "reset")
+
+    def silence(self) -> Rule:
+        """Keep the connection open, but answer neither this nor anything that follows."""
+        return self._add("then", "silence")
 
     def __call__(self, function: Callable[[str, Message], Any]) -> Any:
-        """As a decorator: function(request, message) returns None, a reply or an Action. Returns the rule."""
         if not callable(function):
             raise ConfigurationError(f"rule={function!r}: must be callable")
         self._function = function
-        return self._enforce([Action()])
+        return self
 
     def remove(self) -> None:
-        """Put it out of force; it can be removed twice."""
+        """Remove the rule from its server. Removing it twice is no error."""
         self._rules.remove(self)
 
-    def _enforce(
-        self, actions: Sequence[Action], after: int | None = None, *, times: int | None = None, probability: float = 1.0
-    ) -> Rule:
-        if after is not None:
-            _check("after", after, _COUNT)
-            if self._stage != "message":
-                raise ConfigurationError(f"after={after!r}: is for the stage message, not for {self._stage}")
-        if times is not None:
-            _check("times", times, _TIMES)
-        _check("probability", probability, _PROBABILITY)
-        self._actions, self._after, self._times, self._probability = actions, after, times, probability
-        self._rules.add(self)
+    def _add(self, name: str, value: Any) -> Rule:
+        _check(name, value, _ACTIONS[name])
+        self._uses = tuple(use | Action(**{name: value})._aspects() for use in self._uses)
         return self
 
     def _matches(self, request: str, names: Sequence[str]) -> bool:
-        if callable(self._match):
-            return bool(self._match(request))
+        match = self._match
+        if isinstance(match, re.Pattern):
+            return match.search(request) is not None
+        if callable(match):
+            return bool(match(request))
         folded = [_fold(name) for name in names]
-        return self._match is None or any(self._match in (name, name.rpartition("@")[2].lower()) for name in folded)
+        return match is None or any(match in (name, name.rpartition("@")[2].lower()) for name in folded)
 
-    def _take(self) -> Action | None:
-        """Use it once; None if it is spent, or chance has it so. Under the lock of the rules."""
-        if self.hits == self._times or (self._random and self._random.random() >= self._probability):
-            return None
+    def _take(self, wanted: Collection[str]) -> tuple[dict[str, Any], Callable[[str, Message], Any] | None]:
+        """Count one use, if an aspect that is wanted comes of it. Called with the lock of the rules."""
+        uses, function = self._uses, self._function if "said" in wanted else None
+        use = uses[min(self.hits, len(uses) - 1)]
+        aspects = {name: value for name, value in use.items() if name in wanted}
+        is_spent = self.hits == self._times or not (aspects or function)
+        if is_spent or (self._random is not None and self._random.random() >= self._probability):
+            return {}, None
         self.hits += 1
-        return self._actions[min(self.hits, len(self._actions)) - 1]
+        return aspects, function
 
     def __repr__(self) -> str:
         return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits>"
 
 
-def _make_action(result: object) -> Action:
-    """Of what a function that is a rule returned."""
-    if result is None or isinstance(result, str):
-        return Action(result)
-    if not isinstance(result, Action):
+def _read_result(result: object) -> dict[str, Any]:
+    """The aspects of a reply that the function of a rule returned."""
+    action = Action(result) if result is None or isinstance(result, str) else result
+    if not isinstance(action, Action):
         raise TypeError(f"a rule returned {result!r}: must be None, a reply or an Action")
-    return result
+    return action._aspects()
 
 
 class _Rules:
-    """The rules that are in force."""
+    """The rules of a server."""
 
     def __init__(self, seed: int | None) -> None:
-        self.newest_first: tuple[Rule, ...] = ()  # never changed, but replaced
+        self.newest_first: tuple[Rule, ...] = ()  # replaced, never changed; so it can be read without the lock
         self._seed = seed
-        self._count = itertools.count()
-        self._lock = threading.Lock()
+        self._seeded = 0  # how many rules have a generator of random numbers
+        self._lock = threading.Lock()  # guards the attributes above, and the hits of the rules
 
     def add(self, rule: Rule) -> None:
         with self._lock:
-            if rule._probability < 1:
-                from random import Random
+            self.newest_first = (rule, *self.newest_first)
 
-                # Each has numbers of its own, so that they do not depend on what other rules meet.
-                rule._random = Random(None if self._seed is None else f"{self._seed} {next(self._count)}")
-            self.newest_first = (rule, *(other for other in self.newest_first if other is not rule))
+    def make_random(self) -> Any:
+        """A generator for one rule, so that its numbers do not depend on what other rules meet."""
+        from random import Random
+
+        with self._lock:
+            self._seeded += 1
+            return Random(None if self._seed is None else f"{self._seed} {self._seeded}")
 
     def remove(self, rule: Rule) -> None:
         with self._lock:
@@ -978,190 +1022,206 @@ class _Rules:
 
     def clear(self) -> None:
         with self._lock:
-            self.newest_first, self._count = (), itertools.count()
+            self.newest_first, self._seeded = (), 0
 
-    def cuts(self) -> list[int]:
-        """The sizes of a body at which rules may end it."""
+    def stops(self) -> list[int]:
+        """The sizes of a body at which rules apply, smallest first."""
         return sorted({rule._after for rule in self.newest_first if rule._after is not None})
 
     def decide(
-        self, stage: str, after: int | None, request: str, names: Sequence[str], message: Callable[[], Message]
-    ) -> Action | None:
-        """What the newest rule that matches does; raises what the functions of the rules raise."""
+        self,
+        stages: Collection[str],
+        request: str,
+        names: Sequence[str],
+        message: Callable[[], Message],
+        after: int | None = None,
+        wanted: Collection[str] = _ASPECTS,
+    ) -> dict[str, Any]:
+        """Each wanted aspect of a reply, from the newest rule that sets it. Raises what the user's functions raise."""
+        found: dict[str, Any] = {}
         for rule in self.newest_first:
-            if rule._stage in (stage, "*") and rule._after == after and rule._matches(request, names):
+            if rule._stage in stages and rule._after == after and rule._matches(request, names):
+                missing = [aspect for aspect in wanted if aspect not in found]
                 with self._lock:
-                    action = rule._take() if rule in self.newest_first else None
-                if action is not None:
-                    return action if rule._function is None else _make_action(rule._function(request, message()))
-        return None
+                    aspects, function = rule._take(missing) if rule in self.newest_first else ({}, None)
+                if function is not None:  # called without the lock, like every function of the user
+                    aspects = aspects | _read_result(function(request, message()))
+                found |= {name: value for name, value in aspects.items() if name in missing}
+        return found
 
 
 # ---------------------------------------------------------------------------------------- handlers
 
-# The steps of a session, by the names under which a message keeps them, in their order.
+# The steps of a session in their order, by the names under which a message has them.
 _STEPS = ("helo", "mailfrom", "rcptto", "data", "msg", "rset", "noop", "quit")
-_ENVELOPE = _STEPS[1:]
+_TRANSACTION = _STEPS[1:]
+
+# The replies to commands that come before a step which only some servers demand.
+_DEMANDS = {"tls": "msg_tls_required", "auth": "msg_auth_required"}
 
 
 def _name_extensions(options: Configuration) -> set[str]:
-    """The extensions that are announced, and with them accepted."""
+    """The extensions that are announced, and therefore accepted."""
     names = {extension.split()[0].upper() for extension in options.extensions}
     return names if options.auth_users is None else names | {"AUTH"}
 
 
 class Handler:
-    """The life of a command: a form to be filled in, and at most a rule of its own.
+    """A command. To add one of your own, subclass this, set some of the public attributes, and override refuse().
 
-    Texts, delays and lists are given by the name of the option that holds them; a text can also be given as it is.
+    A reply is the name of an option or a text that begins with three digits.
     """
 
-    verbs: tuple[str, ...] = ()  # upper case; in lower case, the stages of a session that are no commands
-    keyword = ""  # what has to follow the verb
-    step = ""  # where the message keeps it
-    needs: tuple[str, ...] = ()  # the steps that must have succeeded before
-    erases: tuple[str, ...] = ()  # the steps that it undoes, even if it is refused then
-    parse: Callable[[Any], Any] = staticmethod(_parse_nothing)  # the argument's value, None if it is not valid
-    bad_sequence = "msg_invalid_cmd_helo_sequence"
-    bad_argument = "msg_invalid_cmd_rset_arg"
-    refused: tuple[tuple[str, str], ...] = ()  # the lists of values to refuse, each with the text for them
-    others: tuple[str, ...] = ()  # more texts that refuse() may name
-    received = ""
-    delay = ""
-    after = _After.COMMAND  # if it is accepted
-    checks_more = False  # whether there is something to refuse_more()
-    before_tls = False  # whether it may come before STARTTLS where that is required
-    has_secret = False  # whether its argument is not for everybody to see
-    has_payload = False  # whether bytes follow it, as many as its parsed argument begins with
-    completes = False  # whether the message is complete once it is accepted
-    notes = False  # whether it belongs to the complete message before it, and begins no other
+    verbs: Sequence[str] = ()  #: in upper case
+    needs: Sequence[str] = ()  #: the steps that must have succeeded before: helo, mailfrom, rcptto, auth, tls
+    parse: Callable[[Any], Any] = staticmethod(_parse_nothing)  #: returns the value of the argument, None if it is bad
+    bad_argument = "msg_invalid_cmd_rset_arg"  #: the reply if parse() returns None
+    received = ""  #: the reply if the command is accepted
+    has_secret = False  #: whether logs and transcripts show *** in place of the argument
+
+    _keyword = ""  # follows the verb, as FROM: follows MAIL
+    _step = ""  # the name under which a message has the command
+    _erases: tuple[str, ...] = ()  # the steps that it undoes, even if it is refused then
+    _bad_sequence = "msg_invalid_cmd_helo_sequence"
+    _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
+    _delay = ""  # the option that has it
+    _next = _Next.COMMAND  # if it is accepted
+    _before_tls = False  # whether tls_required allows it before STARTTLS
+    _annotates = False  # whether it belongs to the accepted message before it and does not begin another
 
     def __init__(self, options: Configuration) -> None:
         self.options = options
-        self.refusals = [(getattr(options, values), text) for values, text in self.refused if getattr(options, values)]
-        self.extensions = _name_extensions(options)
-        texts = (self.bad_sequence, self.bad_argument, self.received, *(text for _, text in self.refused))
-        self.replies = {text: self.reply(text) for text in (*texts, *self.others) if text}
-        if options.tls_required and not self.before_tls:
+        self._extensions = _name_extensions(options)
+        self._refused = [(getattr(options, values), text) for values, text in self._lists if getattr(options, values)]
+        self._replies: dict[str, _Reply] = {}
+        self._accepting = self._make_reply(self.received)
+        if options.tls_required and not self._before_tls:
             self.needs = ("tls", *self.needs)
-            self.replies["msg_tls_required"] = self.reply("msg_tls_required")
-        self.is_special = self.has_secret or self.has_payload
 
-    def reply(self, option: str) -> _Reply:
-        """The reply whose text is in this option."""
+    def refuse(self, session: _Session, value: Any) -> str | None:
+        """The reply that refuses the command, or None to accept it. Called with what parse() returned.
+
+        session.message() is the Message as it is so far.
+        """
+        return None
+
+    @classmethod
+    def _is_offered(cls, options: Configuration) -> bool:
+        """Whether the server has this command; if not, it is unknown."""
+        return True
+
+    def _find_reply(self, text: str) -> _Reply:
+        if text not in self._replies and text.startswith("msg_") and hasattr(self.options, text):
+            self._replies[text] = self._make_reply(text)
+        return self._replies.get(text) or self._make_reply(text)
+
+    def _make_reply(self, option: str) -> _Reply:
+        """The reply whose text is in this option, or is this text."""
         text = self._fill(getattr(self.options, option, option))
         accepts = option == self.received and not text.startswith(("4", "5"))
-        delay = getattr(self.options, self.delay) if self.delay else 0.0
-        return _Reply(text, _encode(text), delay, self._choose_after(accepts), accepts)
+        delay = getattr(self.options, self._delay) if self._delay else 0.0
+        return _Reply(text, _encode(text), delay, self._choose_next(accepts), accepts)
 
     def _fill(self, text: str) -> str:
         return text.replace("{msg_size_limit}", str(self.options.msg_size_limit))
 
-    def _choose_after(self, accepts: bool) -> _After:
-        return self.after if accepts else _After.CLOSE if self.options.fail_fast else _After.COMMAND
+    def _choose_next(self, accepts: bool) -> _Next:
+        return self._next if accepts else _Next.CLOSE if self.options.fail_fast else _Next.COMMAND
 
-    def perform(self, action: Action, usual: _Reply) -> _Reply:
-        """The reply that the action of a rule asks for."""
-        delay, end = usual.delay if action.delay is None else action.delay, _THEN[action.then]
-        if action.raw is not None:
-            text, data = _decode(action.raw).rstrip("\r\n"), action.raw
-        elif action.reply is not None:
-            text = self._fill(action.reply)
-            data = _encode(text)
-        elif end is not None:
-            text, data = "", b""
-        else:
-            return usual._replace(delay=delay, trickle=action.trickle)
-        accepts = text.startswith(("2", "3"))
-        return _Reply(text, data, delay, end or self._choose_after(accepts), accepts, action.trickle)
+    def _start(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+        """Run the command; None if more must come before there is a reply."""
+        if self.has_secret and argument:
+            request = f"{request.split(maxsplit=1)[0]} ***"
+        return session.run(self, verb, request, argument)
 
-    @classmethod
-    def is_offered(cls, options: Configuration) -> bool:
-        """Whether the server has the command; if not, it is an unknown one."""
-        return True
-
-    def run(self, session: _Session, request: _Request, argument: Any) -> _Reply:
-        """Erase, check, record; the reply is still to be sent."""
-        if self.erases:
-            session.erase(self.erases)
+    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
+        """Erase, check, record. The reply is sent later."""
+        if self._erases:
+            session.erase(self._erases)
         value = self.parse(argument)
-        reply = self.replies[self.refuse(session, value) or self.received]
+        reply = self._choose(session, value)
         if session.rules.newest_first:
-            action = session.decide(self.names(session, argument, value), request, argument)
-            if action is not None:
-                reply = self.perform(action, reply)
-                value = argument if value is None and reply.accepts else value
-        session.dialogue.extend((request, reply.text if reply.data else None))
-        self.record(session, _Exchange(request, reply.text, reply.accepts, value))
+            aspects = session.decide(self._stages(stage), request, argument, self._names(session, argument, value))
+            reply = self._apply(aspects, reply)
+            value = self._read_loosely(argument) if value is None and reply.accepts else value
+        session.mail.dialogue.extend((request, reply.text if reply.data else None))
+        self._record(session.mail, _Exchange(request, reply.text, reply.accepts, value))
         return reply
 
-    def hide(self, request: str) -> str:
-        """The line as it may be shown."""
-        return re.sub(r"^(\S+\s+\S+\s+).*", r"\1***", request, flags=re.DOTALL) if self.has_secret else request
+    def _choose(self, session: _Session, value: Any) -> _Reply:
+        """The reply without rules: to the sequence, the argument, the lists, and then to the command's own checks."""
+        accepted = session.mail.accepted_steps
+        if not accepted.issuperset(self.needs):
+            missing = next(step for step in self.needs if step not in accepted)
+            return self._find_reply(_DEMANDS.get(missing, self._bad_sequence))
+        if value is None:
+            return self._find_reply(self.bad_argument)
+        for values, text in self._refused:
+            if _fold(value) in values:
+                return self._find_reply(text)
+        refusal = self.refuse(session, value)
+        return self._accepting if refusal is None else self._find_reply(refusal)
 
-    def names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
-        """The addresses or domains that it is about, for the rules that name one."""
+    def _stages(self, stage: str) -> tuple[str, ...]:
+        """The stages whose rules apply."""
+        return stage, "*"
+
+    def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
+        """The addresses or domains for rules to match."""
         return [name.strip("<>") for name in (value, argument) if isinstance(name, str)]
 
-    def refuse(self, session: _Session, value: Any) -> str | None:
-        """The text that refuses the command, None to accept it."""
-        if not session.done.issuperset(self.needs):
-            return self.name_missing(session)
-        if value is None:
-            return self.bad_argument
-        for values, text in self.refusals:
-            if _fold(value) in values:
-                return text
-        return self.refuse_more(session, value) if self.checks_more else None
+    def _apply(self, aspects: dict[str, Any], usual: _Reply) -> _Reply:
+        """The usual reply, changed by the aspects that rules set."""
+        if not aspects:
+            return usual
+        reply = usual._replace(delay=aspects.get("delay", usual.delay), trickle=aspects.get("trickle", usual.trickle))
+        said = aspects.get("said")
+        if said is not None:
+            text = _decode(said).rstrip("\r\n") if isinstance(said, bytes) else self._fill(said)
+            data = said if isinstance(said, bytes) else _encode(text)
+            accepts = bool(data) and not text.startswith(("4", "5"))
+            reply = reply._replace(text=text, data=data, next=self._choose_next(accepts), accepts=accepts)
+        return reply._replace(next=aspects["then"]) if "then" in aspects else reply
 
-    def refuse_more(self, session: _Session, value: Any) -> str | None:
-        """The same, of what only some servers have to check."""
-        return None
+    def _read_loosely(self, argument: Any) -> Any:
+        """The value of an argument that is invalid, but that a rule accepted."""
+        return argument
 
-    def name_missing(self, session: _Session) -> str:
-        """The text about the first of its needs that is not met."""
-        for step, text in (("tls", "msg_tls_required"), ("auth", "msg_auth_required")):
-            if step in self.needs and step not in session.done:
-                return text
-        return self.bad_sequence
-
-    def record(self, session: _Session, exchange: _Exchange) -> None:
-        """Keep the exchange for the message."""
-        if self.step:
-            session.steps[self.step] = exchange
+    def _record(self, mail: _Mail, exchange: _Exchange) -> None:
+        if self._step:
+            mail.steps[self._step] = exchange
             if exchange.accepted:
-                session.done.add(self.step)
+                mail.accepted_steps.add(self._step)
 
 
 class _Greeting(Handler):
-    """What the server says before there is any command."""
+    """What the server says before any command."""
 
     verbs = ("connect",)
     received = "msg_greeting"
-    before_tls = True
+    _before_tls = True
 
 
 class _Helo(Handler):
-    """HELO, with what the client calls itself."""
+    """HELO, with the name of the client."""
 
     verbs = ("HELO",)
-    step = "helo"
-    erases = _STEPS
     parse = staticmethod(_parse_domain)
-    bad_argument = "msg_invalid_cmd_helo_arg"
-    refused = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
-    received = "msg_helo_received"
-    delay = "response_delay_helo"
-    before_tls = True
+    received, bad_argument = "msg_helo_received", "msg_invalid_cmd_helo_arg"
+    _step, _delay = "helo", "response_delay_helo"
+    _erases = _STEPS
+    _lists = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
+    _before_tls = True
 
 
 _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 section 4
 
-# What parameters are of which command and extension, and what their values may be. Any other is taken to be
-# of the extension that has its name.
+# The command, the extension and the pattern of each parameter. A parameter that is not listed belongs to the
+# extension of the same name, and may have any value.
 _PARAMETERS = {
     "SIZE": ("MAIL", "SIZE", "[0-9]{1,20}"),  # RFC 1870
     "BODY": ("MAIL", "8BITMIME", "7BIT|8BITMIME"),  # RFC 6152
+    "BODY=BINARYMIME": ("MAIL", "BINARYMIME", "BINARYMIME"),  # RFC 3030 section 3
     "SMTPUTF8": ("MAIL", "SMTPUTF8", ""),  # RFC 6531
     "AUTH": ("MAIL", "AUTH", f"<>|{_XTEXT}+"),  # RFC 4954
     "RET": ("MAIL", "DSN", "FULL|HDRS"),  # RFC 3461
@@ -1171,248 +1231,246 @@ _PARAMETERS = {
 }
 
 
-class _Path(Handler):
-    """What is common to MAIL and RCPT: an address with parameters."""
-
-    others = ("msg_unknown_parameter", "msg_msg_size_is_too_big", "msg_auth_required")
+class _PathHandler(Handler):
+    """What MAIL and RCPT have in common: an address with parameters."""
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
-        if self.extensions:
-            self.checks_more, self.parse = True, _allow_parameters(self.parse)
+        if self._extensions:
+            self.parse = functools.partial(_parse_parameters, parse=self.parse)
 
-    def refuse_more(self, session: _Session, value: Any) -> str | None:
+    def refuse(self, session: _Session, value: Any) -> str | None:
+        if not self._extensions:
+            return None
         given = getattr(value, "parameters", {})
-        if "SMTPUTF8" in self.extensions and not value.isascii() and not self.takes_utf8(session, given):
+        if "SMTPUTF8" in self._extensions and not value.isascii() and not self._declares_utf8(session, given):
             return self.bad_argument
-        if not all(self.can_read(session, *parameter) for parameter in given.items()):
+        if not all(self._allows(session, *parameter) for parameter in given.items()):
             return "msg_unknown_parameter"
         return "msg_msg_size_is_too_big" if int(given.get("SIZE", 0)) > self.options.msg_size_limit else None
 
-    def takes_utf8(self, session: _Session, given: dict[str, str]) -> bool:
+    def _declares_utf8(self, session: _Session, given: dict[str, str]) -> bool:
         return "SMTPUTF8" in given
 
-    def can_read(self, session: _Session, name: str, value: str) -> bool:
-        verb, extension, pattern = _PARAMETERS.get(name, (self.verbs[0], name, "[^?]*"))
-        is_esmtp = str(session.steps["helo"].request)[:4].upper() == "EHLO"
-        was_announced = is_esmtp and extension in self.extensions and verb in self.verbs
+    def _allows(self, session: _Session, name: str, value: str) -> bool:
+        usual = _PARAMETERS.get(name, (self.verbs[0], name, "[^?]*"))
+        verb, extension, pattern = _PARAMETERS.get(f"{name}={value.upper()}", usual)
+        is_esmtp = str(session.mail.steps["helo"].request)[:4].upper() == "EHLO"
+        was_announced = is_esmtp and extension in self._extensions and verb in self.verbs
         return was_announced and re.fullmatch(pattern, value, re.IGNORECASE) is not None
 
+    def _read_loosely(self, argument: str) -> str | None:
+        return _parse_parameters(argument, lambda path: path[1:-1] if path[:1] + path[-1:] == "<>" else path)
 
-class _Mailfrom(_Path):
-    """MAIL FROM:<address>, or <> for a mail that nobody is to answer."""
+
+class _Mailfrom(_PathHandler):
+    """MAIL FROM:<address>, or <> for a mail that must not be answered."""
 
     verbs = ("MAIL",)
-    keyword = "FROM:"
-    step = "mailfrom"
-    needs: tuple[str, ...] = ("helo",)
-    erases = _ENVELOPE
+    needs: Sequence[str] = ("helo",)
     parse = staticmethod(_parse_sender)
-    bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
     bad_argument = "msg_invalid_cmd_mailfrom_arg"
-    refused = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
     received = "msg_mailfrom_received"
-    delay = "response_delay_mailfrom"
+    _step, _keyword, _delay = "mailfrom", "FROM:", "response_delay_mailfrom"
+    _erases = _TRANSACTION
+    _bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
+    _lists = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
 
     def __init__(self, options: Configuration) -> None:
-        super().__init__(options)
         if options.auth_required:
             self.needs = ("auth", *self.needs)
+        super().__init__(options)
 
 
-class _Rcptto(_Path):
+class _Rcptto(_PathHandler):
     """RCPT TO:<address>, once per recipient."""
 
-    verbs = ("RCPT",)
-    keyword = "TO:"
-    step = "rcptto"
-    needs = ("helo", "mailfrom")
+    verbs, needs = ("RCPT",), ("helo", "mailfrom")
     parse = staticmethod(_parse_recipient)
-    bad_sequence = "msg_invalid_cmd_rcptto_sequence"
     bad_argument = "msg_invalid_cmd_rcptto_arg"
-    refused = (
+    received = "msg_rcptto_received"
+    _step, _keyword = "rcptto", "TO:"
+    _bad_sequence = "msg_invalid_cmd_rcptto_sequence"
+    _lists = (
         ("blacklisted_rcptto_emails", "msg_rcptto_blacklisted_email"),
         ("not_registered_emails", "msg_rcptto_not_registered_email"),
     )
-    received = "msg_rcptto_received"
-    delay = "response_delay_rcptto"
+    _delay = "response_delay_rcptto"
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
-        self.erases = () if options.multiple_rcptto else _STEPS[2:]
+        self._erases = () if options.multiple_rcptto else _STEPS[2:]
 
-    def takes_utf8(self, session: _Session, given: dict[str, str]) -> bool:
-        return "SMTPUTF8" in getattr(session.steps["mailfrom"].value, "parameters", {})
+    def _declares_utf8(self, session: _Session, given: dict[str, str]) -> bool:
+        return "SMTPUTF8" in getattr(session.mail.steps["mailfrom"].value, "parameters", {})
 
-    def record(self, session: _Session, exchange: _Exchange) -> None:
-        super().record(session, exchange)
-        session.recipients.append(exchange)
+    def _record(self, mail: _Mail, exchange: _Exchange) -> None:
+        super()._record(mail, exchange)
+        mail.recipients.append(exchange)
 
 
 class _Data(Handler):
-    """DATA, which asks for leave to send the body."""
+    """DATA, which asks for permission to send the body."""
 
-    verbs = ("DATA",)
-    step = "data"
+    verbs: Sequence[str] = ("DATA",)
     needs = ("helo", "mailfrom", "rcptto")
-    erases: tuple[str, ...] = ("data", "msg")
-    bad_sequence = "msg_invalid_cmd_data_sequence"
-    received = "msg_data_received"
-    delay = "response_delay_data"
-    after = _After.BODY
+    received, bad_argument, _bad_sequence = "msg_data_received", "msg_invalid_cmd", "msg_invalid_cmd_data_sequence"
+    _step, _delay = "data", "response_delay_data"
+    _erases: tuple[str, ...] = ("data", "msg")
 
-    def __init__(self, options: Configuration) -> None:
-        super().__init__(options)
-        self.checks_more = "CHUNKING" in self.extensions
+    def refuse(self, session: _Session, value: Any) -> str | None:
+        return None if session.mail.body is None else self._bad_sequence  # after a chunk, RFC 3030 section 2
 
-    def refuse_more(self, session: _Session, value: Any) -> str | None:
-        return None if session.chunks is None else self.bad_sequence
+    def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
+        return session.mail.accepted_recipients()
 
-    def names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
-        return session.accepted_recipients()
-
-
-class _Bdat(_Data):
-    """BDAT, with which a body comes in chunks that are counted, not marked (RFC 3030)."""
-
-    verbs = ("BDAT",)
-    has_payload = True
-    erases = ()
-    parse = staticmethod(_parse_chunk)
-    bad_argument = "msg_invalid_cmd_bdat_arg"
-    others = ("msg_msg_size_is_too_big",)
-    received = "msg_bdat_received"
-    after = _After.COMMAND
-
-    @classmethod
-    def is_offered(cls, options: Configuration) -> bool:
-        return "CHUNKING" in _name_extensions(options)
-
-    def run(self, session: _Session, request: _Request, argument: Any) -> _Reply:
-        if session.chunks is None:  # a new body
-            session.erase(("data", "msg"))
-        reply = super().run(session, request, argument)
-        if session.payload is None:
-            return reply
-        if not reply.accepts:
-            session.done.discard("rcptto")  # so that no other chunk counts before the next MAIL
-            session.chunks = None
-            return reply
-        session.chunks = session.chunks or bytearray()
-        session.chunks += session.payload.data
-        _, is_last = self.parse(argument) or (0, False)
-        if not is_last:
-            return reply
-        session.dialogue[-1] = None
-        return _Reply("", b"", reply.delay, _After.MESSAGE, accepts=True)
-
-    def refuse_more(self, session: _Session, value: Any) -> str | None:
-        size = value[0] + len(session.chunks or b"")
-        return "msg_msg_size_is_too_big" if size > self.options.msg_size_limit else None
-
-
-class _Body(Handler):
-    """The body, when its end has come. It is its own argument, None if it was too long."""
-
-    verbs = ("message",)
-    step = "msg"
-    parse = staticmethod(lambda body: body)
-    bad_argument = "msg_msg_size_is_too_big"
-    received = "msg_msg_received"
-    delay = "response_delay_message"
-    completes = True
-    names = _Data.names
-
-    def run(self, session: _Session, request: _Request, argument: Any) -> _Reply:
-        reply = super().run(session, request, argument)
-        if reply.accepts and not session.deliver():
-            reply = self.reply("msg_msg_failed")
-            session.dialogue[-1] = reply.text
-            self.record(session, _Exchange(request, reply.text, reply.accepts, argument))
+    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
+        reply = super()._run(session, stage, request, argument)
+        if reply.accepts and not reply.next.ends:
+            session.expect_body()
         return reply
 
 
-class _Rset(Handler):
-    """RSET, after which the client begins another mail."""
+class _Bdat(_Data):
+    """BDAT, which sends a body in chunks that are counted and have no end marker (RFC 3030)."""
 
-    verbs = ("RSET",)
-    step = "rset"
-    needs = ("helo",)
-    erases = _ENVELOPE
-    bad_sequence = "msg_invalid_cmd_rset_sequence"
-    received = "msg_rset_received"
-    delay = "response_delay_rset"
-    notes = True
+    verbs = ("BDAT",)
+    parse = staticmethod(_parse_chunk)
+    received, bad_argument = "msg_bdat_received", "msg_invalid_cmd_bdat_arg"
+    _erases = ()
+
+    @classmethod
+    def _is_offered(cls, options: Configuration) -> bool:
+        return "CHUNKING" in _name_extensions(options)
+
+    def _start(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+        chunk = _parse_chunk(argument)
+        if chunk is None:
+            return session.run(self, verb, request, argument)
+        session.begin_mail_if_due(self)  # so that the bytes go to the same mail as the command
+        return session.expect_chunk(chunk[0], lambda: self._finish(session, verb, request, argument))
+
+    def _finish(self, session: _Session, verb: str, request: str, argument: str) -> _Reply:
+        """Run the command after its chunk has arrived. With LAST, the reply is that to the body."""
+        chunk = _parse_chunk(argument)
+        if chunk is None or not chunk[1] or not self._choose(session, chunk).accepts:
+            return session.run(self, verb, request, argument)
+        session.mail.dialogue.extend((request, None))
+        self._record(session.mail, _Exchange(request, self._accepting.text, True, chunk))
+        return session.finish_body(request)
+
+    def refuse(self, session: _Session, value: Any) -> str | None:
+        body = session.mail.body
+        return "msg_msg_size_is_too_big" if body and body.size > self.options.msg_size_limit else None
+
+    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
+        reply = Handler._run(self, session, stage, request, argument)
+        if not reply.accepts and self.parse(argument) is not None:  # no chunk counts any more before the next MAIL
+            session.mail.accepted_steps.discard("rcptto")
+            session.mail.body = None
+        return reply
+
+
+class _EndOfBody(Handler):
+    """The end of the body. Its argument is the content, or None if that was too long."""
+
+    verbs = ("message",)
+    parse = staticmethod(lambda content: content)
+    received, bad_argument = "msg_msg_received", "msg_msg_size_is_too_big"
+    _step, _delay = "msg", "response_delay_message"
+    _names = _Data._names
+
+    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
+        reply = super()._run(session, stage, request, argument)
+        if reply.accepts and not session.deliver():
+            failed = self._find_reply("msg_msg_failed")
+            reply = failed._replace(delay=reply.delay, next=reply.next if reply.next.ends else failed.next)
+            # A copy, because on_message was given a message that has the list.
+            session.mail.dialogue = [*session.mail.dialogue[:-1], reply.text]
+            self._record(session.mail, _Exchange(request, reply.text, False, argument))
+            session.mail.accepted_steps.discard("msg")
+        return reply
+
+
+class _EndOfChunks(_EndOfBody):
+    """The end of a body that came in chunks. BDAT LAST has one reply for the command and for the body."""
+
+    verbs = ("last chunk",)
+
+    def _make_reply(self, option: str) -> _Reply:
+        reply = super()._make_reply(option)
+        return reply._replace(delay=reply.delay + self.options.response_delay_data)
+
+    def _stages(self, stage: str) -> tuple[str, ...]:
+        return "message", "BDAT", "*"
+
+
+class _Rset(Handler):
+    """RSET, which abandons the mail."""
+
+    verbs, needs = ("RSET",), ("helo",)
+    received, _bad_sequence = "msg_rset_received", "msg_invalid_cmd_rset_sequence"
+    _step, _delay = "rset", "response_delay_rset"
+    _erases = _TRANSACTION
+    _annotates = True
 
 
 class _Noop(Handler):
-    """NOOP, with an argument or without."""
+    """NOOP, with or without an argument."""
 
     verbs = ("NOOP",)
-    step = "noop"
-    before_tls = True
     parse = staticmethod(str)
     received = "msg_noop_received"
-    delay = "response_delay_noop"
-    notes = True
+    _step, _delay = "noop", "response_delay_noop"
+    _before_tls, _annotates = True, True
 
 
 class _Quit(Handler):
-    """QUIT, with which the session ends."""
+    """QUIT, which ends the session."""
 
     verbs = ("QUIT",)
-    step = "quit"
-    received = "msg_quit_cmd"
-    delay = "response_delay_quit"
-    after = _After.CLOSE
-    before_tls = True
-    notes = True
+    received, bad_argument = "msg_quit_cmd", "msg_invalid_cmd"
+    _step, _delay = "quit", "response_delay_quit"
+    _next, _before_tls, _annotates = _Next.CLOSE, True, True
 
 
 class _Starttls(Handler):
-    """STARTTLS, after which the session begins anew, in TLS (RFC 3207)."""
+    """STARTTLS, after which the session begins again within TLS (RFC 3207)."""
 
-    verbs = ("STARTTLS",)
-    needs = ("helo",)
-    bad_argument = "msg_invalid_cmd_starttls_arg"
-    others = ("msg_invalid_cmd_starttls_sequence",)
-    received = "msg_starttls_received"
-    after = _After.TLS
-    before_tls = True
+    verbs, needs = ("STARTTLS",), ("helo",)
+    received, bad_argument = "msg_starttls_received", "msg_invalid_cmd_starttls_arg"
+    _next, _before_tls = _Next.TLS, True
 
     @classmethod
-    def is_offered(cls, options: Configuration) -> bool:
+    def _is_offered(cls, options: Configuration) -> bool:
         return options.ssl_context is not None and not options.implicit_tls
 
-    def refuse(self, session: _Session, value: Any) -> str | None:
-        return "msg_invalid_cmd_starttls_sequence" if session.is_secure else super().refuse(session, value)
+    def _choose(self, session: _Session, value: Any) -> _Reply:
+        is_secure = session.is_secure  # HELO is not needed to say that
+        return self._find_reply("msg_invalid_cmd_starttls_sequence") if is_secure else super()._choose(session, value)
 
 
-# What AUTH is told by a mechanism: a challenge, to which it sends the client's answer. A mechanism
-# returns the user and a secret, and ValueError is what it raises if the answer makes no sense. The first
-# answer may have come already.
-_Conversation = Generator[bytes, bytes, tuple[str, str]]
+# A mechanism yields its challenges, is sent the client's answers, and returns a user and a secret. An answer that
+# makes no sense raises ValueError.
+_Mechanism = Generator[bytes, bytes, tuple[str, str]]
 
 
-def _converse_plain(users: Any, initial: bytes | None) -> _Conversation:
+def _run_plain(users: Any) -> _Mechanism:
     """RFC 4616."""
-    answer = (yield b"") if initial is None else initial
-    _, user, secret = _decode(answer).split("\0")
+    _, user, secret = _decode((yield b"")).split("\0")
     return user, secret
 
 
-def _converse_login(users: Any, initial: bytes | None) -> _Conversation:
-    user = (yield b"Username:") if initial is None else initial
+def _run_login(users: Any) -> _Mechanism:
+    user = yield b"Username:"
     secret = yield b"Password:"
     return _decode(user), _decode(secret)
 
 
-def _converse_cram_md5(users: Any, initial: bytes | None) -> _Conversation:
-    """RFC 2195. The client proves that it knows the secret, and does not tell it."""
+def _run_cram_md5(users: Any) -> _Mechanism:
+    """RFC 2195. The client proves that it knows the secret without sending it."""
     import hmac
 
-    if initial is not None:
-        raise ValueError("the server begins")
     challenge = b"<%d.%d@smtpmock>" % (time.monotonic_ns(), id(users))
     user, _, digest = _decode((yield challenge)).rpartition(" ")
     if callable(users):
@@ -1422,261 +1480,322 @@ def _converse_cram_md5(users: Any, initial: bytes | None) -> _Conversation:
     return user, secret if digest == expected else f"not {secret}"
 
 
-def _converse_xoauth2(users: Any, initial: bytes | None) -> _Conversation:
-    """As Google and Microsoft have it; the secret is the token."""
-    answer = (yield b"") if initial is None else initial
-    match = re.fullmatch("user=([^\1]*)\1auth=Bearer ([^\1]*)\1\1", _decode(answer))
+def _run_xoauth2(users: Any) -> _Mechanism:
+    """As Google and Microsoft define it. The secret is the token."""
+    match = re.fullmatch("user=([^\1]*)\1auth=Bearer ([^\1]*)\1\1", _decode((yield b"")))
     if match is None:
         raise ValueError("no user and token")
     return match[1], match[2]
 
 
-_MECHANISMS: dict[str, Callable[[Any, bytes | None], _Conversation]] = {
-    "PLAIN": _converse_plain,
-    "LOGIN": _converse_login,
-    "CRAM-MD5": _converse_cram_md5,
-    "XOAUTH2": _converse_xoauth2,
+_MECHANISMS: dict[str, Callable[[Any], _Mechanism]] = {
+    "PLAIN": _run_plain,
+    "LOGIN": _run_login,
+    "CRAM-MD5": _run_cram_md5,
+    "XOAUTH2": _run_xoauth2,
 }
 
 
-def _encode_base64(data: bytes) -> str:
-    import base64
+class _AuthExchange(NamedTuple):
+    """An AUTH command that waits for the answer to a challenge."""
 
-    return base64.b64encode(data).decode()
-
-
-def _decode_base64(text: str) -> bytes:
-    import base64
-
-    return base64.b64decode(text.encode(), validate=True)
+    login: _Login  # what is known so far
+    mechanism: _Mechanism
+    challenge: bytes
 
 
 class _Auth(Handler):
-    """AUTH, in one line or in several (RFC 4954). Its argument is what came of that."""
+    """AUTH, in one line or in several. Each line is run; what the last one is worth is a _Login."""
 
     verbs = ("AUTH",)
-    step = "auth"
     parse = staticmethod(lambda login: login)
-    others = (
-        "msg_auth_failed",
-        "msg_auth_cancelled",
-        "msg_auth_bad_response",
-        "msg_auth_unknown_mechanism",
-        "msg_auth_sequence",
-        "msg_auth_tls_required",
-        "msg_invalid_cmd",
-    )
     received = "msg_auth_received"
-    has_secret = True
-
-    def run(self, session: _Session, request: _Request, argument: Any) -> _Reply:
-        begun, session.conversation = session.conversation, None
-        command, conversation = begun or (request, self.converse(session, argument))
-        try:
-            challenge = conversation.send(argument if begun else None)
-        except StopIteration as stop:
-            reply = super().run(session, command, stop.value)
-            session.dialogue[-2] = request
-            return reply
-        session.conversation = command, conversation
-        reply = _Reply(f"334 {challenge}", _encode(f"334 {challenge}"), after=_After.LINE, accepts=True)
-        session.dialogue.extend((request, reply.text))
-        return reply
+    _step = "auth"
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         return None if value.response == self.received else value.response
 
-    def record(self, session: _Session, exchange: _Exchange) -> None:
-        if self.options.auth_users is not None and self.step not in session.done:
-            super().record(session, exchange)
-
-    def names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
-        return [value.user or ""]
-
-    def converse(self, session: _Session, argument: str) -> Generator[str, Any, _Login]:
-        """Yields challenges in base64, and is sent the lines that answer them."""
+    def _start(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+        # Only the verb and a known mechanism are shown, because anything else may be a secret.
         name, _, initial = argument.partition(" ")
-        mechanism = name.upper()
-        refusal = self.refuse_start(session, mechanism)
-        if refusal is not None:
-            return _Login(refusal, mechanism)
-        try:
-            first = _decode_base64("" if initial == "=" else initial) if initial else None
-            steps = _MECHANISMS[mechanism](self.options.auth_users, first)
-            challenge = next(steps)
-            while True:
-                line = yield _encode_base64(challenge)
-                if line == "*":
-                    return _Login("msg_auth_cancelled", mechanism)
-                challenge = steps.send(_decode_base64(line))
-        except StopIteration as stop:
-            user, secret = stop.value
-        except ValueError:
-            return _Login("msg_auth_bad_response", mechanism)
-        return _Login(self.received if self.knows(mechanism, user, secret) else "msg_auth_failed", mechanism, user)
+        shown = name if name.upper() in _MECHANISMS else "***" if name else ""
+        words = (request.split(maxsplit=1)[0], shown, "***" if initial else "")
+        return session.run(self, verb, " ".join(filter(None, words)), argument)
 
-    def refuse_start(self, session: _Session, mechanism: str) -> str | None:
+    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
+        """The argument is that of the command or, for an answer to a challenge, the exchange and the line."""
+        answers = isinstance(argument, tuple)
+        result = self._proceed(*argument) if answers else self._begin(session, str(request), argument)
+        if isinstance(result, _AuthExchange):
+            return self._challenge(session, stage, request, result)
+        reply = super()._run(session, stage, result.request, result)
+        session.mail.dialogue[-2] = request
+        return reply
+
+    def _begin(self, session: _Session, request: str, argument: str) -> _AuthExchange | _Login:
+        name, _, initial = argument.partition(" ")
+        login = _Login("msg_auth_bad_response", name.upper(), None, request)
+        refusal = self._refuse_mechanism(session, name.upper())
+        if refusal is not None:
+            return login._replace(response=refusal)
+        mechanism = _MECHANISMS[name.upper()](self.options.auth_users)
+        exchange = _AuthExchange(login, mechanism, next(mechanism))
+        if not initial:
+            return exchange
+        if exchange.challenge[:1] == b"<" or initial == "*":  # the challenge of CRAM-MD5 has to be seen first
+            return login
+        return self._proceed(exchange, "" if initial == "=" else initial)
+
+    def _refuse_mechanism(self, session: _Session, mechanism: str) -> str | None:
+        steps = session.mail.accepted_steps
         if self.options.auth_users is None:
             return "msg_invalid_cmd"
-        if not session.done.issuperset(self.needs):
-            return self.name_missing(session)
-        if "helo" not in session.done or "auth" in session.done or "mailfrom" in session.done:
+        if not steps.issuperset(self.needs):
+            return "msg_tls_required"
+        if "helo" not in steps or "auth" in steps or "mailfrom" in steps:
             return "msg_auth_sequence"
         if self.options.auth_requires_tls and not session.is_secure:
             return "msg_auth_tls_required"
         return None if mechanism in _MECHANISMS else "msg_auth_unknown_mechanism"
 
-    def knows(self, mechanism: str, user: str, secret: str) -> bool:
-        users = self.options.auth_users
-        return bool(users(mechanism, user, secret) if callable(users) else user in users and users[user] == secret)
+    def _proceed(self, exchange: _AuthExchange, line: str) -> _AuthExchange | _Login:
+        """The outcome, or the exchange with its next challenge."""
+        import base64
+
+        login, users = exchange.login, self.options.auth_users
+        if line == "*":
+            return login._replace(response="msg_auth_cancelled")
+        try:
+            challenge = exchange.mechanism.send(base64.b64decode(line.encode(), validate=True))
+            return exchange._replace(challenge=challenge)
+        except StopIteration as stop:
+            user, secret = stop.value
+        except ValueError:
+            return login
+        name = login.mechanism
+        is_valid = users(name, user, secret) if callable(users) else user in users and users[user] == secret
+        return login._replace(response=self.received if is_valid else "msg_auth_failed", user=user)
+
+    def _challenge(self, session: _Session, stage: str, request: _Request, exchange: _AuthExchange) -> _Reply:
+        import base64
+
+        text = f"334 {base64.b64encode(exchange.challenge).decode()}"
+        reply = _Reply(text, _encode(text), accepts=True)
+        if session.rules.newest_first:
+            wanted = ("delay", "trickle")
+            reply = self._apply(session.decide((stage, "*"), exchange.login.request, None, [""], wanted=wanted), reply)
+        session.mail.dialogue.extend((request, text))
+        session.expect_answer(lambda line: session.run(self, stage, line if line == "*" else "***", (exchange, line)))
+        return reply
+
+    def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
+        return [value.user or ""]
+
+    def _record(self, mail: _Mail, exchange: _Exchange) -> None:
+        if self.options.auth_users is not None and self._step not in mail.accepted_steps:
+            super()._record(mail, exchange)
 
 
-def _write_lines(text: str, extensions: Sequence[str]) -> str:
-    """A reply with extensions after it: all lines but the last have a - after the code (RFC 5321 section 4.2.1)."""
+def _insert_lines(text: str, extensions: Sequence[str]) -> str:
+    """A reply followed by extensions; all lines but the last have a - after the code (RFC 5321 section 4.2.1)."""
     lines = [*text.replace("\r\n", "\n").split("\n"), *(f"250 {extension}" for extension in extensions)]
     more = [f"{line[:3]}-{line[4:]}" if line[:3].isdigit() else line for line in lines[:-1]]
     return "\n".join([*more, lines[-1]]) if extensions else text
 
 
 class _Ehlo(_Helo):
-    """EHLO, the reply to which lists the extensions (RFC 5321 section 4.1.1.1)."""
+    """EHLO, whose reply lists the extensions (RFC 5321 section 4.1.1.1)."""
 
     verbs = ("EHLO",)
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
-        usual = self.replies[self.received]
-        for key, is_secure in ((self.received, False), ("secure", True)):
-            text = _write_lines(usual.text, list(self.list_extensions(is_secure))) if usual.accepts else usual.text
-            self.replies[key] = usual._replace(text=text, data=_encode(text))
+        self._secure = self._announce(is_secure=True)
+        self._accepting = self._announce(is_secure=False)
 
-    def list_extensions(self, is_secure: bool) -> Iterator[str]:
+    def _announce(self, *, is_secure: bool) -> _Reply:
+        usual = self._make_reply(self.received)
+        text = _insert_lines(usual.text, list(self._list_extensions(is_secure))) if usual.accepts else usual.text
+        return usual._replace(text=text, data=_encode(text))
+
+    def _list_extensions(self, is_secure: bool) -> Iterator[str]:
         for extension in self.options.extensions:
             yield f"SIZE {self.options.msg_size_limit}" if extension.upper() == "SIZE" else extension
-        if _Starttls.is_offered(self.options) and not is_secure:
+        if _Starttls._is_offered(self.options) and not is_secure:
             yield "STARTTLS"
         if self.options.auth_users is not None and (is_secure or not self.options.auth_requires_tls):
             yield f"AUTH {' '.join(_MECHANISMS)}"
 
-    def refuse(self, session: _Session, value: Any) -> str | None:
-        return super().refuse(session, value) or ("secure" if session.is_secure else None)
+    def _choose(self, session: _Session, value: Any) -> _Reply:
+        reply = super()._choose(session, value)
+        return self._secure if reply is self._accepting and session.is_secure else reply
 
 
 class _Unknown(Handler):
     """A command that is none of the others."""
 
-    verbs = ("unknown",)
-    before_tls = True
+    verbs: Sequence[str] = ("unknown",)
     parse = staticmethod(lambda argument: None)
     bad_argument = "msg_invalid_cmd"
+    _before_tls = True
 
 
 class _TooLong(_Unknown):
-    """A command line that was too long to be kept."""
+    """A command line that was too long to keep."""
 
     verbs = ("too long",)
     bad_argument = "msg_line_too_long"
 
 
-_FORMS: tuple[type[Handler], ...] = (_Greeting, _Helo, _Ehlo, _Mailfrom, _Rcptto, _Data, _Bdat, _Body, _Rset)
-_FORMS += (_Noop, _Quit, _Starttls, _Auth, _Unknown, _TooLong)
+_BUILT_IN: tuple[type[Handler], ...] = (_Greeting, _Helo, _Ehlo, _Mailfrom, _Rcptto, _Data, _Bdat, _EndOfBody)
+_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Starttls, _Auth, _Unknown, _TooLong)
 
 
-def _make_handlers(options: Configuration, others: Iterable[Any] = ()) -> dict[str, Handler]:
-    """The table of verbs, in which a later one replaces an earlier."""
-    for form in others:
-        if not (isinstance(form, type) and issubclass(form, Handler) and form.verbs):
-            raise ConfigurationError(f"handlers: {form!r} must be a subclass of Handler that has verbs")
-    forms = [form for form in _FORMS if form.is_offered(options)]
-    table = {verb: handler for form in forms for handler in [form(options)] for verb in form.verbs}
+def _check_reply(name: str, text: Any) -> None:
+    known = [field.name for field in dataclasses.fields(Configuration) if field.name.startswith("msg_")]
+    if not (_is_text(text) and (text in known or re.match("[0-9]{3}", text))):
+        hint = _suggest(text, known) if isinstance(text, str) else ""
+        raise ConfigurationError(f"{name}={text!r}: must be a text that begins with three digits, or an option{hint}")
+
+
+def _check_handler(handler: Any) -> None:
+    """Raise ConfigurationError unless this is a subclass of Handler with all that it needs."""
+    if not (isinstance(handler, type) and issubclass(handler, Handler)):
+        raise ConfigurationError(f"handlers: {handler!r} must be a subclass of Handler")
+    for name in ("verbs", "needs"):
+        value = getattr(handler, name)
+        if not _are_names(value) or not (value or name == "needs"):
+            example = "('VRFY',)" if name == "verbs" else "('helo',)"
+            raise ConfigurationError(f"{handler.__name__}.{name}={value!r}: must be a tuple of strings, as {example}")
+    for verb in handler.verbs:
+        if not re.fullmatch("[A-Za-z0-9]+", verb):
+            raise ConfigurationError(f"{handler.__name__}.verbs: {verb!r} is no verb")
+    for step in handler.needs:
+        if step not in (*_STEPS, *_DEMANDS):
+            raise ConfigurationError(f"{handler.__name__}.needs: {step!r} is no step of a session")
+    if not callable(handler.parse):
+        raise ConfigurationError(f"{handler.__name__}.parse={handler.parse!r}: must be callable")
+    for name in ("received", "bad_argument"):
+        _check_reply(f"{handler.__name__}.{name}", getattr(handler, name))
+
+
+def _make_handlers(options: Configuration, handlers: Any = ()) -> dict[str, Handler]:
+    """The table of verbs. The user's handlers replace built-in ones."""
+    if not isinstance(handlers, Iterable):
+        raise ConfigurationError(f"handlers={handlers!r}: must be a list of subclasses of Handler")
+    handlers = list(handlers)
+    for handler in handlers:
+        _check_handler(handler)
+    offered = [handler(options) for handler in _BUILT_IN if handler._is_offered(options)]
+    table = {verb: handler for handler in offered for verb in handler.verbs}
     return table | {
-        _parse_stage(verb): handler for form in others for handler in [form(options)] for verb in form.verbs
+        _parse_stage(verb): made for made in (handler(options) for handler in handlers) for verb in made.verbs
     }
 
 
 # ----------------------------------------------------------------------------------------- session
 
 _LINE_LIMIT = 4096  # bytes of a command line with its end; RFC 5321 section 4.5.3.1.4 asks for 512 or more
-_AUTH_LINE_LIMIT = 12288  # where there may be tokens in it; RFC 4954 section 4
+_AUTH_LINE_LIMIT = 12288  # where lines may hold tokens; RFC 4954 section 4
 _END_OF_DATA = b"\r\n.\r\n"
-_DIALOGUE_LIMIT = 20000  # requests and replies that a transcript goes back, so that an endless session has an end
+_DIALOGUE_LIMIT = 20000  # requests and replies in a transcript; an endless session must not fill the memory
 
 
-class _BodyReader:
-    """Takes in a body, up to the line that is a dot alone (RFC 5321 section 4.1.1.4).
+class _Body:
+    """The body of a mail while it arrives, from DATA or in the chunks of BDAT.
 
-    Only CRLF ends a line here: with a bare LF for one, a mail could smuggle in another.
+    Only CRLF ends a line: if a bare LF did, a mail could smuggle in another one (RFC 5321 section 4.1.1.4).
     """
 
-    def __init__(self, limit: int) -> None:
-        self.complete = False
+    def __init__(self, limit: int, stops: list[int], *, is_counted: bool) -> None:
+        self.is_counted = is_counted  # comes in chunks, which have no end marker and no stuffed dots
+        self.missing = 0  # bytes of the present chunk
+        self.finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
+        self.size = 0  # bytes as they were sent, without the end marker
+        self.stops = stops  # sizes at which rules apply, smallest first
         self._limit = limit
-        self._dropped = False
-        self._raw = bytearray()
-        self._seam = b"\r\n"  # the last bytes that came, as the end of data may come in pieces
-        self.size = 0  # as sent, the end of data not counted
+        self._is_kept = True
+        self._raw = bytearray(b"\r\n")  # so that the first line begins like any other
 
-    def feed(self, data: bytes, start: int) -> int:
-        """Take data from start on, and return where in it the body ends."""
-        seam = self._seam
-        found = (seam + data[start : start + 4]).find(_END_OF_DATA)
-        if found >= 0:
-            stop = start + found - len(seam) + len(_END_OF_DATA)
+    def feed(self, data: bytes, start: int) -> tuple[int, bool]:
+        """Take data from start on. Returns where in it the body, the chunk or the way to the next stop ends; and
+        whether the body or chunk is complete."""
+        end = len(data)
+        if self.stops:
+            end = min(end, start + self.stops[0] - self.size)
+        if self.is_counted:
+            stop = min(end, start + self.missing)
+            self.missing -= stop - start
+            is_complete = not self.missing
         else:
-            found = data.find(_END_OF_DATA, start)
-            stop = found + len(_END_OF_DATA) if found >= 0 else len(data)
-        self.complete = found >= 0
-        self.size += stop - start - 3 * self.complete
-        self._seam = (seam + data[max(start, stop - 4) : stop])[-4:]
+            stop, is_complete = self._find_end(data, start, end)
         self._raw += data[start:stop]
-        # At most one byte in four is a stuffed dot, so this much is too long without them, too.
-        if self._dropped or len(self._raw) > self._limit * 4 // 3 + 8:
-            self._dropped = True
-            self._raw.clear()
-        elif self.complete:
+        self.size += stop - start
+        if is_complete and not self.is_counted:
             del self._raw[-3:]
-        return stop
+            self.size -= 3
+        # At most one byte in four is a stuffed dot, so this much is too long even without them.
+        if not self._is_kept or len(self._raw) > self._limit * 4 // 3 + 10:
+            self._is_kept = False
+            del self._raw[:-4]
+        return stop, is_complete
+
+    def _find_end(self, data: bytes, start: int, end: int) -> tuple[int, bool]:
+        """Look for the end marker, which may have begun in earlier data."""
+        seam = bytes(self._raw[-4:])
+        found = (seam + data[start : min(start + 4, end)]).find(_END_OF_DATA)
+        if found >= 0:
+            return start + found - len(seam) + len(_END_OF_DATA), True
+        found = data.find(_END_OF_DATA, start, end)
+        return (end, False) if found < 0 else (found + len(_END_OF_DATA), True)
 
     def content(self) -> bytes | None:
-        """What came so far, without the stuffed dots (section 4.5.2); None if it is too long."""
-        body = bytes(self._raw)
-        if b"." in body:  # much faster to see than a dot behind a CRLF, and many bodies are base64
-            body = (b"\r\n" + body).replace(b"\r\n.", b"\r\n")[2:]
-        return None if self._dropped or len(body) > self._limit else body
+        """What arrived, without stuffed dots (RFC 5321 section 4.5.2); None if it is over the limit."""
+        raw = self._raw
+        if not self.is_counted and b"." in raw:  # a dot is found much faster than a dot behind CRLF
+            raw = raw.replace(b"\r\n.", b"\r\n")
+        return bytes(memoryview(raw)[2:]) if self._is_kept and len(raw) - 2 <= self._limit else None
 
 
-class _Payload:
-    """Takes in bytes that were announced by their number, and keeps them if they are no more than the limit."""
+class _Mail:
+    """What belongs to the mail in progress. The next mail of the session gets another one of these."""
 
-    def __init__(self, size: int, limit: int) -> None:
-        self.missing = size
-        self.data = bytearray()
-        self._is_kept = size <= limit
+    def __init__(self) -> None:
+        self.steps: dict[str, _Exchange] = {}
+        self.accepted_steps: set[str] = set()
+        self.recipients: list[_Exchange] = []
+        self.dialogue: _Dialogue = []
+        self.body: _Body | None = None
+        self.stamp: tuple[int, float] | None = None  # the number of its message, and the time of that
+        self.delivered: Message | None = None  # what was accepted, or given to on_other
+        self.entry: _Entry | None = None  # its place in the mailbox
 
-    def feed(self, data: bytes, start: int) -> int:
-        """Take data from start on, and return where in it the payload ends."""
-        stop = min(len(data), start + self.missing)
-        self.missing -= stop - start
-        if self._is_kept:
-            self.data += data[start:stop]
-        return stop
+    def make_next(self) -> _Mail:
+        """The mail after this one. It begins with the greeting and with the steps that last."""
+        mail = _Mail()
+        mail.steps = {name: self.steps[name] for name in ("tls", "helo", "auth") if name in self.steps}
+        mail.accepted_steps = self.accepted_steps & mail.steps.keys()
+        mail.dialogue = self.dialogue[:2]
+        for step in mail.steps.values():
+            mail.dialogue += (step.request, step.response or None)
+        return mail
 
+    def make_copy(self) -> _Mail:
+        """The same mail for another message, after its own was purged."""
+        mail = _Mail()
+        mail.steps, mail.accepted_steps, mail.recipients = self.steps, self.accepted_steps, self.recipients
+        mail.dialogue, mail.body = self.dialogue, self.body
+        return mail
 
-class _Command(NamedTuple):
-    """A command that waits for its payload."""
-
-    handler: Handler
-    verb: str
-    request: str
-    argument: str
-    payload: _Payload
+    def accepted_recipients(self) -> list[str]:
+        return [recipient.value for recipient in self.recipients if recipient.accepted]
 
 
 def _ignore(message: Message) -> None:
     pass
 
 
-class _Setup(NamedTuple):
+class _Context(NamedTuple):
     """What the sessions of a server share."""
 
     options: Configuration
@@ -1684,271 +1803,304 @@ class _Setup(NamedTuple):
     mailbox: _Mailbox
     log: _Log
     rules: _Rules
-    on_message: Callable[[Message], object] = _ignore  # with each that is accepted, but not yet answered
-    on_other: Callable[[Message], object] = _ignore  # with each that was not, when its session has ended
+    on_message: Callable[[Message], object] = _ignore  # called with each accepted message, before the reply to it
+    on_other: Callable[[Message], object] = _ignore  # called with each other message at the end of its session
+
+
+# A session is in one state, which is the method that takes the next bytes. It returns where it stopped and
+# the reply, if there is one.
+#
+#                    the rest of the line came
+#     _skip_line <---------------------------------+
+#         ^  |                                     |        BDAT, DATA accepted
+#         |  +------------------> _take_line ------+-----------------------------> _take_body
+#         +-- line too long ------  |  ^  |  ^                                        |
+#                                   |  |  |  +----- end of the body or chunk ---------+
+#     AUTH with a challenge: 334    |  |  |
+#     _take_answer <----------------+  |  +-- STARTTLS accepted --> _ignore_input
+#         |                            |                                 |
+#         +-- the answer came ---------+<----- secure() -----------------+
+#
+# A reply that closes the connection, resets it or falls silent leads from any state to _ignore_input, for good.
+_State = Callable[[bytes, int], tuple[int, _Reply | None]]
 
 
 class _Session:
     """One SMTP conversation, without a socket, a thread or a clock.
 
-    The same bytes give the same replies and messages, whatever the pieces they come in.
+    The same bytes give the same replies and messages, in whatever pieces they arrive.
     """
 
-    def __init__(self, setup: _Setup, peer: tuple[str, int]) -> None:
+    def __init__(self, context: _Context, peer: tuple[str, int]) -> None:
+        self.context = context
         self.peer = peer
+        self.rules = context.rules
         self.request: _Request = None  # the last one, for the log
-        # Of the current message: what was exchanged at each step, which of them succeeded, each RCPT, and
-        # all that was said.
-        self.steps: dict[str, _Exchange] = {}
-        self.done: set[str] = set()
-        self.recipients: list[_Exchange] = []
-        self.dialogue: _Dialogue = []
-        self._setup = setup
-        self._handlers = setup.handlers
-        self._mailbox = setup.mailbox
-        self.rules = setup.rules
-        self._stage = ""  # as rules name it
-        self._keeps_messages = setup.options.multiple_message_receiving
-        self._stamp: tuple[int, float] | None = None  # the number of the message, and when it got that
-        self._delivered: Message | None = None
-        self._entry: _Entry | None = None  # where in the mailbox the current message is, once it is
-        self._unpublished = False  # whether the mailbox lacks something of it
-        self._rest = b""  # the beginning of a command line
-        self._skipping = False  # the rest of a line that was too long
-        self.body: _BodyReader | None = None  # while it comes in
-        self.command: _Command | None = None  # whose payload comes in
-        self.payload: _Payload | None = None  # of the command that is run
-        self.chunks: bytearray | None = None  # of a body, that came so far
-        self.conversation: tuple[_Request, Generator[str, Any, Any]] | None = None  # the command, and how it goes on
-        self._continuing: Handler | None = None  # which takes the next line
-        self.is_secure = False  # in TLS
-        self._line_limit = _LINE_LIMIT if setup.options.auth_users is None else _AUTH_LINE_LIMIT
-        self._cuts: list[int] = []  # the sizes at which rules may end it
-        self._over = False
+        self.mail = _Mail()
+        self._take: _State = self._take_line
+        self._rest = b""  # the beginning of a line
+        self._keeps_messages = context.options.multiple_message_receiving
+        self._line_limit = _LINE_LIMIT if context.options.auth_users is None else _AUTH_LINE_LIMIT
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether the session is within TLS."""
+        return "tls" in self.mail.steps
+
+    @property
+    def is_receiving_body(self) -> bool:
+        return self._take == self._take_body
+
+    def message(self, size: int | None = None, content: bytes | None = None) -> Message:
+        """The message as it would be recorded now; with a body that is not accepted yet."""
+        message = Message(self.mail, self.peer, 0, 0.0)
+        if size is not None:
+            message._steps["msg"] = _Exchange(size, "", False, content)
+        return message
 
     def greet(self) -> _Reply:
-        return self._answer(self._handlers["connect"], "connect", None, "")
+        return self.run(self.context.handlers["connect"], "connect", None, "")
 
     def receive(self, data: bytes) -> Iterator[_Reply]:
-        """The replies to what data completes; each command is run when its reply is asked for."""
-        if len(self.dialogue) > _DIALOGUE_LIMIT:
-            self.dialogue = self.dialogue[_DIALOGUE_LIMIT // 2 :]
-        data, self._rest = self._rest + data, b""
+        """Yield the replies to what data completes. A command is run when its reply is asked for."""
+        if len(self.mail.dialogue) > _DIALOGUE_LIMIT:
+            self.mail.dialogue = self.mail.dialogue[:2] + self.mail.dialogue[-_DIALOGUE_LIMIT // 2 :]
+        if self._rest:
+            data, self._rest = self._rest + data, b""
         at = 0
-        while at < len(data) and not self._over:
-            if self.body is not None or self.command is not None or self._skipping:
-                at, reply = self._take(data, at)
-            elif (end := data.find(b"\n", at, at + self._line_limit)) >= 0:
-                line, at = data[at:end], end + 1
-                reply = self._run_line(line)
-            elif len(data) - at >= self._line_limit:
-                self._skipping, self._continuing, self.conversation = True, None, None
-                reply = self._run(self._handlers["too long"], "", f"line of over {self._line_limit} bytes", "")
-            else:
-                self._rest = data[at:]
-                return
+        while at < len(data):
+            at, reply = self._take(data, at)
             if reply is not None:
-                if reply.after is _After.TLS:  # what came before the handshake must have no effect in TLS
+                if reply.next is not _Next.COMMAND:  # what came in clear must have no effect within TLS
                     at = len(data)
                 yield reply
 
-    def _take(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
-        """Take what is not a command, up to where it ends in data, and the reply if that is due."""
-        if self._skipping:
-            end = data.find(b"\n", at)
-            self._skipping = end < 0
-            return (len(data) if self._skipping else end + 1), None
-        if self.command is not None:
-            at = self.command.payload.feed(data, at)
-            return at, None if self.command.payload.missing else self._run_with_payload(self.command)
-        body = self.body
-        assert body is not None
-        cut = self._cuts[0] - body.size if self._cuts else len(data)
-        at = body.feed(data[: at + cut], at)
-        if body.complete:
-            self.body = None
-            return at, self._run(self._handlers["message"], "message", body.size, body.content())
-        return at, self._cut(self._cuts.pop(0)) if self._cuts and body.size == self._cuts[0] else None
-
     def end(self, farewell: str | None = None) -> None:
-        """Record what is not recorded yet, because the connection ends; the farewell is said by the server."""
-        if self.body is not None:
-            self._leave_body(self.body.size, self.body.content(), "")
-        elif self.chunks is not None or self.command is not None:
-            rest = self.command.payload.data if self.command else b""
-            content, self.chunks, self.command = bytes(self.chunks or b"") + rest, None, None
-            self._leave_body(len(content), content, "")
+        """Record what is not yet recorded, because the connection ends. The farewell is the server's last reply."""
+        mail = self.mail
+        leaves_body = mail.body is not None
+        if mail.body is not None:
+            self._leave_body(mail.body, "")
         if farewell is not None:
-            self.dialogue += (None, farewell, None, _After.CLOSE.value)
-        if self._unpublished or (self._entry is not None and farewell is not None):
-            self._publish(complete=True, noted=not self._unpublished)
-        if self._entry is not None and self._delivered is None:
-            self._delivered = self._entry.message
-            self._hand_out(self._setup.on_other, self._delivered)
+            mail.dialogue += (None, farewell, None, _Next.CLOSE.value)
+        if self.request is not None and (mail.entry is None or leaves_body or farewell is not None):
+            self._publish(complete=True, annotates=not leaves_body)
+        if mail.entry is not None and mail.delivered is None:
+            mail.delivered = mail.entry.message
+            self._call(self.context.on_other, mail.delivered)
 
-    def _run_line(self, line: bytes) -> _Reply | None:
-        """The reply to a line; None if it has to wait for more."""
-        if self._continuing is not None:
-            handler, self._continuing = self._continuing, None
-            answer = _decode(line.strip())
-            return self._run(handler, self._stage, answer if answer == "*" else "***", answer)
-        request, verb, argument = _parse_command(line)
-        handler = self._handlers.get(verb) or self._handlers["unknown"]
-        size = len(handler.keyword)
-        if size and argument[:size].upper() != handler.keyword:
-            handler = self._handlers["unknown"]
-        argument = argument[size:].strip()
-        if handler.is_special:
-            request = handler.hide(request)
-            if handler.has_payload:
-                return self._await_payload(handler, verb, request, argument)
-        return self._run(handler, verb, request, argument)
+    # The states.
 
-    def _await_payload(self, handler: Handler, verb: str, request: str, argument: str) -> _Reply | None:
-        parsed = handler.parse(argument)
-        if parsed is None:
-            return self._run(handler, verb, request, argument)
-        limit = self._setup.options.msg_size_limit
-        command = _Command(handler, verb, request, argument, _Payload(parsed[0], limit))
-        if parsed[0] == 0:
-            return self._run_with_payload(command)
-        self.command = command
+    def _take_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
+        end = data.find(b"\n", at, at + self._line_limit)
+        if end < 0:
+            return self._take_part_of_line(data, at)
+        request, verb, argument = _parse_command(data[at:end])
+        handlers = self.context.handlers
+        handler = handlers.get(verb) or handlers["unknown"]
+        keyword = handler._keyword
+        if keyword:
+            if argument[: len(keyword)].upper() != keyword:
+                handler = handlers["unknown"]
+            argument = argument[len(keyword) :]
+        return end + 1, handler._start(self, verb, request, argument.strip())
+
+    def _take_answer(self, data: bytes, at: int, run: Callable[[str], _Reply]) -> tuple[int, _Reply | None]:
+        end = data.find(b"\n", at, at + self._line_limit)
+        if end < 0:
+            return self._take_part_of_line(data, at)
+        self._take = self._take_line
+        return end + 1, run(_decode(data[at:end].strip()))
+
+    def _take_part_of_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
+        if len(data) - at < self._line_limit:
+            self._rest = data[at:]
+            return len(data), None
+        self._take = self._skip_line
+        return at, self.run(self.context.handlers["too long"], "", f"line of over {self._line_limit} bytes", "")
+
+    def _skip_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
+        end = data.find(b"\n", at)
+        if end < 0:
+            return len(data), None
+        self._take = self._take_line
+        return end + 1, None
+
+    def _take_body(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
+        body = self.mail.body
+        assert body is not None
+        at, is_complete = body.feed(data, at)
+        pause = self._interrupt(body) if body.stops and body.size == body.stops[0] else None
+        if not is_complete or (pause is not None and pause.next.ends):
+            return at, pause
+        self._take = self._take_line
+        reply = body.finish()
+        return at, reply if pause is None else reply._replace(delay=pause.delay + reply.delay)
+
+    def _ignore_input(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
+        return len(data), None
+
+    def expect_answer(self, run: Callable[[str], _Reply]) -> None:
+        """Have the next line answer a challenge."""
+        self._take = functools.partial(self._take_answer, run=run)
+
+    def expect_body(self) -> None:
+        """Have the body come next, up to its end marker."""
+        self.mail.body = self._make_body(is_counted=False)
+        self.mail.body.finish = self.finish_body
+        self._take = self._take_body
+
+    def expect_chunk(self, size: int, run: Callable[[], _Reply]) -> _Reply | None:
+        """Have so many bytes of the body come next, and then run the command that announced them."""
+        if self.mail.body is None:
+            self.erase(("data", "msg"))
+            self.mail.body = self._make_body(is_counted=True)
+        if not size:
+            return run()
+        self.mail.body.missing, self.mail.body.finish = size, run
+        self._take = self._take_body
         return None
 
-    def _run_with_payload(self, command: _Command) -> _Reply:
-        self.command, self.payload = None, command.payload
-        reply = self._run(command.handler, command.verb, command.request, command.argument)
-        self.payload = None
-        if reply.after is _After.MESSAGE:
-            content, self.chunks = bytes(self.chunks or b""), None
-            reply = self._run(self._handlers["message"], "message", len(content), content)
-            self.request = command.request
-        return reply
+    def _make_body(self, *, is_counted: bool) -> _Body:
+        stops = self.rules.stops() if self.rules.newest_first else []
+        return _Body(self.context.options.msg_size_limit, stops, is_counted=is_counted)
 
     def secure(self, version: str, cipher: str) -> None:
-        """Begin anew in TLS; what was said before it is forgotten (RFC 3207 section 4.2)."""
-        if self._entry is not None and self._keeps_messages:
-            self._begin_message()
+        """Begin again within TLS. What was said before is forgotten (RFC 3207 section 4.2)."""
         self.erase((*_STEPS, "auth"))
-        self.is_secure = True
-        self.done.add("tls")
-        self.steps["tls"] = _Exchange(None, "", True, (version, cipher))
+        self.mail.accepted_steps.add("tls")
+        self.mail.steps["tls"] = _Exchange(None, "", True, (version, cipher))
+        self._take = self._take_line
 
-    def _run(self, handler: Handler, stage: str, request: _Request, argument: Any) -> _Reply:
-        if self._entry is not None and self._keeps_messages and not handler.notes:
-            self._begin_message()
+    # The commands.
+
+    def begin_mail_if_due(self, handler: Handler) -> None:
+        """Leave a mail that is complete, unless this command annotates it."""
+        entry = self.mail.entry
+        if entry is None or handler._annotates:
+            return
+        if self._keeps_messages:
+            self.mail = self.mail.make_next()
+        elif entry.is_purged:
+            self.mail = self.mail.make_copy()
+
+    def run(self, handler: Handler, stage: str, request: _Request, argument: Any, *, completes: bool = False) -> _Reply:
+        """Run a command. What it completes is recorded before its reply is returned."""
+        if self.mail.entry is not None:
+            self.begin_mail_if_due(handler)
+        try:
+            reply = handler._run(self, stage, request, argument)
+        except BaseException:  # noqa: BLE001 - a handler of the user may raise anything
+            self.context.log.failure(f"{type(handler).__name__} failed")
+            reply = handler._find_reply("msg_msg_failed")
+            self.mail.dialogue += (request, reply.text)
         self.request = request
-        self._unpublished = True
-        reply = self._answer(handler, stage, request, argument)
-        complete = self._over or (reply.accepts and handler.completes)
-        if complete or self._entry is not None:
-            self._publish(complete=complete, noted=handler.notes)
-        if reply.after is not _After.COMMAND:
-            self._await_more(handler, reply.after)
+        if reply.next is not _Next.COMMAND:
+            self._take = self._ignore_input
+            if reply.next.ends:
+                self.mail.dialogue += (None, reply.next.value)
+        complete = reply.next.ends or (completes and reply.accepts)
+        if request is not None and (complete or self.mail.entry is not None):
+            self._publish(complete=complete, annotates=handler._annotates)
         return reply
 
-    def _await_more(self, handler: Handler, after: _After) -> None:
-        if after is _After.BODY:
-            self.body = _BodyReader(self._setup.options.msg_size_limit)
-            self._cuts = self.rules.cuts() if self.rules.newest_first else []
-        elif after is _After.LINE:
-            self._continuing = handler
-
-    def _answer(self, handler: Handler, stage: str, request: _Request, argument: Any) -> _Reply:
-        self._stage = stage
-        try:
-            reply = handler.run(self, request, argument)
-        except BaseException:  # noqa: BLE001 - of a handler of the user
-            self._setup.log.failure(f"{type(handler).__name__} failed")
-            reply = handler.reply("msg_msg_failed")
-            self.dialogue += (request, reply.text)
-        if reply.after.ends:
-            self._over = True
-            self.dialogue += (None, reply.after.value)
+    def finish_body(self, request: str | None = None) -> _Reply:
+        """Run the end of the body; request is the BDAT that it came with."""
+        body = self.mail.body
+        assert body is not None
+        handler = self.context.handlers["message" if request is None else "last chunk"]
+        reply = self.run(handler, "message", body.size, body.content(), completes=True)
+        self.mail.body = None
+        self.request = self.request if request is None else request
         return reply
 
-    def decide(self, names: Sequence[str], request: _Request, argument: Any, after: int | None = None) -> Action | None:
-        """What a rule does here; None if it is all as usual."""
-        text = request if isinstance(request, str) else _decode(argument or b"")
+    def decide(
+        self, stages: Collection[str], request: _Request, content: Any, names: Sequence[str], **limits: Any
+    ) -> dict[str, Any]:
+        """The aspects of a reply that rules set; for a body, request is its size."""
+        is_body = isinstance(request, int)
+        text = _decode(content or b"") if is_body else str(request or "")
+        size, body = (request, content) if isinstance(request, int) else (None, None)
         try:
-            return self.rules.decide(self._stage, after, text, names, lambda: Message(self, 0, 0.0))
-        except BaseException:  # noqa: BLE001 - pytest.fail() is no Exception
-            self._setup.log.failure("a rule failed")
-            return Action(self._setup.options.msg_msg_failed)
+            return self.rules.decide(stages, text, names, lambda: self.message(size, body), **limits)
+        except BaseException:  # noqa: BLE001 - pytest.fail() is not an Exception
+            self.context.log.failure("a rule failed")
+            return {"said": self.context.options.msg_msg_failed}
 
-    def accepted_recipients(self) -> list[str]:
-        return [recipient.value for recipient in self.recipients if recipient.accepted]
-
-    def _cut(self, after: int) -> _Reply | None:
-        """End the session in its body, if a rule is for that."""
-        assert self.body is not None
-        self._stage = "message"
-        action = self.decide(self.accepted_recipients(), None, self.body.content(), after)
-        if action is None:
+    def _interrupt(self, body: _Body) -> _Reply | None:
+        """What rules do at this size of the body: end the session, with or without a reply, or only a delay."""
+        after, handler = body.stops.pop(0), self.context.handlers["message"]
+        names = self.mail.accepted_recipients()
+        aspects = self.decide(handler._stages("message"), body.size, body.content(), names, after=after)
+        if not aspects:
             return None
-        reply = self._handlers["message"].perform(action, _Reply("", b""))
-        self._leave_body(self.body.size, self.body.content(), reply.text)
-        self._over = True
-        self.dialogue += (None, reply.after.value)
-        self._publish(complete=True)
+        if "said" in aspects or "then" in aspects:
+            aspects.setdefault("then", _Next.CLOSE)
+        reply = handler._apply(aspects, _Reply("", b""))
+        if reply.next.ends:
+            self._leave_body(body, reply.text)
+            self._take = self._ignore_input
+            self.mail.dialogue += (None, reply.next.value)
+            self._publish(complete=True)
         return reply
 
-    def _leave_body(self, size: int, content: bytes | None, response: str) -> None:
-        self.steps["msg"] = _Exchange(size, response, False, content)
-        self.dialogue += (size, response or None)
-        self.body = None
-        self._unpublished = True
-
-    def _begin_message(self) -> None:
-        """Leave the accepted one as it is; the next begins with the greeting and the steps that last."""
-        self._entry = self._stamp = self._delivered = None
-        self.erase(_ENVELOPE)
-        self.dialogue = self.dialogue[:2]
-        for step in self.steps.values():
-            self.dialogue += (step.request, step.response or None)
+    def _leave_body(self, body: _Body, response: str) -> None:
+        """Keep what arrived of a body that will not be complete."""
+        self.mail.steps["msg"] = _Exchange(body.size, response, False, body.content())
+        self.mail.dialogue += (body.size, response or None)
+        self.mail.body = None
 
     def deliver(self) -> bool:
-        """Hand out the mail that is about to be accepted; returns whether it may be."""
-        self._stamp = self._mailbox.stamp()
-        self._delivered = Message(self, *self._stamp)
-        if not self._hand_out(self._setup.on_message, self._delivered):
-            self._delivered = None
-        return self._delivered is not None
+        """Give on_message the mail that is about to be accepted. Returns whether it may be."""
+        mail = self.mail
+        mail.stamp = self.context.mailbox.stamp()
+        mail.delivered = Message(mail, self.peer, *mail.stamp)
+        if not self._call(self.context.on_message, mail.delivered):
+            mail.delivered = None
+        return mail.delivered is not None
 
-    def _hand_out(self, take: Callable[[Message], object], message: Message) -> bool:
+    def _call(self, function: Callable[[Message], object], message: Message) -> bool:
         try:
-            take(message)
-        except BaseException:  # noqa: BLE001 - pytest.fail() is no Exception
-            self._setup.log.failure("on_message failed")
+            function(message)
+        except BaseException:  # noqa: BLE001 - pytest.fail() is not an Exception
+            self.context.log.failure("on_message failed")
             return False
         return True
 
-    def _publish(self, *, complete: bool, noted: bool = False) -> None:
-        """Put the message into the mailbox if it is complete, bring it up to date if it is there.
+    def _publish(self, *, complete: bool, annotates: bool = False) -> None:
+        """Bring the message in the mailbox up to date; put it there if it is complete."""
+        mail, mailbox = self.mail, self.context.mailbox
+        message = mail.delivered
+        if message is None or message._dialogue is not mail.dialogue or message._said != len(mail.dialogue):
+            message = self._make_message()
+        if mail.entry is not None:
+            if mailbox.update(mail.entry, message) or annotates:
+                return
+            # It was purged while this command ran, so what the command has begun is another message.
+            if mail.entry.message.id == message.id:
+                mail.stamp = None
+                message = self._make_message()
+            mail.entry = None
+        if complete:
+            mail.entry = mailbox.add(message)
 
-        What is only noted on a message goes with it where that was purged, and is no new message.
-        """
-        self._stamp = self._stamp or self._mailbox.stamp()
-        message = self._delivered
-        if message is None or message._dialogue is not self.dialogue or message._said != len(self.dialogue):
-            message = Message(self, *self._stamp)
-        if self._entry is not None and (self._mailbox.update(self._entry, message) or noted):
-            self._unpublished = False
-        else:
-            self._entry = self._mailbox.add(message) if complete else None
-            self._unpublished = not complete
+    def _make_message(self) -> Message:
+        mail = self.mail
+        mail.stamp = mail.stamp or self.context.mailbox.stamp()
+        return Message(mail, self.peer, *mail.stamp)
 
     def erase(self, steps: Sequence[str]) -> None:
-        """Forget the steps, unless they are of an accepted message that is to be kept."""
-        if self._entry is not None and self._keeps_messages:
+        """Forget these steps, unless they belong to an accepted message that is kept."""
+        mail = self.mail
+        if mail.entry is not None and self._keeps_messages:
             return
         for step in steps:
-            self.steps.pop(step, None)
-        self.done.difference_update(steps)
+            mail.steps.pop(step, None)
+        mail.accepted_steps.difference_update(steps)
         if "rcptto" in steps:
-            self.recipients = []
+            mail.recipients = []
             if "mailfrom" in steps:
-                self.chunks = None
+                mail.body = None
 
 
 # ----------------------------------------------------------------------------------------- mailbox
@@ -1957,31 +2109,34 @@ class _Session:
 class _Entry:
     """A place in the mailbox."""
 
-    __slots__ = ("message", "purged")
+    __slots__ = ("is_purged", "message")
 
     def __init__(self, message: Message) -> None:
         self.message = message
-        self.purged = False
+        self.is_purged = False
 
 
-class _Watch:
+class _Waiter:
     """What a waiting thread has found, and what it has still to look at."""
 
     def __init__(self, entries: Iterable[_Entry]) -> None:
-        self.fresh = dict.fromkeys(entries)  # or changed since it was looked at
-        self.missing = 0  # for fewer it need not be woken
+        self.unseen = dict.fromkeys(entries)  # new, or changed since it was looked at
+        self.missing = 0  # it is not woken for fewer
         self.matching: dict[_Entry, Message] = {}
 
-    def is_due(self) -> bool:
-        return len(self.fresh) >= self.missing
+    def has_enough(self) -> bool:
+        return len(self.unseen) >= self.missing
 
-    def judge(self, entries: Iterable[_Entry], where: Callable[[Message], object] | None) -> None:
+    def look_at(self, entries: Iterable[_Entry], where: Callable[[Message], object] | None, deadline: float) -> None:
+        """Look at these entries until the deadline."""
         for entry in entries:
             message = entry.message
             if where is None or where(message):
                 self.matching[entry] = message
             else:
                 self.matching.pop(entry, None)
+            if time.monotonic() > deadline:
+                return
 
 
 class _Mailbox:
@@ -1989,37 +2144,42 @@ class _Mailbox:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._numbers = itertools.count(1)
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # guards everything below
+        self._changed = threading.Condition(self._lock)  # notified when a waiter has enough
+        self._last_number = 0
         self._entries: list[_Entry] = []
-        self._watches: list[_Watch] = []
+        self._waiters: list[_Waiter] = []
 
     def stamp(self) -> tuple[int, float]:
         """A number for a message, and the time."""
-        return next(self._numbers), self._clock()
+        with self._lock:
+            self._last_number += 1
+            return self._last_number, self._clock()
 
     def add(self, message: Message) -> _Entry:
         entry = _Entry(message)
-        with self._changed:
+        with self._lock:
             self._entries.append(entry)
             self._show(entry)
         return entry
 
     def update(self, entry: _Entry, message: Message) -> bool:
-        """Put another message in its place; returns whether it was still there."""
-        with self._changed:
-            entry.message = message
-            self._show(entry)
-            return not entry.purged
+        """Replace the message of an entry. False if the entry was purged, and nothing is replaced."""
+        with self._lock:
+            if not entry.is_purged:
+                entry.message = message
+                if self._waiters:
+                    self._show(entry)
+            return not entry.is_purged
 
     def _show(self, entry: _Entry) -> None:
-        for watch in self._watches:
-            watch.fresh[entry] = None
-            if watch.is_due():
+        for waiter in self._waiters:
+            waiter.unseen[entry] = None
+            if waiter.has_enough():
                 self._changed.notify_all()
 
     def messages(self, *, purge: bool) -> list[Message]:
-        with self._changed:
+        with self._lock:
             messages = [entry.message for entry in self._entries]
             if purge:
                 self._purge(self._entries)
@@ -2027,53 +2187,61 @@ class _Mailbox:
 
     def _purge(self, entries: Iterable[_Entry]) -> None:
         for entry in entries:
-            entry.purged = True
-        self._entries = [entry for entry in self._entries if not entry.purged]
+            entry.is_purged = True
+        self._entries = [entry for entry in self._entries if not entry.is_purged]
 
     def wait(
         self, count: int, timeout: float, where: Callable[[Message], object] | None, *, purge: bool
     ) -> tuple[bool, list[Message]]:
-        """Whether count messages match in time, and all that do; it purges these only if so."""
+        """Wait for count matching messages. Returns whether they came, and all that match; purges only if they came."""
         deadline = time.monotonic() + timeout
-        with self._changed:
-            watch = _Watch(self._entries)
-            self._watches.append(watch)
+        with self._lock:
+            waiter = _Waiter(self._entries)
+            self._waiters.append(waiter)
         try:
+            waiter_deadline = float("inf")  # everything that was there before the call is looked at
             while True:
-                with self._changed:
-                    in_time = self._changed.wait_for(watch.is_due, deadline - time.monotonic())
-                    fresh, watch.fresh = watch.fresh, {}
-                watch.judge(fresh, where)  # without the lock, which is not for the user's code to hold
-                with self._changed:
-                    if len(watch.matching) >= count or not in_time:
-                        found = [entry for entry in self._entries if entry in watch.matching]  # and was not purged
-                        messages = [watch.matching[entry] for entry in found]
-                        watch.matching = dict(zip(found, messages, strict=True))
-                        enough = len(found) >= count
-                        if enough and purge:
-                            self._purge(found)
-                        if enough or not in_time:
-                            return enough, messages
-                    watch.missing = count - len(watch.matching)
+                with self._lock:
+                    in_time = self._changed.wait_for(waiter.has_enough, max(0.0, deadline - time.monotonic()))
+                    unseen, waiter.unseen = waiter.unseen, {}
+                waiter.look_at(unseen, where, waiter_deadline)  # without the lock, because it calls the user's code
+                waiter_deadline = deadline
+                in_time = in_time and time.monotonic() < deadline
+                result = self._collect(waiter, count, purge=purge, is_last=not in_time)
+                if result is not None:
+                    return result
         finally:
-            with self._changed:
-                self._watches.remove(watch)
+            with self._lock:
+                self._waiters.remove(waiter)
+
+    def _collect(self, waiter: _Waiter, count: int, *, purge: bool, is_last: bool) -> tuple[bool, list[Message]] | None:
+        """What wait() returns; None if it must go on."""
+        with self._lock:
+            matching = waiter.matching
+            if len(matching) >= count or is_last:
+                waiter.matching = {entry: matching[entry] for entry in self._entries if entry in matching}  # not purged
+            is_enough = len(waiter.matching) >= count
+            messages = list(waiter.matching.values())
+            if is_enough and purge:
+                self._purge(waiter.matching)
+            waiter.missing = count - len(messages)
+            return (is_enough, messages) if is_enough or is_last else None
 
 
 # ------------------------------------------------------------------------------------------ logger
 
 
 class Logger(Protocol):
-    """What a server logs to. A logging.Logger is good as it is: activity then goes to its info()."""
+    """What a server logs to. A logging.Logger can be used as it is; its info() gets the activity as well."""
 
-    def info_activity(self, message: str, /) -> None: ...  # the sessions, their requests and replies
-    def info(self, message: str, /) -> None: ...  # start and stop
-    def warning(self, message: str, /) -> None: ...  # a stop that begins, a session that broke off
-    def error(self, message: str, /) -> None: ...  # a start that failed, a client that could not be served
+    def info_activity(self, message: str, /) -> None: ...  # sessions, requests and replies
+    def info(self, message: str, /) -> None: ...  # the start and the end of the server
+    def warning(self, message: str, /) -> None: ...  # the beginning of a stop, broken connections
+    def error(self, message: str, /) -> None: ...  # failed starts, refused clients, exceptions in user code
 
 
 class _Log:
-    """Calls a logger and survives it; without one, prints what the options ask for."""
+    """Calls a logger and survives its exceptions; without one, prints what the options ask for."""
 
     def __init__(self, logger: Any, options: Configuration) -> None:
         for name in ("info", "warning", "error"):
@@ -2095,7 +2263,9 @@ class _Log:
                 getattr(self._logger, level, self._logger.info)(message)
             elif self._prints:
                 self._print(level.partition("_")[0].upper(), message)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the session is not to blame for it
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                raise  # Ctrl-C in start() or stop()
             if not self._has_failed:
                 self._has_failed = True
                 with contextlib.suppress(Exception):
@@ -2108,7 +2278,7 @@ class _Log:
         self("error", f"{what}: {traceback.format_exc()}")
 
     def _print(self, level: str, message: str) -> None:
-        stream = sys.stderr if level == "ERROR" else sys.stdout  # looked up here, since tests replace them
+        stream = sys.stderr if level == "ERROR" else sys.stdout  # looked up each time, because tests replace them
         now = time.time()
         stamp = time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(now))
         line = f"{level}: {stamp}.{int(now % 1 * 1e6):06d} {message}\n"
@@ -2119,31 +2289,36 @@ class _Log:
 
 # ------------------------------------------------------------------------------------------ server
 
+_LINGER = 2.0  # seconds that a client has to close its end after the server has closed its own
+_RST_ON_CLOSE = struct.pack("ii", 1, 0)  # for SO_LINGER
+
 
 def _set_timeout(sock: socket.socket, seconds: float) -> None:
     """Have reads and writes fail after so many seconds, with BlockingIOError or TimeoutError."""
     if os.name != "posix":
         sock.settimeout(seconds)
         return
-    # settimeout() costs a poll() with every read and write, which is half of what a command takes.
+    # settimeout() adds a poll() to every read and write, which is half of the cost of a command.
+    sock.settimeout(None)  # neither inherited from the listening socket nor taken from socket.setdefaulttimeout()
     timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
 class _Connection(socketserver.BaseRequestHandler):
-    """Moves bytes between a client and its session, and does what the replies say."""
+    """Moves bytes between a client and its session, and carries out the replies."""
 
-    request: Any  # the socket, later perhaps an ssl.SSLSocket
+    request: Any  # the socket; within TLS, an ssl.SSLSocket
     server: _Listener
 
     def setup(self) -> None:
         self.plain: socket.socket = self.request
-        self.options = self.server.setup.options
-        self.log = self.server.log
-        self.session = _Session(self.server.setup, self.client_address[:2])
+        self.options = self.server.context.options
+        self.log = self.server.context.log
+        self.session = _Session(self.server.context, self.client_address[:2])
         self.unsent = bytearray()
-        self.is_idle = False  # in a read, for a command: nothing is lost if stop() ends it
+        self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
+        self.must_linger = False  # because the server closes first
         self.server.connections.add(self)
         self.log.activity("SMTP session started")
 
@@ -2163,60 +2338,82 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def finish(self) -> None:
         self.session.end()
+        self.log.activity("SMTP session finished")
+        if self.must_linger:
+            self._linger()
         self.server.connections.discard(self)
-        if self.request is not self.plain:  # which is for the listener to close
+        if self.request is not self.plain:  # the listener closes the plain socket, but not this one
             self.shut_down(socket.SHUT_WR)
             self.request.close()
-        self.log.activity("SMTP session finished")
 
     def _say(self, reply: _Reply, request: _Request = None) -> bool:
-        """Log, wait and send as the reply says; returns whether the session goes on.
+        """Log, wait and send. Returns whether the session goes on.
 
-        What a client sends without waiting for each reply gets the replies together (RFC 2920).
+        The replies to commands that came together are sent together (RFC 2920).
         """
-        if request is not None and self.log.shows_activity:
+        says = bool(reply.data) or reply.next.ends  # unless a rule only delays a body
+        if request is not None and self.log.shows_activity and says:
             self.log.activity("SMTP request: ", request)
         if reply.delay:
             self._flush()
-            if self.server.cut.wait(reply.delay):
+            if not self._pause(reply.delay):
                 return False
-        if self.log.shows_activity:
+        if self.log.shows_activity and says:
             self.log.activity("SMTP response: ", reply.text if reply.data else "none")
         if not reply.trickle:
             self.unsent += reply.data
         elif not self._trickle(reply):
             return False
-        if (reply.after is _After.COMMAND or reply.after is _After.BODY) and len(self.unsent) < 65536:
+        if reply.next is _Next.COMMAND and len(self.unsent) < 65536:
             return True
         self._flush()
         return self._go_on(reply)
 
     def _go_on(self, reply: _Reply) -> bool:
-        """Do what comes after a reply that was sent; returns whether the session goes on."""
-        if reply.after is _After.TLS:
+        """Do what comes after a reply. Returns whether the session goes on."""
+        if reply.next is _Next.TLS:
             return self._start_tls()
-        if reply.after is _After.RESET:
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if reply.next is _Next.RESET:
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
             self.request.close()
-        elif reply.after is _After.SILENCE:
+        elif reply.next is _Next.SILENCE:
             self._stay_silent()
-        elif reply.after is _After.CLOSE and reply.data and self.session.is_secure:
-            self.request.settimeout(0)  # the client is told that nothing follows, and need not say so, too
-            with contextlib.suppress(OSError, ValueError):
-                self.request.unwrap()
-        return not reply.after.ends
+        elif reply.next is _Next.CLOSE:
+            self.must_linger = True
+            if reply.data and self.session.is_secure:
+                self.request.settimeout(0)  # announces the end, and does not wait for the client to do the same
+                with contextlib.suppress(OSError, ValueError):
+                    self.request.unwrap()
+        return not reply.next.ends
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait. False if the session ends before that: by an RST, by the server or, in a stop, by the client's FIN."""
+        if not hasattr(select, "poll"):
+            return not self.server.cut.wait(seconds)
+        deadline = time.monotonic() + seconds
+        poll = select.poll()
+        hang_up = getattr(select, "POLLRDHUP", 0)  # a FIN; errors and an RST are always reported
+        poll.register(self.request, hang_up if self.server.stopping else 0)
+        if not self.server.stopping:
+            poll.register(self.server.wake[1], select.POLLIN)
+        while events := poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            if self.server.cut.is_set() or any(fd == self.request.fileno() for fd, _ in events):
+                return False
+            poll.unregister(self.server.wake[1])  # stop() has begun
+            poll.modify(self.request, hang_up)
+        return True
 
     def _trickle(self, reply: _Reply) -> bool:
         self._flush()
         for index in range(len(reply.data)):
-            if index and self.server.cut.wait(reply.trickle):
+            if index and not self._pause(reply.trickle):
                 return False
             self.request.sendall(reply.data[index : index + 1])
         return True
 
     def _start_tls(self) -> bool:
-        """Whether the handshake succeeds."""
-        self.plain.settimeout(self.options.session_timeout)  # which OpenSSL minds, as it does not the other
+        """Returns whether the handshake succeeded."""
+        self.plain.settimeout(self.options.session_timeout)  # OpenSSL respects this, but not SO_RCVTIMEO
         try:
             self.request = self.options.ssl_context.wrap_socket(
                 self.plain, server_side=True, do_handshake_on_connect=False
@@ -2231,11 +2428,22 @@ class _Connection(socketserver.BaseRequestHandler):
         return self.session.is_secure
 
     def _stay_silent(self) -> None:
-        """Read what the client says, until it or the server ends or nothing has come for the session's timeout."""
+        """Read until the client or the server ends the session, or nothing came for session_timeout."""
         self.is_idle = True
         with contextlib.suppress(OSError):
             while not self.server.stopping and self.request.recv(65536):
                 pass
+
+    def _linger(self) -> None:
+        """Send a FIN, and read until the client closes, too: closing with unread input would send an RST."""
+        self.is_idle = True
+        deadline = time.monotonic() + _LINGER
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.request, socket.SHUT_WR)
+            while (left := deadline - time.monotonic()) > 0:
+                self.request.settimeout(0 if self.server.stopping else left)
+                if not socket.socket.recv(self.request, 262144):
+                    return
 
     def _flush(self) -> None:
         if self.unsent:
@@ -2243,12 +2451,12 @@ class _Connection(socketserver.BaseRequestHandler):
             self.unsent.clear()
 
     def _read(self) -> bytes:
-        """What the client sends next; nothing if the session is at its end."""
+        """What the client sends next; empty at the end of the session."""
         self._flush()
         server = self.server
         try:
-            # is_idle is set before stopping is read, and stop() does the reverse: one of the two notices.
-            self.is_idle = is_idle = self.session.body is None and self.session.command is None
+            # is_idle is set before stopping is read, and stop() does the reverse, so one of the two sees the other.
+            self.is_idle = is_idle = not self.session.is_receiving_body
             if self.session.is_secure and not (is_idle and server.stopping):
                 self._await_input()
             if not (is_idle and server.stopping):
@@ -2259,11 +2467,11 @@ class _Connection(socketserver.BaseRequestHandler):
             return self._say_goodbye(self.options.msg_server_shutdown)
         except (TimeoutError, BlockingIOError):
             return self._say_goodbye(self.options.msg_session_timeout)
-        except ConnectionError:  # a reset is an end like any other
+        except ConnectionError:  # an RST ends a session like a FIN
             return b""
 
     def _await_input(self) -> None:
-        """Wait outside of TLS, in which nothing can be said any more once stop() has woken a read."""
+        """Wait outside of TLS: once stop() has interrupted a read within it, no farewell can be sent any more."""
         if not self.request.pending():
             with selectors.DefaultSelector() as selector:
                 selector.register(self.request, selectors.EVENT_READ)
@@ -2272,32 +2480,53 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def _say_goodbye(self, text: str) -> bytes:
         self.session.end(text)
-        self._say(_Reply(text, _encode(text), after=_After.CLOSE))
+        self._say(_Reply(text, _encode(text), next=_Next.CLOSE))
         return b""
 
     def shut_down(self, how: int) -> None:
-        """Wake the session's thread from what it waits for in the socket. Called by the one that stops the server."""
+        """Interrupt what the session's thread waits for in the socket. Called by the thread that stops the server."""
         with contextlib.suppress(OSError):  # it may have ended just now
-            socket.socket.shutdown(self.request, how)  # that of an SSLSocket would forget that it is one
+            socket.socket.shutdown(self.request, how)  # SSLSocket.shutdown() would forget that it is within TLS
+
+    def cut_off(self) -> None:
+        """End the connection with an RST: a client that is still sending might wait for a minute otherwise."""
+        with contextlib.suppress(OSError):
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
+        self.shut_down(socket.SHUT_RDWR)
 
 
 _SPARE_THREADS = 16
 
 
-class _SessionThread(threading.Thread):
-    """Serves one client after another: to begin a thread costs as much as a short session.
+class _Thread(threading.Thread):
+    """A thread that tells when it ends: before Python 3.13, a thread whose join() was interrupted seems to have ended.
 
-    A daemon, so that a test which forgets its server can still end.
+    Daemonic, so a forgotten server cannot keep the interpreter alive.
     """
+
+    def __init__(self, name: str, target: Callable[[], object]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._work = target
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self.ended.set()
+
+
+class _SessionThread(_Thread):
+    """Serves one client after another, because starting a thread costs as much as a short session."""
 
     def __init__(self, listener: _Listener) -> None:
         from queue import SimpleQueue
 
-        super().__init__(name="smtpmock session", daemon=True)
+        super().__init__("smtpmock session", self._serve_clients)
         self.listener = listener
-        self.clients: SimpleQueue[tuple[Any, Any] | None] = SimpleQueue()  # None after the last
+        self.clients: SimpleQueue[tuple[Any, Any] | None] = SimpleQueue()  # None after the last one
 
-    def run(self) -> None:
+    def _serve_clients(self) -> None:
         while (client := self.clients.get()) is not None:
             self.listener.process_request_thread(*client)
             if len(self.listener.spare_threads) >= _SPARE_THREADS:
@@ -2305,13 +2534,18 @@ class _SessionThread(threading.Thread):
             self.listener.spare_threads.append(self)
 
 
-def _join_all(threads: Sequence[threading.Thread], timeout: float) -> bool:
-    """Whether all of the threads but this one, where a logger may have called stop(), end in time."""
+def _join_threads(threads: Sequence[_Thread], timeout: float) -> bool:
+    """Wait for the threads, without the present one, in which a callback may have called stop(). False on timeout."""
     deadline = time.monotonic() + timeout
     others = [thread for thread in threads if thread is not threading.current_thread()]
     for thread in others:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    return not any(thread.is_alive() for thread in others)
+        if thread.ended.wait(max(0.0, deadline - time.monotonic())):
+            thread.join()
+    return all(thread.ended.is_set() for thread in others)
+
+
+# The listeners whose sockets a forked child has to close.
+_listeners: weakref.WeakSet[_Listener] = weakref.WeakSet()
 
 
 class _Listener(socketserver.ThreadingTCPServer):
@@ -2320,52 +2554,60 @@ class _Listener(socketserver.ThreadingTCPServer):
     allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port
     request_queue_size = socket.SOMAXCONN
 
-    def __init__(self, family: int, address: Any, setup: _Setup) -> None:
+    def __init__(self, family: int, address: Any, context: _Context) -> None:
         self.address_family = family
         super().__init__(address, _Connection, bind_and_activate=False)
-        self.setup = setup
-        self.log = setup.log
-        self.connections: set[_Connection] = set()
-        self.spare_threads: list[_SessionThread] = []
+        self.context = context
+        self.connections: set[_Connection] = set()  # the open ones; add, discard and copy are atomic
+        self.spare_threads: list[_SessionThread] = []  # only the listener's thread takes from it
+        self.was_opened = False
         self.stopping = False
-        self.cut = threading.Event()  # set when what still goes on is to end at once
-        self.thread = threading.Thread(target=self.serve_forever, name="smtpmock listener", daemon=True)
-        self.process = os.getpid()
-        self.is_short = False  # of descriptors or threads, so that this is logged once
-        self.wake: tuple[socket.socket, ...] = ()  # the end to write to, and the one to wait for
+        self.cut = threading.Event()  # set when the sessions that still go on must end at once
+        self.closing = threading.RLock()  # held by the thread that opens or closes
+        self.thread = _Thread("smtpmock listener", self.serve_forever)
+        self.has_shortage = False  # of descriptors or threads; it is logged once
+        self.wake: tuple[socket.socket, ...] = ()  # a byte is sent to the first when the server stops
         try:
             self.wake = socket.socketpair()
             if family == socket.AF_INET6:
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # [::] takes IPv4, too
             self.server_bind()
-        except OSError:
+        except BaseException:
             self.server_close()
             raise
+        _listeners.add(self)
 
     def open(self) -> None:
-        self.socket.setblocking(False)  # a client may be gone before it is accepted
-        self.selector = selectors.DefaultSelector()
-        self.thread.start()
+        with self.closing:
+            if not self.stopping:  # a logger may have called stop() already
+                self.socket.setblocking(False)  # a client may be gone before it is accepted
+                self.selector = selectors.DefaultSelector()
+                self.was_opened = True  # before start(), which may be interrupted
+                try:
+                    self.thread.start()
+                except RuntimeError:  # there is no thread to wait for
+                    self.was_opened = False
+                    raise
 
     def serve_forever(self, poll_interval: float | None = None) -> None:
-        """Accept until close(). It is woken, so it does not poll."""
-        with self.selector as selector:
-            selector.register(self.socket, selectors.EVENT_READ)
-            selector.register(self.wake[1], selectors.EVENT_READ)
-            while True:
+        """Accept clients until close(), which wakes the selector; there is no polling."""
+        with self.selector as selector, contextlib.suppress(ValueError):
+            if not self.stopping:  # register() raises ValueError for a socket that is closed already
+                selector.register(self.socket, selectors.EVENT_READ)
+                selector.register(self.wake[1], selectors.EVENT_READ)
+            while not self.stopping:
                 selector.select(poll_interval)
-                if self.stopping:
-                    return
-                self.handle_request()
+                if not self.stopping:
+                    self.handle_request()
 
     def handle_request(self) -> None:
         try:
             client = self.get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._tell_shortage(error)
-                self.cut.wait(0.05)  # the client is still there, and would wake this thread at once
-            return  # otherwise it is gone again
+                self._log_shortage(error)
+                self.cut.wait(0.05)  # the client still waits and would wake this thread at once
+            return  # with any other error, the client is gone
         try:
             if self.spare_threads:
                 thread = self.spare_threads.pop()
@@ -2373,70 +2615,106 @@ class _Listener(socketserver.ThreadingTCPServer):
                 thread = _SessionThread(self)
                 thread.start()
         except RuntimeError as error:
-            self._tell_shortage(error)
+            self._log_shortage(error)
             with contextlib.suppress(OSError):
                 client[0].send(b"421 No thread for another session\r\n")
             self.shutdown_request(client[0])
         else:
-            self.is_short = False
+            self.has_shortage = False
             thread.clients.put(client)
 
-    def _tell_shortage(self, error: Exception) -> None:
-        if not self.is_short:
-            self.log("error", f"SMTP mock server cannot take another client: {error}")
-        self.is_short = True
+    def _log_shortage(self, error: Exception) -> None:
+        if not self.has_shortage:
+            self.context.log("error", f"SMTP mock server cannot take another client: {error}")
+        self.has_shortage = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        self.log.failure("SMTP session failed")
+        self.context.log.failure("SMTP session failed")
 
-    def close(self, timeout: float) -> bool:
-        """End all sessions, after timeout seconds by force; returns whether that was needed."""
+    def close(self, timeout: float) -> bool | None:
+        """End all sessions, after timeout seconds by force. Returns whether force was needed; None if another
+        thread does it, which waits for the session of this one.
+
+        It can be called again after an exception such as KeyboardInterrupt, and then finishes the job.
+        """
+        thread = threading.current_thread()
+        if not isinstance(thread, _SessionThread) or thread.listener is not self:
+            with self.closing:
+                return self._close(timeout)
+        if not self.closing.acquire(blocking=False):
+            return None
+        try:
+            return self._close(timeout)
+        finally:
+            self.closing.release()
+
+    def _close(self, timeout: float) -> bool:
+        """Every step can be repeated."""
         self.stopping = True
-        if self.process != os.getpid():  # after a fork, the threads and what goes on in the sockets are the parent's
-            for connection in self.connections:
-                connection.request.close()
-            self.server_close()
-            return False
-        self.wake[0].send(b"\0")
-        self.thread.join()
-        self.server_close()
+        with contextlib.suppress(OSError):
+            self.wake[0].send(b"\0")
+        if self.was_opened:
+            # If start() was interrupted, the thread may have no number yet. It will see that it has to end.
+            _join_threads([self.thread], 5 if self.thread.ident else 0.1)
+        with contextlib.suppress(OSError):  # on a listening socket, only Linux has this; there, a forked child's copy
+            self.socket.shutdown(socket.SHUT_RDWR)  # of the socket stops listening, too
+        self.socket.close()
         for connection in self.connections.copy():
             if connection.is_idle:
                 connection.shut_down(socket.SHUT_RD)
         threads = [t for t in threading.enumerate() if isinstance(t, _SessionThread) and t.listener is self]
         for thread in threads:
             thread.clients.put(None)
-        if not _join_all(threads, timeout):
+        if not _join_threads(threads, timeout):
             self.cut_off()
-            _join_all(threads, 5)  # they end at once, unless a logger holds one up, which may be for ever
+            _join_threads(threads, 5)  # they end at once, unless the user's code holds one up, perhaps for ever
+        self.server_close()
         return self.cut.is_set()
 
     def cut_off(self) -> None:
         """End all sessions at once."""
         self.cut.set()
         for connection in self.connections.copy():
-            connection.shut_down(socket.SHUT_RDWR)
+            connection.cut_off()
 
     def server_close(self) -> None:
         super().server_close()
         for sock in self.wake:
             sock.close()
 
+    def abandon(self) -> None:
+        """In a forked child, close the sockets; the parent has the threads, and goes on serving the clients."""
+        self.closing = threading.RLock()  # another thread of the parent may have held it
+        self.stopping, self.was_opened = True, False
+        for connection in self.connections:
+            connection.request.close()
+        self.connections.clear()
+        self.server_close()
 
-def _bind(setup: _Setup) -> _Listener:
-    """A listener on the first of the host's addresses that can be had."""
+
+def _abandon_listeners() -> None:
+    for listener in list(_listeners):
+        listener.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_listeners)
+
+
+def _bind(context: _Context) -> _Listener:
+    """A listener on the first of the host's addresses that is free."""
     failure = OSError("it has no address")
-    name = setup.options.host.strip("[]")
-    host = name.encode() if name.isascii() else name  # str would import the codec of international names
-    for family, _, _, _, address in socket.getaddrinfo(host, setup.options.port, type=socket.SOCK_STREAM):
+    name = context.options.host.strip("[]")
+    host = name.encode() if name.isascii() else name  # a str would import the codec of international names
+    for family, _, _, _, address in socket.getaddrinfo(host, context.options.port, type=socket.SOCK_STREAM):
         try:
-            return _Listener(family, address, setup)
+            return _Listener(family, address, context)
         except OSError as error:
             failure = error
     raise failure
 
 
-def _join(host: str, port: int) -> str:
+def _format_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -2445,13 +2723,13 @@ _REPORTED = 10  # messages and sessions in the text of a WaitTimeoutError
 
 
 class Server:
-    """An SMTP server in threads of this process.
+    """An SMTP server that runs in threads of this process.
 
-    Its options are those of Configuration, by name, as a Configuration, or both, and then a name wins;
-    ConfigurationError if one cannot be used. A logger, a Logger or logging.Logger, replaces the default one.
-    on_message is called with each accepted message before the 250 to it, in the thread of its session. If it
-    raises, the client gets msg_msg_failed instead, the error is logged, and the message is not accepted.
-    handlers are subclasses of Handler for verbs of your own, or in place of the usual ones.
+    Options are given by name, as a Configuration, or both; a name takes precedence. An invalid one is a
+    ConfigurationError. A logger (a Logger or a logging.Logger) replaces the default one. on_message is called
+    with each accepted message in the thread of its session, before the 250 is sent. If it raises, the message is
+    refused with msg_msg_failed and the exception is logged. handlers are subclasses of Handler, for
+    verbs of your own or in place of the built-in ones.
     """
 
     def __init__(
@@ -2470,69 +2748,83 @@ class Server:
         self._options = dataclasses.replace(configuration, **options) if configuration else Configuration(**options)
         self._host, self._port = self._options.host, self._options.port
         self._mailbox = _Mailbox()
-        self._log = _Log(logger, self._options)
         self._rules = _Rules(self._options.seed)
-        forms = _make_handlers(self._options, handlers)
-        self._setup = _Setup(self._options, forms, self._mailbox, self._log, self._rules, on_message or _ignore)
-        self._lifecycle = threading.Lock()  # one start() or stop() at a time
+        table, log = _make_handlers(self._options, handlers), _Log(logger, self._options)
+        self._context = _Context(self._options, table, self._mailbox, log, self._rules, on_message or _ignore)
+        self._lifecycle = threading.Lock()  # guards _listener; not held while the user's code runs
         self._listener: _Listener | None = None
 
     def with_logger(self, logger: Any) -> Server:
-        """Log to this Logger or logging.Logger, None for the default one, from the next start() on."""
-        self._log = _Log(logger, self._options)
-        self._setup = self._setup._replace(log=self._log)
+        """Log to this Logger or logging.Logger from the next start() on; None is the default one."""
+        self._context = self._context._replace(log=_Log(logger, self._options))
         return self
 
     def start(self) -> Server:
-        """Listen; clients can connect when it returns.
+        """Listen. Clients can connect when it returns.
 
-        Raises ServerStateError if the server runs, ServerStartError if it cannot have the host and port.
+        Raises ServerStateError if the server is running, ServerStartError if it cannot listen on the host and port.
         """
         return self._start(lambda host, port: None)
 
     def _start(self, announce: Callable[[str, int], None]) -> Server:
-        """Like start(), and calls announce when clients can connect, before the first is served."""
-        with self._lifecycle:
-            if self._listener is not None:
-                raise ServerStateError(f"{self!r} cannot start: it is running")
-            try:
-                listener = _bind(self._setup)
-                self._host, self._port = self._options.host.strip("[]"), listener.server_address[1]
-                try:
-                    listener.server_activate()  # first: whoever reads the announcement may connect at once
-                    announce(self._host, self._port)
-                    self._log("info", f"SMTP mock server started on port: {self._port}")
-                    listener.open()
-                except BaseException:
-                    listener.server_close()
-                    raise
-            except (OSError, ValueError, RuntimeError) as error:  # of the system, of a host's name, of a thread
+        """Like start(). Calls announce when clients can connect, and before the first is served."""
+        listener = None
+        try:
+            with self._lifecycle:
+                if self._listener is not None:
+                    raise ServerStateError(f"{self!r} cannot start: it is running")
+                listener = self._listener = _bind(self._context)
+            self._host, self._port = self._options.host.strip("[]"), listener.server_address[1]
+            listener.server_activate()  # before the announcement, because its reader may connect at once
+            announce(self._host, self._port)
+            self._context.log("info", f"SMTP mock server started on port: {self._port}")
+            listener.open()
+        except BaseException as error:
+            if listener is not None and not listener.stopping:
+                self._discard(listener, 0)
+            elif listener is not None and isinstance(error, (OSError, ValueError)):
+                return self  # another thread has stopped the server, and closed the socket
+            # The bind failed, the host name is invalid, or no thread could be started.
+            if isinstance(error, (OSError, ValueError, RuntimeError)) and not isinstance(error, SMTPMockError):
                 raise self._explain(error) from error
-            self._listener = listener
+            raise
         return self
 
     def _explain(self, error: Exception) -> ServerStartError:
         reason = getattr(error, "strerror", None) or error
-        explained = ServerStartError(f"cannot listen on {_join(self._options.host, self._options.port)}: {reason}")
+        address = _format_address(self._options.host, self._options.port)
+        explained = ServerStartError(f"cannot listen on {address}: {reason}")
         explained.errno = getattr(error, "errno", None)
-        self._log("error", str(explained))
+        self._context.log("error", str(explained))
         return explained
 
     def stop(self) -> None:
-        """End all sessions and give up the port; ServerStateError if the server does not run.
+        """End all sessions and give up the port. Raises ServerStateError if the server is not running.
 
-        Who waits for the client's next command gets a 421. Who is in a body or a delay may go on with
-        it for shutdown_timeout. All are recorded, and no thread or socket is left.
+        A session that waits for a command gets a 421. One that receives a body or waits out a delay may
+        finish that within shutdown_timeout. All are recorded, and no thread or socket is left. An interrupted
+        stop() can be called again. In the thread of a session, stop() does not wait for that session to end.
         """
         with self._lifecycle:
-            if self._listener is None:
+            listener = self._listener
+            if listener is None:
                 raise ServerStateError(f"{self!r} cannot stop: it is not running")
-            self._log("warning", "SMTP mock server is in the shutdown mode and won't accept new connections")
-            forced = self._listener.close(self._options.shutdown_timeout)
-            self._listener = None
-            self._log(
-                "info", f"SMTP mock server was {'force stopped by timeout' if forced else 'stopped successfully'}"
-            )
+            is_first, listener.stopping = not listener.stopping, True
+        if is_first:
+            text = "SMTP mock server is in the shutdown mode and won't accept new connections"
+            self._context.log("warning", text)
+        self._discard(listener, self._options.shutdown_timeout)
+
+    def _discard(self, listener: _Listener, timeout: float) -> None:
+        """Close the listener. The first thread that has finished this says so."""
+        is_forced = listener.close(timeout)
+        with self._lifecycle:
+            is_first = is_forced is not None and self._listener is listener
+            if is_first:
+                self._listener = None
+        if is_first and listener.was_opened:
+            result = "force stopped by timeout" if is_forced else "stopped successfully"
+            self._context.log("info", f"SMTP mock server was {result}")
 
     def __enter__(self) -> Server:
         return self.start()
@@ -2548,7 +2840,7 @@ class Server:
 
     @property
     def port(self) -> int:
-        """As configured; from start() on, and after stop(), the real one."""
+        """As configured; from start() on, the real one, which it keeps after stop()."""
         return self._port
 
     @property
@@ -2556,44 +2848,55 @@ class Server:
         return self._listener is not None
 
     def messages(self) -> list[Message]:
-        """What was recorded, oldest first."""
+        """The recorded messages, oldest first."""
         return self._mailbox.messages(purge=False)
 
     def messages_and_purge(self) -> list[Message]:
-        """What was recorded, which is then no longer here: just what is returned is removed."""
+        """The recorded messages, oldest first. Exactly what is returned is removed."""
         return self._mailbox.messages(purge=True)
 
-    def on(self, stage: str, match: str | Callable[[str], object] | None = None) -> Rule:
-        """A rule for a stage: connect, a verb, message (the end of a body), or * for all.
+    def on(
+        self,
+        stage: str,
+        match: _Match = None,
+        *,
+        times: int | None = None,
+        probability: float = 1.0,
+        after: int | None = None,
+        **unknown: NoReturn,
+    ) -> Rule:
+        """Make a rule. The methods of the Rule say what it does.
 
-        match is an address or a domain (at DATA and message, of a recipient), or a function of the line, or of
-        the body at message. The newest rule that matches, and is not spent, wins over anything else.
-        ConfigurationError if one of these cannot be used.
+        stage is connect, a verb, message (the end of a body), or * for all. match is an address or a domain
+        (at DATA and message, of a recipient), a compiled pattern that is searched in the line, or a function of the
+        line; at message, the line is the body. The rule applies `times` times (None is without end), each time with
+        this probability, and with `after` when so many bytes of the body have arrived. Rules add up: each aspect
+        of a reply comes from the newest rule that sets it. Raises ConfigurationError for an invalid argument.
         """
-        if not (match is None or isinstance(match, str) or callable(match)):
-            raise ConfigurationError(f"match={match!r}: must be an address, a domain or a function of the line")
-        return Rule(self._rules, _parse_stage(stage), match)
+        if unknown:
+            raise ConfigurationError(f"{', '.join(unknown)}: on() takes stage, match, times, probability and after")
+        return Rule(self._rules, stage, match, times, probability, after)
 
     def clear_rules(self) -> None:
         """Remove all rules."""
         self._rules.clear()
 
     def reset(self) -> None:
-        """Drop what was recorded, and all rules, for the next test."""
+        """Remove all messages and all rules, for the next test."""
         self._rules.clear()
         self._mailbox.messages(purge=True)
 
     def wait_for_messages(self, count: int, timeout: float = 5.0, where: _Where | None = None) -> list[Message]:
-        """All messages, or all for which where(message) is true, as soon as there are count.
+        """Wait for count messages for which where(message) is true, and return all of these.
 
-        WaitTimeoutError after timeout seconds. What where() raises is raised here.
+        Raises WaitTimeoutError after timeout seconds, and whatever where() raises.
         """
         return self._wait(count, timeout, where, purge=False)
 
     def wait_for_messages_and_purge(
         self, count: int, timeout: float = 5.0, where: _Where | None = None
     ) -> list[Message]:
-        """Like wait_for_messages(), and removes just what it returns."""
+        """Like wait_for_messages(). Exactly what is returned is removed."""
         return self._wait(count, timeout, where, purge=True)
 
     def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> list[Message]:
@@ -2609,39 +2912,46 @@ class Server:
         return messages
 
     def _report(self) -> Iterator[str]:
-        """What somebody wants to know who has waited in vain."""
+        """What helps someone whose wait timed out."""
         messages = self.messages()
         yield f"{len(messages)} are recorded{':' if messages else ''}"
         if len(messages) > _REPORTED:
             yield "  ..."
         for message in messages[-_REPORTED:]:
             yield f"  {message!r}, subject {message.subject!r}"
-        sessions = list(self._listener.connections) if self._listener else []
-        yield f"{len(sessions)} sessions are open{':' if sessions else ''}"
-        for connection in sessions[:_REPORTED]:
+        listener = self._listener
+        connections = [] if listener is None else list(listener.connections.copy())
+        yield f"{len(connections)} sessions are open{':' if connections else ''}"
+        for connection in connections[:_REPORTED]:
             session = connection.session
-            yield f"  {_join(*session.peer)}: {' / '.join(_write_dialogue(session.dialogue[-2:]))}"
+            dialogue = " / ".join(_format_dialogue(session.mail.dialogue[-2:]))
+            yield f"  {_format_address(*session.peer)}: {dialogue}"
 
     def __repr__(self) -> str:
-        return f"<smtpmock.Server on {_join(self._host, self._port)}{'' if self._listener else ', not running'}>"
+        state = "" if self._listener else ", not running"
+        return f"<smtpmock.Server on {_format_address(self._host, self._port)}{state}>"
 
 
 # ------------------------------------------------------------------------------------ command line
 
 _LOG = ("log", _FLAG, False, "log to stdout, errors to stderr")
-_LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # which have one flag between them
+_LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # one flag sets both
+_ABOUT = "An SMTP server for tests: it records the mail it receives, and it fails on request."
+_FILE = _Kind("a path", lambda value: isinstance(value, str), str)
 
 _CERTIFICATE = (
-    ("tls_cert", _TEXT, "", "PEM file with a certificate, and all that belongs to it; turns on STARTTLS"),
-    ("tls_key", _TEXT, "", "PEM file with its key, if that is not in the same"),
+    ("tls_cert", _FILE, "", "PEM file with the certificate and its chain; turns on STARTTLS"),
+    ("tls_key", _FILE, "", "PEM file with the key, unless the other file has it"),
 )
 
-# What becomes of the mail, for those who cannot ask a Server for it.
+# Where mail goes, for programs that cannot ask a Server for it.
 _OUTPUTS = (
     ("json", _FLAG, False, "print each accepted mail, and each session without one, as a line of JSON; log to stderr"),
-    ("save_dir", _TEXT, "", "folder for each accepted mail as 000001.eml and its record as 000001.json"),
-    ("maildir", _TEXT, "", "Maildir to deliver each accepted mail to"),
+    ("save_dir", _FILE, "", "folder for each accepted mail as 000001.eml and its record as 000001.json"),
+    ("maildir", _FILE, "", "Maildir for each accepted mail"),
 )
+
+_Undo = Callable[[], object]  # what removes a mail from an output again
 
 
 class _Printer:
@@ -2649,12 +2959,16 @@ class _Printer:
 
     def __init__(self) -> None:
         self._out = sys.stdout
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # keeps lines whole
 
     def __call__(self, line: str) -> None:
         with self._lock:
-            self._out.write(line + "\n")
-            self._out.flush()
+            try:
+                self._out.write(line + "\n")
+                self._out.flush()
+            except (OSError, ValueError, AttributeError) as error:  # full, closed by us, and closed from the start
+                reason = getattr(error, "strerror", None) or "it is closed"
+                raise SMTPMockError(f"cannot write to stdout: {reason}") from error
 
     def json(self, value: object) -> None:
         import json
@@ -2663,7 +2977,7 @@ class _Printer:
 
 
 def _make_folder(path: str) -> None:
-    """Make it if it is not there, and see now whether it can be written."""
+    """Make it if it does not exist, and see now whether it can be written to."""
     import tempfile
 
     os.makedirs(path, exist_ok=True)
@@ -2671,27 +2985,36 @@ def _make_folder(path: str) -> None:
 
 
 class _Folder:
-    """Saves mails, each in a file of its own with its record beside it: complete, or not there."""
+    """Saves mails, each in a file of its own with its record beside it. A file is complete, or does not exist."""
 
     def __init__(self, path: str) -> None:
         _make_folder(path)
         self._path = path
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # guards the number
         names = [re.match(r"\.?(\d{6,})\.", name) for name in os.listdir(path)]
         self._number = max((int(name[1]) for name in names if name), default=0)
 
-    def __call__(self, message: Message) -> None:
+    def __call__(self, message: Message) -> _Undo:
         import json
 
         mail, record = self._reserve()
-        try:
-            self._write(record, json.dumps(message.to_dict(), indent=1).encode())
-            self._write(mail, message.as_bytes())  # last: where it is, the other is
-        except BaseException:
-            for name in (mail, "." + mail, record, "." + record):
+
+        def undo() -> None:
+            for name in (mail, self._temporary(mail), record, self._temporary(record)):
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(self._path, name))
+
+        try:
+            self._write(record, json.dumps(message.to_dict(), indent=1).encode())
+            self._write(mail, message.as_bytes())  # last: whoever sees it finds the record as well
+        except BaseException:
+            undo()
             raise
+        return undo
+
+    def _temporary(self, name: str) -> str:
+        """A name that *.eml and *.json do not match, not even in Python's glob(), which matches hidden files."""
+        return f".{name}.part"
 
     def _reserve(self) -> tuple[str, str]:
         """Names that no other process takes, either."""
@@ -2700,14 +3023,14 @@ class _Folder:
                 self._number += 1
                 mail, record = f"{self._number:06d}.eml", f"{self._number:06d}.json"
                 with contextlib.suppress(FileExistsError):
-                    temporary = os.path.join(self._path, "." + mail)
+                    temporary = os.path.join(self._path, self._temporary(mail))
                     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666))
                     if not os.path.exists(os.path.join(self._path, mail)):
                         return mail, record
                     os.unlink(temporary)
 
     def _write(self, name: str, data: bytes) -> None:
-        temporary = os.path.join(self._path, "." + name)
+        temporary = os.path.join(self._path, self._temporary(name))
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
@@ -2715,17 +3038,21 @@ class _Folder:
         os.replace(temporary, os.path.join(self._path, name))
 
 
-def _open_maildir(path: str) -> Callable[[Message], None]:
+def _open_maildir(path: str) -> Callable[[Message], _Undo]:
     import mailbox
 
     for name in ("tmp", "cur", "new"):
         _make_folder(os.path.join(path, name))
     maildir = mailbox.Maildir(path)
-    lock = threading.Lock()  # it is not made for threads
+    lock = threading.Lock()  # a Maildir is not made for threads
 
-    def add(message: Message) -> None:
+    def remove(key: str) -> None:
         with lock:
-            maildir.add(message.as_bytes())
+            maildir.discard(key)
+
+    def add(message: Message) -> _Undo:
+        with lock:
+            return functools.partial(remove, maildir.add(message.as_bytes()))
 
     return add
 
@@ -2734,72 +3061,64 @@ def _read(kind: _Kind, text: str) -> Any:
     try:
         return kind.parse(text)
     except (KeyError, ValueError):
-        return text  # for others to say what is wrong with it
+        return text  # _check() will say what is wrong with it
 
 
-# The actions of a -rule: what follows the name, and what may follow that.
-_LIMITS = {"times": _TIMES, "probability": _PROBABILITY, "close": _FLAG, "after": _COUNT}
-_ACTIONS: dict[str, tuple[_Kind | None, tuple[str, ...]]] = {
-    "reply": (_TEXT, ("times", "probability", "close")),
-    "delay": (_SECONDS, ("times", "probability")),
-    "drop": (_TEXT, ("times", "probability", "after")),
-    "reset": (None, ("times", "probability", "after")),
-    "silence": (None, ("times", "probability")),
-    "raw": (_BYTES, ("times", "probability")),
-    "trickle": (_SECONDS, ("times", "probability")),
-}
+_CONDITIONS = {"times": _TIMES, "probability": _PROBABILITY, "after": _COUNT}
 
 
-def _add_rule(server: Server, text: str) -> None:
-    """Read "STAGE [ADDRESS]: ACTION [ARGUMENT][; NAME=VALUE]..."."""
+def _read_action(name: str, argument: str) -> tuple[str, list[Any]]:
+    """The name of a method of Rule, and its arguments."""
+    allowed = [action for action in (*_ACTIONS, *_THEN) if action != "then"]
+    if name not in allowed:
+        raise ConfigurationError(f"{name!r} must be {' or '.join([*allowed, *_CONDITIONS])}")
+    if name in _THEN and argument:
+        raise ConfigurationError(f"{argument!r} must not follow {name}")
+    if name == "reply":
+        return name, [text.strip() or None for text in argument.split("|")] if argument else []
+    return name, [] if name in _THEN else [_read(_ACTIONS[name], argument)]
 
-    def expect(allowed: Iterable[str], word: str) -> None:
-        if word not in allowed:
-            raise ConfigurationError(f"rule {text!r}: {word!r} must be {' or '.join(allowed)}")
 
+def _add_rule(server: Any, text: str) -> None:
+    """Read "STAGE [ADDRESS]: ACTION [ARGUMENT]; ...; CONDITION=VALUE; ..."."""
     where, colon, what = (part.strip() for part in text.partition(": "))
     match = re.fullmatch(r"(\S+(?: +(?:FROM|TO))?)(?: +(\S+))?", where, re.IGNORECASE)
     if match is None or not colon:
         raise ConfigurationError(f"rule {text!r}: must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'")
-    action, *limits = (part.strip() for part in what.split(";"))
-    name, _, argument = action.partition(" ")
-    expect(_ACTIONS, name)
-    kind, allowed = _ACTIONS[name]
-    arguments: list[Any] = [] if kind is None or (name == "drop" and not argument) else [_read(kind, argument)]
-    if kind is None and argument:
-        raise ConfigurationError(f"rule {text!r}: {argument!r} must not be after {name}")
-    if name == "reply":
-        arguments = [part.strip() or None for part in argument.split("|")] if argument else []
-    options = {}
-    for limit in limits:
-        key, _, value = (part.strip() for part in limit.partition("="))
-        expect(allowed, key)
-        options[key] = _read(_LIMITS[key], value or "true")
+    parts = [re.split(" +| *= *", part.strip(), maxsplit=1) for part in what.split(";") if part.strip()]
+    conditions = {name: _read(_CONDITIONS[name], "".join(value)) for name, *value in parts if name in _CONDITIONS}
     try:
-        getattr(server.on(match[1], match[2]), name)(*arguments, **options)
+        actions = [_read_action(name, "".join(value)) for name, *value in parts if name not in _CONDITIONS]
+        if not actions:
+            raise ConfigurationError("it has no action")
+        rule = server.on(match[1], match[2], **conditions)
+        for name, arguments in actions:
+            getattr(rule, name)(*arguments)
     except ConfigurationError as error:
         raise ConfigurationError(f"rule {text!r}: {error}") from error
 
 
-_Takers = tuple[Callable[[Message], None], Callable[[Message], None]]
+_Outputs = tuple[Callable[[Message], None], Callable[[Message], object]]
 
 
-def _open_outputs(printer: _Printer, json: bool = False, save_dir: str = "", maildir: str = "") -> _Takers:
-    """What to call with each accepted message, and what with each other."""
-    takers: list[Callable[[Message], None]] = []
+def _open_outputs(printer: _Printer, json: bool = False, save_dir: str = "", maildir: str = "") -> _Outputs:
+    """What to call with each accepted message, and with each other one."""
+    outputs: list[Callable[[Message], _Undo | None]] = []
     for path, open_output in ((save_dir, _Folder), (maildir, _open_maildir)):
         try:
-            takers += [open_output(path)] if path else []
+            outputs += [open_output(path)] if path else []
         except OSError as error:
             raise SMTPMockError(f"cannot write to {path}: {error.strerror}") from error
-    if json:
-        takers.append(lambda message: printer.json(message.to_dict()))
 
     def on_message(message: Message) -> None:
-        for take in takers:
-            take(message)
+        with contextlib.ExitStack() as undo:  # a mail that one output cannot take is in none
+            for output in outputs:
+                undo.callback(output(message) or (lambda: None))
+            if json:
+                printer.json(message.to_dict())
+            undo.pop_all()
 
-    return on_message, takers[-1] if json else _ignore
+    return on_message, (lambda message: printer.json(message.to_dict())) if json else _ignore
 
 
 def _add_flag(parser: Any, name: str, kind: _Kind, default: Any, about: str) -> None:
@@ -2822,12 +3141,12 @@ def _make_parser() -> Any:
         def error(self, message: str) -> Any:
             raise ConfigurationError(message)
 
-    parser = Parser("smtpmock", description=__doc__.partition("\n")[0], add_help=False)
+    parser = Parser("smtpmock", description=_ABOUT, add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
     parser.add_argument("-v", "--version", action="store_true", help="print the version and exit")
     for flag in (_LOG, *_CERTIFICATE, *_OUTPUTS):
         _add_flag(parser, *flag)
-    about = "deviation from the usual, as 'RCPT bob@example.com: reply 550 No such user; times=2'; can be repeated"
+    about = "make the server fail, as in 'RCPT bob@example.com: reply 550 No such user; times=2'; can be repeated"
     parser.add_argument("-rule", "--rule", dest="rules", action="append", metavar="...", help=about)
     for field in dataclasses.fields(Configuration):
         if field.name not in _LOG_OPTIONS and field.metadata["kind"] is not _CONTEXT:
@@ -2865,8 +3184,8 @@ def _parse_arguments(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _run_until_signalled(server: Server, announce: Callable[[str, int], None]) -> None:
-    """Another signal cuts the graceful stop short."""
+def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *, owns_process: bool) -> None:
+    """Start the server, and stop it at the first signal; a second one cuts the sessions off."""
     import signal
 
     def stop() -> None:
@@ -2877,9 +3196,11 @@ def _run_until_signalled(server: Server, announce: Callable[[str, int], None]) -
     wakened, waker = socket.socketpair()
     with wakened, waker:
         waker.setblocking(False)
-        # Whichever thread a signal reaches, its number is written there.
+        # Python writes the number of each signal there, whichever thread receives it.
         previous_waker = signal.set_wakeup_fd(waker.fileno())
-        handlers = [signal.signal(number, lambda *_: None) for number in numbers]
+        previous = [signal.signal(number, lambda *_: None) for number in numbers]
+        if owns_process:  # when it ends, a late signal must not change its exit status
+            previous = [signal.SIG_IGN for _ in numbers]
         try:
             server._start(announce)
             listener = server._listener
@@ -2891,55 +3212,66 @@ def _run_until_signalled(server: Server, announce: Callable[[str, int], None]) -
             stopper.join()
         finally:
             signal.set_wakeup_fd(previous_waker)
-            for number, handler in zip(numbers, handlers, strict=True):
+            for number, handler in zip(numbers, previous, strict=True):
                 signal.signal(number, handler)
 
 
-def _serve(server: Server, **outputs: Any) -> None:
+def _serve(server: Server, *, owns_process: bool, **outputs: Any) -> None:
     """Run the server until a signal comes."""
     printer = _Printer()
     on_message, on_other = _open_outputs(printer, **outputs)
-    server._setup = server._setup._replace(on_message=on_message, on_other=on_other)
+    server._context = server._context._replace(on_message=on_message, on_other=on_other)
 
     def announce(host: str, port: int) -> None:
-        try:
-            if outputs.get("json"):
-                printer.json({"listening": {"host": host, "port": port}})
-            else:
-                printer(f"smtpmock: listening on {_join(host, port)}")
-        except OSError as error:
-            raise SMTPMockError(f"cannot write to stdout: {error.strerror}") from error
+        if outputs.get("json"):
+            printer.json({"listening": {"host": host, "port": port}})
+        else:
+            printer(f"smtpmock: listening on {_format_address(host, port)}")
 
-    with contextlib.redirect_stdout(sys.stderr if outputs.get("json") else sys.stdout):  # of what the server logs
-        _run_until_signalled(server, announce)
+    # With JSON, what the server logs goes to stderr.
+    with contextlib.redirect_stdout(sys.stderr if outputs.get("json") else sys.stdout):
+        _run_until_signalled(server, announce, owns_process=owns_process)
+
+
+def _run_command(options: dict[str, Any], parser: Any, *, owns_process: bool) -> None:
+    asks_help, asks_version = options.pop("help"), options.pop("version")
+    if asks_version:
+        _Printer()(f"smtpmock: {__version__}\npython: {sys.version}")
+        return
+    if asks_help:
+        _Printer()(parser.format_help().rstrip())
+        return
+    outputs = {name: options.pop(name) for name, *_ in _OUTPUTS if name in options}
+    rules = options.pop("rules", ())
+    server = Server(**options)
+    for rule in rules:
+        _add_rule(server, rule)
+    _serve(server, owns_process=owns_process, **outputs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line, that of the process if argv is None; returns the exit status."""
+    """Run the command line, or that of the process if argv is None. Returns the exit status."""
     parser = _make_parser()
     try:
         options = _parse_arguments(parser, sys.argv[1:] if argv is None else argv)
-        asks_help, asks_version = options.pop("help"), options.pop("version")
-        if asks_version:
-            print(f"smtpmock: {__version__}\npython: {sys.version}")
-        elif asks_help:
-            print(parser.format_help(), end="")
-        else:
-            outputs = {name: options.pop(name) for name, *_ in _OUTPUTS if name in options}
-            rules = options.pop("rules", ())
-            server = Server(**options)
-            for rule in rules:
-                _add_rule(server, rule)
-            _serve(server, **outputs)
+        _run_command(options, parser, owns_process=argv is None)
     except SMTPMockError as error:
-        print(f"smtpmock: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError, AttributeError):
+            print(f"smtpmock: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
     finally:
-        try:
-            sys.stdout.flush()
-        except OSError:  # Python would fail at it once more, on its way out
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if argv is None:
+            _flush_stdout()
     return 0
+
+
+def _flush_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except AttributeError:  # it was closed before Python started
+        pass
+    except OSError:  # at exit, Python would try again and print a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
