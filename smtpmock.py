@@ -2496,6 +2496,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
 
 _SPARE_THREADS = 16
+_PATIENCE = 5.0  # seconds that stop() waits for a session after its connection was cut off, if user code holds it up
 
 
 class _Thread(threading.Thread):
@@ -2667,7 +2668,7 @@ class _Listener(socketserver.ThreadingTCPServer):
             thread.clients.put(None)
         if not _join_threads(threads, timeout):
             self.cut_off()
-            _join_threads(threads, 5)  # they end at once, unless the user's code holds one up, perhaps for ever
+            _join_threads(threads, _PATIENCE)
         self.server_close()
         return self.cut.is_set()
 
