@@ -41,8 +41,9 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import datetime
@@ -60,6 +61,7 @@ __all__ = [
     "Message",
     "Rule",
     "SMTPMockError",
+    "SMTPMockWarning",
     "Server",
     "ServerStartError",
     "ServerStateError",
@@ -93,6 +95,10 @@ class WaitTimeoutError(SMTPMockError, TimeoutError):
     def __init__(self, text: str, messages: Sequence[Message] = ()) -> None:
         super().__init__(text)
         self.messages = list(messages)
+
+
+class SMTPMockWarning(UserWarning):
+    """The configuration has the server discard recipients or mails that it accepted."""
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -155,10 +161,10 @@ def _check(name: str, value: object, kind: _Kind) -> None:
         raise ConfigurationError(f"{name}={value!r}: must be {kind.allowed}")
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+def _suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     import difflib
 
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -203,7 +209,24 @@ class _Fields:
                 others = "" if len(known) > 9 else f"; there are {', '.join(known)}"
                 what = f"there is no such option{_suggest(name, known) or others}"
                 raise ConfigurationError(f"{name}={value!r}: {what}")
-        return super().__new__(cls)
+        made: Any = super().__new__(cls)
+        object.__setattr__(made, "_given", frozenset(fields))  # the names that were spelled out
+        return made
+
+
+_EXTENSIONS = (
+    "SIZE 8BITMIME SMTPUTF8 PIPELINING DSN CHUNKING BINARYMIME ENHANCEDSTATUSCODES DELIVERBY REQUIRETLS LIMITS"
+)
+_EXTENSIONS += " ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE NO-SOLICITING"
+
+
+def _check_extension(name: str) -> None:
+    known = _EXTENSIONS.split()
+    option = {"AUTH": "auth_users", "STARTTLS": "ssl_context"}.get(name)
+    if option is not None:
+        raise ConfigurationError(f"extensions: {name} is announced with the option {option}")
+    if name not in known and not name.startswith("X") and (hint := _suggest(name, known, 0.7)):
+        raise ConfigurationError(f"extensions: {name} is unknown{hint}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -293,6 +316,8 @@ class Configuration(_Fields):
     msg_server_shutdown: str = _reply("421 Server shutting down, closing connection", "the sessions that stop() ends")
     msg_line_too_long: str = _reply("500 Line too long", "a command line of over 4096 bytes")
 
+    _given: ClassVar[frozenset[str]] = frozenset()
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -303,6 +328,8 @@ class Configuration(_Fields):
                     object.__setattr__(self, field.name, frozenset(map(_fold, value)))
                 elif kind is _WORDS:
                     object.__setattr__(self, field.name, tuple(value))
+        for extension in self.extensions:
+            _check_extension(extension.split()[0].upper())
         for name, other in _NEEDED.items():
             if getattr(self, name) and getattr(self, other) is None:
                 raise ConfigurationError(f"{name}=True: needs {other}")
@@ -507,6 +534,12 @@ def _format_dialogue(dialogue: _Dialogue) -> Iterator[str]:
             yield from (f"{'S' if index % 2 else 'C'}: {_printable(line)}" for line in lines)
 
 
+def _shorten(value: object) -> str:
+    """The repr of a value, in at most 100 characters."""
+    text = repr(value[:200] if isinstance(value, str) else value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 _T = TypeVar("_T")
 
 
@@ -654,6 +687,7 @@ class Message:
             "_count": len(mail.recipients),
             "_dialogue": mail.dialogue,
             "_said": len(mail.dialogue),
+            "_start": mail.start,
         }
         object.__setattr__(self, "__dict__", fields)  # __setattr__() allows nothing else
 
@@ -663,6 +697,7 @@ class Message:
     _count: int
     _dialogue: _Dialogue
     _said: int
+    _start: int
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
@@ -714,6 +749,36 @@ class Message:
     def msg_request(self) -> str:
         """The content as str: UTF-8, with surrogates for bytes that are not."""
         return _decode(self.content)
+
+    @property
+    def refusals(self) -> list[tuple[str, str]]:
+        """(request, response) of each command that got a 4xx or 5xx, even if erased; a body is "<N bytes>"."""
+        dialogue = self._dialogue[: self._said]
+        pairs = zip(dialogue[::2], dialogue[1::2], strict=False)
+        return [
+            (f"<{request} bytes>" if isinstance(request, int) else request, str(response))
+            for request, response in pairs
+            if request is not None and str(response).startswith(("4", "5"))
+        ]
+
+    def _find_discards(self) -> Iterator[tuple[str, str]]:
+        """What was accepted and not kept, each with the option that keeps it."""
+        dialogue = self._dialogue[self._start : self._said]
+        pairs = [
+            (str(request), request, response)
+            for request, response in zip(dialogue[::2], dialogue[1::2], strict=False)
+            if request is not None and response is not None and not str(response).startswith(("4", "5"))
+        ]
+        begins = max((at for at, (line, *_) in enumerate(pairs) if line[:4].upper() == "MAIL"), default=0)
+        recipients = sum(line[:4].upper() == "RCPT" for line, *_ in pairs[begins:])
+        mails = sum(isinstance(request, int) for _, request, _ in pairs)
+        for option, what, count, kept in (
+            ("multiple_rcptto", "recipients", recipients if self.msg else 0, len(self.rcpt_tos)),
+            ("multiple_message_receiving", "mails", mails, int(self.msg)),
+        ):
+            if count > kept:
+                verb = "was" if count - kept == 1 else "were"
+                yield option, f"{count - kept} of {count} accepted {what} {verb} not kept"
 
     @property
     def is_consistent(self) -> bool:
@@ -804,6 +869,7 @@ class Message:
         names += ["id", "esmtp", "rcpt_tos", "rcptto", "is_consistent", "received_header"]
         names += ["mailfrom_parameters", "rcptto_parameters", "auth_mechanism", "auth_user"]
         values = {name: getattr(self, name) for name in (*names, "subject", "text", "html", "transcript")}
+        values["refusals"] = [list(pair) for pair in self.refusals]
         values["peer"], values["tls"] = list(self.peer), list(self.tls) if self.tls else None
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
         values["rcptto_request_response"] = [list(pair) for pair in self.rcptto_request_response]
@@ -818,12 +884,15 @@ class Message:
         return record
 
     def __repr__(self) -> str:
-        responses = self._dialogue[1 : self._said : 2]
-        replies = [said for said in responses if said is not None and said not in _ENDINGS]
-        end = "no reply"
-        if replies:
-            end = "accepted" if self.is_consistent else f"not accepted, last reply {replies[-1]!r}"
-        return f"<Message {self.id} from {self.mail_from!r} to {self.rcpt_tos}: {len(self.content)} bytes, {end}>"
+        replies = [said for said in self._dialogue[1 : self._said : 2] if said is not None and said not in _ENDINGS]
+        end = f"not accepted, last reply {_shorten(replies[-1])}" if replies else "no reply"
+        if self.is_consistent:
+            end = "accepted"
+        elif self.refusals:
+            request, response = self.refusals[0]
+            end = f"not accepted, {_shorten(request)} was refused with {_shorten(response)}"
+        names = ", ".join([_shorten(name) for name in self.rcpt_tos[:3]] + ["..."] * (len(self.rcpt_tos) > 3))
+        return f"<Message {self.id} from {_shorten(self.mail_from)} to [{names}]: {len(self.content)} bytes, {end}>"
 
 
 # ------------------------------------------------------------------------------------------- rules
@@ -868,12 +937,40 @@ class Action(_Fields):
         return aspects | {name: value for name, value in values.items() if value is not None}
 
 
+# What people write for a stage, and what it is called here. Other verbs are allowed if they are not nearly these.
+_STAGE_NAMES = {
+    stage.upper(): stage for stage in ("connect", "message", "HELO", "EHLO", "MAIL", "RCPT", "DATA", "BDAT")
+}
+_STAGE_NAMES |= {verb: verb for verb in ("RSET", "NOOP", "QUIT", "AUTH", "STARTTLS")}
+_STAGE_NAMES |= {"MAILFROM": "MAIL", "RCPTTO": "RCPT", "BODY": "message", "END": "message", "CONNECTION": "connect"}
+_OTHER_VERBS = "VRFY EXPN HELP ETRN TURN SEND SOML SAML"
+
+
 def _parse_stage(name: object) -> str:
     """connect, message, *, or a verb in upper case; MAIL FROM and RCPT TO are MAIL and RCPT."""
     words = name.replace(":", " ").split() if isinstance(name, str) else []
     if not words or len(words) > 2 or (words[1:] and words[1].upper() not in ("FROM", "TO")):
         raise ConfigurationError(f"stage={name!r}: must be connect, message, * or a verb such as RCPT")
     return words[0].lower() if words[0].lower() in _STAGES else words[0].upper()
+
+
+def _check_stage(name: str, stage: str, verbs: Collection[str]) -> None:
+    """Refuse a stage that is nearly another one, and so would never be reached."""
+    import difflib
+
+    if stage in (*_STAGES, *_STAGE_NAMES.values(), *verbs, *_OTHER_VERBS.split()):
+        return
+    near = difflib.get_close_matches(stage, _STAGE_NAMES, n=1, cutoff=0.7)
+    if near:
+        raise ConfigurationError(f"stage={name!r}: there is no such stage; did you mean {_STAGE_NAMES[near[0]]}?")
+
+
+def _check_match(match: str) -> None:
+    """Refuse a string that is no address or domain, but looks like a pattern."""
+    if match.startswith("@"):
+        raise ConfigurationError(f"match={match!r}: a domain has no @; did you mean {match[1:]!r}?")
+    if re.search(r"\\\\|\.[*+]|^\^|\$$|^\*", match):
+        raise ConfigurationError(f"match={match!r}: looks like a pattern; did you mean re.compile({match!r})?")
 
 
 _Match = Callable[[str], object] | str | re.Pattern[str] | None
@@ -895,6 +992,9 @@ class Rule:
         self._stage = _parse_stage(stage)
         if not (match is None or isinstance(match, str | re.Pattern) or callable(match)):
             raise ConfigurationError(f"match={match!r}: must be an address, a domain, a pattern or a function")
+        if isinstance(match, str):
+            _check_match(match)
+        _check_stage(stage, self._stage, rules.verbs)
         self._match = _fold(match) if isinstance(match, str) else match
         for name, value, kind in (("times", times, _TIMES), ("after", after, _COUNT)):
             if value is not None:
@@ -983,6 +1083,18 @@ class Rule:
         self.hits += 1
         return aspects, function
 
+    def _has_action(self) -> bool:
+        return self._function is not None or any(self._uses)
+
+    def _find_nearest(self, requests: Sequence[str]) -> str:
+        """The request that this rule was perhaps meant for, as the end of a sentence."""
+        import difflib
+
+        similar = [request for request in requests if request[: len(self._stage)].upper() == self._stage]
+        match = self._match if isinstance(self._match, str) else ""
+        nearest = difflib.get_close_matches(match, similar[-1000:], n=1, cutoff=0) or similar[-1:]
+        return f"; the nearest command was {_shorten(nearest[0])}" if nearest else ""
+
     def __repr__(self) -> str:
         return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits>"
 
@@ -998,7 +1110,8 @@ def _read_result(result: object) -> dict[str, Any]:
 class _Rules:
     """The rules of a server."""
 
-    def __init__(self, seed: int | None) -> None:
+    def __init__(self, seed: int | None, verbs: Collection[str] = ()) -> None:
+        self.verbs = verbs  # of the server's handlers
         self.newest_first: tuple[Rule, ...] = ()  # replaced, never changed; so it can be read without the lock
         self._seed = seed
         self._seeded = 0  # how many rules have a generator of random numbers
@@ -1766,6 +1879,7 @@ class _Mail:
         self.recipients: list[_Exchange] = []
         self.dialogue: _Dialogue = []
         self.body: _Body | None = None
+        self.start = 0  # where in the dialogue its message begins
         self.stamp: tuple[int, float] | None = None  # the number of its message, and the time of that
         self.delivered: Message | None = None  # what was accepted, or given to on_other
         self.entry: _Entry | None = None  # its place in the mailbox
@@ -1784,7 +1898,7 @@ class _Mail:
         """The same mail for another message, after its own was purged."""
         mail = _Mail()
         mail.steps, mail.accepted_steps, mail.recipients = self.steps, self.accepted_steps, self.recipients
-        mail.dialogue, mail.body = self.dialogue, self.body
+        mail.dialogue, mail.body, mail.start = self.dialogue, self.body, len(self.dialogue)
         return mail
 
     def accepted_recipients(self) -> list[str]:
@@ -1805,6 +1919,7 @@ class _Context(NamedTuple):
     rules: _Rules
     on_message: Callable[[Message], object] = _ignore  # called with each accepted message, before the reply to it
     on_other: Callable[[Message], object] = _ignore  # called with each other message at the end of its session
+    early_ends: deque[str] = deque(maxlen=10)  # connections that ended before any command, and why
 
 
 # A session is in one state, which is the method that takes the next bytes. It returns where it stopped and
@@ -1858,6 +1973,10 @@ class _Session:
             message._steps["msg"] = _Exchange(size, "", False, content)
         return message
 
+    def begins_with(self, data: bytes) -> bool:
+        """Whether the client has sent this, and no line yet."""
+        return self._rest.startswith(data)
+
     def greet(self) -> _Reply:
         return self.run(self.context.handlers["connect"], "connect", None, "")
 
@@ -1885,6 +2004,11 @@ class _Session:
             mail.dialogue += (None, farewell, None, _Next.CLOSE.value)
         if self.request is not None and (mail.entry is None or leaves_body or farewell is not None):
             self._publish(complete=True, annotates=not leaves_body)
+        self._report_other()
+
+    def _report_other(self) -> None:
+        """Give on_other a message that was not given to on_message."""
+        mail = self.mail
         if mail.entry is not None and mail.delivered is None:
             mail.delivered = mail.entry.message
             self._call(self.context.on_other, mail.delivered)
@@ -1980,6 +2104,7 @@ class _Session:
         if entry is None or handler._annotates:
             return
         if self._keeps_messages:
+            self._report_other()
             self.mail = self.mail.make_next()
         elif entry.is_purged:
             self.mail = self.mail.make_copy()
@@ -1999,7 +2124,7 @@ class _Session:
             self._take = self._ignore_input
             if reply.next.ends:
                 self.mail.dialogue += (None, reply.next.value)
-        complete = reply.next.ends or (completes and reply.accepts)
+        complete = reply.next.ends or (completes and (reply.accepts or self._keeps_messages))
         if request is not None and (complete or self.mail.entry is not None):
             self._publish(complete=complete, annotates=handler._annotates)
         return reply
@@ -2251,6 +2376,8 @@ class _Log:
         self._prints = options.log_to_stdout
         self.shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
         self._has_failed = False
+        self._lock = threading.Lock()  # guards the failures
+        self.failures: list[str] = []  # of callbacks, since the start or the last reset()
 
     def activity(self, what: str, text: str | int = "") -> None:
         if self.shows_activity:
@@ -2272,10 +2399,25 @@ class _Log:
                     print(f"smtpmock: the log is incomplete, its logger raised {error!r}", file=sys.stderr)
 
     def failure(self, what: str) -> None:
-        """Log the exception that is being handled."""
+        """Show the user the exception that is being handled: in the log or, without one, as that of a thread."""
         import traceback
 
-        self("error", f"{what}: {traceback.format_exc()}")
+        kind, error, trace = sys.exc_info()
+        with self._lock:
+            self.failures.append(f"{what}: {kind.__name__ if kind else ''}: {error}")
+        if isinstance(error, SMTPMockError):  # of an output of the command line; a traceback would say nothing more
+            with contextlib.suppress(Exception):
+                print(f"smtpmock: {error}", file=sys.stderr, flush=True)
+        elif self._logger is None and not self._prints:
+            with contextlib.suppress(BaseException):
+                threading.excepthook(threading.ExceptHookArgs((kind, error, trace, threading.current_thread())))
+        else:
+            self("error", f"{what}: {traceback.format_exc()}")
+
+    def forget_failures(self) -> list[str]:
+        with self._lock:
+            failures, self.failures = self.failures, []
+        return failures
 
     def _print(self, level: str, message: str) -> None:
         stream = sys.stderr if level == "ERROR" else sys.stdout  # looked up each time, because tests replace them
@@ -2291,6 +2433,10 @@ class _Log:
 
 _LINGER = 2.0  # seconds that a client has to close its end after the server has closed its own
 _RST_ON_CLOSE = struct.pack("ii", 1, 0)  # for SO_LINGER
+
+
+def _format_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _set_timeout(sock: socket.socket, seconds: float) -> None:
@@ -2319,6 +2465,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.unsent = bytearray()
         self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
         self.must_linger = False  # because the server closes first
+        self.reason = "left before any command"  # why it ended so
         self.server.connections.add(self)
         self.log.activity("SMTP session started")
 
@@ -2338,6 +2485,10 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def finish(self) -> None:
         self.session.end()
+        if self.session.request is None:
+            begins_tls = self.session.begins_with(b"\x16\x03")
+            reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
+            self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
         self.log.activity("SMTP session finished")
         if self.must_linger:
             self._linger()
@@ -2424,7 +2575,10 @@ class _Connection(socketserver.BaseRequestHandler):
                 self.session.secure(self.request.version(), self.request.cipher()[0])
             self.is_idle = False
         except (OSError, ValueError) as error:
-            self.log("warning", f"SMTP session broke off: TLS handshake failed: {error}")
+            self.reason = f"TLS handshake failed: {error}"
+            if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
+                self.reason += "; the client spoke plain text, but this port begins with TLS"
+            self.log("warning", f"SMTP session broke off: {self.reason}")
         return self.session.is_secure
 
     def _stay_silent(self) -> None:
@@ -2715,12 +2869,20 @@ def _bind(context: _Context) -> _Listener:
     raise failure
 
 
-def _format_address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 _Where = Callable[[Message], object]
 _REPORTED = 10  # messages and sessions in the text of a WaitTimeoutError
+
+
+def _check_wait(count: object, timeout: object, where: object) -> None:
+    _check("count", count, _COUNT)
+    _check("timeout", timeout, _SECONDS)
+    if not (where is None or callable(where)):
+        raise ConfigurationError(f"where={where!r}: must be callable")
+
+
+def _is_in_event_loop() -> bool:
+    asyncio: Any = sys.modules.get("asyncio")
+    return asyncio is not None and asyncio._get_running_loop() is not None
 
 
 class Server:
@@ -2749,9 +2911,13 @@ class Server:
         self._options = dataclasses.replace(configuration, **options) if configuration else Configuration(**options)
         self._host, self._port = self._options.host, self._options.port
         self._mailbox = _Mailbox()
-        self._rules = _Rules(self._options.seed)
-        table, log = _make_handlers(self._options, handlers), _Log(logger, self._options)
+        table = _make_handlers(self._options, handlers)
+        self._rules = _Rules(self._options.seed, table)
+        log = _Log(logger, self._options)
         self._context = _Context(self._options, table, self._mailbox, log, self._rules, on_message or _ignore)
+        self._context = self._context._replace(early_ends=deque(maxlen=_REPORTED))
+        self._explicit = options.keys() | (configuration._given if configuration else set())
+        self._warned: set[int] = set()  # the messages of which a warning told that something was discarded
         self._lifecycle = threading.Lock()  # guards _listener; not held while the user's code runs
         self._listener: _Listener | None = None
 
@@ -2850,11 +3016,40 @@ class Server:
 
     def messages(self) -> list[Message]:
         """The recorded messages, oldest first."""
-        return self._mailbox.messages(purge=False)
+        return self._warn(self._mailbox.messages(purge=False))
 
     def messages_and_purge(self) -> list[Message]:
         """The recorded messages, oldest first. Exactly what is returned is removed."""
-        return self._mailbox.messages(purge=True)
+        return self._warn(self._mailbox.messages(purge=True))
+
+    def message(self, where: _Where | None = None, timeout: float = 0.0) -> Message:
+        """The one accepted mail for which where(message) is true, waiting timeout seconds for it.
+
+        Raises WaitTimeoutError if there is none or more than one, and whatever where() raises.
+        """
+        __tracebackhide__ = True  # of pytest
+        _check_wait(1, timeout, where)
+        _, found = self._mailbox.wait(
+            1, timeout, lambda message: message.is_consistent and (where is None or where(message)), purge=False
+        )
+        if len(found) != 1:
+            what = "accepted messages" if where is None else "matching accepted messages"
+            raise self._explain_timeout(f"{len(found)} {what} where there should be 1", found)
+        return self._warn(found)[0]
+
+    def _warn(self, messages: list[Message]) -> list[Message]:
+        """Warn at the line of the caller's caller about what the server accepted and discarded, once per message."""
+        import warnings
+
+        if {"multiple_rcptto", "multiple_message_receiving"} <= self._explicit:
+            return messages
+        for message in messages:
+            if message.id not in self._warned:
+                self._warned.add(message.id)
+                for option, text in message._find_discards():
+                    if option not in self._explicit:
+                        warnings.warn(f"{text}; {option}=True keeps them all", SMTPMockWarning, stacklevel=3)
+        return messages
 
     def on(
         self,
@@ -2883,38 +3078,66 @@ class Server:
         self._rules.clear()
 
     def reset(self) -> None:
-        """Remove all messages and all rules, for the next test."""
+        """Remove all messages and all rules, and forget failed callbacks, for the next test."""
         self._rules.clear()
+        self._context.log.forget_failures()
         self._mailbox.messages(purge=True)
+
+    def check(self) -> None:
+        """Raise AssertionError if a rule was never hit or has no action, or if a callback raised an exception."""
+        __tracebackhide__ = True  # of pytest
+        faults = self._context.log.forget_failures()
+        requests: list[str] | None = None
+        for rule in reversed(self._rules.newest_first):
+            if not rule._has_action():
+                faults.append(f"{rule!r} has no action")
+            elif not rule.hits:
+                requests = self._list_requests() if requests is None else requests
+                faults.append(f"{rule!r} was never hit{rule._find_nearest(requests)}")
+        if faults:
+            raise AssertionError("\n".join(faults))
+
+    def _list_requests(self) -> list[str]:
+        """The commands of the last messages and of the open sessions."""
+        listener = self._listener
+        connections = [] if listener is None else list(listener.connections.copy())[:_REPORTED]
+        dialogues = [message._dialogue[: message._said] for message in self._mailbox.messages(purge=False)[-100:]]
+        dialogues += [connection.session.mail.dialogue[:] for connection in connections]
+        return [said for dialogue in dialogues for said in dialogue[::2] if isinstance(said, str)]
 
     def wait_for_messages(self, count: int, timeout: float = 5.0, where: _Where | None = None) -> list[Message]:
         """Wait for count messages for which where(message) is true, and return all of these.
 
         Raises WaitTimeoutError after timeout seconds, and whatever where() raises.
         """
-        return self._wait(count, timeout, where, purge=False)
+        __tracebackhide__ = True  # of pytest
+        return self._warn(self._wait(count, timeout, where, purge=False))
 
     def wait_for_messages_and_purge(
         self, count: int, timeout: float = 5.0, where: _Where | None = None
     ) -> list[Message]:
         """Like wait_for_messages(). Exactly what is returned is removed."""
-        return self._wait(count, timeout, where, purge=True)
+        __tracebackhide__ = True
+        return self._warn(self._wait(count, timeout, where, purge=True))
 
     def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> list[Message]:
-        _check("count", count, _COUNT)
-        _check("timeout", timeout, _SECONDS)
-        if not (where is None or callable(where)):
-            raise ConfigurationError(f"where={where!r}: must be callable")
+        __tracebackhide__ = True
+        _check_wait(count, timeout, where)
         enough, messages = self._mailbox.wait(count, timeout, where, purge=purge)
         if not enough:
             what = "messages" if where is None else "matching messages"
             text = f"{len(messages)} of {count} {what} came in {timeout:g} seconds"
-            raise WaitTimeoutError("\n  ".join([text, *self._report()]), messages)
+            raise self._explain_timeout(text, messages)
         return messages
+
+    def _explain_timeout(self, text: str, messages: list[Message]) -> WaitTimeoutError:
+        return WaitTimeoutError("\n  ".join([text, *self._report()]), messages)
 
     def _report(self) -> Iterator[str]:
         """What helps someone whose wait timed out."""
-        messages = self.messages()
+        messages = self._mailbox.messages(purge=False)
+        if _is_in_event_loop():
+            yield "this wait blocks the asyncio event loop of its thread: use await asyncio.to_thread(...)"
         yield f"{len(messages)} are recorded{':' if messages else ''}"
         if len(messages) > _REPORTED:
             yield "  ..."
@@ -2927,6 +3150,8 @@ class Server:
             session = connection.session
             dialogue = " / ".join(_format_dialogue(session.mail.dialogue[-2:]))
             yield f"  {_format_address(*session.peer)}: {dialogue}"
+        for end in list(self._context.early_ends):
+            yield f"a connection ended early: {end}"
 
     def __repr__(self) -> str:
         state = "" if self._listener else ", not running"
@@ -2951,6 +3176,8 @@ _OUTPUTS = (
     ("save_dir", _FILE, "", "folder for each accepted mail as 000001.eml and its record as 000001.json"),
     ("maildir", _FILE, "", "Maildir for each accepted mail"),
 )
+
+_QUIET = ("quiet", _FLAG, False, "do not print a line for each mail and each session without one")
 
 _Undo = Callable[[], object]  # what removes a mail from an output again
 
@@ -3102,7 +3329,55 @@ def _add_rule(server: Any, text: str) -> None:
 _Outputs = tuple[Callable[[Message], None], Callable[[Message], object]]
 
 
-def _open_outputs(printer: _Printer, json: bool = False, save_dir: str = "", maildir: str = "") -> _Outputs:
+def _name_flag(option: str) -> str:
+    """As in go-smtp-mock."""
+    first, *others = option.split("_")
+    return "-" + first + "".join(map(str.title, others))
+
+
+def _name_flags(text: str) -> str:
+    """An error message with flags in place of the options that it is about."""
+    names = [field.name for field in dataclasses.fields(Configuration)]
+    names += [name for name, *_ in (_LOG, _QUIET, *_CERTIFICATE, *_OUTPUTS)]
+    pattern = rf"(^|needs |, |option )({'|'.join(names)})\b(?=[=:]|$)"
+    return re.sub(
+        pattern, lambda match: match[1] + _name_flag("tls_cert" if match[2] == "ssl_context" else match[2]), text
+    )
+
+
+class _Narrator:
+    """Prints a line for each mail and for each session without one."""
+
+    def __init__(self, printer: _Printer, options: dict[str, Any]) -> None:
+        self._printer = printer
+        self._options = options
+        self._warned: set[str] = set()  # options that keep what was discarded
+        self._colours = "NO_COLOR" not in os.environ and hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
+
+    def __call__(self, message: Message) -> None:
+        with contextlib.suppress(SMTPMockError):  # nobody reads stdout, which is no reason to refuse the mail
+            refusal = message.refusals[0][1] if message.refusals else "no mail"
+            word, colour, text = ("accepted", 32, self._describe(message)) if message.msg else ("refused", 31, refusal)
+            word = f"\x1b[{colour}m{word}\x1b[0m" if self._colours else word
+            self._printer(f"{time.strftime('%H:%M:%S')} {word} {_printable(text)}")
+        for option, discarded in message._find_discards():
+            if option not in self._options and option not in self._warned:
+                self._warned.add(option)
+                print(f"smtpmock: {discarded}; {_name_flag(option)} keeps them all", file=sys.stderr, flush=True)
+
+    def _describe(self, message: Message) -> str:
+        size = len(message.content)
+        names = ", ".join(message.rcpt_tos)
+        return f'{message.mail_from or "<>"} -> {names} "{message.subject or ""}" {size / 1000:.1f} kB'
+
+
+def _open_outputs(
+    printer: _Printer,
+    narrate: Callable[[Message], None] | None,
+    json: bool = False,
+    save_dir: str = "",
+    maildir: str = "",
+) -> _Outputs:
     """What to call with each accepted message, and with each other one."""
     outputs: list[Callable[[Message], _Undo | None]] = []
     for path, open_output in ((save_dir, _Folder), (maildir, _open_maildir)):
@@ -3112,20 +3387,24 @@ def _open_outputs(printer: _Printer, json: bool = False, save_dir: str = "", mai
             raise SMTPMockError(f"cannot write to {path}: {error.strerror}") from error
 
     def on_message(message: Message) -> None:
-        with contextlib.ExitStack() as undo:  # a mail that one output cannot take is in none
-            for output in outputs:
-                undo.callback(output(message) or (lambda: None))
-            if json:
-                printer.json(message.to_dict())
-            undo.pop_all()
+        try:
+            with contextlib.ExitStack() as undo:  # a mail that one output cannot take is in none
+                for output in outputs:
+                    undo.callback(output(message) or (lambda: None))
+                if json:
+                    printer.json(message.to_dict())
+                undo.pop_all()
+        except OSError as error:
+            raise SMTPMockError(f"a mail was refused, because it cannot be saved: {error}") from error
+        if narrate is not None:
+            narrate(message)
 
-    return on_message, (lambda message: printer.json(message.to_dict())) if json else _ignore
+    return on_message, (lambda message: printer.json(message.to_dict())) if json else narrate or _ignore
 
 
 def _add_flag(parser: Any, name: str, kind: _Kind, default: Any, about: str) -> None:
-    first, *others = name.split("_")
     parser.add_argument(
-        "-" + first + "".join(map(str.title, others)),  # as in go-smtp-mock
+        _name_flag(name),
         "--" + name.replace("_", "-"),
         dest=name,
         type=functools.partial(_read, kind),
@@ -3145,7 +3424,7 @@ def _make_parser() -> Any:
     parser = Parser("smtpmock", description=_ABOUT, add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
     parser.add_argument("-v", "--version", action="store_true", help="print the version and exit")
-    for flag in (_LOG, *_CERTIFICATE, *_OUTPUTS):
+    for flag in (_LOG, _QUIET, *_CERTIFICATE, *_OUTPUTS):
         _add_flag(parser, *flag)
     about = "make the server fail, as in 'RCPT bob@example.com: reply 550 No such user; times=2'; can be repeated"
     parser.add_argument("-rule", "--rule", dest="rules", action="append", metavar="...", help=about)
@@ -3174,7 +3453,7 @@ def _parse_arguments(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
         if re.match("--?[a-zA-Z]", flag) and flag not in known:
             raise ConfigurationError(f"{flag}: there is no such flag{_suggest(flag, known)}")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    for name, kind, *_ in (_LOG, *_OUTPUTS):
+    for name, kind, *_ in (_LOG, _QUIET, *_OUTPUTS):
         if name in given:
             _check(name, given[name], kind)
     if "log" in given:
@@ -3217,10 +3496,11 @@ def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *
                 signal.signal(number, handler)
 
 
-def _serve(server: Server, *, owns_process: bool, **outputs: Any) -> None:
+def _serve(server: Server, options: dict[str, Any], *, owns_process: bool, quiet: bool, **outputs: Any) -> None:
     """Run the server until a signal comes."""
     printer = _Printer()
-    on_message, on_other = _open_outputs(printer, **outputs)
+    is_narrated = not (quiet or options.get("log_to_stdout") or outputs.get("json"))
+    on_message, on_other = _open_outputs(printer, _Narrator(printer, options) if is_narrated else None, **outputs)
     server._context = server._context._replace(on_message=on_message, on_other=on_other)
 
     def announce(host: str, port: int) -> None:
@@ -3243,11 +3523,11 @@ def _run_command(options: dict[str, Any], parser: Any, *, owns_process: bool) ->
         _Printer()(parser.format_help().rstrip())
         return
     outputs = {name: options.pop(name) for name, *_ in _OUTPUTS if name in options}
-    rules = options.pop("rules", ())
+    rules, quiet = options.pop("rules", ()), options.pop("quiet", False)
     server = Server(**options)
     for rule in rules:
         _add_rule(server, rule)
-    _serve(server, owns_process=owns_process, **outputs)
+    _serve(server, options, owns_process=owns_process, quiet=quiet, **outputs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3258,7 +3538,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run_command(options, parser, owns_process=argv is None)
     except SMTPMockError as error:
         with contextlib.suppress(OSError, AttributeError):
-            print(f"smtpmock: {error}", file=sys.stderr)
+            print(f"smtpmock: {_name_flags(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
     finally:
         if argv is None:

@@ -7,12 +7,14 @@ in memory; only what sockets, threads, processes and clients add is tested with 
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import contextlib
 import copy
 import dataclasses
 import datetime
 import errno
+import functools
 import gc
 import hmac
 import inspect
@@ -1421,7 +1423,7 @@ class RecordTest(unittest.TestCase):
         memory = receive_mail()
         self.assertEqual(repr(memory.messages()[0]), "<Message 1 from 'a@a.com' to ['b@b.com']: 4 bytes, accepted>")
         memory.say("RCPT TO:<nobody>", "QUIT")
-        end = "not accepted, last reply '221 Closing connection'"
+        end = "not accepted, 'RCPT TO:<nobody>' was refused with '501 RCPT TO requires valid email address'"
         self.assertEqual(repr(memory.messages()[0]), f"<Message 1 from 'a@a.com' to []: 0 bytes, {end}>")
         memory = Memory(rules=["NOOP: drop"])
         memory.say("NOOP")
@@ -3692,17 +3694,17 @@ def parse_flags(*argv: str) -> Any:
 
 # Command lines that are refused, and why.
 BAD_FLAGS = """
--port=99999          port=99999: must be an integer from 0 to 65535
--port=x              port='x': must be an integer from 0 to 65535
--port=               port='': must be an integer from 0 to 65535
--port=-1             port=-1: must be an integer from 0 to 65535
--log=maybe           log='maybe': must be true or false
--json=maybe          json='maybe': must be true or false
+-port=99999          -port=99999: must be an integer from 0 to 65535
+-port=x              -port='x': must be an integer from 0 to 65535
+-port=               -port='': must be an integer from 0 to 65535
+-port=-1             -port=-1: must be an integer from 0 to 65535
+-log=maybe           -log='maybe': must be true or false
+-json=maybe          -json='maybe': must be true or false
 -prot=1              -prot: there is no such flag; did you mean -port?
 --multiple-rcpto     --multiple-rcpto: there is no such flag; did you mean --multiple-rcptto?
 -port                argument -port/--port: expected one argument
 stray                unrecognized arguments: stray
--sessionTimeout=nan  session_timeout=nan: must be a number of seconds from 0.001 to 1000000
+-sessionTimeout=nan  -sessionTimeout=nan: must be a number of seconds from 0.001 to 1000000
 """
 BAD_FOLDERS = """
 -saveDir=/dev/null/x  cannot write to /dev/null/x: Not a directory
@@ -3838,7 +3840,7 @@ class ProcessTest(ProcessCase):
     def test_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
             with self.subTest(number.name):
-                process = self.start("-responseDelayNoop=0.01")
+                process = self.start("-responseDelayNoop=0.01", "-quiet")
                 with contextlib.closing(Smtp(self.port(process))) as client:
                     client.sendmail("a@a.com", ["b@b.com"], "hi")
                     process.send_signal(number)
@@ -4071,6 +4073,277 @@ class OutputTest(ProcessCase):
         for path in self.folder.iterdir():
             path.unlink()
         return subjects
+
+
+# ---------------------------------------------------------------------------- what a failing test is told
+
+
+class TellingTest(unittest.TestCase):
+    """For each usual mistake, the very text that leads to its cause."""
+
+    def assert_warns(self, text: str, call: Callable[[], object]) -> None:
+        with self.assertWarns(smtpmock.SMTPMockWarning) as caught:
+            call()
+        self.assertEqual((str(caught.warning), caught.filename), (text, __file__))
+
+    def assert_silent(self, call: Callable[[], object]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call()
+
+    def test_recipients_that_were_not_kept(self) -> None:
+        text = "1 of 2 accepted recipients was not kept; multiple_rcptto=True keeps them all"
+        for name in ("messages", "messages_and_purge", "message", "wait_for_messages"):
+            with Server() as server, Smtp(server) as client:
+                client.sendmail("a@a.com", ["b@b.com", "c@c.com"], "hi")
+                arguments = [1] if name == "wait_for_messages" else []
+                self.assert_warns(text, functools.partial(getattr(server, name), *arguments))
+                self.assert_silent(server.messages)  # once per message
+        for value in (True, False):
+            with Server(Configuration(multiple_rcptto=value)) as server, Smtp(server) as client:
+                client.sendmail("a@a.com", ["b@b.com", "c@c.com"], "hi")
+                self.assert_silent(server.messages)
+
+    def test_mails_that_were_not_kept(self) -> None:
+        with Server() as server:
+            send(server, "one", "two", "three")
+            text = "2 of 3 accepted mails were not kept; multiple_message_receiving=True keeps them all"
+            self.assert_warns(text, server.message)
+        for value in (True, False):
+            with Server(multiple_message_receiving=value) as server:
+                send(server, "one", "two")
+                self.assert_silent(server.messages)
+        with Server() as server, Smtp(server) as client:  # what was purged was seen
+            for _ in range(2):
+                client.sendmail("a@a.com", ["b@b.com"], "hi")
+                self.assert_silent(server.messages_and_purge)
+
+    def test_asserted_too_early(self) -> None:
+        with Server() as server, Client(server) as client:
+            client.ask(*ENVELOPE[:2])
+            with self.assertRaises(WaitTimeoutError) as caught:
+                server.message()
+            for text in (r"^0 accepted messages where there should be 1", "C: MAIL FROM:<a@a.com> / S: 250 Received"):
+                self.assertRegex(str(caught.exception), text)
+            self.assertEqual(caught.exception.messages, [])
+
+    def test_one_message(self) -> None:
+        with Server(multiple_message_receiving=True) as server:
+            send(server, "Subject: one\n\n", "Subject: two\n\n")
+            self.assertEqual(server.message(lambda message: message.subject == "two").subject, "two")
+            with self.assertRaisesRegex(WaitTimeoutError, "^2 accepted messages where there should be 1") as caught:
+                server.message()
+            self.assertEqual(len(caught.exception.messages), 2)
+            with self.assertRaisesRegex(WaitTimeoutError, "^0 matching accepted messages"):
+                server.message(lambda message: False, timeout=0.01)
+            with self.assertRaises(ZeroDivisionError):
+                server.message(lambda message: 1 / 0)
+        with Server() as server:
+            timer = threading.Timer(0.01, send, (server, "later"))
+            timer.start()
+            self.assertEqual(server.message(timeout=TIMEOUT).content, b"later\r\n")
+            timer.join()
+
+    def test_a_mail_that_was_refused(self) -> None:
+        with Server(not_registered_emails=["b@b.com"]) as server:
+            with self.assertRaises(smtplib.SMTPRecipientsRefused):
+                send(server, "hi")
+            (message,) = server.wait_for_messages(1, TIMEOUT)
+            refused = ("rcpt TO:<b@b.com>", "550 User not found")
+            self.assertEqual(message.refusals, [refused])
+            self.assertEqual(message.to_dict()["refusals"], [list(refused)])
+            text = "not accepted, 'rcpt TO:<b@b.com>' was refused with '550 User not found'"
+            self.assertIn(text, repr(message))
+            with self.assertRaisesRegex(WaitTimeoutError, text):
+                server.message()
+
+    def test_a_body_that_was_refused(self) -> None:
+        """With several messages it ends its mail, which stays."""
+        memory = Memory(multiple_message_receiving=True, rules=["message: reply 552 no; times=1"])
+        memory.say(*ENVELOPE, *SEND[2:], "RSET", *SEND, "NOOP")
+        refused, accepted = memory.messages()
+        self.assertEqual(
+            (refused.refusals, refused.content, refused.rset), ([("<4 bytes>", "552 no")], b"hi\r\n", True)
+        )
+        self.assertEqual((refused.rcpt_tos, accepted.is_consistent, accepted.refusals), (["b@b.com"], True, []))
+
+    def test_rules_that_were_never_hit(self) -> None:
+        with Server() as server:
+            server.check()
+            server.on("RCPT", "bob@example.com").reply("550 no")
+            server.on("NOOP", times=1)
+            server.on("MAIL").delay(0)
+            with Client(server) as client:
+                client.ask("EHLO a.com", "MAIL FROM:<a@a.com>", "RCPT TO:<Bob@example.com>")
+                nearest = "the nearest command was 'RCPT TO:<Bob@example.com>'"
+                expected = [f"<Rule for RCPT bob@example.com: 0 hits> was never hit; {nearest}"]
+                expected += ["<Rule for NOOP: 0 hits> has no action"]
+                with self.assertRaises(AssertionError) as caught:
+                    server.check()
+                self.assertEqual(str(caught.exception).splitlines(), expected)
+            server.reset()
+            server.check()
+
+    def test_callbacks_that_raise(self) -> None:
+        class Verify(smtpmock.Handler):
+            verbs = ("VRFY",)
+            received = "252 maybe"
+
+            def parse(self, argument: str) -> str:
+                raise AssertionError("handler")
+
+        def fail(*_: object) -> Any:
+            raise AssertionError("callback")
+
+        shown: list[str] = []
+        self.addCleanup(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = lambda arguments: shown.append(str(arguments.exc_value))
+        with Server(on_message=fail, handlers=[Verify], auth_users=fail) as server:
+            server.on("NOOP")(fail)
+            with Client(server) as client:
+                lines = ["NOOP", "VRFY", *ENVELOPE, *SEND[2:], "RSET", f"AUTH PLAIN {b64(chr(0) + 'a' + chr(0) + 'b')}"]
+                replies = client.ask(*lines)
+            failed = "451 Local error in processing"
+            self.assertEqual([replies[index] for index in (0, 1, 7, 9)], [failed] * 4)
+            self.assertEqual(shown, ["callback", "handler", "callback", "callback"])
+            with self.assertRaises(AssertionError) as caught:
+                server.check()
+            self.assertIn("on_message failed: AssertionError: callback", str(caught.exception).splitlines())
+            server.check()  # which has told
+
+    def test_what_can_never_match(self) -> None:
+        with Server() as server:
+            for stage, meant in {
+                "RCTP": "RCPT",
+                "CONNCET": "connect",
+                "MAILFROM": "MAIL",
+                "BODY": "message",
+                "END": "message",
+            }.items():
+                with self.assertRaisesRegex(ConfigurationError, f"^stage='{stage}': .*did you mean {meant}\\?$"):
+                    server.on(stage)
+            for stage in ("VRFY", "HELP", "XCLIENT", "Mail From", "rcpt"):
+                server.on(stage)
+            for match, meant in {r".*@example\.com": r"re.compile\('.*'\)", "@example.com": "'example.com'"}.items():
+                with self.assertRaisesRegex(ConfigurationError, f"did you mean {meant}\\?$"):
+                    server.on("RCPT", match)
+            for match in ("a.b+c@example.com", "example.com", '"a b"@x.com', "a@[1.2.3.4]"):
+                server.on("RCPT", match)
+
+    def test_extensions_that_are_none(self) -> None:
+        for name, error in {
+            "SIEZ": "SIEZ is unknown; did you mean SIZE",
+            "STARTTLS": "STARTTLS is announced with the option ssl_context",
+            "auth": "AUTH is announced with the option auth_users",
+        }.items():
+            with self.assertRaisesRegex(ConfigurationError, f"^extensions: {error}"):
+                Server(extensions=[name])
+        Server(extensions=["XSIZE", "FOO", "size 5"])
+
+    def test_connections_that_ended_early(self) -> None:
+        with Server() as server:
+            for _ in range(11):
+                Client(server, greets=False).__exit__()
+            with Client(server) as client:
+                client.send(b"\x16\x03\x01\x02\x00\x01")
+            text = (
+                "a connection ended early: 127.0.0.1:[0-9]+: the client began TLS, but this port begins in plain text"
+            )
+            self.assertTrue(wait_until(lambda: not server._listener.connections))  # type: ignore[union-attr]
+            with self.assertRaisesRegex(WaitTimeoutError, text) as caught:
+                server.message()
+            self.assertEqual(str(caught.exception).count("ended early"), 10)
+
+    def test_plain_text_where_tls_is(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        with Server(ssl_context=context, implicit_tls=True) as server, Client(server, greets=False) as client:
+            client.send(b"EHLO a.com\r\n")
+            client.read()
+            self.assertTrue(wait_until(lambda: not server._listener.connections))  # type: ignore[union-attr]
+            text = "TLS handshake failed: .*; the client spoke plain text, but this port begins with TLS"
+            with self.assertRaisesRegex(WaitTimeoutError, text):
+                server.message()
+
+    def test_a_wait_in_a_coroutine(self) -> None:
+        async def wait(server: Server) -> None:
+            server.wait_for_messages(1, 0.01)
+
+        with Server() as server, self.assertRaisesRegex(WaitTimeoutError, "use await asyncio.to_thread"):
+            asyncio.run(wait(server))
+
+    def test_long_reports_are_bounded(self) -> None:
+        memory = Memory(multiple_rcptto=True)
+        memory.say("EHLO a.com", "MAIL FROM:<a@a.com>", *["RCPT TO:<b@b.com>"] * 10_000, "x" * 4000)
+        self.assertLess(len(repr(memory.message())), 1000)
+
+
+class NarrationTest(ProcessCase):
+    """The lines that the command line prints for a person."""
+
+    def run_by_hand(self, *argv: str, sender: Callable[[int], object]) -> tuple[str, str]:
+        process = self.start(*argv)
+        sender(self.port(process))
+        process.send_signal(signal.SIGTERM)
+        return process.communicate(timeout=TIMEOUT)
+
+    def test_a_line_for_each_mail(self) -> None:
+        def talk(port: int) -> None:
+            with Smtp(port) as client:
+                client.sendmail("a@a.com", ["b@b.com", "c@c.com"], "Subject: Welcome\x1b[31m\n\n" + "x" * 1200)
+            with self.assertRaises(smtplib.SMTPRecipientsRefused), Smtp(port) as client:
+                client.sendmail("a@a.com", ["nobody@b.com"], "hi")
+
+        out, errors = self.run_by_hand("-notRegisteredEmails=nobody@b.com", sender=talk)
+        accepted, refused = out.splitlines()
+        self.assertRegex(accepted, r'^\d\d:\d\d:\d\d accepted a@a.com -> c@c.com "Welcome.x1b\[31m" 1\.2 kB$')
+        self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found$")
+        text = "smtpmock: 1 of 2 accepted recipients was not kept; -multipleRcptto keeps them all\n"
+        self.assertEqual(errors, text)
+
+    def test_quiet(self) -> None:
+        for flag in ("-quiet", "-multipleRcptto=false"):
+            out, errors = self.run_by_hand(flag, sender=lambda port: send(port, "hi"))
+            self.assertEqual((out.count("accepted"), errors), (int(flag != "-quiet"), ""))
+
+    def test_a_mail_that_cannot_be_saved(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "mails")
+
+            def remove_and_send(port: int) -> None:
+                shutil.rmtree(path)
+                with self.assertRaises(smtplib.SMTPDataError):
+                    send(port, "hi")
+
+            _, errors = self.run_by_hand(f"-saveDir={path}", sender=remove_and_send)
+            self.assertRegex(errors, "^smtpmock: a mail was refused, because it cannot be saved: .*No such file.*\n$")
+
+    def test_flags_in_errors(self) -> None:
+        for argv, error in {
+            ("-port=x",): "-port='x': must be an integer",
+            ("-authRequired",): "-authRequired=True: needs -authUsers",
+            ("-extensions=AUTH",): "-extensions: AUTH is announced with the option -authUsers",
+        }.items():
+            with contextlib.redirect_stderr(io.StringIO()) as stderr:
+                self.assertEqual(smtpmock.main(argv), 2)
+            self.assertTrue(stderr.getvalue().startswith(f"smtpmock: {error}"), stderr.getvalue())
+
+    @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
+    def test_colours(self) -> None:
+        """On a terminal only, and never with NO_COLOR."""
+        import pty
+
+        for environment, word in (({}, "\x1b[32maccepted\x1b[0m"), ({"NO_COLOR": "1"}, "accepted")):
+            ours, theirs = pty.openpty()
+            command = [sys.executable, "-m", "smtpmock"]
+            clean = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+            with subprocess.Popen(command, stdout=theirs, cwd=HERE, env=clean | environment) as process:
+                os.close(theirs)
+                with open(ours, "rb", buffering=0) as terminal:
+                    first = terminal.read(1000).decode()
+                    send(int(first.rpartition(":")[2]), "hi")
+                    self.assertIn(f" {word} a@a.com -> b@b.com", terminal.read(1000).decode())
+                    process.terminate()
+                    process.wait(TIMEOUT)
 
 
 # --------------------------------------------------------------------------------- the file itself
