@@ -4146,13 +4146,13 @@ class TellingTest(unittest.TestCase):
 
     def test_a_mail_that_was_refused(self) -> None:
         with Server(not_registered_emails=["b@b.com"]) as server:
-            with self.assertRaises(smtplib.SMTPRecipientsRefused):
-                send(server, "hi")
-            (message,) = server.wait_for_messages(1, TIMEOUT)
-            refused = ("rcpt TO:<b@b.com>", "550 User not found")
+            with Client(server) as client:
+                client.ask(*ENVELOPE, "RSET", "QUIT")
+            (message,) = server.messages()
+            refused = ("RCPT TO:<b@b.com>", "550 User not found")
             self.assertEqual(message.refusals, [refused])
             self.assertEqual(message.to_dict()["refusals"], [list(refused)])
-            text = "not accepted, 'rcpt TO:<b@b.com>' was refused with '550 User not found'"
+            text = "not accepted, 'RCPT TO:<b@b.com>' was refused with '550 User not found'"
             self.assertIn(text, repr(message))
             with self.assertRaisesRegex(WaitTimeoutError, text):
                 server.message()
