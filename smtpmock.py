@@ -750,31 +750,27 @@ class Message:
         """The content as str: UTF-8, with surrogates for bytes that are not."""
         return _decode(self.content)
 
+    def _list_replies(self, start: int = 0) -> list[tuple[str, str]]:
+        """(request, response) of each command from this place in the dialogue on; a body is "<9 bytes>"."""
+        dialogue = self._dialogue[start : self._said]
+        pairs = zip(dialogue[::2], dialogue[1::2], strict=False)
+        shown = ((f"<{said} bytes>" if isinstance(said, int) else said, response) for said, response in pairs)
+        return [(request, str(response)) for request, response in shown if request is not None and response is not None]
+
     @property
     def refusals(self) -> list[tuple[str, str]]:
-        """(request, response) of each command that got a 4xx or 5xx, even if erased; a body is "<N bytes>"."""
-        dialogue = self._dialogue[: self._said]
-        pairs = zip(dialogue[::2], dialogue[1::2], strict=False)
-        return [
-            (f"<{request} bytes>" if isinstance(request, int) else request, str(response))
-            for request, response in pairs
-            if request is not None and str(response).startswith(("4", "5"))
-        ]
+        """(request, response) of each command that got a 4xx or 5xx, even if erased since; a body is "<9 bytes>"."""
+        return [pair for pair in self._list_replies() if pair[1].startswith(("4", "5"))]
 
     def _find_discards(self) -> Iterator[tuple[str, str]]:
         """What was accepted and not kept, each with the option that keeps it."""
-        dialogue = self._dialogue[self._start : self._said]
-        pairs = [
-            (str(request), request, response)
-            for request, response in zip(dialogue[::2], dialogue[1::2], strict=False)
-            if request is not None and response is not None and not str(response).startswith(("4", "5"))
-        ]
-        begins = max((at for at, (line, *_) in enumerate(pairs) if line[:4].upper() == "MAIL"), default=0)
-        recipients = sum(line[:4].upper() == "RCPT" for line, *_ in pairs[begins:])
-        mails = sum(isinstance(request, int) for _, request, _ in pairs)
+        accepted = [line for line, response in self._list_replies(self._start) if not response.startswith(("4", "5"))]
+        verbs = [line[:4].upper() if line[:1] != "<" else "<" for line in accepted]
+        last_mail = len(verbs) - verbs[::-1].index("MAIL") if "MAIL" in verbs else 0
+        recipients = verbs[last_mail:].count("RCPT") if self.msg else 0
         for option, what, count, kept in (
-            ("multiple_rcptto", "recipients", recipients if self.msg else 0, len(self.rcpt_tos)),
-            ("multiple_message_receiving", "mails", mails, int(self.msg)),
+            ("multiple_rcptto", "recipients", recipients, len(self.rcpt_tos)),
+            ("multiple_message_receiving", "mails", verbs.count("<"), int(self.msg)),
         ):
             if count > kept:
                 verb = "was" if count - kept == 1 else "were"
@@ -3355,15 +3351,18 @@ class _Narrator:
         self._colours = "NO_COLOR" not in os.environ and hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
 
     def __call__(self, message: Message) -> None:
-        with contextlib.suppress(SMTPMockError):  # nobody reads stdout, which is no reason to refuse the mail
-            refusal = message.refusals[0][1] if message.refusals else "no mail"
-            word, colour, text = ("accepted", 32, self._describe(message)) if message.msg else ("refused", 31, refusal)
+        with contextlib.suppress(SMTPMockError, OSError):  # that nobody reads this is no reason to refuse the mail
+            word, colour, text = "ended", 0, "without a mail"
+            if message.msg:
+                word, colour, text = "accepted", 32, self._describe(message)
+            elif message.refusals:
+                word, colour, text = "refused", 31, message.refusals[0][1]
             word = f"\x1b[{colour}m{word}\x1b[0m" if self._colours else word
             self._printer(f"{time.strftime('%H:%M:%S')} {word} {_printable(text)}")
-        for option, discarded in message._find_discards():
-            if option not in self._options and option not in self._warned:
-                self._warned.add(option)
-                print(f"smtpmock: {discarded}; {_name_flag(option)} keeps them all", file=sys.stderr, flush=True)
+            for option, discarded in message._find_discards():
+                if option not in self._options and option not in self._warned:
+                    self._warned.add(option)
+                    print(f"smtpmock: {discarded}; {_name_flag(option)} keeps them all", file=sys.stderr, flush=True)
 
     def _describe(self, message: Message) -> str:
         size = len(message.content)
