@@ -2461,6 +2461,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.unsent = bytearray()
         self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
         self.must_linger = False  # because the server closes first
+        self.ignores_input = False  # of a client that goes on sending during stop(); only an RST wakes it for sure
         self.reason = "left before any command"  # why it ended so
         self.server.connections.add(self)
         self.log.activity("SMTP session started")
@@ -2593,7 +2594,11 @@ class _Connection(socketserver.BaseRequestHandler):
             while (left := deadline - time.monotonic()) > 0:
                 self.request.settimeout(0 if self.server.stopping else left)
                 if not socket.socket.recv(self.request, 262144):
-                    return
+                    break
+                self.ignores_input = self.ignores_input or self.server.stopping
+        if self.ignores_input:
+            with contextlib.suppress(OSError):
+                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
 
     def _flush(self) -> None:
         if self.unsent:
@@ -2614,6 +2619,7 @@ class _Connection(socketserver.BaseRequestHandler):
                 self.is_idle = False
                 if not (is_idle and server.stopping):
                     return data
+                self.ignores_input = bool(data)
             return self._say_goodbye(self.options.msg_server_shutdown)
         except (TimeoutError, BlockingIOError):
             return self._say_goodbye(self.options.msg_session_timeout)
