@@ -389,6 +389,7 @@ def _parse_domain(text: str) -> str | None:
     return text if valid and _is_clean(text) else None
 
 
+@functools.lru_cache(maxsize=512)  # tests use few addresses, each many times
 def _parse_path(text: str) -> str | None:
     match = _PATH.fullmatch(text)
     if match is None or (match[1] is None) != (match[3] is None) or not _is_clean(text):
@@ -2527,7 +2528,7 @@ class _Connection(socketserver.BaseRequestHandler):
         elif reply.next is _Next.SILENCE:
             self._stay_silent()
         elif reply.next is _Next.CLOSE:
-            self.must_linger = True
+            self.must_linger = "quit" not in self.session.mail.accepted_steps  # nothing may follow a QUIT
             if reply.data and self.session.is_secure:
                 self.request.settimeout(0)  # announces the end, and does not wait for the client to do the same
                 with contextlib.suppress(OSError, ValueError):
