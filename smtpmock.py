@@ -2,7 +2,7 @@
 
     with smtpmock.Server() as server, smtplib.SMTP(server.host, server.port) as client:
         client.sendmail("alice@example.com", ["bob@example.com"], "Subject: Hi\\r\\n\\r\\nHello")
-        (message,) = server.messages()
+        message = server.message()
         assert message.mail_from == "alice@example.com"
         assert message.content == b"Subject: Hi\\r\\n\\r\\nHello\\r\\n"
 
@@ -478,7 +478,7 @@ class _Next(enum.Enum):
 _ENDINGS = tuple(state.value for state in _Next if state.ends)
 
 
-class _Login(NamedTuple):
+class _AuthResult(NamedTuple):
     """The outcome of AUTH."""
 
     response: str  # the option that has the text of the reply
@@ -742,9 +742,9 @@ class Message:
         return self._login.user
 
     @property
-    def _login(self) -> _Login:
+    def _login(self) -> _AuthResult:
         login = self._steps["auth"].value if "auth" in self._steps else None
-        return login if isinstance(login, _Login) else _Login("")
+        return login if isinstance(login, _AuthResult) else _AuthResult("")
 
     @property
     def msg_request(self) -> str:
@@ -1609,13 +1609,13 @@ _MECHANISMS: dict[str, Callable[[Any], _Mechanism]] = {
 class _AuthExchange(NamedTuple):
     """An AUTH command that waits for the answer to a challenge."""
 
-    login: _Login  # what is known so far
+    login: _AuthResult  # what is known so far
     mechanism: _Mechanism
     challenge: bytes
 
 
 class _Auth(Handler):
-    """AUTH, in one line or in several. Each line is run; what the last one is worth is a _Login."""
+    """AUTH, in one line or in several. Each line is run; the last one yields the _AuthResult."""
 
     verbs = ("AUTH",)
     parse = staticmethod(lambda login: login)
@@ -1642,9 +1642,9 @@ class _Auth(Handler):
         session.mail.dialogue[-2] = request
         return reply
 
-    def _begin(self, session: _Session, request: str, argument: str) -> _AuthExchange | _Login:
+    def _begin(self, session: _Session, request: str, argument: str) -> _AuthExchange | _AuthResult:
         name, _, initial = argument.partition(" ")
-        login = _Login("msg_auth_bad_response", name.upper(), None, request)
+        login = _AuthResult("msg_auth_bad_response", name.upper(), None, request)
         refusal = self._refuse_mechanism(session, name.upper())
         if refusal is not None:
             return login._replace(response=refusal)
@@ -1668,7 +1668,7 @@ class _Auth(Handler):
             return "msg_auth_tls_required"
         return None if mechanism in _MECHANISMS else "msg_auth_unknown_mechanism"
 
-    def _proceed(self, exchange: _AuthExchange, line: str) -> _AuthExchange | _Login:
+    def _proceed(self, exchange: _AuthExchange, line: str) -> _AuthExchange | _AuthResult:
         """The outcome, or the exchange with its next challenge."""
         import base64
 
@@ -1878,7 +1878,7 @@ class _Mail:
         self.body: _Body | None = None
         self.start = 0  # where in the dialogue its message begins
         self.stamp: tuple[int, float] | None = None  # the number of its message, and the time of that
-        self.delivered: Message | None = None  # what was accepted, or given to on_other
+        self.delivered: Message | None = None  # what was accepted, or given to on_unaccepted
         self.entry: _Entry | None = None  # its place in the mailbox
 
     def make_next(self) -> _Mail:
@@ -1915,7 +1915,7 @@ class _Context(NamedTuple):
     log: _Log
     rules: _Rules
     on_message: Callable[[Message], object] = _ignore  # called with each accepted message, before the reply to it
-    on_other: Callable[[Message], object] = _ignore  # called with each other message at the end of its session
+    on_unaccepted: Callable[[Message], object] = _ignore  # called with each other message at the end of its session
     early_ends: deque[str] = deque(maxlen=10)  # connections that ended before any command, and why
 
 
@@ -2001,14 +2001,14 @@ class _Session:
             mail.dialogue += (None, farewell, None, _Next.CLOSE.value)
         if self.request is not None and (mail.entry is None or leaves_body or farewell is not None):
             self._publish(complete=True, annotates=not leaves_body)
-        self._report_other()
+        self._report_unaccepted()
 
-    def _report_other(self) -> None:
-        """Give on_other a message that was not given to on_message."""
+    def _report_unaccepted(self) -> None:
+        """Give on_unaccepted a message that was not given to on_message."""
         mail = self.mail
         if mail.entry is not None and mail.delivered is None:
             mail.delivered = mail.entry.message
-            self._call(self.context.on_other, mail.delivered)
+            self._call(self.context.on_unaccepted, mail.delivered)
 
     # The states.
 
@@ -2101,7 +2101,7 @@ class _Session:
         if entry is None or handler._annotates:
             return
         if self._keeps_messages:
-            self._report_other()
+            self._report_unaccepted()
             self.mail = self.mail.make_next()
         elif entry.is_purged:
             self.mail = self.mail.make_copy()
@@ -2538,7 +2538,7 @@ class _Connection(socketserver.BaseRequestHandler):
     def _pause(self, seconds: float) -> bool:
         """Wait. False if the session ends before that: by an RST, by the server or, in a stop, by the client's FIN."""
         if not hasattr(select, "poll"):
-            return not self.server.cut.wait(seconds)
+            return not self.server.aborting.wait(seconds)
         deadline = time.monotonic() + seconds
         poll = select.poll()
         hang_up = getattr(select, "POLLRDHUP", 0)  # a FIN; errors and an RST are always reported
@@ -2546,7 +2546,7 @@ class _Connection(socketserver.BaseRequestHandler):
         if not self.server.stopping:
             poll.register(self.server.wake[1], select.POLLIN)
         while events := poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            if self.server.cut.is_set() or any(fd == self.request.fileno() for fd, _ in events):
+            if self.server.aborting.is_set() or any(fd == self.request.fileno() for fd, _ in events):
                 return False
             poll.unregister(self.server.wake[1])  # stop() has begun
             poll.modify(self.request, hang_up)
@@ -2645,7 +2645,7 @@ class _Connection(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):  # it may have ended just now
             socket.socket.shutdown(self.request, how)  # SSLSocket.shutdown() would forget that it is within TLS
 
-    def cut_off(self) -> None:
+    def abort(self) -> None:
         """End the connection with an RST: a client that is still sending might wait for a minute otherwise."""
         with contextlib.suppress(OSError):
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
@@ -2653,7 +2653,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
 
 _SPARE_THREADS = 16
-_PATIENCE = 5.0  # seconds that stop() waits for a session after its connection was cut off, if user code holds it up
+_PATIENCE = 5.0  # seconds that stop() waits for an aborted session that user code holds up
 
 
 class _Thread(threading.Thread):
@@ -2720,7 +2720,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.spare_threads: list[_SessionThread] = []  # only the listener's thread takes from it
         self.was_opened = False
         self.stopping = False
-        self.cut = threading.Event()  # set when the sessions that still go on must end at once
+        self.aborting = threading.Event()  # set when the sessions that still go on must end at once
         self.closing = threading.RLock()  # held by the thread that opens or closes
         self.thread = _Thread("smtpmock listener", self.serve_forever)
         self.has_shortage = False  # of descriptors or threads; it is logged once
@@ -2764,7 +2764,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._log_shortage(error)
-                self.cut.wait(0.05)  # the client still waits and would wake this thread at once
+                self.aborting.wait(0.05)  # the client still waits and would wake this thread at once
             return  # with any other error, the client is gone
         try:
             if self.spare_threads:
@@ -2824,16 +2824,16 @@ class _Listener(socketserver.ThreadingTCPServer):
         for thread in threads:
             thread.clients.put(None)
         if not _join_threads(threads, timeout):
-            self.cut_off()
+            self.abort()
             _join_threads(threads, _PATIENCE)
         self.server_close()
-        return self.cut.is_set()
+        return self.aborting.is_set()
 
-    def cut_off(self) -> None:
+    def abort(self) -> None:
         """End all sessions at once."""
-        self.cut.set()
+        self.aborting.set()
         for connection in self.connections.copy():
-            connection.cut_off()
+            connection.abort()
 
     def server_close(self) -> None:
         super().server_close()
@@ -2894,7 +2894,7 @@ class Server:
     Options are given by name, as a Configuration, or both; a name takes precedence. An invalid one is a
     ConfigurationError. A logger (a Logger or a logging.Logger) replaces the default one. on_message is called
     with each accepted message in the thread of its session, before the 250 is sent. If it raises, the message is
-    refused with msg_msg_failed and the exception is logged. handlers are subclasses of Handler, for
+    refused with msg_msg_failed and the exception goes to the logger, or else to threading.excepthook. handlers are subclasses of Handler, for
     verbs of your own or in place of the built-in ones.
     """
 
@@ -3471,7 +3471,7 @@ def _parse_arguments(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *, owns_process: bool) -> None:
-    """Start the server, and stop it at the first signal; a second one cuts the sessions off."""
+    """Start the server, and stop it at the first signal; a second one aborts the sessions."""
     import signal
 
     def stop() -> None:
@@ -3494,7 +3494,7 @@ def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *
             stopper = threading.Thread(target=stop)
             stopper.start()
             if wakened.recv(1) != b"\0" and listener is not None:
-                listener.cut_off()
+                listener.abort()
             stopper.join()
         finally:
             signal.set_wakeup_fd(previous_waker)
@@ -3506,8 +3506,8 @@ def _serve(server: Server, options: dict[str, Any], *, owns_process: bool, quiet
     """Run the server until a signal comes."""
     printer = _Printer()
     is_narrated = not (quiet or options.get("log_to_stdout") or outputs.get("json"))
-    on_message, on_other = _open_outputs(printer, _Narrator(printer, options) if is_narrated else None, **outputs)
-    server._context = server._context._replace(on_message=on_message, on_other=on_other)
+    on_message, on_unaccepted = _open_outputs(printer, _Narrator(printer, options) if is_narrated else None, **outputs)
+    server._context = server._context._replace(on_message=on_message, on_unaccepted=on_unaccepted)
 
     def announce(host: str, port: int) -> None:
         if outputs.get("json"):

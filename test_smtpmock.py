@@ -86,7 +86,7 @@ class Memory:
         rules: Iterable[str] = (),
         handlers: Iterable[Any] = (),
         on_message: Callable[[Message], object] = lambda message: None,
-        on_other: Callable[[Message], object] = lambda message: None,
+        on_unaccepted: Callable[[Message], object] = lambda message: None,
         peer: tuple[str, int] = ("192.0.2.1", 4321),
         line_limit: int | None = None,
         **options: Any,
@@ -106,7 +106,7 @@ class Memory:
             smtpmock._Log(self.recorder, configuration),
             self._rules,
             on_message,
-            on_other,
+            on_unaccepted,
         )
         self._session = smtpmock._Session(context, peer)
         if line_limit is not None:
@@ -2271,7 +2271,7 @@ class OnMessageTest(unittest.TestCase):
 
     def test_a_refused_mail_is_not_handed_out_as_accepted(self) -> None:
         others: list[Message] = []
-        memory = receive_mail(on_message=lambda message: 1 / 0, on_other=others.append)
+        memory = receive_mail(on_message=lambda message: 1 / 0, on_unaccepted=others.append)
         memory.end("421 bye")
         memory.end()
         self.assertEqual(memory.messages(), others)
