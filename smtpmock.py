@@ -2894,8 +2894,8 @@ class Server:
     Options are given by name, as a Configuration, or both; a name takes precedence. An invalid one is a
     ConfigurationError. A logger (a Logger or a logging.Logger) replaces the default one. on_message is called
     with each accepted message in the thread of its session, before the 250 is sent. If it raises, the message is
-    refused with msg_msg_failed and the exception goes to the logger, or else to threading.excepthook. handlers are subclasses of Handler, for
-    verbs of your own or in place of the built-in ones.
+    refused with msg_msg_failed and the exception goes to the logger or, without one, to threading.excepthook.
+    handlers are subclasses of Handler, for verbs of your own or in place of the built-in ones.
     """
 
     def __init__(
