@@ -4412,7 +4412,7 @@ class ReadmeTest(ProcessCase):
         for name, value in list(space.items()):
             if isinstance(value, type) and issubclass(value, unittest.TestCase):
                 result = unittest.TestResult()
-                unittest.defaultTestLoader.loadTestsFromTestCase(value).run(result)
+                unittest.TestLoader().loadTestsFromTestCase(value).run(result)
                 self.assertEqual((result.errors, result.failures), ([], []))
                 self.assertGreater(result.testsRun, 0)
             elif name.startswith("test_"):
@@ -4668,6 +4668,12 @@ class ExtensionFaultsTest(unittest.TestCase):
         memory = Memory(msg_invalid_cmd="500 unknown", msg_invalid_cmd_rset_arg="501 rset")
         replies = memory.say(*ENVELOPE, "DATA x", "RSET x", "QUIT x")
         self.assertEqual(replies[3:], ["500 unknown", "501 rset", "500 unknown"])
+
+    def test_a_text_that_cannot_be_sent(self) -> None:
+        with self.assertRaisesRegex(
+            ConfigurationError, "^msg_greeting='.*': must be a string without lone surrogates$"
+        ):
+            Configuration(msg_greeting="220 \ud800")
 
     def test_binarymime(self) -> None:
         for extensions, reply in ((["BINARYMIME", "CHUNKING"], "250"), (["8BITMIME"], "555")):
