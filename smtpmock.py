@@ -1922,16 +1922,14 @@ class _Context(NamedTuple):
 # A session is in one state, which is the method that takes the next bytes. It returns where it stopped and
 # the reply, if there is one.
 #
-#                    the rest of the line came
-#     _skip_line <---------------------------------+
-#         ^  |                                     |        BDAT, DATA accepted
-#         |  +------------------> _take_line ------+-----------------------------> _take_body
-#         +-- line too long ------  |  ^  |  ^                                        |
-#                                   |  |  |  +----- end of the body or chunk ---------+
-#     AUTH with a challenge: 334    |  |  |
-#     _take_answer <----------------+  |  +-- STARTTLS accepted --> _ignore_input
-#         |                            |                                 |
-#         +-- the answer came ---------+<----- secure() -----------------+
+#                    line too long                        the rest of the line
+#         +-------------------------> _skip_line ------------------------------>+
+#         |          AUTH, answered with 334              the answer            |
+#         +-------------------------> _take_answer ---------------------------->+
+#         |          DATA accepted, BDAT                  the end marker, or    |
+#     _take_line -------------------> _take_body  ---- the counted bytes ------>+---> _take_line
+#         |          STARTTLS accepted                    the handshake         |
+#         +-------------------------> _ignore_input --------------------------->+
 #
 # A reply that closes the connection, resets it or falls silent leads from any state to _ignore_input, for good.
 _State = Callable[[bytes, int], tuple[int, _Reply | None]]
