@@ -648,7 +648,7 @@ def _jsonify_bytes(data: bytes) -> dict[str, str]:
 def _escape_surrogates(value: Any) -> Any:
     """The value with escapes in place of the surrogates that stand for bytes: few readers of JSON accept those."""
     if isinstance(value, dict):
-        return {name: _escape_surrogates(item) for name, item in value.items()}
+        return {_escape_surrogates(name): _escape_surrogates(item) for name, item in value.items()}
     if isinstance(value, list):
         return [_escape_surrogates(item) for item in value]
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
@@ -912,6 +912,18 @@ _ASPECTS = ("said", "delay", "trickle", "then")
 _ACTIONS = {"reply": _TEXT, "raw": _BYTES, "delay": _SECONDS, "trickle": _SECONDS, "then": _ENDING}
 
 
+def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The aspects of a reply that these fields of an Action set. A reply of None is the normal one."""
+    aspects = {name: fields[name] for name in ("delay", "trickle") if name in fields}
+    if "reply" in fields or "raw" in fields:
+        aspects["said"] = fields["raw"] if "raw" in fields else fields["reply"]
+    if "then" in fields:
+        aspects["then"] = _THEN[fields["then"]]
+        if fields["then"] != "close":
+            aspects["said"] = b""
+    return aspects
+
+
 @dataclasses.dataclass(frozen=True)
 class Action(_Fields):
     """What a rule does. A field that is None leaves its aspect of the reply as it is without the rule."""
@@ -928,10 +940,7 @@ class Action(_Fields):
                 _check(name, getattr(self, name), kind)
 
     def _aspects(self) -> dict[str, Any]:
-        aspects: dict[str, Any] = {} if self.then in (None, "close") else {"said": b""}
-        said = self.reply if self.raw is None else self.raw
-        values = {"said": said, "delay": self.delay, "trickle": self.trickle, "then": _THEN.get(self.then or "")}
-        return aspects | {name: value for name, value in values.items() if value is not None}
+        return _find_aspects({name: value for name, value in vars(self).items() if value is not None})
 
 
 # What people write for a stage, and what it is called here. Other verbs are allowed if they are not nearly these.
@@ -1001,7 +1010,7 @@ class Rule:
             raise ConfigurationError(f"after={after!r}: is for the stage message, not for {self._stage}")
         self._times, self._probability, self._after = times, probability, after
         self._random = rules.make_random() if probability < 1 else None
-        # Aspects of a reply, one dictionary for each use and the last from then on. Replaced, never changed.
+        # Fields of an Action, for each use and the last ones from then on. Replaced, never changed.
         self._uses: tuple[dict[str, Any], ...] = ({},)
         self._function: Callable[[str, Message], Any] | None = None
         rules.add(self)
@@ -1013,8 +1022,8 @@ class Rule:
         """
         for text in texts or [()]:
             _check("reply", text, _Kind("one string or more", lambda text: text is None or _is_text(text), str))
-        base = self._uses[0]
-        self._uses = tuple({**base, "said": text} for text in texts)
+        base = {name: value for name, value in self._uses[0].items() if name != "raw"}
+        self._uses = tuple({**base, "reply": text} for text in texts)
         return self
 
     def raw(self, data: bytes) -> Rule:
@@ -1057,7 +1066,7 @@ class Rule:
 
     def _add(self, name: str, value: Any) -> Rule:
         _check(name, value, _ACTIONS[name])
-        self._uses = tuple(use | Action(**{name: value})._aspects() for use in self._uses)
+        self._uses = tuple({**use, name: value} for use in self._uses)
         return self
 
     def _matches(self, request: str, names: Sequence[str]) -> bool:
@@ -1069,15 +1078,17 @@ class Rule:
         folded = [_fold(name) for name in names]
         return match is None or any(match in (name, name.rpartition("@")[2].lower()) for name in folded)
 
-    def _take(self, wanted: Collection[str]) -> tuple[dict[str, Any], Callable[[str, Message], Any] | None]:
-        """Count one use, if an aspect that is wanted comes of it. Called with the lock of the rules."""
+    def _take(
+        self, wanted: Collection[str], *, counts: bool
+    ) -> tuple[dict[str, Any], Callable[[str, Message], Any] | None]:
+        """The aspects that are wanted; counts a use if there are any. Called with the lock of the rules."""
         uses, function = self._uses, self._function if "said" in wanted else None
-        use = uses[min(self.hits, len(uses) - 1)]
+        use = _find_aspects(uses[min(self.hits, len(uses) - 1)])
         aspects = {name: value for name, value in use.items() if name in wanted}
         is_spent = self.hits == self._times or not (aspects or function)
         if is_spent or (self._random is not None and self._random.random() >= self._probability):
             return {}, None
-        self.hits += 1
+        self.hits += counts
         return aspects, function
 
     def _has_action(self) -> bool:
@@ -1149,11 +1160,12 @@ class _Rules:
     ) -> dict[str, Any]:
         """Each wanted aspect of a reply, from the newest rule that sets it. Raises what the user's functions raise."""
         found: dict[str, Any] = {}
+        counts = "said" in wanted  # a challenge of AUTH is no use of its own
         for rule in self.newest_first:
             if rule._stage in stages and rule._after == after and rule._matches(request, names):
                 missing = [aspect for aspect in wanted if aspect not in found]
                 with self._lock:
-                    aspects, function = rule._take(missing) if rule in self.newest_first else ({}, None)
+                    aspects, function = rule._take(missing, counts=counts) if rule in self.newest_first else ({}, None)
                 if function is not None:  # called without the lock, like every function of the user
                     aspects = aspects | _read_result(function(request, message()))
                 found |= {name: value for name, value in aspects.items() if name in missing}
@@ -1458,7 +1470,7 @@ class _Bdat(_Data):
         if chunk is None:
             return session.run(self, verb, request, argument)
         session.begin_mail_if_due(self)  # so that the bytes go to the same mail as the command
-        return session.expect_chunk(chunk[0], lambda: self._finish(session, verb, request, argument))
+        return session.expect_chunk(chunk[0], request, lambda: self._finish(session, verb, request, argument))
 
     def _finish(self, session: _Session, verb: str, request: str, argument: str) -> _Reply:
         """Run the command after its chunk has arrived. With LAST, the reply is that to the body."""
@@ -1798,9 +1810,7 @@ def _make_handlers(options: Configuration, handlers: Any = ()) -> dict[str, Hand
         _check_handler(handler)
     offered = [handler(options) for handler in _BUILT_IN if handler._is_offered(options)]
     table = {verb: handler for handler in offered for verb in handler.verbs}
-    return table | {
-        _parse_stage(verb): made for made in (handler(options) for handler in handlers) for verb in made.verbs
-    }
+    return table | {verb.upper(): made for made in (handler(options) for handler in handlers) for verb in made.verbs}
 
 
 # ----------------------------------------------------------------------------------------- session
@@ -1820,6 +1830,7 @@ class _Body:
     def __init__(self, limit: int, stops: list[int], *, is_counted: bool) -> None:
         self.is_counted = is_counted  # comes in chunks, which have no end marker and no stuffed dots
         self.missing = 0  # bytes of the present chunk
+        self.request = ""  # the BDAT that announced it
         self.finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
         self.size = 0  # bytes as they were sent, without the end marker
         self.stops = stops  # sizes at which rules apply, smallest first
@@ -2069,14 +2080,15 @@ class _Session:
         self.mail.body.finish = self.finish_body
         self._take = self._take_body
 
-    def expect_chunk(self, size: int, run: Callable[[], _Reply]) -> _Reply | None:
+    def expect_chunk(self, size: int, request: str, run: Callable[[], _Reply]) -> _Reply | None:
         """Have so many bytes of the body come next, and then run the command that announced them."""
+        self.request = request
         if self.mail.body is None:
             self.erase(("data", "msg"))
             self.mail.body = self._make_body(is_counted=True)
         if not size:
             return run()
-        self.mail.body.missing, self.mail.body.finish = size, run
+        self.mail.body.missing, self.mail.body.finish, self.mail.body.request = size, run, request
         self._take = self._take_body
         return None
 
@@ -2166,6 +2178,9 @@ class _Session:
 
     def _leave_body(self, body: _Body, response: str) -> None:
         """Keep what arrived of a body that will not be complete."""
+        if body.missing:
+            self.mail.steps.setdefault("data", _Exchange(body.request, "", False, None))
+            self.mail.dialogue += (body.request, None)
         self.mail.steps["msg"] = _Exchange(body.size, response, False, body.content())
         self.mail.dialogue += (body.size, response or None)
         self.mail.body = None
@@ -3184,20 +3199,36 @@ _Undo = Callable[[], object]  # what removes a mail from an output again
 
 
 class _Printer:
-    """Prints whole lines to what is stdout now, from any thread."""
+    """Prints whole lines to what is stdout now, from any thread. It keeps no line that it could not write."""
 
     def __init__(self) -> None:
         self._out = sys.stdout
-        self._lock = threading.Lock()  # keeps lines whole
+        self._lock = threading.Lock()  # guards the stream
+        self._is_torn = False  # whether a part of the last line was written
 
     def __call__(self, line: str) -> None:
         with self._lock:
             try:
-                self._out.write(line + "\n")
-                self._out.flush()
+                self._write("\n" * self._is_torn + line + "\n")
+                self._is_torn = False
             except (OSError, ValueError, AttributeError) as error:  # full, closed by us, and closed from the start
                 reason = getattr(error, "strerror", None) or "it is closed"
                 raise SMTPMockError(f"cannot write to stdout: {reason}") from error
+
+    def _write(self, text: str) -> None:
+        import io
+
+        self._out.flush()
+        raw = getattr(getattr(self._out, "buffer", None), "raw", getattr(self._out, "buffer", None))
+        if not isinstance(raw, io.RawIOBase):  # of a test
+            self._out.write(text)
+            self._out.flush()
+            return
+        data = text.encode(self._out.encoding, "backslashreplace")
+        while data:  # a full disk may take a part
+            written = raw.write(data) or 0
+            self._is_torn = True
+            data = data[written:]
 
     def json(self, value: object) -> None:
         import json
@@ -3480,6 +3511,7 @@ def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *
     wakened, waker = socket.socketpair()
     with wakened, waker:
         waker.setblocking(False)
+        wakened.settimeout(None)  # whatever socket.setdefaulttimeout() says
         # Python writes the number of each signal there, whichever thread receives it.
         previous_waker = signal.set_wakeup_fd(waker.fileno())
         previous = [signal.signal(number, lambda *_: None) for number in numbers]
@@ -3542,7 +3574,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run_command(options, parser, owns_process=argv is None)
     except SMTPMockError as error:
         with contextlib.suppress(OSError, AttributeError):
-            print(f"smtpmock: {_name_flags(str(error))}", file=sys.stderr)
+            sys.stderr.write(f"smtpmock: {_printable(_name_flags(str(error)))}\n")
         return 2 if isinstance(error, ConfigurationError) else 1
     finally:
         if argv is None:

@@ -2408,6 +2408,14 @@ class RuleTest(unittest.TestCase):
         self.assertEqual(memory.say("NOOP", "NOOP", "NOOP"), ["450 shown", "450 hidden", "250 Ok"])
         self.assertEqual((hidden.hits, slow.hits, memory.delays), (1, 2, [0.5, 0.5, 0]))
 
+    def test_the_order_of_actions_does_not_matter(self) -> None:
+        memory = Memory()
+        memory.on("NOOP").drop().reply("450 no")
+        self.assertEqual(memory.say("NOOP"), ["<closed>"])
+        memory = Memory()
+        memory.on("NOOP").drop().close()
+        self.assertEqual(memory.say("NOOP"), ["250 Ok", "<closed>"])
+
     def test_patterns(self) -> None:
         memory = Memory()
         memory.on("Mail From", re.compile("SIZE=[0-9]{3}")).reply("552 no")
@@ -2639,6 +2647,18 @@ class HandlerTest(unittest.TestCase):
         for bad in ([1], [object], [self.Expand(Configuration())], None):
             with self.subTest(bad), self.assertRaisesRegex(ConfigurationError, "^handlers.* subclass(es)? of Handler$"):
                 Server(handlers=bad)  # type: ignore[arg-type]
+
+    def test_verbs_that_are_also_stages(self) -> None:
+        class Both(smtpmock.Handler):
+            verbs = ("CONNECT", "MESSAGE")
+            received = "250 hello"
+
+        memory = Memory(handlers=[Both])
+        self.assertEqual(memory.greet(), ["220 Welcome"])
+        self.assertEqual(
+            memory.say("CONNECT", "message", *ENVELOPE, *SEND[2:]),
+            ["250 hello"] * 2 + [RECEIVED] * 3 + [READY, RECEIVED],
+        )
 
     def test_what_it_may_do(self) -> None:
         """Return any text from refuse(), read the message so far, raise in parse(), and have a secret."""
@@ -3948,6 +3968,34 @@ class OutputTest(ProcessCase):
         send(port, "hi")
         self.assertEqual(self.names(), self.pairs(2))
 
+    def test_a_line_that_was_not_written_is_not_written_later(self) -> None:
+        class Disk(io.RawIOBase):
+            """It is full after six bytes, until it is emptied."""
+
+            data, left = b"", 6
+
+            def writable(self) -> bool:
+                return True
+
+            def write(self, data: Any) -> int:
+                if not self.left:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                taken = bytes(data[: self.left])
+                self.data, self.left = self.data + taken, self.left - len(taken)
+                return len(taken)
+
+        disk = Disk()
+        for out in (io.TextIOWrapper(io.BufferedWriter(disk)), io.TextIOWrapper(disk, write_through=True)):  # type: ignore[type-var]
+            disk.data, disk.left = b"", 6
+            with contextlib.redirect_stdout(out):
+                printer = smtpmock._Printer()
+            printer("one")
+            with self.assertRaisesRegex(smtpmock.SMTPMockError, "No space left"):
+                printer("two")
+            disk.left = 100
+            printer("three")
+            self.assertEqual(disk.data, b"one\ntw\nthree\n")
+
     def test_temporary_files_look_like_no_mail(self) -> None:
         seen: list[str] = []
         replace = os.replace
@@ -4717,6 +4765,18 @@ class ExtensionFaultsTest(unittest.TestCase):
                 self.assertEqual(
                     (memory.delays[-1], memory.message().content), (delay, b"ab" if "=2" in rule else b"abcd")
                 )
+
+    def test_a_login_is_one_use_of_a_rule(self) -> None:
+        memory = Memory(auth_users={"u": "p"}, rules=["AUTH: reply 454 later; delay 0.5; times=1"])
+        for end in ("454 later", "235 Authentication succeeded"):
+            self.assertEqual(memory.say("EHLO a.com", "AUTH LOGIN", b64("u"), b64("p"))[-1], end)
+
+    def test_a_chunk_that_is_not_complete_is_recorded(self) -> None:
+        memory = Memory(extensions=["CHUNKING"])
+        memory.feed(b"BDAT 100 LAST\r\nabc")
+        message = memory.message()
+        self.assertEqual((message.data_request, message.content), ("BDAT 100 LAST", b"abc"))
+        self.assertTrue(message.transcript.endswith("C: BDAT 100 LAST\nC: <3 bytes>"), message.transcript)
 
     def test_a_pause_in_a_body(self) -> None:
         memory = Memory(rules=["message: delay 0.5; after=3"])
