@@ -3827,7 +3827,8 @@ class CommandLineTest(unittest.TestCase):
 
             user = threading.Thread(target=self.use, args=(lines, second))
             handler = signal.getsignal(signal.SIGTERM)
-            with contextlib.redirect_stdout(mock.Mock(encoding="utf-8", write=write)):
+            no_descriptor = mock.Mock(side_effect=io.UnsupportedOperation)  # argparse of Python 3.14 asks
+            with contextlib.redirect_stdout(mock.Mock(encoding="utf-8", write=write, fileno=no_descriptor)):
                 user.start()
                 delays = [f"-responseDelayRset={10 * TIMEOUT}", f"-shutdownTimeout={10 * TIMEOUT}"]
                 rules = ["-rule", "VRFY: reply 252 one", "--rule=EXPN: reply 252 two"]
