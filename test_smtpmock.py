@@ -78,11 +78,12 @@ SHUTDOWN = "421 Server shutting down, closing connection"
 
 
 class Memory:
-    """A session without a server. Tests that need the inside of the module reach it here, and nowhere else."""
+    """A session without a server, which has received the lines. Tests that need the inside of the module reach it
+    here, and nowhere else."""
 
     def __init__(
         self,
-        *,
+        *lines: str,
         rules: Iterable[str] = (),
         handlers: Iterable[Any] = (),
         on_message: Callable[[Message], object] = lambda message: None,
@@ -112,6 +113,7 @@ class Memory:
         if line_limit is not None:
             self._session._line_limit = line_limit
         self.add_rules(self, rules)
+        self.say(*lines)
 
     @staticmethod
     def add_rules(server: Any, rules: Iterable[str]) -> None:
@@ -119,15 +121,14 @@ class Memory:
         for rule in rules:
             smtpmock._add_rule(server, rule)
 
-    def on(
-        self,
-        stage: str,
-        match: Any = None,
-        times: int | None = None,
-        probability: float = 1.0,
-        after: int | None = None,
-    ) -> smtpmock.Rule:
-        return smtpmock.Rule(self._rules, stage, match, times, probability, after)
+    @staticmethod
+    def saver(folder: Path) -> Callable[[Message], object]:
+        """The on_message of --save-dir."""
+        return smtpmock._Folder(str(folder))
+
+    def on(self, stage: str, match: Any = None, **conditions: Any) -> smtpmock.Rule:
+        conditions = {"times": None, "probability": 1.0, "after": None, **conditions}
+        return smtpmock.Rule(self._rules, stage, match, **conditions)
 
     def greet(self) -> list[str]:
         return self._read(self._session.greet())
@@ -248,17 +249,13 @@ class Recorder:
         self.lines: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self.seen: list[tuple[str, str]] = []
 
-    def info_activity(self, message: str, /) -> None:
-        self.lines.put(("activity", message))
+    def _take(self, level: str, message: str, /) -> None:
+        self.lines.put((level, message))
 
-    def info(self, message: str, /) -> None:
-        self.lines.put(("info", message))
-
-    def warning(self, message: str, /) -> None:
-        self.lines.put(("warning", message))
-
-    def error(self, message: str, /) -> None:
-        self.lines.put(("error", message))
+    info_activity = functools.partialmethod(_take, "activity")
+    info = functools.partialmethod(_take, "info")
+    warning = functools.partialmethod(_take, "warning")
+    error = functools.partialmethod(_take, "error")
 
     def wait_for(self, text: str) -> tuple[str, str]:
         """The level and the text of the next line that has this text in it."""
@@ -284,12 +281,28 @@ def send(server: Server | int, *contents: bytes | str) -> None:
             client.sendmail("a@a.com", ["b@b.com"], content)
 
 
-def wait_until(condition: Callable[[], object]) -> bool:
+def wait_until(condition: Callable[..., object], *arguments: object) -> bool:
     """Whether the condition becomes true in time."""
     deadline = time.monotonic() + TIMEOUT
-    while not condition() and time.monotonic() < deadline:
+    while not condition(*arguments) and time.monotonic() < deadline:
         time.sleep(0.001)
-    return bool(condition())
+    return bool(condition(*arguments))
+
+
+def report(server: Server) -> str:
+    """What a server has, as it says when what one waits for does not come."""
+    try:
+        server.wait_for_messages(10**9, 0)
+    except WaitTimeoutError as error:
+        return str(error)
+    raise AssertionError("so many messages")
+
+
+def stop_in_time(server: Server) -> None:
+    """Stop a server whose own timeouts are longer than a test may take."""
+    began = time.monotonic()
+    server.stop()
+    assert time.monotonic() - began < TIMEOUT
 
 
 def in_threads(*calls: Any) -> list[Any]:
@@ -310,6 +323,32 @@ def in_threads(*calls: Any) -> list[Any]:
     for thread in threads:
         thread.join(TIMEOUT)
     return results
+
+
+class ServerCase(unittest.TestCase):
+    """Tests after which no thread and no port of a server may be left."""
+
+    def setUp(self) -> None:
+        self.before = set(threading.enumerate())
+
+    def threads(self) -> list[threading.Thread]:
+        """The threads that have begun since the test has."""
+        return [thread for thread in threading.enumerate() if thread not in self.before]
+
+    def assert_nothing_is_left(self, server: Server) -> None:
+        self.assertEqual(self.threads(), [])
+        with self.assertRaises(OSError):
+            socket.create_connection((server.host, server.port), TIMEOUT).close()
+
+    def serve(self, *rules: str, **options: Any) -> tuple[Server, Client, Recorder]:
+        """A server with these rules, a client of it, and its log."""
+        server = Server(**{"logger": (recorder := Recorder()), **options})
+        Memory.add_rules(server, rules)
+        server.start()
+        self.addCleanup(server.__exit__)
+        client = Client(server)
+        self.addCleanup(client.__exit__)
+        return server, client, recorder
 
 
 # ------------------------------------------------------------------------------------- text tables
@@ -434,11 +473,6 @@ R: \nNO  S: 250 Ok
 R: OP\n  S: 250 Ok
 == nothing is answered after QUIT
 R: QUIT\r\nNOOP\r\n  S: 221 Closing connection  S: <closed>
-== another body for the same envelope
-+ in body
-C: .     S: 250 Received
-C: DATA  S: {READY}
-C: .     S: 250 Received
 == after an accepted message the next one begins
 -- multiple_message_receiving=True
 + in body
@@ -454,15 +488,13 @@ C: RSET  S: 250 Ok
 C: DATA  S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 
 # ---- Sequence
-== sender before HELO
+== each command too early
 C: MAIL FROM:<a@example.com>  S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
-== recipient before sender
-C: RCPT TO:<b@example.com>  S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
-C: HELO example.com         S: 250 Received
-C: RCPT TO:<b@example.com>  S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
-== DATA before recipient
-+ sender
-C: DATA  S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+C: HELO example.com           S: 250 Received
+C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+C: MAIL FROM:<a@example.com>  S: 250 Received
+C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 == sequence is checked before the argument
 C: MAIL FROM:nonsense  S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
 C: RCPT TO:nonsense    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
@@ -490,10 +522,13 @@ C: DATA           S: 503 Bad sequence of commands. DATA should be used after RCP
 + envelope
 C: RCPT TO:<bad>  S: 501 RCPT TO requires valid email address
 C: DATA           S: {READY}
-== NOOP changes nothing
+== NOOP changes nothing, and another body may follow for the same envelope
 + envelope
 C: NOOP  S: 250 Ok
 C: DATA  S: {READY}
+C: .     S: 250 Received
+C: DATA  S: {READY}
+C: .     S: 250 Received
 
 # ---- Arguments
 == bad arguments
@@ -508,6 +543,12 @@ C: DATA x                     S: {UNRECOGNIZED}
 C: RSET x                     S: {UNRECOGNIZED}
 C: QUIT x                     S: {UNRECOGNIZED}
 C: NOOP x                     S: 250 Ok
+== an argument where none may be, with texts of one's own
+-- msg_invalid_cmd="500 unknown", msg_invalid_cmd_rset_arg="501 rset"
++ envelope
+C: DATA x  S: 500 unknown
+C: RSET x  S: 501 rset
+C: QUIT x  S: 500 unknown
 == the null sender
 C: HELO example.com        S: 250 Received
 C: MAIL FROM:<>            S: 250 Received
@@ -527,11 +568,12 @@ C: unknown                     S: {UNRECOGNIZED}
 C: quıt                        S: {UNRECOGNIZED}
 R: \x00\xff\xfe\r\n            S: {UNRECOGNIZED}
 C: NOOP                        S: 250 Ok
-== commands of extensions that are not announced
+== commands and a parameter of extensions, where there are none
 + hello
-C: AUTH PLAIN AGEAYg==  S: {UNRECOGNIZED}
-C: STARTTLS             S: {UNRECOGNIZED}
-C: BDAT 1               S: {UNRECOGNIZED}
+C: AUTH PLAIN AGEAYg==         S: {UNRECOGNIZED}
+C: STARTTLS                    S: {UNRECOGNIZED}
+C: BDAT 1                      S: {UNRECOGNIZED}
+C: MAIL FROM:<a@a.com> SIZE=1  S: 501 MAIL FROM requires valid email address
 == blacklists
 -- blacklisted_helo_domains=["Bad.example", "localhost"], blacklisted_mailfrom_emails=["spam@bad.example"]
 -- blacklisted_rcptto_emails=["x@a.com", "y@a.com"], not_registered_emails=["y@a.com", "nobody@a.com"]
@@ -573,7 +615,7 @@ C: NOOP {x*4096}  S: 500 Line too long  S: <closed>
 C: NOOP  S: 450 no  S: <closed>
 
 # ---- Bodies and lines, and how long they may be
-== only CRLF around the dot ends a body
+== only CRLF around the dot ends a body, but a bare LF ends DATA
 + in body
 R: a\n.\nQUIT\n
 R: b\r\n.\nNOOP\r\n
@@ -581,10 +623,8 @@ R: c\n.\r\nNOOP\r\n
 R: d\r.\r\n
 R: \r\n.\r\n  S: 250 Received
 C: NOOP       S: 250 Ok
-== a bare LF after DATA
-+ envelope
-R: DATA\n  S: {READY}
-C: .       S: 250 Received
+R: DATA\n     S: {READY}
+C: .          S: 250 Received
 == the size limit is inclusive, without stuffed dots and the last one
 -- msg_size_limit=10
 + in body
@@ -651,16 +691,18 @@ C: EHLO a.com  S: 550 no
 -- extensions=["DSN"], auth_users={}, ssl_context=True
 C: EHLO a.com  S: 250-Received  S: 250-DSN  S: 250-STARTTLS  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
 == a parameter of an extension that is not announced
--- extensions=["DSN"]
-C: EHLO a.com                  S: 250-Received  S: 250 DSN
-C: MAIL FROM:<a@a.com> SIZE=1  S: 555 Parameter not recognized or not implemented
+-- extensions=["8BITMIME"]
+C: EHLO a.com                           S: 250-Received  S: 250 8BITMIME
+C: MAIL FROM:<a@a.com> SIZE=1           S: 555 Parameter not recognized or not implemented
+C: MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 555 Parameter not recognized or not implemented
+== BODY=BINARYMIME
+-- extensions=["BINARYMIME", "CHUNKING"]
+C: EHLO a.com                           S: 250-Received  S: 250-BINARYMIME  S: 250 CHUNKING
+C: MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 250 Received
 == a parameter after HELO
 -- extensions=["SIZE"]
 C: HELO a.com                  S: 250 Received
 C: MAIL FROM:<a@a.com> SIZE=1  S: 555 Parameter not recognized or not implemented
-== a parameter without extensions
-+ hello
-C: MAIL FROM:<a@a.com> SIZE=1  S: 501 MAIL FROM requires valid email address
 == a declared size
 -- extensions=["SIZE"], msg_size_limit=5
 C: EHLO a.com                  S: 250-Received  S: 250 SIZE 5
@@ -674,6 +716,11 @@ C: MAIL FROM:<a@a.com>                  S: 250 Received
 C: RCPT TO:<b@пример.рф>                S: 501 RCPT TO requires valid email address
 C: MAIL FROM:<дядя@пример.рф> SMTPUTF8  S: 250 Received
 C: RCPT TO:<b@пример.рф>                S: 250 Received
+# letters of any script, with joiners, and those that Python does not know; but no control or white space
+R: MAIL FROM:<क\xe2\x80\x8dष@a.com> SMTPUTF8\r\n      S: 250 Received
+R: MAIL FROM:<क\xf0\xbf\xbf\xbdष@a.com> SMTPUTF8\r\n  S: 250 Received
+R: MAIL FROM:<क\xc2\x85ष@a.com> SMTPUTF8\r\n          S: 501 MAIL FROM requires valid email address
+R: MAIL FROM:<क\xe2\x80\x83ष@a.com> SMTPUTF8\r\n      S: 501 MAIL FROM requires valid email address
 == addresses that are not ASCII, where that is no extension
 -- extensions=["DSN"]
 C: EHLO a.com                  S: 250-Received  S: 250 DSN
@@ -757,20 +804,19 @@ C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication
 + login
 C: AUTH xoauth2                              S: 334{SP}
 C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
-== a wrong secret, a wrong user
+== a wrong secret, a wrong user, an unknown mechanism
 + login
+C: AUTH GSSAPI                      S: 504 Unrecognized authentication type
+C: AUTH                             S: 504 Unrecognized authentication type
 C: AUTH PLAIN {b64 \0alice\0wrong}  S: 535 Authentication credentials invalid
 C: AUTH PLAIN {b64 \0nobody\0}      S: 535 Authentication credentials invalid
 C: AUTH LOGIN {b64 nobody}          S: 334 UGFzc3dvcmQ6
 C:                                  S: 535 Authentication credentials invalid
 C: NOOP                             S: 250 Ok
-== an AUTH that is cancelled
+== an AUTH that is cancelled, and responses that cannot be decoded
 + login
-C: AUTH LOGIN  S: 334 VXNlcm5hbWU6
-C: *           S: 501 Authentication cancelled
-C: NOOP        S: 250 Ok
-== responses that cannot be decoded
-+ login
+C: AUTH LOGIN                S: 334 VXNlcm5hbWU6
+C: *                         S: 501 Authentication cancelled
 C: AUTH PLAIN !!!            S: 501 Cannot decode response
 C: AUTH PLAIN                S: 334{SP}
 C: é                         S: 501 Cannot decode response
@@ -779,10 +825,6 @@ C: AUTH PLAIN {b64 alice}    S: 501 Cannot decode response
 C: AUTH XOAUTH2 {b64 alice}  S: 501 Cannot decode response
 C: AUTH CRAM-MD5 abcd        S: 501 Cannot decode response
 C: NOOP                      S: 250 Ok
-== unknown mechanisms
-+ login
-C: AUTH GSSAPI  S: 504 Unrecognized authentication type
-C: AUTH         S: 504 Unrecognized authentication type
 == AUTH twice
 + login
 C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
@@ -842,7 +884,8 @@ C: STARTTLS      S: 220 Ready to start TLS
 C: STARTTLS  S: {UNRECOGNIZED}
 
 # ---- Rules
-== rule: a refusal for an address, whatever its case, and for a domain
+== rule: a refusal for an address, whatever its case, a literal and a domain, and with a colon in it
+-- rule: RCPT a@[IPv6:::1]: reply 550 no: never
 -- rule: RCPT bob@Example.com: reply 550 5.1.1 No such user
 -- rule: rcpt to a.com: reply 551 not here
 C: EHLO example.com             S: 250 Received
@@ -851,10 +894,7 @@ C: RCPT TO:<bob@EXAMPLE.com>    S: 550 5.1.1 No such user
 C: RCPT TO:<Bob@example.com>    S: 250 Received
 C: RCPT TO:<x@A.com>            S: 551 not here
 C: RCPT TO:<x@b.a.com>          S: 250 Received
-== rule: an address literal, and a reply with a colon in it
--- rule: RCPT a@[IPv6:::1]: reply 550 no: never
-+ sender
-C: RCPT TO:<a@[IPv6:::1]>  S: 550 no: never
+C: RCPT TO:<a@[IPv6:::1]>       S: 550 no: never
 == rule: a recipient, at DATA and at the end of the body
 -- multiple_rcptto=True
 -- rule: DATA c@example.com: reply 450 c
@@ -1001,21 +1041,11 @@ for entry in DIALOGUES.values():
 
 # What only a socket shows: pieces, pipelining, lines of several replies, bodies, and each way to end.
 THROUGH_A_SOCKET = """
-a mail
-HELO, lower case, white space, bare LF
-pipelining
-nothing is answered after QUIT
-every text can be another
-a long body is read to its end
-a long line is answered before it ends
-fail fast: a bad argument
-a body in chunks
-rule: too busy to talk
-rule: an answer, then a close
-rule: a body shorter than that is not cut
-rule: bytes that are no reply
-rule: a delay and a trickle change no reply
-rule: silence
+a mail | HELO, lower case, white space, bare LF | pipelining | nothing is answered after QUIT |
+every text can be another | a long body is read to its end | a long line is answered before it ends |
+fail fast: a bad argument | a body in chunks | rule: too busy to talk | rule: an answer, then a close |
+rule: a body shorter than that is not cut | rule: bytes that are no reply |
+rule: a delay and a trickle change no reply | rule: silence
 """
 
 # The options that are texts, with other options and the lines whose last reply is that text. An on_message
@@ -1089,7 +1119,7 @@ class DialogueTest(unittest.TestCase):
                 self.assertEqual(said, [], "the server has said more")
 
     def test_through_a_socket(self) -> None:
-        for title in THROUGH_A_SOCKET.strip().splitlines():
+        for title in map(str.strip, THROUGH_A_SOCKET.split("|")):
             options = DIALOGUES[title].options.copy()
             rules = options.pop("rules", ())
             with self.subTest(title), Server(**options) as server:
@@ -1266,11 +1296,13 @@ def keep(text: str) -> str:
     return ", ".join(KEPT.get(item, item) for item in text.strip().split(", "))
 
 
+def ids(messages: Iterable[Message]) -> list[int]:
+    return [message.id for message in messages]
+
+
 def receive_mail(**options: Any) -> Memory:
     """A session that has sent a mail."""
-    memory = Memory(**options)
-    memory.say(ENVELOPE[0], *SEND)
-    return memory
+    return Memory(ENVELOPE[0], *SEND, **options)
 
 
 class RecordTest(unittest.TestCase):
@@ -1307,9 +1339,7 @@ class RecordTest(unittest.TestCase):
         self.assertEqual({name: getattr(memory.message(), name) for name in expected}, expected)
 
     def test_nothing_is_kept_of_nonsense(self) -> None:
-        memory = Memory()
-        memory.say("nonsense")
-        message = memory.message()
+        message = Memory("nonsense").message()
         for name in PUBLIC:
             if re.match("helo|mailfrom|mail_from|rcpt|data|msg|content|rset|noop|quit|auth|tls|is_", name):
                 self.assertFalse(getattr(message, name), name)
@@ -1331,17 +1361,14 @@ class RecordTest(unittest.TestCase):
             self.assertEqual(memory.message().helo_request, request)
 
     def test_a_client_that_leaves_in_the_body(self) -> None:
-        memory = Memory()
-        memory.say(*ENVELOPE, "DATA", "half")
+        memory = Memory(*ENVELOPE, "DATA", "half")
         memory.feed(b"..a")
         self.assertEqual((memory.message().content, memory.message().msg), (b"half\r\n.a", False))
 
     def test_the_body_is_kept_as_it_is(self) -> None:
-        bodies = b"|\r\n|\n\r\x00\xff\r\n|no header\r\n|.\n\r\n|..\r\n.a\r\n|\r\n\r\n.\r.\r\n"
-        for body in bodies.split(b"|"):
+        for body in b"|\r\n|\n\r\x00\xff\r\n|no header\r\n|.\n\r\n|..\r\n.a\r\n|\r\n\r\n.\r.\r\n".split(b"|"):
             with self.subTest(body=body):
-                memory = Memory()
-                memory.say(*ENVELOPE, "DATA")
+                memory = Memory(*ENVELOPE, "DATA")
                 memory.feed(re.sub(rb"(^|(?<=\r\n))\.", b"..", body) + b".\r\n")
                 message = memory.message()
                 self.assertEqual(message.content, body)
@@ -1362,17 +1389,19 @@ class RecordTest(unittest.TestCase):
 
     def test_the_sender(self) -> None:
         for line, sender in (("MAIL FROM:<>", ""), ("MAIL FROM: John <j@x.com>", "j@x.com"), ("MAIL FROM:j", None)):
-            memory = Memory()
-            memory.say("EHLO a.com", line)
-            self.assertEqual(memory.message().mail_from, sender)
+            self.assertEqual(Memory("EHLO a.com", line).message().mail_from, sender)
+
+    def test_what_only_a_rule_accepted_is_taken_apart(self) -> None:
+        lines = [ENVELOPE[0], "MAIL FROM:<John> SIZE=10", "RCPT TO:<Jim Doe> X=1 Y", *SEND[2:]]
+        message = Memory(*lines, rules=["MAIL: reply 250 ok", "RCPT: reply 250 ok"], extensions=["SIZE"]).message()
+        self.assertEqual((message.mail_from, message.mailfrom_parameters), ("John", {"SIZE": "10"}))
+        self.assertEqual((message.rcpt_tos, message.rcptto_parameters), (["Jim Doe"], [{"X": "1", "Y": ""}]))
 
     # When it is in the mailbox.
 
     def test_recorded_with_the_reply_that_completes_it(self) -> None:
         for lines in ([*ENVELOPE, *SEND[2:]], ["EHLO a.com", "QUIT"]):
-            memory = Memory()
-            memory.say(*lines)
-            self.assertEqual(memory.recorded[-2:], [0, 1])
+            self.assertEqual(Memory(*lines).recorded[-2:], [0, 1])
 
     def test_what_was_handed_out_does_not_change(self) -> None:
         memory = receive_mail(multiple_rcptto=True)
@@ -1425,8 +1454,7 @@ class RecordTest(unittest.TestCase):
         memory.say("RCPT TO:<nobody>", "QUIT")
         end = "not accepted, 'RCPT TO:<nobody>' was refused with '501 RCPT TO requires valid email address'"
         self.assertEqual(repr(memory.messages()[0]), f"<Message 1 from 'a@a.com' to []: 0 bytes, {end}>")
-        memory = Memory(rules=["NOOP: drop"])
-        memory.say("NOOP")
+        memory = Memory("NOOP", rules=["NOOP: drop"])
         self.assertEqual(repr(memory.message()), "<Message 1 from None to []: 0 bytes, no reply>")
 
 
@@ -1553,6 +1581,19 @@ Content-Type: text/plain
 
 the first
 --XX--
+== a delivery report
+-- attachments=[(None, "message/delivery-status", b"Reporting-MTA: dns; a.com\r\n\r\nFinal-Recipient: rfc822; b@b.com\r\nAction: failed\r\n\r\n")]
+Content-Type: multipart/report; boundary=b
+
+--b
+Content-Type: message/delivery-status
+
+Reporting-MTA: dns; a.com
+
+Final-Recipient: rfc822; b@b.com
+Action: failed
+
+--b--
 == 8-bit and NUL bytes, and no charset
 -- text="\0\1\ufffd\n€\n", html=None
 Subject: \xff\xfe
@@ -1627,6 +1668,14 @@ class MailTest(unittest.TestCase):
         memory.feed(content.replace(b"\r\n.", b"\r\n..") + b".\r\n")
         return memory.message()
 
+    def ask_all(self, message: Message) -> None:
+        """Each attribute has a value."""
+        for name in dir(message):
+            getattr(message, name)
+        message.as_bytes()
+        json.dumps(message.to_dict()).encode("ascii")
+        repr(message)
+
     def content(self, title: str) -> bytes:
         lines = MAILS[title].lines
         return read_escapes("\n".join([*lines, ""]) if lines else "").replace(b"\n", b"\r\n")
@@ -1640,7 +1689,7 @@ class MailTest(unittest.TestCase):
                 self.assertEqual({name: getattr(message, name) for name in entry.options}, entry.options)
                 self.assertTrue(message.as_bytes().endswith(content))
                 self.assertEqual(message.email["Return-Path"], "<a@a.com>")
-                json.dumps(message.to_dict()).encode("ascii")
+                self.ask_all(message)
 
     def test_defects(self) -> None:
         message = self.receive(self.content("a boundary that never comes"))
@@ -1659,10 +1708,7 @@ class MailTest(unittest.TestCase):
             content = b"".join(rng.choices(pieces, k=rng.randrange(1, 40))) + b"\r\n"
             with self.subTest(content), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the standard library warns of an encoding
-                message = self.receive(content)
-                for name in dir(message):
-                    getattr(message, name)
-                json.dumps(message.to_dict()).encode("ascii")
+                self.ask_all(self.receive(content))
 
     def test_trace(self) -> None:
         message = self.receive(b"Subject: hi\r\n\r\nbody\r\n")
@@ -1691,13 +1737,21 @@ body
         self.assertIn("from a.com ([IPv6:fe80::1])\r\n", memory.message().received_header)
 
     def test_one_that_is_not_accepted(self) -> None:
-        memory = Memory()
-        memory.say(*ENVELOPE[:2], "RCPT TO:nobody")
+        memory = Memory(*ENVELOPE[:2], "RCPT TO:nobody")
         message = memory.message()
         self.assertEqual((message.received_at, message.received_header), (None, ""))
         self.assertEqual(message.as_bytes(), b"Return-Path: <a@a.com>\r\n")
         memory.say("HELO")
         self.assertEqual(memory.message().as_bytes(), b"")
+
+    def test_one_that_only_rules_accepted(self) -> None:
+        for lines in (SEND, ("HELO", *SEND), ("HELO a b\rc", *SEND), ("MAIL x", "MAIL FROM:<a\rX: y>", *SEND[1:])):
+            message = Memory(*lines, rules=["*: reply 250 ok", "DATA: reply 354 go"]).message()
+            with self.subTest(lines):
+                self.assertTrue(message.is_consistent)
+                self.ask_all(message)
+                self.assertIn("Received: from [192.0.2.1] ([192.0.2.1])", message.received_header)
+                self.assertNotIn(b"\r", message.as_bytes().replace(b"\r\n", b""))
 
     def test_the_mail_that_was_accepted_is_no_more(self) -> None:
         """In a session of one message, RSET undoes it."""
@@ -1712,7 +1766,17 @@ body
         memory = receive_mail(multiple_message_receiving=True)
         memory.say("NOOP", *SEND, "RSET", "MAIL FROM:nobody")
         memory.end()
-        self.assertEqual([message.id for message in memory.messages()], [1, 2, 3])
+        self.assertEqual(ids(memory.messages()), [1, 2, 3])
+        memory = receive_mail()
+        purged = memory.messages(purge=True)
+        memory.say(ENVELOPE[1])  # begins another message
+        self.assertEqual(len({*ids(purged), memory.message().id}), 2)
+
+    def test_copies(self) -> None:
+        message = Memory(ENVELOPE[0], "MAIL FROM:<a@a.com> SIZE=5", *SEND[1:], extensions=["SIZE"]).message()
+        self.ask_all(message)
+        for same in (pickle.loads(pickle.dumps(message)), copy.deepcopy(message)):
+            self.assertEqual(same.to_dict(), message.to_dict())
 
     def test_it_is_computed_once(self) -> None:
         message = self.receive(b"Subject: hi\r\n\r\nbody\r\n")
@@ -1723,8 +1787,7 @@ body
             message.email = None  # type: ignore[assignment]
 
     def test_to_dict(self) -> None:
-        memory = Memory()
-        memory.say("EHLO \udcff", *ENVELOPE, "DATA", "Subject: =?utf-8?q?=E2=82=AC?=", "", "\udce9", ".")
+        memory = Memory("EHLO \udcff", *ENVELOPE, "DATA", "Subject: =?utf-8?q?=E2=82=AC?=", "", "\udce9", ".")
         message = memory.message()
         values = json.loads(json.dumps(message.to_dict()))
         self.assertEqual(set(PUBLIC) - {"as_bytes", "to_dict", "email", "msg_request"} - set(values), set())
@@ -1742,6 +1805,13 @@ body
 
 class TranscriptTest(unittest.TestCase):
     """The dialogue of a message as text."""
+
+    def test_a_chunk_that_is_not_complete(self) -> None:
+        memory = Memory(extensions=["CHUNKING"])
+        memory.feed(b"BDAT 100 LAST\r\nabc")
+        message = memory.message()
+        self.assertEqual((message.data_request, message.content), ("BDAT 100 LAST", b"abc"))
+        self.assertTrue(message.transcript.endswith("C: BDAT 100 LAST\nC: <3 bytes>"), message.transcript)
 
     maxDiff = None
 
@@ -1766,20 +1836,16 @@ class TranscriptTest(unittest.TestCase):
         self.assertGreater(count, 10)
 
     def test_a_body_is_one_line(self) -> None:
-        memory = Memory()
-        memory.say(*ENVELOPE, "DATA", "hi", "..", ".", "QUIT")
+        memory = Memory(*ENVELOPE, "DATA", "hi", "..", ".", "QUIT")
         end = f"C: DATA|S: {READY}|C: <8 bytes>|S: {RECEIVED}|C: QUIT|S: 221 Closing connection|S: <closed>"
         self.assertEqual(memory.message().transcript.splitlines()[-7:], end.split("|"))
 
     def test_a_body_that_was_left(self) -> None:
-        memory = Memory(extensions=["CHUNKING"])
-        memory.say(*ENVELOPE, "BDAT 4 LAST", "hi")
+        memory = Memory(*ENVELOPE, "BDAT 4 LAST", "hi", extensions=["CHUNKING"])
         self.assertIn("C: BDAT 4 LAST\nC: <4 bytes>\nS: 250 Received", memory.messages()[0].transcript)
         memory.say("BDAT 4", "hi", "BDAT 10 LAST", "half")
         self.assertEqual(memory.message().transcript.splitlines()[-1], "C: <10 bytes>")
-        memory = Memory()
-        memory.say(*ENVELOPE, "DATA", "hi")
-        self.assertEqual(memory.message().transcript.splitlines()[-1], "C: <4 bytes>")
+        self.assertEqual(Memory(*ENVELOPE, "DATA", "hi").message().transcript.splitlines()[-1], "C: <4 bytes>")
 
     def test_each_mail_of_a_session(self) -> None:
         memory = Memory(multiple_message_receiving=True)
@@ -1791,11 +1857,17 @@ class TranscriptTest(unittest.TestCase):
         start = ["S: 220 Welcome", "C: EHLO a.com", "S: 250 Received", "C: MAIL FROM:nobody"]
         self.assertEqual((second[:4], second[-1]), (start, "S: <closed>"))
 
-    def test_an_endless_session_is_not_kept(self) -> None:
-        memory = Memory()
+    def test_of_an_endless_session_only_the_greeting_is_kept(self) -> None:
+        memory = Memory(multiple_message_receiving=True)
+        memory.greet()
+        memory.say(ENVELOPE[0])
         for _ in range(30):
             memory.feed(b"NOOP\r\n" * 1000)
-        self.assertLess(len(memory.message().transcript.splitlines()), 30000)
+        memory.say(*SEND, *SEND)
+        first, second = (message.transcript for message in memory.messages())
+        self.assertLess(len(first.splitlines()), 30000)
+        self.assertTrue(first.startswith("S: 220 Welcome\n"))
+        self.assertTrue(second.startswith("S: 220 Welcome\nC: EHLO a.com\nS: 250 Received\nC: MAIL"))
 
 
 # ----------------------------------------------------------------------------------------- grammar
@@ -1835,41 +1907,12 @@ BAD_RECIPIENT_PARAMETERS = "NOTIFY= | NOTIFY=NEVER,DELAY | ORCPT=b@b.com | SIZE=
 
 # Command lines in which the part in braces is repeated thousands of times.
 HOSTILE = r"""
-HELO {a*}_
-HELO {a-*}
-HELO {a.*}
-HELO {a.b-*}!
-HELO {1*}
-HELO {1-*}.
-HELO {xn--a.*}1
-HELO [{1.*}
-HELO [IPv6:{:*}]
-MAIL FROM:{a *}
-MAIL FROM:{a*}
-MAIL FROM:{a.*}
-MAIL FROM:{a*}@
-MAIL FROM:{a@*}
-MAIL FROM:{<*}
-MAIL FROM:{>*}
-MAIL FROM:{=*}
-MAIL FROM:a <{a.*}@x.com
-MAIL FROM:{ *}<a@x.com
-MAIL FROM:{a *}<a@x.com> b
-MAIL FROM:<a@{a-*}>
-MAIL FROM:<a@{a.*}com!>
-MAIL FROM:"{\\*}
-MAIL FROM:{"*}@x.com
-MAIL FROM:"{a*}"@x
-MAIL FROM:a@[{1.*}
-MAIL FROM:<{a@*}
-MAIL FROM:<{"*}
-MAIL FROM:<{"\*}
-MAIL FROM:<"{"\*}
-MAIL FROM:<"{ *}
-MAIL FROM:<a@a.com> {a*}
-MAIL FROM:<a@a.com> {"*}
-MAIL FROM:<a@a.com> {SIZE=1 *}
-{ 	*}.
+HELO {a*}_ | HELO {a-*} | HELO {a.*} | HELO {a.b-*}! | HELO {1*} | HELO {1-*}. | HELO {xn--a.*}1 | HELO [{1.*} |
+HELO [IPv6:{:*}] | MAIL FROM:{a *} | MAIL FROM:{a*} | MAIL FROM:{a.*} | MAIL FROM:{a*}@ | MAIL FROM:{a@*} |
+MAIL FROM:{<*} | MAIL FROM:{>*} | MAIL FROM:{=*} | MAIL FROM:a <{a.*}@x.com | MAIL FROM:{ *}<a@x.com |
+MAIL FROM:{a *}<a@x.com> b | MAIL FROM:<a@{a-*}> | MAIL FROM:<a@{a.*}com!> | MAIL FROM:"{\\*} | MAIL FROM:{"*}@x.com |
+MAIL FROM:"{a*}"@x | MAIL FROM:a@[{1.*} | MAIL FROM:<{a@*} | MAIL FROM:<{"*} | MAIL FROM:<{"\*} | MAIL FROM:<"{"\*} |
+MAIL FROM:<"{ *} | MAIL FROM:<a@a.com> {a*} | MAIL FROM:<a@a.com> {"*} | MAIL FROM:<a@a.com> {SIZE=1 *} | { 	*}. |
 a{ *}b
 """
 
@@ -1888,9 +1931,7 @@ class GrammarTest(unittest.TestCase):
 
     def recipient(self, path: str) -> list[str]:
         """The recipient that this path is."""
-        memory = Memory()
-        memory.say(*ENVELOPE[:2], f"RCPT TO:{path}")
-        return memory.message().rcpt_tos
+        return Memory(*ENVELOPE[:2], f"RCPT TO:{path}").message().rcpt_tos
 
     def test_addresses(self) -> None:
         for address in GOOD_ADDRESSES.split():
@@ -1905,9 +1946,7 @@ class GrammarTest(unittest.TestCase):
             self.assertEqual(self.recipient(address), [], address)
 
     def parameters(self) -> Memory:
-        memory = Memory(extensions=self.EXTENSIONS, multiple_rcptto=True)
-        memory.say("EHLO a.com")
-        return memory
+        return Memory("EHLO a.com", extensions=self.EXTENSIONS, multiple_rcptto=True)
 
     def test_parameters(self) -> None:
         unknown = "555 Parameter not recognized or not implemented"
@@ -1942,7 +1981,7 @@ class GrammarTest(unittest.TestCase):
 
     def test_hostile_lines_cost_what_their_length_does(self) -> None:
         """For 4 times the text, a quadratic pattern would take 16 times as long."""
-        for row in HOSTILE.strip("\n").splitlines():
+        for row in map(str.strip, HOSTILE.split("|")):
             for extensions in ((), ("SIZE",)):
                 with self.subTest(row, extensions=extensions):
                     small, large = (self.measure(row, size, extensions) for size in (25_000, 100_000))
@@ -1954,8 +1993,7 @@ class GrammarTest(unittest.TestCase):
         line = read_line(row.replace("*}", f"*{size // len(unit)}}}")).encode() + b"\r\n"
         times = []
         for _ in range(5):
-            memory = Memory(line_limit=200_000, extensions=extensions)
-            memory.say("EHLO a.com")
+            memory = Memory("EHLO a.com", line_limit=200_000, extensions=extensions)
             began = time.thread_time()
             memory.feed(line)
             times.append(time.thread_time() - began)
@@ -1999,6 +2037,12 @@ ssl_context=1                     ssl_context=1: must be an ssl.SSLContext
 
 class ConfigurationTest(unittest.TestCase):
     """Options, good and bad."""
+
+    def test_a_text_that_cannot_be_sent(self) -> None:
+        with self.assertRaisesRegex(
+            ConfigurationError, "^msg_greeting='.*': must be a string without lone surrogates$"
+        ):
+            Configuration(msg_greeting="220 \ud800")
 
     def test_defaults(self) -> None:
         options = Configuration()
@@ -2046,20 +2090,19 @@ class ConfigurationTest(unittest.TestCase):
 # --------------------------------------------------------------------------------- waiting, purging
 
 
-def ids(messages: Iterable[Message]) -> list[int]:
-    return [message.id for message in messages]
-
-
 class WaitingTest(unittest.TestCase):
     """The mailbox of a server, in several threads."""
 
-    def serve(self, **options: Any) -> Server:
-        server = Server(**{"multiple_message_receiving": True, **options}).start()
+    def receive(self, *contents: bytes | str) -> Server:
+        """A server that has these mails."""
+        server = Server(multiple_message_receiving=True).start()
         self.addCleanup(server.stop)
+        if contents:
+            send(server, *contents)
         return server
 
     def test_there_are_enough(self) -> None:
-        server = self.serve()
+        server = self.receive()
         self.assertEqual(server.wait_for_messages(0, 0), [])
         send(server, "1", "2", "3")
         self.assertEqual(len(server.wait_for_messages(2, 0)), 3)
@@ -2067,7 +2110,7 @@ class WaitingTest(unittest.TestCase):
         self.assertEqual(server.messages(), [])
 
     def test_woken_by_the_message(self) -> None:
-        server = self.serve()
+        server = self.receive()
         waiters = [lambda: len(server.wait_for_messages(1, TIMEOUT))] * 3
         self.assertEqual(in_threads(*waiters, lambda: send(server, "hi")), [1, 1, 1, None])
 
@@ -2084,8 +2127,7 @@ class WaitingTest(unittest.TestCase):
                     wait(*arguments)
 
     def test_where(self) -> None:
-        server = self.serve()
-        send(server, *["Subject: one", "Subject: two"] * 2)
+        server = self.receive(*["Subject: one", "Subject: two"] * 2)
         self.assertEqual(ids(server.wait_for_messages(1, 0, where=lambda message: message.subject == "two")), [2, 4])
         found = server.wait_for_messages_and_purge(2, 0, lambda message: message.subject == "one")
         self.assertEqual((ids(found), ids(server.messages())), ([1, 3], [2, 4]))
@@ -2094,8 +2136,7 @@ class WaitingTest(unittest.TestCase):
         self.assertEqual((ids(caught.exception.messages), ids(server.messages())), ([4], [2, 4]))
 
     def test_where_raises(self) -> None:
-        server = self.serve()
-        send(server, "1", "2")
+        server = self.receive("1", "2")
         for wait in (server.wait_for_messages, server.wait_for_messages_and_purge):
             with self.assertRaises(ZeroDivisionError):
                 wait(2, TIMEOUT, lambda message: message.id == 1 or 1 / 0)
@@ -2105,8 +2146,7 @@ class WaitingTest(unittest.TestCase):
 
     def test_where_may_do_what_it_likes(self) -> None:
         """It is called without a lock: it can send mail, or ask the server in another thread."""
-        server = self.serve()
-        send(server, "hi")
+        server = self.receive("hi")
         asked = iter([1])
 
         def where(message: Message) -> bool:
@@ -2118,7 +2158,7 @@ class WaitingTest(unittest.TestCase):
 
     def test_where_while_clients_send(self) -> None:
         """The first that matches, and each message is looked at as it comes, and when it changes."""
-        server = self.serve()
+        server = self.receive()
         seen: list[int] = []
 
         def where(message: Message) -> bool:
@@ -2132,7 +2172,7 @@ class WaitingTest(unittest.TestCase):
         self.assertLessEqual(len(seen), 2 * 320)
 
     def test_where_of_a_message_that_changes(self) -> None:
-        server = self.serve()
+        server = self.receive()
         with Smtp(server) as client:
             client.sendmail("a@a.com", ["b@b.com"], "hi")
             with self.assertRaises(WaitTimeoutError):
@@ -2142,8 +2182,7 @@ class WaitingTest(unittest.TestCase):
 
     def test_a_waiter_is_woken_when_there_can_be_enough(self) -> None:
         """After the first look at what is there, it looks again when there are as many as it waits for."""
-        server = self.serve()
-        send(server, "hi")
+        server = self.receive("hi")
         looked = threading.Event()
         seen: list[int] = []
 
@@ -2160,8 +2199,7 @@ class WaitingTest(unittest.TestCase):
         self.assertEqual(seen, [1] + [100] * 99)
 
     def test_what_is_purged_while_one_waits_does_not_count(self) -> None:
-        server = self.serve()
-        send(server, "hi")
+        server = self.receive("hi")
         purged = threading.Event()
 
         def where(message: Message) -> bool:
@@ -2174,12 +2212,10 @@ class WaitingTest(unittest.TestCase):
             purged.wait(TIMEOUT)
             send(server, "hi", "hi")
 
-        found = in_threads(lambda: server.wait_for_messages(2, TIMEOUT, where), send_more)[0]
-        self.assertEqual(ids(found), [2, 3])
+        self.assertEqual(ids(in_threads(lambda: server.wait_for_messages(2, TIMEOUT, where), send_more)[0]), [2, 3])
 
     def test_a_timeout_says_what_there_is(self) -> None:
-        server = self.serve()
-        send(server, *["Subject: Grüße".encode()] * 12)
+        server = self.receive(*["Subject: Grüße".encode()] * 12)
         with Client(server) as client:
             client.ask(*ENVELOPE[:2])
             with self.assertRaises(WaitTimeoutError) as caught:
@@ -2191,14 +2227,33 @@ class WaitingTest(unittest.TestCase):
         recorded = "    <Message 12 from 'a@a.com' to ['b@b.com']: 18 bytes, accepted>, subject 'Grüße'"
         self.assertIn(recorded, lines)
         self.assertEqual(lines[-1], f"    127.0.0.1:{port}: C: MAIL FROM:<a@a.com> / S: 250 Received")
+        server.on("*").reply("250 ok")
+        with Client(server) as client:
+            client.ask(*SEND[:3])  # rules accept it without HELO
+        server.wait_for_messages(14, TIMEOUT)
+        self.assertRegex(report(server), "(?s)^14 of 1000000000 messages .* 14 are recorded:.*last reply '250 ok'")
         with self.assertRaises(WaitTimeoutError) as caught:
             Server().wait_for_messages(1, 0)
         lines = ["0 of 1 messages came in 0 seconds", "  0 are recorded", "  0 sessions are open"]
         self.assertEqual(str(caught.exception).splitlines(), lines)
 
+    def test_a_slow_where_does_not_extend_the_timeout(self) -> None:
+        """While mail keeps coming."""
+        server = self.receive("hi")
+        seen: list[int] = []
+
+        def where(message: Message) -> bool:
+            seen.append(message.id)
+            send(server, "hi", "hi")  # each look brings two more
+            return len(seen) >= 40
+
+        with mock.patch("time.monotonic", mock.Mock(side_effect=itertools.count(0, 0.01))):
+            with self.assertRaises(WaitTimeoutError) as caught:
+                server.wait_for_messages(1, 0.3, where)
+        self.assertEqual(caught.exception.messages, [])
+
     def test_reset(self) -> None:
-        server = self.serve()
-        send(server, "hi")
+        server = self.receive("hi")
         server.reset()
         self.assertEqual(server.messages(), [])
         send(server, "hi")
@@ -2206,7 +2261,7 @@ class WaitingTest(unittest.TestCase):
 
     def test_purging_while_clients_send(self) -> None:
         """Every message is handed out once, whatever purges it."""
-        server = self.serve()
+        server = self.receive()
         found: list[Message] = []
         done = threading.Event()
 
@@ -2255,8 +2310,7 @@ class OnMessageTest(unittest.TestCase):
 
     def test_if_it_raises(self) -> None:
         for error in (ValueError("no"), SystemExit()):
-            recorder = Recorder()
-            with Server(on_message=mock.Mock(side_effect=[error, None]), logger=recorder) as server:
+            with Server(on_message=mock.Mock(side_effect=[error, None]), logger=(recorder := Recorder())) as server:
                 with Client(server) as client:
                     replies = client.ask(ENVELOPE[0], *SEND, "QUIT")
                 self.assertEqual(replies[-2:], ["451 Local error in processing", "221 Closing connection"])
@@ -2276,6 +2330,14 @@ class OnMessageTest(unittest.TestCase):
         memory.end()
         self.assertEqual(memory.messages(), others)
         self.assertEqual([message.msg for message in memory.messages()], [False])
+
+    def test_what_it_was_given_does_not_change(self) -> None:
+        seen: list[Message] = []
+        memory = receive_mail(on_message=lambda message: [seen.append(message), 1 / 0])  # type: ignore[func-returns-value]
+        (message,) = seen
+        self.assertEqual(message.msg_response, RECEIVED)
+        self.assertTrue(pickle.loads(pickle.dumps(message)).transcript.endswith(f"S: {RECEIVED}"))
+        self.assertTrue(memory.message().transcript.endswith("S: 451 Local error in processing"))
 
     def test_only_accepted_messages(self) -> None:
         for options in ({"msg_size_limit": 1}, {"rules": ["message: reply 451 no"]}):
@@ -2331,18 +2393,8 @@ BAD_RULES: dict[str, Callable[[Any], object]] = {
 }
 
 
-class RuleTest(unittest.TestCase):
+class RuleTest(ServerCase):
     """What the dialogues do not show."""
-
-    def serve(self, *rules: str, **options: Any) -> tuple[Server, Client]:
-        """A server with these rules, and a client of it."""
-        server = Server(**options)
-        Memory.add_rules(server, rules)
-        server.start()
-        self.addCleanup(server.__exit__)
-        client = Client(server)
-        self.addCleanup(client.__exit__)
-        return server, client
 
     def test_the_ends_at_each_stage(self) -> None:
         for action, end in (("drop", "<closed>"), ("reset", "<reset>"), ("silence", "<silence>")):
@@ -2371,7 +2423,7 @@ class RuleTest(unittest.TestCase):
         self.assertEqual(repr(memory.on("rcpt to:", "B@C.com")), "<Rule for RCPT B@c.com: 0 hits>")
 
     def test_clear_and_reset(self) -> None:
-        server, client = self.serve()
+        server, client, _ = self.serve()
         for clear in (server.clear_rules, server.reset):
             server.on("*").reply("450 no")
             self.assertEqual(client.ask("NOOP"), ["450 no"])
@@ -2379,19 +2431,17 @@ class RuleTest(unittest.TestCase):
             self.assertEqual(client.ask("NOOP"), ["250 Ok"])
 
     def test_rules_outlive_a_stop(self) -> None:
-        server, client = self.serve("connect: reply 220 Moin")
+        server, client, _ = self.serve("connect: reply 220 Moin")
         self.assertEqual(client.greeting, "220 Moin")
         server.stop()
         with server, Client(server) as other:
             self.assertEqual(other.greeting, "220 Moin")
 
-    def test_without_an_action_it_does_nothing(self) -> None:
+    def test_no_action_and_the_same_one_twice(self) -> None:
+        """Without one, a rule does nothing; a second call replaces the first."""
         memory = Memory()
         memory.on("NOOP")
         self.assertEqual(memory.say("NOOP"), ["250 Ok"])
-
-    def test_the_same_method_again_replaces_its_first_call(self) -> None:
-        memory = Memory()
         older, newer = memory.on("NOOP").reply("450 one"), memory.on("NOOP").reply("450 two")
         self.assertEqual(memory.say("NOOP"), ["450 two"])
         older.reply("450 three")
@@ -2437,14 +2487,12 @@ class RuleTest(unittest.TestCase):
 
     def test_a_close_after_the_mail_was_taken(self) -> None:
         seen: list[Message] = []
-        memory = receive_mail(rules=["message: reply 250 got it; close"], on_message=seen.append)
-        (message,) = memory.messages()
+        (message,) = receive_mail(rules=["message: reply 250 got it; close"], on_message=seen.append).messages()
         self.assertEqual((message.is_consistent, ids(seen)), (True, [message.id]))
         self.assertTrue(message.transcript.endswith("S: 250 got it\nS: <closed>"))
 
     def test_functions(self) -> None:
-        memory = Memory()
-        memory.say("EHLO a.com")
+        memory = Memory("EHLO a.com")
         answers = iter([None, "450 later", smtpmock.Action("299 fine", delay=0.5), 1, smtpmock.Action(then="reset")])
         seen: list[tuple[str, bool]] = []
 
@@ -2458,6 +2506,18 @@ class RuleTest(unittest.TestCase):
         self.assertEqual(memory.delays[1:], [0, 0, 0.5, 0, 0])
         self.assertEqual((seen, quota.hits), ([(ENVELOPE[1], True)] * 5, 5))
         memory.recorder.wait_for("a rule returned 1: must be None, a reply or an Action")
+
+    def test_a_function_of_the_mail(self) -> None:
+        seen: list[tuple[Any, ...]] = []
+        memory = Memory(*ENVELOPE)
+
+        @memory.on("message")
+        def refuse(request: str, message: Message) -> str | None:
+            seen.append((message.subject, message.content, message.mail_from, message.is_consistent))
+            return "554 spam" if message.subject == "spam" else None
+
+        replies = memory.say("DATA", "Subject: spam", "", ".")
+        self.assertEqual((replies[-1], seen), ("554 spam", [("spam", b"Subject: spam\r\n\r\n", "a@a.com", False)]))
 
     def test_functions_that_raise(self) -> None:
         def fail(*_: object) -> Any:
@@ -2474,17 +2534,40 @@ class RuleTest(unittest.TestCase):
             self.assertEqual(memory.say(ENVELOPE[1]), [RECEIVED])
             self.assertEqual(memory.message().mailfrom_response, RECEIVED)
 
+    def test_challenges_are_delayed_and_trickle(self) -> None:
+        memory = Memory("EHLO a.com", auth_users={"a": "b"}, rules=["*: delay 0.5", "AUTH: trickle 0.25"])
+        replies = [reply for line in (b"AUTH LOGIN", b"YQ==", b"Yg==") for reply in memory.replies(line + b"\r\n")]
+        self.assertEqual([reply.text[:3] for reply in replies], ["334", "334", "235"])
+        self.assertEqual([(reply.delay, reply.trickle) for reply in replies], [(0.5, 0.25)] * 3)
+
+    def test_bodies(self) -> None:
+        """The last chunk has the delays of both its stages, rules for either, and those for a size of the body."""
+        chunk, body = b"BDAT 4 LAST\r\nabcd", b"DATA\r\nab\r\n.\r\n"
+        for rule, data, replies, delays, content in (
+            ("NOOP: drop", chunk, [RECEIVED], [3], b"abcd"),
+            ("message: reply 451 no; close", chunk, ["451 no", "<closed>"], [3], b"abcd"),
+            ("BDAT: reply 452 no; delay 5", chunk, ["452 no"], [5], b"abcd"),
+            ("message: drop; after=2", chunk, ["<closed>"], [0], b"ab"),
+            ("message: delay 4; after=4", chunk, [RECEIVED], [7], b"abcd"),
+            ("message: delay 4; after=3", body, [READY, RECEIVED], [1, 4, 2], b"ab\r\n"),
+        ):
+            options: Any = {"response_delay_data": 1, "response_delay_message": 2}
+            memory = Memory(*ENVELOPE, rules=[rule], extensions=["CHUNKING"], **options)
+            with self.subTest(rule):
+                self.assertEqual((memory.feed(data), memory.delays[3:]), (replies, delays))
+                self.assertEqual(memory.message().content, content)
+
     def test_the_very_bytes(self) -> None:
-        _, client = self.serve(r"NOOP: raw \xff\0 é garbage\n\r")
+        _, client, _ = self.serve(r"NOOP: raw \xff\0 é garbage\n\r")
         client.send(b"NOOP\r\nQUIT\r\n")
         data = b"".join(iter(lambda: client.socket.recv(100), b""))
         self.assertEqual(data, b"\xff\x00 \xe9 garbage\n\r221 Closing connection\r\n")
 
     def test_a_fin_and_a_reset(self) -> None:
         """As the system reports them, with nothing and with much still unread on the server's side."""
-        for action, unread in (("drop", 0), ("drop", 500_000), ("reset", 0), ("reset", 500_000)):
+        for action, unread in itertools.product(("close", "drop", "reset"), (0, 500_000)):
             with self.subTest(action, unread=unread):
-                server, client = self.serve(f"message: {action}; after=4096")
+                server, client, _ = self.serve(f"message: {action}; after=4096")
                 client.ask(*ENVELOPE, "DATA")
                 client.send(b"x" * 4096)
                 ends = []
@@ -2494,18 +2577,15 @@ class RuleTest(unittest.TestCase):
                 except ConnectionError:  # in the middle of it
                     ends.append("<reset>")
                 ends.append(client.read())
-                if action == "reset":
-                    self.assertEqual(ends[0], "<reset>")
-                elif not unread:
-                    self.assertEqual(ends, ["<closed>"])
+                end = "<reset>" if action == "reset" else "<closed>"
+                self.assertEqual(ends[: 1 if action == "reset" else 2], [end])
                 (message,) = server.wait_for_messages(1, TIMEOUT)
                 self.assertEqual((message.content, message.msg), (b"x" * 4096, False))
-                end = "<closed>" if action == "drop" else "<reset>"
                 self.assertTrue(message.transcript.endswith(f"C: <4096 bytes>\nS: {end}"))
 
     def test_trickles_and_delays_take_their_time(self) -> None:
         for rule, least in (("NOOP: trickle 0.02", 7 * 0.02), ("NOOP: delay 0.05", 0.05)):
-            _, client = self.serve(rule, response_delay_noop=0 if "trickle" in rule else 10 * TIMEOUT)
+            _, client, _ = self.serve(rule, response_delay_noop=0 if "trickle" in rule else 10 * TIMEOUT)
             began = time.monotonic()
             self.assertEqual(client.ask("NOOP"), ["250 Ok"])
             self.assertGreaterEqual(time.monotonic() - began, least)
@@ -2524,8 +2604,7 @@ class RuleTest(unittest.TestCase):
     def test_chance(self) -> None:
         def refusals(seed: int | None, others: int = 0, verb: str = "NOOP") -> list[int]:
             rules = ["NOOP: reply 450 no; probability=0.3", "RSET: reply 450 no; probability=0.3"]
-            memory = Memory(seed=seed, rules=rules)
-            memory.say("EHLO a.com", *["RSET"] * others)
+            memory = Memory("EHLO a.com", *["RSET"] * others, seed=seed, rules=rules)
             return [index for index, reply in enumerate(memory.say(*[verb] * 1000)) if reply == "450 no"]
 
         self.assertEqual(refusals(7), refusals(7, others=5))
@@ -2535,7 +2614,7 @@ class RuleTest(unittest.TestCase):
         self.assertTrue(200 < len(refusals(7)) < 400)
 
     def test_a_reset_begins_the_same_chances_again(self) -> None:
-        server, client = self.serve(seed=3)
+        server, client, _ = self.serve(seed=3)
 
         def refusals() -> list[str]:
             server.reset()
@@ -2550,24 +2629,20 @@ class RuleTest(unittest.TestCase):
             (f"trickle {10 * TIMEOUT}", 0.05, "2", "force stopped"),
             (f"delay {10 * TIMEOUT}", 0.05, "<closed>", "force stopped"),
         ):
-            recorder = Recorder()
-            server, client = self.serve(f"NOOP: {action}", shutdown_timeout=timeout, logger=recorder)
+            server, client, _ = self.serve(f"NOOP: {action}", shutdown_timeout=timeout, logger=(recorder := Recorder()))
             with self.subTest(action), contextlib.ExitStack() as stack:
                 clients = [client, *(stack.enter_context(Client(server)) for _ in range(9))]
                 for other in clients:
                     other.send(b"NOOP\r\n")
                 for _ in clients:
                     recorder.wait_for("SMTP request: NOOP")
-                began = time.monotonic()
-                server.stop()
-                self.assertLess(time.monotonic() - began, TIMEOUT)
+                stop_in_time(server)
                 self.assertEqual([other.read() for other in clients], [end] * 10)
                 self.assertIn(outcome, recorder.wait_for("SMTP mock server was")[1])
                 self.assertEqual(len(server.messages()), 10)
 
     def test_silence_ends_with_the_session_timeout(self) -> None:
-        recorder = Recorder()
-        server, client = self.serve("EHLO: silence", session_timeout=0.05, logger=recorder)
+        server, client, recorder = self.serve("EHLO: silence", session_timeout=0.05)
         client.send(b"EHLO a.com\r\n")
         self.assertEqual(client.read(), "<closed>")
         recorder.wait_for("SMTP session finished")
@@ -2575,7 +2650,7 @@ class RuleTest(unittest.TestCase):
         self.assertTrue(server.wait_for_messages(1, TIMEOUT)[0].transcript.endswith("C: EHLO a.com\nS: <silence>"))
 
     def test_smtplib_against_greylisting(self) -> None:
-        server, _ = self.serve("RCPT b.com: reply 450 4.2.0 Greylisted; times=2")
+        server, _, _ = self.serve("RCPT b.com: reply 450 4.2.0 Greylisted; times=2")
         for _ in range(2):
             with self.assertRaises(smtplib.SMTPRecipientsRefused) as caught:
                 send(server, "hi")
@@ -2584,7 +2659,7 @@ class RuleTest(unittest.TestCase):
         self.assertEqual([message.rcpt_tos for message in server.messages()][-1], ["b@b.com"])
 
     def test_bad_rules(self) -> None:
-        server, client = self.serve()
+        server, client, _ = self.serve()
         for pattern, make in BAD_RULES.items():
             with self.subTest(pattern), self.assertRaisesRegex(ConfigurationError, pattern):
                 make(server)
@@ -2611,20 +2686,17 @@ class HandlerTest(unittest.TestCase):
         def refuse(self, session: Any, value: Any) -> str | None:
             raise RuntimeError("mine")
 
-    def test_added(self) -> None:
+    def test_added_with_its_rules(self) -> None:
         memory = Memory(handlers=[self.Expand], msg_size_limit=9, msg_invalid_cmd_helo_sequence="503 custom")
         replies = memory.say("EXPN x", "HELO a.com", "EXPN", "expn x", "EXPAND y", "NOOP")
         self.assertEqual(replies, ["503 custom", RECEIVED, "501 whom?", "250 one of 9", "250 one of 9", "250 Ok"])
+        memory = Memory(handlers=[self.Expand], rules=["expn x: reply 252 maybe"])
+        self.assertEqual(memory.say("EXPN x"), ["252 maybe"])
 
     def test_one_that_replaces_another_and_raises(self) -> None:
         with Server(handlers=[self.Noop], logger=(recorder := Recorder())) as server, Client(server) as client:
             self.assertEqual(client.ask("NOOP", "QUIT"), ["451 Local error in processing", "221 Closing connection"])
-        text = recorder.wait_for("Traceback")[1]
-        self.assertRegex(text, r"(?s)^Noop failed: Traceback .*RuntimeError: mine")
-
-    def test_rules_are_for_it_too(self) -> None:
-        memory = Memory(handlers=[self.Expand], rules=["expn x: reply 252 maybe"])
-        self.assertEqual(memory.say("EXPN x"), ["252 maybe"])
+        self.assertRegex(recorder.wait_for("Traceback")[1], r"(?s)^Noop failed: Traceback .*RuntimeError: mine")
 
     def test_bad_ones(self) -> None:
         good = {"verbs": ("VRFY",), "received": "252 maybe"}
@@ -2689,6 +2761,11 @@ def b64(text: str) -> str:
 
 
 class AuthTest(unittest.TestCase):
+    def test_a_login_is_one_use_of_a_rule(self) -> None:
+        memory = Memory(auth_users={"u": "p"}, rules=["AUTH: reply 454 later; delay 0.5; times=1"])
+        for end in ("454 later", "235 Authentication succeeded"):
+            self.assertEqual(memory.say("EHLO a.com", "AUTH LOGIN", b64("u"), b64("p"))[-1], end)
+
     """What the dialogues do not show: what is kept, and what is not."""
 
     USERS = {"alice": "sécret", "bob": ""}
@@ -2696,9 +2773,7 @@ class AuthTest(unittest.TestCase):
     SUCCEEDED, FAILED = "235 Authentication succeeded", "535 Authentication credentials invalid"
 
     def memory(self, *lines: str, users: Any = USERS, **options: Any) -> Memory:
-        memory = Memory(auth_users=users, **options)
-        memory.say("EHLO a.com", *lines)
-        return memory
+        return Memory("EHLO a.com", *lines, auth_users=users, **options)
 
     def test_recorded_without_the_secret(self) -> None:
         plain, token = b64("\0alice\0sécret"), b64("user=alice\1auth=Bearer sécret\1\1")
@@ -2768,18 +2843,26 @@ class AuthTest(unittest.TestCase):
             self.assertEqual(memory.say("AUTH CRAM-MD5", "*")[1], "501 Authentication cancelled")
 
     def test_a_secret_is_not_shown(self) -> None:
-        plain, secret = b64("\0alice\0sécret"), b64("sécret")
-        lines = ["AUTH LOGIN " + b64("alice"), secret, f"AUTH PLAIN {plain}", f"auth  plain   {plain}"]
-        lines += ["AUTH LOGIN", "*"]
-        for users, secrets in ((self.USERS, [plain, secret]), (None, [plain])):
-            recorder = Recorder()
-            with Server(auth_users=users, logger=recorder) as server, Client(server) as client:
-                client.send("\r\n".join(["EHLO a.com", *lines, "QUIT", ""]).encode())
-                client.read_all()
-            recorder.wait_for("SMTP mock server was")
-            for hidden in secrets:
-                self.assertNotIn(hidden, str(recorder.seen))
-                self.assertNotIn(hidden, server.messages()[0].transcript)
+        """But the verb is, and a mechanism that is known."""
+        for lines, shown in {
+            "AUTH c2VjcmV0": "AUTH ***",
+            "auth PLAIN=c2VjcmV0": "auth ***",
+            "AUTH PLAIN c2VjcmV0": "AUTH PLAIN ***",
+            "auth  plain   c2VjcmV0": "auth plain ***",
+            "AUTH SECRET c2VjcmV0": "AUTH *** ***",
+            "AUTH": "AUTH",
+            "AUTH login c2VjcmV0 / c2VjcmV0": "AUTH login *** / ***",
+            "AUTH LOGIN / *": "AUTH LOGIN / *",
+        }.items():
+            for users in ({"alice": "secret"}, None)[: 1 if "/" in lines else 2]:
+                with self.subTest(lines), Server(auth_users=users, logger=(recorder := Recorder())) as server:
+                    with Client(server) as client:
+                        client.send("\r\n".join(["EHLO a.com", *lines.split(" / "), "QUIT", ""]).encode())
+                        client.read_all()
+                    transcript = server.wait_for_messages(1, TIMEOUT)[0].transcript
+                recorder.wait_for("was stopped")
+                self.assertEqual(re.findall("(?m)^C: (.*)", transcript), ["EHLO a.com", *shown.split(" / "), "QUIT"])
+                self.assertNotIn("c2VjcmV0", str(recorder.seen))
 
     def test_smtplib(self) -> None:
         with Server(auth_users={"alice": "secret"}) as server:
@@ -2793,29 +2876,35 @@ class AuthTest(unittest.TestCase):
 class ProcessCase(unittest.TestCase):
     """Tests of the command line as a process."""
 
-    def start(self, *argv: str, **arguments: Any) -> subprocess.Popen[str]:
+    def launch(self, *arguments: str, cwd: str | Path = HERE, **options: Any) -> Any:
+        """A Python process, with pipes."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "smtpmock", *argv],
+            [sys.executable, *arguments],
             env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=HERE, **arguments,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, **options,
         )  # fmt: skip
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
         return process
 
-    def port(self, process: subprocess.Popen[str]) -> int:
+    def start(self, *argv: str, **options: Any) -> Any:
+        return self.launch("-m", "smtpmock", *argv, **options)
+
+    def port(self, process: Any) -> int:
         """The port that it says it listens on."""
-        assert process.stdout is not None
         match = re.fullmatch(r"smtpmock: listening on 127\.0\.0\.1:(\d+)\n", process.stdout.readline())
         assert match is not None
         return int(match[1])
 
+    def finish(self, process: Any, said: str | None = None) -> str:
+        """What is left of what a process prints, which ends well and says nothing on its stderr."""
+        out, err = process.communicate(said, timeout=TIMEOUT)
+        self.assertEqual((process.returncode, err), (0, ""))
+        return str(out)
+
     def run_python(self, code: str, *flags: str, folder: str | Path = HERE) -> str:
-        """What a program prints, if it ends well and nothing is on its stderr."""
-        command = [sys.executable, *flags, "-c", textwrap.dedent(code)]
-        done = subprocess.run(command, cwd=folder, timeout=TIMEOUT, capture_output=True, text=True, check=False)
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        return done.stdout
+        """What a program prints."""
+        return self.finish(self.launch(*flags, "-c", textwrap.dedent(code), cwd=folder))
 
 
 def call_main(*argv: str) -> tuple[int, str, str]:
@@ -2860,7 +2949,8 @@ class TlsTest(ProcessCase):
     def server(self, **options: Any) -> Server:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.pem)
-        return Server(ssl_context=context, **options)
+        self.recorder = Recorder()
+        return Server(ssl_context=context, logger=self.recorder, **options)
 
     def trusting(self) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=self.pem)
@@ -2889,8 +2979,7 @@ class TlsTest(ProcessCase):
             self.assertTrue(message.transcript.startswith("S: 220 Welcome\nC: ehlo"))
 
     def test_a_text_within_tls(self) -> None:
-        memory = Memory(ssl_context=True, msg_invalid_cmd_starttls_sequence="503 custom")
-        memory.say("EHLO a.com", "STARTTLS")
+        memory = Memory("EHLO a.com", "STARTTLS", ssl_context=True, msg_invalid_cmd_starttls_sequence="503 custom")
         memory.secure()
         self.assertEqual(memory.say("STARTTLS"), ["503 custom"])
 
@@ -2939,35 +3028,29 @@ class TlsTest(ProcessCase):
             (ssl.create_default_context(), "localhost", "self-signed certificate|self signed certificate"),
             (self.trusting(), "mx.example.com", "(?i)hostname mismatch"),
         ):
-            recorder = Recorder()
-            with self.server(implicit_tls=True, logger=recorder) as server, Client(server, greets=False) as client:
+            with self.server(implicit_tls=True) as server, Client(server, greets=False) as client:
                 with self.assertRaisesRegex(ssl.SSLCertVerificationError, expected):
                     context.wrap_socket(client.socket, server_hostname=host)
-                level, line = recorder.wait_for("SMTP session broke off: TLS")
+                level, line = self.recorder.wait_for("SMTP session broke off: TLS")
                 self.assertEqual((level, len(line.splitlines()), server.messages()), ("warning", 1, []))
 
     def test_no_tls_where_tls_is(self) -> None:
-        recorder = Recorder()
-        with self.server(implicit_tls=True, logger=recorder) as server, Client(server, greets=False) as client:
+        with self.server(implicit_tls=True) as server, Client(server, greets=False) as client:
             client.send(b"EHLO a.com\r\n")
             self.assertNotEqual(client.read()[:3], "220")
-            self.assertEqual(len(recorder.wait_for("TLS handshake failed")[1].splitlines()), 1)
+            self.assertEqual(len(self.recorder.wait_for("TLS handshake failed")[1].splitlines()), 1)
 
     def test_clients_that_stall_in_the_handshake(self) -> None:
-        recorder = Recorder()
-        server = self.server(implicit_tls=True, shutdown_timeout=10 * TIMEOUT, logger=recorder).start()
+        server = self.server(implicit_tls=True, shutdown_timeout=10 * TIMEOUT).start()
         with contextlib.ExitStack() as stack:
             for number in range(100):
-                client = stack.enter_context(Client(server, greets=False))
-                client.send(b"\x16\x03\x01"[: number % 4])
+                stack.enter_context(Client(server, greets=False)).send(b"\x16\x03\x01"[: number % 4])
             for _ in range(100):
-                recorder.wait_for("SMTP session started")
+                self.recorder.wait_for("SMTP session started")
             with self.connect_ssl(server) as other:
                 self.assertEqual(other.noop()[0], 250)
-            began = time.monotonic()
-            server.stop()
-            self.assertLess(time.monotonic() - began, TIMEOUT)
-        recorder.wait_for("SMTP mock server was stopped successfully")
+            stop_in_time(server)
+        self.recorder.wait_for("SMTP mock server was stopped successfully")
 
     def test_a_handshake_has_the_timeout_of_the_session(self) -> None:
         with self.server(implicit_tls=True, session_timeout=0.05) as server, Client(server) as client:
@@ -3013,22 +3096,6 @@ class TlsTest(ProcessCase):
 
 
 # ------------------------------------------------------------------------------------- server life
-
-
-class ServerCase(unittest.TestCase):
-    """Tests after which no thread and no port of a server may be left."""
-
-    def setUp(self) -> None:
-        self.before = set(threading.enumerate())
-
-    def threads(self) -> list[threading.Thread]:
-        """The threads that have begun since the test has."""
-        return [thread for thread in threading.enumerate() if thread not in self.before]
-
-    def assert_nothing_is_left(self, server: Server) -> None:
-        self.assertEqual(self.threads(), [])
-        with self.assertRaises(OSError):
-            socket.create_connection((server.host, server.port), TIMEOUT).close()
 
 
 class StartTest(ServerCase):
@@ -3155,8 +3222,7 @@ class StartTest(ServerCase):
         self.assert_nothing_is_left(server)
 
     def test_no_thread_no_session(self) -> None:
-        recorder = Recorder()
-        with Server(logger=recorder) as server:
+        with Server(logger=(recorder := Recorder())) as server:
             with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
                 for _ in range(3):
                     with Client(server) as client:
@@ -3183,43 +3249,36 @@ class StopTest(ServerCase):
             clients = [stack.enter_context(Client(server)) for _ in range(10)]
             clients[0].send(b"HELO a.com\r\nhalf a li")
             self.assertEqual(clients[0].read(), RECEIVED)
-            began = time.monotonic()
-            server.stop()
-            self.assertLess(time.monotonic() - began, TIMEOUT)
+            stop_in_time(server)
             for client in clients:
                 self.assertEqual(client.read_all(), [SHUTDOWN, "<closed>"])
             self.assertEqual([message.helo for message in server.messages()], [True])
         self.assert_nothing_is_left(server)
 
     def test_a_body_may_be_finished(self) -> None:
-        recorder = Recorder()
-        server = Server(shutdown_timeout=TIMEOUT, logger=recorder).start()
-        with Client(server) as client:
-            client.ask(*ENVELOPE, "DATA")
-            stopper = threading.Thread(target=server.stop)
-            stopper.start()
-            recorder.wait_for("shutdown mode")
-            client.send(b"late\r\n.\r\n")
-            self.assertEqual(client.read_all(), [RECEIVED, SHUTDOWN, "<closed>"])
-            stopper.join(TIMEOUT)
+        server, client, recorder = self.serve(shutdown_timeout=TIMEOUT)
+        client.ask(*ENVELOPE, "DATA")
+        stopper = threading.Thread(target=server.stop)
+        stopper.start()
+        recorder.wait_for("shutdown mode")
+        client.send(b"late\r\n.\r\n")
+        self.assertEqual(client.read_all(), [RECEIVED, SHUTDOWN, "<closed>"])
+        stopper.join(TIMEOUT)
         self.assertEqual([message.content for message in server.messages()], [b"late\r\n"])
         recorder.wait_for("stopped successfully")
         self.assert_nothing_is_left(server)
 
     def test_a_delay_may_be_finished(self) -> None:
-        recorder = Recorder()
-        server = Server(shutdown_timeout=TIMEOUT, response_delay_noop=0.05, logger=recorder).start()
-        with Client(server) as client:
-            client.send(b"NOOP\r\n")
-            recorder.wait_for("NOOP")
-            server.stop()
-            self.assertEqual(client.read_all(), ["250 Ok", SHUTDOWN, "<closed>"])
+        server, client, recorder = self.serve(shutdown_timeout=TIMEOUT, response_delay_noop=0.05)
+        client.send(b"NOOP\r\n")
+        recorder.wait_for("NOOP")
+        server.stop()
+        self.assertEqual(client.read_all(), ["250 Ok", SHUTDOWN, "<closed>"])
 
     def test_a_long_body_or_delay_is_cut_off(self) -> None:
         for last in ("DATA", "NOOP"):
-            recorder = Recorder()
-            server = Server(shutdown_timeout=0.2, response_delay_noop=10 * TIMEOUT, logger=recorder).start()
-            with self.subTest(last), Client(server) as client:
+            server, client, recorder = self.serve(shutdown_timeout=0.2, response_delay_noop=10 * TIMEOUT)
+            with self.subTest(last):
                 client.ask(*ENVELOPE)
                 client.send(last.encode() + b"\r\nhalf")
                 recorder.wait_for("request: " + last)
@@ -3234,13 +3293,12 @@ class StopTest(ServerCase):
                 self.assert_nothing_is_left(server)
 
     def test_a_client_that_does_not_read_is_cut_off(self) -> None:
-        server = Server(shutdown_timeout=0.1, msg_noop_received="250 " + "x" * 100_000).start()
-        with Client(server) as client:
-            client.socket.settimeout(1)
-            with contextlib.suppress(OSError):
-                while True:
-                    client.send(b"NOOP\r\n" * 1000)
-            server.stop()
+        server, client, _ = self.serve(shutdown_timeout=0.1, msg_noop_received="250 " + "x" * 100_000)
+        client.socket.settimeout(1)
+        with contextlib.suppress(OSError):
+            while True:
+                client.send(b"NOOP\r\n" * 1000)
+        server.stop()
         self.assert_nothing_is_left(server)
 
     def test_endless_clients_are_cut_off_and_disturb_nobody(self) -> None:
@@ -3267,16 +3325,13 @@ class StopTest(ServerCase):
         self.assert_nothing_is_left(server)
 
     def test_stop_from_a_session(self) -> None:
-        recorder = Recorder()
-
         def stop(message: Message) -> None:
             server.stop()
 
-        server = Server(logger=recorder, shutdown_timeout=0.1, on_message=stop).start()
-        with Client(server) as client:
-            client.ask(*ENVELOPE, "DATA")
-            client.send(b".\r\n")
-            recorder.wait_for("stopped")
+        server, client, recorder = self.serve(shutdown_timeout=0.1, on_message=stop)
+        client.ask(*ENVELOPE, "DATA")
+        client.send(b".\r\n")
+        recorder.wait_for("stopped")
         self.assertFalse(server.is_running)
 
     def test_code_that_holds_up_a_session_does_not_hold_up_stop(self) -> None:
@@ -3295,6 +3350,156 @@ class StopTest(ServerCase):
         self.assertFalse(release.is_set())
         release.set()
         self.assertTrue(wait_until(lambda: not self.threads()))
+
+    def test_a_logger_that_stops_the_server(self) -> None:
+        for text in ("started on port", "shutdown mode", "was stopped"):
+            server = Server()
+
+            def log(message: str, text: str = text, server: Server = server) -> None:
+                with contextlib.suppress(ServerStateError):
+                    if text in message:
+                        server.stop()
+
+            server.with_logger(types.SimpleNamespace(info=log, warning=log, error=log, info_activity=log))
+
+            def live(server: Server = server) -> None:
+                server.start()
+                with contextlib.suppress(ServerStateError):
+                    server.stop()
+
+            with self.subTest(text):
+                self.assertEqual(in_threads(live), [None])
+                self.assertFalse(server.is_running)
+                self.assert_nothing_is_left(server)
+
+    def test_a_session_that_stops_the_server_while_another_thread_does(self) -> None:
+        def on_message(message: Message) -> None:
+            recorder.wait_for("shutdown mode")
+            server.stop()
+
+        server, client, recorder = self.serve(on_message=on_message, shutdown_timeout=TIMEOUT)
+        client.ask(*ENVELOPE, "DATA")
+        client.send(b"hi\r\n.\r\n")
+        server.stop()
+        self.assertEqual((len(server.messages()), client.read()), (1, RECEIVED))
+        self.assert_nothing_is_left(server)
+
+    def test_a_client_that_is_sending_gets_an_rst(self) -> None:
+        """It does not hang when the server cuts it off, though nobody reads what it sends."""
+        server, client, recorder = self.serve(shutdown_timeout=0, response_delay_message=10 * TIMEOUT)
+        client.ask(*ENVELOPE, "DATA")
+        client.send(b"hi\r\n.\r\n")
+        recorder.wait_for("binary data portion")
+        client.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                client.send(b"x" * 65536)
+        client.socket.settimeout(TIMEOUT)
+        server.stop()
+        with self.assertRaises(ConnectionError):
+            while True:
+                client.send(b"x" * 65536)
+
+    def test_a_client_that_left_is_not_waited_for(self) -> None:
+        """Neither in a delay, nor one that goes on sending after the end of its session."""
+        for leave in (Client.reset, Client.__exit__):
+            server, client, recorder = self.serve(shutdown_timeout=10 * TIMEOUT, response_delay_noop=10 * TIMEOUT)
+            client.send(b"NOOP\r\n")
+            recorder.wait_for("SMTP request: NOOP")
+            leave(client)
+            stop_in_time(server)
+            self.assertEqual(len(server.messages()), 1)
+        server, client, _ = self.serve("NOOP: drop", shutdown_timeout=10 * TIMEOUT)
+        client.ask("NOOP")
+        client.send(b"x" * 1000)
+        stop_in_time(server)
+
+
+def interrupt_at(number: int, call: Callable[[], object]) -> bool:
+    """Call, and raise KeyboardInterrupt at the line of the module that is the so manyth to run; whether it was reached."""
+    left = number
+
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != smtpmock.__file__:
+            return None
+        # At the end of a with block, its first line runs again before it is left; no real interrupt comes there.
+        if event == "line" and not linecache.getline(smtpmock.__file__, frame.f_lineno).lstrip().startswith("with "):
+            left -= 1
+            if not left:
+                raise KeyboardInterrupt
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(previous)
+    return False
+
+
+class InterruptTest(ServerCase):
+    """Ctrl-C at every line of start() and stop()."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        # A socket that only the interrupted frame knew is closed with that frame, by the garbage collector.
+        catcher = warnings.catch_warnings()
+        catcher.__enter__()
+        self.addCleanup(catcher.__exit__, None, None, None)
+        warnings.simplefilter("ignore", ResourceWarning)
+
+    def assert_can_be_stopped(self, server: Server) -> None:
+        """And used again."""
+        with contextlib.suppress(ServerStateError):
+            server.stop()
+        self.assertFalse(server.is_running)
+        for thread in self.threads():
+            thread.join(TIMEOUT)
+        self.assertEqual(self.threads(), [])
+        with server:
+            send(server, "hi")
+
+    def test_start(self) -> None:
+        for number in itertools.count(1):
+            server = Server()
+            if not interrupt_at(number, server.start):
+                break
+            self.assert_can_be_stopped(server)
+        self.assertGreater(number, 20)
+        server.stop()
+
+    def test_stop(self) -> None:
+        for number in itertools.count(1):
+            server = Server().start()
+            with Client(server) as client:
+                if not interrupt_at(number, server.stop):
+                    break
+                self.assert_can_be_stopped(server)
+                self.assertIn(client.read(), (SHUTDOWN, "<closed>", "<reset>"))
+        self.assertGreater(number, 20)
+
+    def test_a_stop_that_waits_for_a_session(self) -> None:
+        """A session at work goes on until the second stop() cuts it off."""
+        server, client, recorder = self.serve(shutdown_timeout=10 * TIMEOUT, response_delay_noop=10 * TIMEOUT)
+
+        def interrupt() -> None:
+            recorder.wait_for("shutdown mode")
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+        client.send(b"NOOP\r\n")
+        recorder.wait_for("SMTP request: NOOP")
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with self.assertRaises(KeyboardInterrupt):
+            server.stop()
+            thread.join(TIMEOUT)  # the interrupt comes now at the latest
+        thread.join(TIMEOUT)
+        client.reset()
+        self.assert_can_be_stopped(server)
 
 
 class SessionTest(ServerCase):
@@ -3321,8 +3526,7 @@ class SessionTest(ServerCase):
         self.assertEqual(message.transcript.splitlines()[-3:], [f"S: {RECEIVED}", "S: 421 bye", "S: <closed>"])
 
     def test_a_port_probe_records_nothing(self) -> None:
-        recorder = Recorder()
-        with Server(logger=recorder) as server:
+        with Server(logger=(recorder := Recorder())) as server:
             Client(server, greets=False).reset()
             with Client(server):
                 pass
@@ -3347,10 +3551,31 @@ class SessionTest(ServerCase):
                         self.assertEqual(other.greeting, "220 Welcome")
 
     def test_half_closed(self) -> None:
+        for lines, reply in ((b"EHLO a.com\r\n" + MAIL, RECEIVED), (b"NOOP\r\n", "250 Ok")):
+            with Server(response_delay_noop=0.05) as server, Client(server) as client:
+                client.send(lines)
+                client.socket.shutdown(socket.SHUT_WR)
+                self.assertEqual(client.read_all()[-2:], [reply, "<closed>"])
+
+    def test_accepted_sockets_that_inherit_a_mode(self) -> None:
+        """Not to block, as on macOS."""
+        accept = socket.socket.accept
+
+        def accept_like_macos(listening: socket.socket) -> Any:
+            client, address = accept(listening)
+            client.setblocking(listening.getblocking())
+            return client, address
+
+        with mock.patch.object(socket.socket, "accept", accept_like_macos):
+            with Server() as server, Client(server) as client:
+                self.assertEqual(client.ask("NOOP"), ["250 Ok"])
+
+    def test_the_default_timeout_of_a_program_is_not_that_of_a_session(self) -> None:
+        socket.setdefaulttimeout(0.01)
+        self.addCleanup(socket.setdefaulttimeout, None)
         with Server() as server, Client(server) as client:
-            client.send(b"EHLO a.com\r\n" + MAIL)
-            client.socket.shutdown(socket.SHUT_WR)
-            self.assertEqual(client.read_all()[-2:], [RECEIVED, "<closed>"])
+            client.assert_silence()
+            self.assertEqual(client.ask("NOOP"), ["250 Ok"])
 
     def test_many_at_once(self) -> None:
         with Server() as server, contextlib.ExitStack() as stack:
@@ -3360,8 +3585,7 @@ class SessionTest(ServerCase):
             self.assertEqual(len(server.wait_for_messages(100, TIMEOUT)), 100)
 
     def test_a_session_that_fails_is_logged(self) -> None:
-        recorder = Recorder()
-        with Server(logger=recorder) as server:
+        with Server(logger=(recorder := Recorder())) as server:
             with mock.patch.object(socket.socket, "recv", side_effect=ZeroDivisionError("a bug")):
                 with Client(server) as client:
                     self.assertEqual(client.read(), "<closed>")
@@ -3432,8 +3656,7 @@ class GarbageTest(unittest.TestCase):
 
     def test_what_is_endless_or_too_long_is_not_kept(self) -> None:
         for start in (b"", b"DATA\r\n", b"BDAT 99999999999\r\n", b"BDAT 99999999999 LAST\r\n"):
-            memory = Memory(msg_size_limit=1000, extensions=["CHUNKING"])
-            memory.say(*ENVELOPE)
+            memory = Memory(*ENVELOPE, msg_size_limit=1000, extensions=["CHUNKING"])
             memory.feed(start)
             tracemalloc.start()
             try:
@@ -3471,18 +3694,15 @@ class ResourceTest(ServerCase, ProcessCase):
                 sys.stdin.readline()
             print(Selector.calls, flush=True)
         """
-        command = [sys.executable, "-c", textwrap.dedent(code)]
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, cwd=HERE, **pipes) as process, contextlib.ExitStack() as stack:
-            self.addCleanup(process.kill)
-            address = ("127.0.0.1", int(process.stdout.readline()))  # type: ignore[union-attr]
+        process = self.launch("-c", textwrap.dedent(code), stdin=subprocess.PIPE)
+        address = ("127.0.0.1", int(process.stdout.readline()))
+        with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(socket.create_connection(address, TIMEOUT)) for _ in range(40)]
-            self.assertIn("cannot take another client", process.stdout.readline())  # type: ignore[union-attr]
+            self.assertIn("cannot take another client", process.stdout.readline())
             for client in clients:  # each makes room for another
                 self.assertEqual(client.recv(100), b"220 Welcome\r\n")
                 client.close()
-            out, err = process.communicate("stop\n", timeout=TIMEOUT)
-        self.assertEqual((process.returncode, err), (0, ""))
+            out = self.finish(process, "stop\n")
         self.assertLess(int(out.splitlines()[-1]), 1000)
 
     def test_many_starts_and_stops(self) -> None:
@@ -3552,6 +3772,31 @@ class ResourceTest(ServerCase, ProcessCase):
         """
         self.assertEqual(self.run_python(code, "-W", "error", "-X", "dev"), "['a@a.com', 'a@a.com']\n")
 
+    @unittest.skipUnless(hasattr(os, "fork"), "this system cannot fork")
+    def test_a_forked_child_has_no_share_in_the_port(self) -> None:
+        """Nor in a connection: while the child lives, the parent can reset that, and give up its port."""
+        server = Server().start()
+        with Client(server) as client:
+            wakened, waker = socket.socketpair()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                child = os.fork()
+            if not child:
+                waker.close()
+                wakened.recv(1)
+                os._exit(0)
+            wakened.close()
+            try:
+                server.on("NOOP").reset()
+                self.assertEqual(client.ask("NOOP"), ["<reset>"])
+                server.stop()
+                self.assert_nothing_is_left(server)
+                with Server(port=server.port) as again:
+                    send(again, "hi")
+            finally:
+                waker.close()
+                os.waitpid(child, 0)
+
     def test_an_exit_with_a_running_server(self) -> None:
         """One with a session in a delay, and one that waits for a command."""
         code = """
@@ -3570,30 +3815,23 @@ class ResourceTest(ServerCase, ProcessCase):
 class SmtplibTest(unittest.TestCase):
     """smtplib in its usual manners."""
 
-    def serve(self, **options: Any) -> tuple[Server, smtplib.SMTP]:
-        server = Server(**options).start()
-        self.addCleanup(server.stop)
-        client = Smtp(server)
-        self.addCleanup(client.close)
-        return server, client
-
     def test_it_is_there_when_sendmail_returns(self) -> None:
-        server, client = self.serve(multiple_message_receiving=True)
-        with client:
+        with Server(multiple_message_receiving=True) as server, Smtp(server) as client:
             for count in range(1, 20):
                 client.sendmail("a@a.com", ["b@b.com"], f"Subject: {count}\r\n\r\nhi\r\n")
                 messages = server.messages()
                 self.assertEqual(len(messages), count)
                 self.assertEqual(messages[-1].content, f"Subject: {count}\r\n\r\nhi\r\n".encode())
-        self.assertTrue(server.messages()[-1].quit_sent)
-        self.assertTrue(all(message.is_consistent for message in server.messages()))
+            client.quit()
+            self.assertTrue(server.messages()[-1].quit_sent)
+            self.assertTrue(all(message.is_consistent for message in server.messages()))
 
     def test_bodies(self) -> None:
-        server, client = self.serve(multiple_message_receiving=True)
-        for body in (b"\xff\x00 8-bit", b".dots\r\n..\r\n.", b"", "ünïcode".encode(), b"x" * 300_000):
-            for end in (b"", b"\r\n"):
-                client.sendmail("a@a.com", ["b@b.com"], body + end)
-                self.assertEqual(server.messages_and_purge()[0].content.removesuffix(b"\r\n"), body)
+        with Server(multiple_message_receiving=True) as server, Smtp(server) as client:
+            for body in (b"\xff\x00 8-bit", b".dots\r\n..\r\n.", b"", "ünïcode".encode(), b"x" * 300_000):
+                for end in (b"", b"\r\n"):
+                    client.sendmail("a@a.com", ["b@b.com"], body + end)
+                    self.assertEqual(server.messages_and_purge()[0].content.removesuffix(b"\r\n"), body)
 
 
 # ----------------------------------------------------------------------------------------- logging
@@ -3667,8 +3905,7 @@ class LoggingTest(unittest.TestCase):
         self.assertEqual(logs.records[-2].levelname, "WARNING")
 
     def test_bodies_are_not_logged(self) -> None:
-        recorder = Recorder()
-        with Server(logger=recorder) as server:
+        with Server(logger=(recorder := Recorder())) as server:
             send(server, "secret")
             recorder.wait_for("finished")
         text = str(recorder.seen)
@@ -3676,16 +3913,15 @@ class LoggingTest(unittest.TestCase):
         self.assertIn("SMTP request: message binary data portion", text)
 
     def test_a_logger_that_raises(self) -> None:
-        class Broken:
-            def info(self, message: str, /) -> None:
-                raise ZeroDivisionError
-
-            warning = error = info
-
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            self.run_session(server := Server(logger=Broken()))
-        self.assertEqual(err.getvalue(), "smtpmock: the log is incomplete, its logger raised ZeroDivisionError()\n")
-        self.assertTrue(server.messages()[0].quit_sent)
+        """Be it no Exception, as what pytest.fail() raises."""
+        for error in (ZeroDivisionError(), type("Failed", (BaseException,), {})()):
+            logger = mock.Mock(spec=["info", "warning", "error"])
+            logger.info.side_effect = logger.warning.side_effect = error
+            with contextlib.redirect_stderr(io.StringIO()) as err, Server(logger=logger) as server:
+                send(server, "hi")
+                self.assertTrue(wait_until(lambda server: "0 sessions are open" in report(server), server))
+            self.assertEqual(err.getvalue(), f"smtpmock: the log is incomplete, its logger raised {error!r}\n")
+            self.assertEqual([message.quit_sent for message in server.messages()], [True])
 
     def test_a_closed_stdout(self) -> None:
         for out in (io.StringIO(), None):
@@ -3866,14 +4102,11 @@ class ProcessTest(ProcessCase):
                     client.sendmail("a@a.com", ["b@b.com"], "hi")
                     process.send_signal(number)
                     self.assertEqual(client.getreply()[0], 421)
-                self.assertEqual((process.communicate(timeout=TIMEOUT), process.returncode), (("", ""), 0))
+                self.assertEqual(self.finish(process), "")
 
     def test_optimised(self) -> None:
         """Without docstrings and assertions."""
-        command = [sys.executable, "-OO", "-m", "smtpmock", "-h"]
-        done = subprocess.run(command, cwd=HERE, timeout=TIMEOUT, capture_output=True, text=True, check=False)
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
-        self.assertIn("An SMTP server for tests", done.stdout)
+        self.assertIn("An SMTP server for tests", self.finish(self.launch("-OO", "-m", "smtpmock", "-h")))
 
     @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_no_stdout(self) -> None:
@@ -3895,11 +4128,10 @@ class ProcessTest(ProcessCase):
             with contextlib.suppress(ProcessLookupError):
                 for number in (signal.SIGINT, signal.SIGTERM) * 20:
                     os.kill(process.pid, number)
-            self.assertEqual((process.communicate(timeout=TIMEOUT), process.returncode), (("", ""), 0))
+            self.assertEqual(self.finish(process), "")
 
     def test_a_second_signal(self) -> None:
         process = self.start("-log", f"-responseDelayNoop={10 * TIMEOUT}", f"-shutdownTimeout={10 * TIMEOUT}")
-        assert process.stdout is not None
         with contextlib.closing(Smtp(self.port(process))) as client:
             client.putcmd("noop")
             for number, text in ((None, "noop"), (signal.SIGTERM, "shutdown mode"), (signal.SIGINT, "force stopped")):
@@ -3907,7 +4139,7 @@ class ProcessTest(ProcessCase):
                     process.send_signal(number)
                 while text not in process.stdout.readline():
                     self.assertIsNone(process.poll())
-        self.assertEqual((process.communicate(timeout=TIMEOUT)[1], process.returncode), ("", 0))
+        self.finish(process)
 
     def test_errors(self) -> None:
         with Server() as server:
@@ -3932,20 +4164,11 @@ class ProcessTest(ProcessCase):
     def test_a_closed_stdout(self) -> None:
         process = self.start("-log")
         port = self.port(process)
-        assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         send(port, "hi")
         process.terminate()
         self.assertRegex(process.stderr.read(), r"\Asmtpmock: the log is incomplete[^\n]*BrokenPipe[^\n]*\n\Z")
         self.assertEqual(process.wait(TIMEOUT), 0)
-
-    @unittest.skipUnless(os.path.exists("/dev/full"), "this system has no /dev/full")
-    def test_a_stdout_that_takes_nothing(self) -> None:
-        with open("/dev/full", "w") as full:
-            command = [sys.executable, "-m", "smtpmock"]
-            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=HERE, timeout=TIMEOUT, check=False)
-        self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stderr.decode(), r"\Asmtpmock: cannot write to stdout: [^\n]*\n\Z")
 
 
 class OutputTest(ProcessCase):
@@ -3956,11 +4179,9 @@ class OutputTest(ProcessCase):
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name, "made", "as needed")
 
-    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_a_mail_that_one_output_cannot_take_is_in_none(self) -> None:
         maildir = self.folder.parent / "maildir"
-        process = self.start(f"-saveDir={self.folder}", f"-maildir={maildir}", "-log")
-        port = self.port(process)
+        port = self.port(self.start(f"-saveDir={self.folder}", f"-maildir={maildir}", "-log"))
         shutil.rmtree(maildir / "tmp")
         with self.assertRaises(smtplib.SMTPDataError) as caught:
             send(port, "hi")
@@ -4007,8 +4228,7 @@ class OutputTest(ProcessCase):
 
         with mock.patch("os.replace", look_and_replace):
             self.folder.mkdir(parents=True)
-            memory = Memory(on_message=smtpmock._Folder(str(self.folder)))
-            memory.say(*ENVELOPE, *SEND[2:])
+            receive_mail(on_message=Memory.saver(self.folder))
         self.assertEqual((seen, self.names()), (["000001.json"], self.pairs(1)))
 
     def names(self) -> list[str]:
@@ -4020,7 +4240,6 @@ class OutputTest(ProcessCase):
 
     def test_json(self) -> None:
         process = self.start("-json", "-log")
-        assert process.stdout is not None
         listening = json.loads(process.stdout.readline())["listening"]
         self.assertEqual(listening["host"], "127.0.0.1")
         send(listening["port"], b"Subject: one\r\n\r\n\xff", b"Subject: two")
@@ -4040,7 +4259,6 @@ class OutputTest(ProcessCase):
 
     def test_json_to_nobody(self) -> None:
         process = self.start("-json")
-        assert process.stdout is not None
         port = json.loads(process.stdout.readline())["listening"]["port"]
         process.stdout.close()
         with self.assertRaises(smtplib.SMTPDataError) as caught:
@@ -4117,8 +4335,7 @@ class OutputTest(ProcessCase):
             mail = path.read_text()
             self.assertTrue(mail.endswith(f"\n\n{'x' * 5000}\nend\n"), path)
             subjects.add(mail.partition("Subject: ")[2].partition("\n")[0])
-            record = json.loads(path.with_suffix(".json").read_text())
-            self.assertTrue(record["content"].endswith("end\r\n"))
+            self.assertTrue(json.loads(path.with_suffix(".json").read_text())["content"].endswith("end\r\n"))
         for path in self.folder.iterdir():
             path.unlink()
         return subjects
@@ -4339,7 +4556,8 @@ class NarrationTest(ProcessCase):
         process = self.start(*argv)
         sender(self.port(process))
         process.send_signal(signal.SIGTERM)
-        return process.communicate(timeout=TIMEOUT)
+        out, errors = process.communicate(timeout=TIMEOUT)
+        return out, errors
 
     def test_a_line_for_each_mail(self) -> None:
         def talk(port: int) -> None:
@@ -4505,473 +4723,6 @@ class ReadmeTest(ProcessCase):
         for name in [*smtpmock.__all__, *PUBLIC, *(name for name in dir(Server) if not name.startswith("_"))]:
             self.assertIn(name, self.text)
         self.assertIn(smtpmock.__version__, self.text)
-
-
-# ------------------------------------------------------------------------------ what once went wrong
-
-
-def interrupt_at(number: int, call: Callable[[], object]) -> bool:
-    """Call, and raise KeyboardInterrupt at so manyth line of the module that runs. Whether it came so far."""
-    left = number
-
-    def trace(frame: Any, event: str, argument: object) -> Any:
-        nonlocal left
-        if frame.f_code.co_filename != smtpmock.__file__:
-            return None
-        # At the end of a with block, the line of the with runs again, before it is left. No real interrupt comes there.
-        is_with = linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with ")
-        left -= event == "line" and not is_with
-        if event == "line" and not left and not is_with:
-            raise KeyboardInterrupt
-        return trace
-
-    previous = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(previous)
-    return False
-
-
-class InterruptTest(unittest.TestCase):
-    """Ctrl-C at every line of start() and stop()."""
-
-    def setUp(self) -> None:
-        # A socket of which only the interrupted frame knew is closed with that frame, by the garbage collector.
-        catcher = warnings.catch_warnings()
-        catcher.__enter__()
-        self.addCleanup(catcher.__exit__, None, None, None)
-        warnings.simplefilter("ignore", ResourceWarning)
-
-    def assert_nothing_is_left(self, server: Server) -> None:
-        with contextlib.suppress(ServerStateError):
-            server.stop()
-        self.assertFalse(server.is_running)
-        left = [thread for thread in threading.enumerate() if thread.name.startswith("smtpmock")]
-        for thread in left:
-            thread.join(TIMEOUT)
-            self.assertFalse(thread.is_alive(), thread)
-        with server:  # and it can be used again
-            send(server, "hi")
-
-    def test_start(self) -> None:
-        for number in itertools.count(1):
-            server = Server()
-            if not interrupt_at(number, server.start):
-                break
-            self.assert_nothing_is_left(server)
-        self.assertGreater(number, 20)
-        server.stop()
-
-    def test_stop(self) -> None:
-        for number in itertools.count(1):
-            server = Server().start()
-            with Client(server) as client:
-                interrupted = interrupt_at(number, server.stop)
-                if not interrupted:
-                    break
-                self.assert_nothing_is_left(server)
-                self.assertIn(client.read(), ("421 Server shutting down, closing connection", "<closed>", "<reset>"))
-        self.assertGreater(number, 20)
-
-    def test_while_it_waits_for_a_session(self) -> None:
-        """A session at work goes on until the second stop() cuts it off."""
-        recorder = Recorder()
-        server = Server(shutdown_timeout=10 * TIMEOUT, response_delay_noop=10 * TIMEOUT, logger=recorder).start()
-
-        def interrupt() -> None:
-            recorder.wait_for("shutdown mode")
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-
-        with Client(server) as client:
-            client.send(b"NOOP\r\n")
-            recorder.wait_for("SMTP request: NOOP")
-            thread = threading.Thread(target=interrupt)
-            thread.start()
-            with self.assertRaises(KeyboardInterrupt):
-                server.stop()
-                thread.join()  # the interrupt comes now at the latest
-            thread.join()
-            client.reset()
-        self.assert_nothing_is_left(server)
-
-
-class StopFromAnywhereTest(unittest.TestCase):
-    """stop() from anywhere."""
-
-    def test_a_logger_that_stops_the_server(self) -> None:
-        for text in ("started on port", "shutdown mode", "was stopped"):
-            server = Server()
-
-            def log(message: str, text: str = text, server: Server = server) -> None:
-                if text in message:
-                    server.stop()
-
-            server.with_logger(types.SimpleNamespace(info=log, warning=log, error=log, info_activity=log))
-
-            def live(server: Server = server) -> None:
-                server.start()
-                with contextlib.suppress(ServerStateError):
-                    server.stop()
-
-            with self.subTest(text):
-                self.assertEqual(in_threads(live), [None])
-                self.assertFalse(server.is_running)
-
-    def test_on_message_that_stops_the_server_while_another_thread_does(self) -> None:
-        stopping = threading.Event()
-        recorder = Recorder()
-
-        def on_message(message: Message) -> None:
-            stopping.wait(TIMEOUT)
-            recorder.wait_for("shutdown mode")
-            server.stop()
-
-        server = Server(on_message=on_message, shutdown_timeout=TIMEOUT, logger=recorder).start()
-        with Client(server) as client:
-            client.ask("EHLO a.com", *SEND[:3])
-            client.send(b"hi\r\n.\r\n")
-            stopping.set()
-            server.stop()
-            count = len(server.messages())
-            threads = [thread for thread in threading.enumerate() if thread.name == "smtpmock session"]
-            self.assertEqual((count, threads), (1, []))
-            self.assertEqual(client.read(), RECEIVED)
-
-    def test_a_client_that_is_sending_gets_an_rst(self) -> None:
-        """It does not hang when the server cuts it off, though nobody reads what it sends."""
-        recorder = Recorder()
-        server = Server(shutdown_timeout=0, response_delay_message=10 * TIMEOUT, logger=recorder).start()
-        with Client(server) as client:
-            client.ask(*ENVELOPE, "DATA")
-            client.send(b"hi\r\n.\r\n")
-            recorder.wait_for("binary data portion")
-            client.socket.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    client.send(b"x" * 65536)
-            client.socket.settimeout(TIMEOUT)
-            server.stop()
-            with self.assertRaises(ConnectionError):
-                while True:
-                    client.send(b"x" * 65536)
-
-    def test_a_client_that_left_in_a_delay_is_not_waited_for(self) -> None:
-        for leave in (Client.reset, lambda client: client.socket.close()):
-            recorder = Recorder()
-            server = Server(shutdown_timeout=10 * TIMEOUT, response_delay_noop=10 * TIMEOUT, logger=recorder).start()
-            client = Client(server)
-            client.send(b"NOOP\r\n")
-            recorder.wait_for("SMTP request: NOOP")
-            leave(client)
-            client.__exit__()
-            server.stop()  # it would take minutes
-            self.assertEqual(len(server.messages()), 1)
-
-    def test_a_client_that_closed_its_half_gets_its_reply(self) -> None:
-        with Server(response_delay_noop=0.05) as server, Client(server) as client:
-            client.send(b"NOOP\r\n")
-            client.socket.shutdown(socket.SHUT_WR)
-            self.assertEqual(client.read(), "250 Ok")
-
-    @unittest.skipUnless(hasattr(os, "fork"), "needs fork()")
-    def test_a_forked_child_has_no_share_in_the_port(self) -> None:
-        server = Server().start()
-        with Client(server) as client:
-            wakened, waker = socket.socketpair()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                child = os.fork()
-            if not child:
-                waker.close()
-                wakened.recv(1)
-                os._exit(0)
-            wakened.close()
-            try:
-                server.on("NOOP").reset()
-                client.send(b"NOOP\r\n")
-                self.assertEqual(client.read(), "<reset>")
-                server.stop()
-                with self.assertRaises(OSError):
-                    socket.create_connection((server.host, server.port), TIMEOUT).close()
-                with Server(port=server.port) as again:
-                    send(again, "hi")
-            finally:
-                waker.close()
-                os.waitpid(child, 0)
-
-    def test_the_end_of_a_session_is_a_fin_whatever_is_unread(self) -> None:
-        for action in ("close", "drop"):
-            with self.subTest(action), Server() as server, Client(server) as client:
-                getattr(server.on("message", after=4096), action)()
-                client.ask(*ENVELOPE, "DATA")
-                client.send(b"x" * 500_000)
-                self.assertEqual(client.read(), "<closed>")
-
-    def test_a_client_that_goes_on_sending_does_not_hold_up_stop(self) -> None:
-        with Server() as server, Client(server) as client:
-            server.on("NOOP").drop()
-            client.ask("NOOP")
-            client.send(b"x" * 1000)
-
-
-class ExtensionFaultsTest(unittest.TestCase):
-    def test_an_argument_that_must_not_be(self) -> None:
-        memory = Memory(msg_invalid_cmd="500 unknown", msg_invalid_cmd_rset_arg="501 rset")
-        replies = memory.say(*ENVELOPE, "DATA x", "RSET x", "QUIT x")
-        self.assertEqual(replies[3:], ["500 unknown", "501 rset", "500 unknown"])
-
-    def test_a_text_that_cannot_be_sent(self) -> None:
-        with self.assertRaisesRegex(
-            ConfigurationError, "^msg_greeting='.*': must be a string without lone surrogates$"
-        ):
-            Configuration(msg_greeting="220 \ud800")
-
-    def test_binarymime(self) -> None:
-        for extensions, reply in ((["BINARYMIME", "CHUNKING"], "250"), (["8BITMIME"], "555")):
-            replies = Memory(extensions=extensions).say("EHLO a.com", "MAIL FROM:<a@a.com> BODY=BINARYMIME")
-            self.assertEqual(replies[-1][:3], reply)
-
-    def test_letters_of_any_script(self) -> None:
-        """Also those that this Python does not know, and joiners; but no control, white space or surrogate."""
-        for character, reply in (("\u200d", "250"), ("\U0003fffd", "250"), ("\x85", "501"), ("\u2003", "501")):
-            memory = Memory(extensions=["SMTPUTF8"])
-            replies = memory.say("EHLO a.com", f"MAIL FROM:<क{character}ष@a.com> SMTPUTF8")
-            self.assertEqual(replies[-1][:3], reply, ascii(character))
-
-    def test_challenges_are_delayed_and_trickle(self) -> None:
-        memory = Memory(auth_users={"a": "b"}, rules=["*: delay 0.5", "AUTH: trickle 0.25"])
-        memory.say("EHLO a.com")
-        replies = [reply for line in (b"AUTH LOGIN", b"YQ==", b"Yg==") for reply in memory.replies(line + b"\r\n")]
-        self.assertEqual([reply.text[:3] for reply in replies], ["334", "334", "235"])
-        self.assertEqual([(reply.delay, reply.trickle) for reply in replies], [(0.5, 0.25)] * 3)
-
-    def test_the_last_chunk_has_what_a_body_has(self) -> None:
-        """The delays of both, rules for either, and those for a size of the body."""
-        options: Any = {"extensions": ["CHUNKING"], "response_delay_data": 1, "response_delay_message": 2}
-        for rule, reply, delay in (
-            ("NOOP: drop", [RECEIVED], 3),
-            ("message: reply 451 no; close", ["451 no", "<closed>"], 3),
-            ("BDAT: reply 452 no; delay 5", ["452 no"], 5),
-            ("message: drop; after=2", ["<closed>"], 0),
-            ("message: delay 4; after=4", [RECEIVED], 7),
-        ):
-            memory = Memory(rules=[rule], **options)
-            memory.say(*ENVELOPE)
-            with self.subTest(rule):
-                self.assertEqual(memory.feed(b"BDAT 4 LAST\r\nabcd"), reply)
-                self.assertEqual(
-                    (memory.delays[-1], memory.message().content), (delay, b"ab" if "=2" in rule else b"abcd")
-                )
-
-    def test_a_login_is_one_use_of_a_rule(self) -> None:
-        memory = Memory(auth_users={"u": "p"}, rules=["AUTH: reply 454 later; delay 0.5; times=1"])
-        for end in ("454 later", "235 Authentication succeeded"):
-            self.assertEqual(memory.say("EHLO a.com", "AUTH LOGIN", b64("u"), b64("p"))[-1], end)
-
-    def test_a_chunk_that_is_not_complete_is_recorded(self) -> None:
-        memory = Memory(extensions=["CHUNKING"])
-        memory.feed(b"BDAT 100 LAST\r\nabc")
-        message = memory.message()
-        self.assertEqual((message.data_request, message.content), ("BDAT 100 LAST", b"abc"))
-        self.assertTrue(message.transcript.endswith("C: BDAT 100 LAST\nC: <3 bytes>"), message.transcript)
-
-    def test_a_pause_in_a_body(self) -> None:
-        memory = Memory(rules=["message: delay 0.5; after=3"])
-        memory.say(*ENVELOPE, "DATA")
-        self.assertEqual(memory.feed(b"abcd\r\n.\r\n"), [RECEIVED])
-        self.assertEqual((memory.delays[-2:], memory.message().content), ([0.5, 0], b"abcd\r\n"))
-
-
-class ModeOfSocketsTest(unittest.TestCase):
-    """What the system, or the program under test, does to new sockets."""
-
-    def test_accepted_sockets_that_inherit_non_blocking_mode(self) -> None:
-        accept = socket.socket.accept
-
-        def accept_like_macos(listening: socket.socket) -> Any:
-            client, address = accept(listening)
-            client.setblocking(listening.getblocking())
-            return client, address
-
-        with (
-            mock.patch.object(socket.socket, "accept", accept_like_macos),
-            Server() as server,
-            Client(server) as client,
-        ):
-            self.assertEqual(client.ask("NOOP"), ["250 Ok"])
-
-    def test_a_default_timeout_is_not_that_of_a_session(self) -> None:
-        socket.setdefaulttimeout(0.01)
-        self.addCleanup(socket.setdefaulttimeout, None)
-        with Server() as server, Client(server) as client:
-            client.assert_silence()
-            self.assertEqual(client.ask("NOOP"), ["250 Ok"])
-
-
-class SecretTest(unittest.TestCase):
-    def test_only_the_verb_and_a_known_mechanism_are_shown(self) -> None:
-        for lines, shown in {
-            ("AUTH c2VjcmV0",): ["AUTH ***"],
-            ("auth PLAIN=c2VjcmV0",): ["auth ***"],
-            ("AUTH PLAIN c2VjcmV0",): ["AUTH PLAIN ***"],
-            ("AUTH login c2VjcmV0", "c2VjcmV0"): ["AUTH login ***", "***"],
-            ("AUTH SECRET c2VjcmV0",): ["AUTH *** ***"],
-            ("AUTH",): ["AUTH"],
-        }.items():
-            for users in ({"alice": "secret"}, None):
-                if users is None and len(lines) > 1:
-                    continue
-                recorder = Recorder()
-                with self.subTest(lines), Server(auth_users=users, logger=recorder) as server:
-                    with Client(server) as client:
-                        client.ask("EHLO a.com", *lines, "QUIT")
-                    transcript = server.wait_for_messages(1, TIMEOUT)[0].transcript
-                recorder.wait_for("was stopped")
-                requests = [line.removeprefix("C: ") for line in transcript.splitlines() if line.startswith("C: ")]
-                self.assertEqual(requests, ["EHLO a.com", *shown, "QUIT"])
-                self.assertNotIn("c2VjcmV0", str(recorder.seen))
-
-
-class RecordsOfOddSessionsTest(unittest.TestCase):
-    def ask_all(self, message: Message) -> None:
-        for name in dir(message):
-            if not name.startswith("_"):
-                getattr(message, name)
-        message.as_bytes()
-        json.dumps(message.to_dict())
-        repr(message)
-
-    def test_what_only_rules_accepted(self) -> None:
-        for lines in (SEND, ("HELO", *SEND), ("HELO a b\rc", *SEND), ("MAIL x", "MAIL FROM:<a\rX: y>", *SEND[1:])):
-            memory = Memory(rules=["*: reply 250 ok", "DATA: reply 354 go"])
-            memory.say(*lines)
-            message = memory.message()
-            with self.subTest(lines):
-                self.assertTrue(message.is_consistent)
-                self.ask_all(message)
-                self.assertIn("Received: from [192.0.2.1] ([192.0.2.1])", message.received_header)
-                self.assertNotIn(b"\r", message.as_bytes().replace(b"\r\n", b""))
-
-    def test_what_the_grammar_refuses_and_a_rule_accepts_is_taken_apart(self) -> None:
-        memory = Memory(rules=["MAIL: reply 250 ok", "RCPT: reply 250 ok"], extensions=["SIZE"])
-        memory.say(ENVELOPE[0], "MAIL FROM:<John> SIZE=10", "RCPT TO:<Jim Doe> X=1 Y", *SEND[2:])
-        message = memory.message()
-        self.assertEqual((message.mail_from, message.mailfrom_parameters), ("John", {"SIZE": "10"}))
-        self.assertEqual((message.rcpt_tos, message.rcptto_parameters), (["Jim Doe"], [{"X": "1", "Y": ""}]))
-
-    def test_a_delivery_report(self) -> None:
-        status = b"Reporting-MTA: dns; a.com\r\n\r\nFinal-Recipient: rfc822; b@b.com\r\nAction: failed\r\n\r\n"
-        memory = Memory()
-        memory.say(*ENVELOPE, "DATA")
-        memory.feed(
-            b"Content-Type: multipart/report; boundary=b\r\n\r\n--b\r\nContent-Type: message/delivery-status\r\n\r\n"
-            + status + b"--b--\r\n.\r\n"
-        )  # fmt: skip
-        ((_, kind, content),) = memory.message().attachments
-        self.assertEqual((kind, content.split()), ("message/delivery-status", status.split()))
-
-    def test_a_timeout_reports_what_only_rules_accepted(self) -> None:
-        with Server() as server:
-            server.on("*").reply("250 ok")
-            with Client(server) as client:
-                client.ask(*SEND[:3])
-            with self.assertRaisesRegex(WaitTimeoutError, "0 of 9 messages|1 are recorded"):
-                server.wait_for_messages(9, 0.01)
-
-    def test_ids(self) -> None:
-        """A message that is purged and the one that the session begins after it have different numbers."""
-        memory = Memory()
-        memory.say(*ENVELOPE, *SEND[2:])
-        (first,) = memory.messages(purge=True)
-        memory.say(SEND[0])
-        second = memory.message()
-        self.assertNotEqual(first.id, second.id)
-
-    def test_pickle(self) -> None:
-        memory = Memory(extensions=["SIZE"])
-        memory.say(ENVELOPE[0], "MAIL FROM:<a@a.com> SIZE=5", *SEND[1:])
-        message = memory.message()
-        self.ask_all(message)
-        for same in (pickle.loads(pickle.dumps(message)), copy.deepcopy(message)):
-            self.assertEqual(same.to_dict(), message.to_dict())
-
-    def test_the_greeting_of_an_endless_session_is_kept(self) -> None:
-        memory = Memory(multiple_message_receiving=True)
-        memory.greet()
-        memory.say(ENVELOPE[0])
-        for _ in range(30):
-            memory.say(*["NOOP"] * 1000)
-        memory.say(*SEND, *SEND)
-        start = "S: 220 Welcome\nC: EHLO a.com\nS: 250 Received\nC: MAIL"
-        self.assertTrue(memory.message().transcript.startswith(start))
-        self.assertTrue(memory.messages()[0].transcript.startswith("S: 220 Welcome\n"))
-
-    def test_what_on_message_was_given_does_not_change(self) -> None:
-        seen: list[tuple[Message, str]] = []
-
-        def on_message(message: Message) -> None:
-            seen.append((message, message.transcript))
-            raise ValueError
-
-        memory = Memory(on_message=on_message)
-        memory.say(*ENVELOPE, *SEND[2:])
-        ((message, _),) = seen
-        self.assertEqual(message.msg_response, RECEIVED)
-        self.assertTrue(pickle.loads(pickle.dumps(message)).transcript.endswith(f"S: {RECEIVED}"))
-        self.assertTrue(memory.message().transcript.endswith("S: 451 Local error in processing"))
-
-    def test_a_message_rule_sees_the_mail(self) -> None:
-        seen: list[tuple[Any, ...]] = []
-        memory = Memory()
-
-        @memory.on("message")
-        def refuse(request: str, message: Message) -> str | None:
-            seen.append((message.subject, message.content, message.mail_from, message.is_consistent))
-            return "554 spam" if message.subject == "spam" else None
-
-        replies = memory.say(*ENVELOPE, "DATA", "Subject: spam", "", ".")
-        self.assertEqual((replies[-1], seen), ("554 spam", [("spam", b"Subject: spam\r\n\r\n", "a@a.com", False)]))
-
-
-class WaitingInTimeTest(unittest.TestCase):
-    def test_a_slow_where_does_not_extend_the_timeout(self) -> None:
-        """While mail keeps coming."""
-        calls = 0
-        memory = Memory()
-
-        def where(message: Message) -> bool:
-            nonlocal calls
-            calls += 1
-            other = Memory()
-            other._mailbox = memory._mailbox
-            memory._mailbox.add(message)  # each look brings two more
-            memory._mailbox.add(message)
-            return False
-
-        memory.say(*ENVELOPE, *SEND[2:])
-        with mock.patch("time.monotonic", mock.Mock(side_effect=itertools.count(0, 0.01))):
-            enough, messages = memory._mailbox.wait(1, 0.3, where, purge=False)
-        self.assertEqual((enough, messages), (False, []))
-        self.assertLess(calls, 40)
-
-
-class LoggerTest(unittest.TestCase):
-    def test_a_logger_that_raises_no_exception(self) -> None:
-        """pytest.fail() raises a BaseException."""
-
-        class Failed(BaseException):
-            pass
-
-        logger = mock.Mock()
-        logger.info_activity.side_effect = Failed
-        with mock.patch("sys.stderr"), Server(logger=logger) as server:
-            send(server, "hi")
-            self.assertTrue(wait_until(lambda: not server._listener.connections))  # type: ignore[union-attr]
-            self.assertEqual(len(server.messages()), 1)
 
 
 if __name__ == "__main__":
