@@ -975,7 +975,7 @@ def _check_match(match: str) -> None:
     """Refuse a string that is no address or domain, but looks like a pattern."""
     if match.startswith("@"):
         raise ConfigurationError(f"match={match!r}: a domain has no @; did you mean {match[1:]!r}?")
-    if re.search(r"\\\\|\.[*+]|^\^|\$$|^\*", match):
+    if re.search(r"\\[.dwsDWS]|\.[*+]|^\^|\$$|^\*", match):
         raise ConfigurationError(f"match={match!r}: looks like a pattern; did you mean re.compile({match!r})?")
 
 
