@@ -2375,6 +2375,9 @@ class Logger(Protocol):
     def error(self, message: str, /) -> None: ...  # failed starts, refused clients, exceptions in user code
 
 
+_FAILURES = 100  # of callbacks, for check() to tell
+
+
 class _Log:
     """Calls a logger and survives its exceptions; without one, prints what the options ask for."""
 
@@ -2413,8 +2416,10 @@ class _Log:
         import traceback
 
         kind, error, trace = sys.exc_info()
+        text = "".join(traceback.format_exception_only(kind, error)).strip()  # which survives a __str__() that raises
         with self._lock:
-            self.failures.append(f"{what}: {kind.__name__ if kind else ''}: {error}")
+            self.failures.append(f"{what}: {text}")
+            del self.failures[_FAILURES:]
         if isinstance(error, SMTPMockError):  # of an output of the command line; a traceback would say nothing more
             with contextlib.suppress(Exception):
                 print(f"smtpmock: {error}", file=sys.stderr, flush=True)

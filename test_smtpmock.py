@@ -4477,6 +4477,26 @@ class TellingTest(unittest.TestCase):
             self.assertIn("on_message failed: AssertionError: callback", str(caught.exception).splitlines())
             server.check()  # which has told
 
+    def test_many_exceptions_of_which_nothing_can_be_said(self) -> None:
+        class MuteError(Exception):
+            def __str__(self) -> str:
+                raise RuntimeError
+
+        def fail(*_: object) -> Any:
+            raise MuteError
+
+        with mock.patch("threading.excepthook"), Server() as server:
+            server.on("NOOP")(fail)
+            with Client(server) as client:
+                self.assertEqual(
+                    client.ask(*["NOOP"] * 200, "RSET")[-2:],
+                    ["451 Local error in processing", "503 Bad sequence of commands. HELO should be the first"],
+                )
+            with self.assertRaises(AssertionError) as caught:
+                server.check()
+            told = str(caught.exception).splitlines()
+            self.assertEqual((len(told), "MuteError" in told[0]), (100, True))
+
     def test_what_can_never_match(self) -> None:
         with Server() as server:
             for stage, meant in {
