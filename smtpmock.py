@@ -2560,8 +2560,9 @@ class _Connection(socketserver.BaseRequestHandler):
         deadline = time.monotonic() + seconds
         poll = select.poll()
         hang_up = getattr(select, "POLLRDHUP", 0)  # a FIN; errors and an RST are always reported
-        poll.register(self.request, hang_up if self.server.stopping else 0)
-        if not self.server.stopping:
+        stopping = self.server.stopping  # read once: if it changes now, the wake-up is still to come
+        poll.register(self.request, hang_up if stopping else 0)
+        if not stopping:
             poll.register(self.server.wake[1], select.POLLIN)
         while events := poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             if self.server.aborting.is_set() or any(fd == self.request.fileno() for fd, _ in events):
