@@ -908,7 +908,7 @@ _ENDING = _Kind(f"one of {', '.join(_THEN)}", lambda value: isinstance(value, st
 # The four aspects of a reply that rules decide: str or bytes to say, seconds, seconds, a _Next.
 _ASPECTS = ("said", "delay", "trickle", "then")
 
-
+# The fields of an Action.
 _ACTIONS = {"reply": _TEXT, "raw": _BYTES, "delay": _SECONDS, "trickle": _SECONDS, "then": _ENDING}
 
 
@@ -2833,8 +2833,9 @@ class _Listener(socketserver.ThreadingTCPServer):
         if self.was_opened:
             # If start() was interrupted, the thread may have no number yet. It will see that it has to end.
             _join_threads([self.thread], 5 if self.thread.ident else 0.1)
-        with contextlib.suppress(OSError):  # on a listening socket, only Linux has this; there, a forked child's copy
-            self.socket.shutdown(socket.SHUT_RDWR)  # of the socket stops listening, too
+        # On Linux, this makes every copy of the socket stop listening, also one in a process that C code has forked.
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
         for connection in self.connections.copy():
             if connection.is_idle:
@@ -2936,8 +2937,10 @@ class Server:
         table = _make_handlers(self._options, handlers)
         self._rules = _Rules(self._options.seed, table)
         log = _Log(logger, self._options)
-        self._context = _Context(self._options, table, self._mailbox, log, self._rules, on_message or _ignore)
-        self._context = self._context._replace(early_ends=deque(maxlen=_REPORTED))
+        ends: deque[str] = deque(maxlen=_REPORTED)
+        self._context = _Context(
+            self._options, table, self._mailbox, log, self._rules, on_message or _ignore, early_ends=ends
+        )
         self._explicit = options.keys() | (configuration._given if configuration else set())
         self._warned: set[int] = set()  # the messages of which a warning told that something was discarded
         self._lifecycle = threading.Lock()  # guards _listener; not held while the user's code runs
@@ -3533,6 +3536,8 @@ def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *
                 listener.abort()
             stopper.join()
         finally:
+            with contextlib.suppress(ServerStateError):  # after an exception, it may still run
+                server.stop()
             signal.set_wakeup_fd(previous_waker)
             for number, handler in zip(numbers, previous, strict=True):
                 signal.signal(number, handler)
