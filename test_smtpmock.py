@@ -1791,6 +1791,7 @@ body
         message = memory.message()
         values = json.loads(json.dumps(message.to_dict()))
         self.assertEqual(set(PUBLIC) - {"as_bytes", "to_dict", "email", "msg_request"} - set(values), set())
+        self.assertEqual([name for name in values if name.startswith("_")], [])
         self.assertEqual(values["content_encoding"], "base64")
         self.assertEqual(base64.b64decode(values["content"]), message.content)
         self.assertEqual(values["subject"], "€")
@@ -4048,7 +4049,9 @@ class CommandLineTest(unittest.TestCase):
 
     @unittest.skipUnless(threading.current_thread() is threading.main_thread(), "signals reach the main thread only")
     def test_in_this_process(self) -> None:
-        """A run of main(), with a mail, until a signal; and one cut short by another."""
+        """A run of main(), with a mail, until a signal; and one cut short by another. No default timeout disturbs it."""
+        self.addCleanup(socket.setdefaulttimeout, None)
+        socket.setdefaulttimeout(0.001)
         for second in (False, True):
             lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
