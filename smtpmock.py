@@ -1832,18 +1832,19 @@ class _Body:
         self.missing = 0  # bytes of the present chunk
         self.request = ""  # the BDAT that announced it
         self.finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
-        self.size = 0  # bytes as they were sent, without the end marker
+        self.size = 0  # bytes as they were sent, without the end marker and what may be its beginning
         self.stops = stops  # sizes at which rules apply, smallest first
         self._limit = limit
         self._is_kept = True
         self._raw = bytearray(b"\r\n")  # so that the first line begins like any other
+        self._pending = 0  # bytes at the end that may begin the end marker
 
     def feed(self, data: bytes, start: int) -> tuple[int, bool]:
         """Take data from start on. Returns where in it the body, the chunk or the way to the next stop ends; and
         whether the body or chunk is complete."""
         end = len(data)
         if self.stops:
-            end = min(end, start + self.stops[0] - self.size)
+            end = min(end, start + max(self.stops[0] - self.size - self._pending, bool(self._pending)))
         if self.is_counted:
             stop = min(end, start + self.missing)
             self.missing -= stop - start
@@ -1851,10 +1852,13 @@ class _Body:
         else:
             stop, is_complete = self._find_end(data, start, end)
         self._raw += data[start:stop]
-        self.size += stop - start
+        self.size += self._pending + stop - start
         if is_complete and not self.is_counted:
             del self._raw[-3:]
             self.size -= 3
+        elif not self.is_counted:
+            self._pending = 2 * self._raw.endswith(b"\r\n.\r") or int(self._raw.endswith(b"\r\n."))
+            self.size -= self._pending
         # At most one byte in four is a stuffed dot, so this much is too long even without them.
         if not self._is_kept or len(self._raw) > self._limit * 4 // 3 + 10:
             self._is_kept = False
@@ -2060,7 +2064,7 @@ class _Session:
         body = self.mail.body
         assert body is not None
         at, is_complete = body.feed(data, at)
-        pause = self._interrupt(body) if body.stops and body.size == body.stops[0] else None
+        pause = self._interrupt(body) if body.stops and body.size >= body.stops[0] else None
         if not is_complete or (pause is not None and pause.next.ends):
             return at, pause
         self._take = self._take_line

@@ -2467,6 +2467,21 @@ class RuleTest(ServerCase):
         memory.on("NOOP").drop().close()
         self.assertEqual(memory.say("NOOP"), ["250 Ok", "<closed>"])
 
+    def test_the_end_marker_is_no_part_of_the_body(self) -> None:
+        for after, content, reply in (
+            (5, b"abc\r\n", "<closed>"),
+            (6, b"abc\r\n", RECEIVED),
+            (8, b"abc\r\n", RECEIVED),
+        ):
+            for step in (1, 100):
+                memory = Memory(*ENVELOPE, "DATA", rules=[f"message: drop; after={after}"])
+                data = b"abc\r\n.\r\n"
+                said = [line for at in range(0, len(data), step) for line in memory.feed(data[at : at + step])]
+                with self.subTest(after=after, step=step):
+                    self.assertEqual((said, memory.message().content), ([reply], content))
+        memory = Memory(*ENVELOPE, "DATA", rules=["message: drop; after=6"])
+        self.assertEqual(memory.feed(b"abc\r\n..d\r\n.\r\n"), ["<closed>"])
+
     def test_patterns(self) -> None:
         memory = Memory()
         memory.on("Mail From", re.compile("SIZE=[0-9]{3}")).reply("552 no")
