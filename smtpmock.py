@@ -11,6 +11,7 @@ One module, standard library only, one thread per connection. It reads from top 
     errors          what can go wrong, each also the built-in error that it resembles
     options         Configuration: every option with its default and its meaning
     grammar         the patterns of RFC 5321 and the parsers of a command line
+    violations      what a client can do wrong: the checks, each with its RFC
     records         what the server answers, and what it records of a session
     rules           when the server deviates from its normal replies, and how
     handlers        how a command is processed, and one class per command
@@ -65,6 +66,7 @@ __all__ = [
     "Server",
     "ServerStartError",
     "ServerStateError",
+    "Violation",
     "WaitTimeoutError",
     "main",
 ]
@@ -259,6 +261,8 @@ class Configuration(_Fields):
     response_delay_rset: float = _delay("RSET")
     response_delay_noop: float = _delay("NOOP")
     response_delay_quit: float = _delay("QUIT")
+    tolerated: Collection[str] = _option((), _WORDS, "codes of violations and warnings that are not reported")
+    strict: bool = _option(False, _FLAG, "refuse a mail with violations at its end")
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
     extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept: SIZE, DSN, CHUNKING...")
     auth_users: Any = _option(None, _USERS, "who can log in: user:secret,... or a function; no AUTH without it")
@@ -287,6 +291,7 @@ class Configuration(_Fields):
     msg_data_received: str = _reply("354 Ready for receive message. End data with <CR><LF>.<CR><LF>", "DATA")
     msg_msg_size_is_too_big: str = _reply("552 Message exceeded max size of {msg_size_limit} bytes", "too long a body")
     msg_msg_received: str = _reply(_RECEIVED, "the message body")
+    msg_violation: str = _reply("550 5.6.0 {violation}", "a mail with violations, with strict")
     msg_msg_failed: str = _reply("451 Local error in processing", "a command on which user code raised an exception")
     msg_invalid_cmd_rset_sequence: str = _reply(f"{_BAD} HELO should be the first", "an early RSET")
     msg_invalid_cmd_rset_arg: str = _reply(_UNRECOGNIZED, "RSET with an argument")
@@ -330,6 +335,9 @@ class Configuration(_Fields):
                     object.__setattr__(self, field.name, tuple(value))
         for extension in self.extensions:
             _check_extension(extension.split()[0].upper())
+        for code in self.tolerated:
+            if code not in _VIOLATIONS:
+                raise ConfigurationError(f"tolerated: there is no code {code!r}{_suggest(code, _VIOLATIONS)}")
         for name, other in _NEEDED.items():
             if getattr(self, name) and getattr(self, other) is None:
                 raise ConfigurationError(f"{name}=True: needs {other}")
@@ -459,6 +467,460 @@ def _parse_command(line: bytes) -> tuple[str, str, str]:
     return request, verb.upper() if verb.isascii() else "", argument
 
 
+_XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 section 4
+
+# The command, the extension and the pattern of each parameter. A parameter that is not listed belongs to the
+# extension of the same name, and may have any value.
+_PARAMETERS = {
+    "SIZE": ("MAIL", "SIZE", "[0-9]{1,20}"),  # RFC 1870
+    "BODY": ("MAIL", "8BITMIME", "7BIT|8BITMIME"),  # RFC 6152
+    "BODY=BINARYMIME": ("MAIL", "BINARYMIME", "BINARYMIME"),  # RFC 3030 section 3
+    "SMTPUTF8": ("MAIL", "SMTPUTF8", ""),  # RFC 6531
+    "AUTH": ("MAIL", "AUTH", f"<>|{_XTEXT}+"),  # RFC 4954
+    "RET": ("MAIL", "DSN", "FULL|HDRS"),  # RFC 3461
+    "ENVID": ("MAIL", "DSN", f"{_XTEXT}{{1,100}}"),
+    "NOTIFY": ("RCPT", "DSN", "NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*"),
+    "ORCPT": ("RCPT", "DSN", f"[A-Z0-9-]+;{_XTEXT}+"),
+}
+
+
+# -------------------------------------------------------------------------------------- violations
+
+
+class Violation(NamedTuple):
+    """A rule of SMTP or of mail that the client broke."""
+
+    code: str  #: a name that never changes its meaning
+    text: str
+    rfc: str  #: number and section
+    severity: str  #: "error", or "warning" where servers are tolerant or the RFC only advises
+    line: str  #: the offending line, cut off after 200 characters
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.text} (RFC {self.rfc})" + (f": {self.line!r}" if self.line else "")
+
+
+_VIOLATIONS = {
+    "early-talker": ("a command came before the greeting", "5321 4.3.1", "error"),
+    "bare-lf": ("a line ends in LF and not in CRLF", "5321 2.3.8", "error"),
+    "bare-cr": ("there is a CR without LF", "5321 2.3.8", "error"),
+    "nul-byte": ("there is a NUL byte", "5322 2.1", "error"),
+    "long-command": ("a command is longer than 512 bytes", "5321 4.5.3.1.4", "error"),
+    "command-space": ("there is white space around a command", "5321 4.1.1", "warning"),
+    "after-421": ("a command other than QUIT follows a 421", "5321 3.8", "warning"),
+    "no-hello-after-tls": ("EHLO is not the first command within TLS", "3207 4.2", "error"),
+    "data-after-refusal": ("the mail was sent although DATA was refused", "5321 3.3", "error"),
+    "data-before-354": ("the mail was sent before the reply to DATA", "5321 3.3", "error"),
+    "pipelining": ("more was sent before the reply, and PIPELINING is not announced", "5321 4.3.1", "error"),
+    "pipelining-order": ("more was sent after a command that must be the last of its group", "2920 3.1", "error"),
+    "unknown-command": ("no RFC defines this command", "5321 4.1.5", "error"),
+    "no-hello": ("MAIL without EHLO or HELO", "5321 4.1.1.1", "error"),
+    "hello-invalid": ("the client's name is neither a domain nor an address literal", "5321 4.1.1.1", "error"),
+    "hello-not-fqdn": ("the client's name is not fully qualified", "5321 2.3.5", "warning"),
+    "unannounced-command": ("the extension of this command is not announced", "5321 4.1.1.1", "error"),
+    "unannounced-mechanism": ("this AUTH mechanism is not announced", "4954 4", "error"),
+    "auth-in-clear": ("a password was sent in clear although STARTTLS is offered", "4954 4", "warning"),
+    "superfluous-argument": ("this command takes no argument", "5321 4.1.1", "error"),
+    "bad-sequence": ("this command is not allowed at this point", "5321 3.3", "error"),
+    "nested-mail": ("MAIL while another mail is open", "5321 4.1.4", "error"),
+    "path-syntax": ("the address is not written as FROM:<address> or TO:<address>", "5321 3.3", "error"),
+    "path-too-long": ("a local part is over 64 bytes or a path over 256", "5321 4.5.3.1", "error"),
+    "unannounced-parameter": ("the extension of a parameter is not announced", "5321 4.1.1.3", "error"),
+    "undeclared-utf8": ("an address is not ASCII, and MAIL had no SMTPUTF8", "6531 3.4", "error"),
+    "no-recipient": ("DATA although no recipient was accepted", "5321 3.3", "error"),
+    "unstuffed-dot": ("a dot at the start of a line is not doubled", "5321 4.5.2", "error"),
+    "false-end": ("some servers take this for the end of the mail", "5321 4.1.1.4", "error"),
+    "long-line": ("a line is longer than 998 bytes", "5322 2.1.1", "error"),
+    "size-understated": ("the mail is larger than its SIZE", "1870 6", "warning"),
+    "8bit-unannounced": ("the body is not ASCII, and 8BITMIME is not announced", "5321 2.4", "warning"),
+    "8bit-undeclared": ("the body is not ASCII, and MAIL had no BODY=8BITMIME", "6152 3", "warning"),
+    "header-syntax": ("a line of the header is neither a field nor its continuation", "5322 2.2", "error"),
+    "header-raw": ("a header is not ASCII, and MAIL had no SMTPUTF8", "5322 2.2", "error"),
+    "header-missing": ("a required header is missing", "5322 3.6", "error"),
+    "header-duplicate": ("a header occurs twice", "5322 3.6", "error"),
+    "no-message-id": ("there is no Message-ID", "5322 3.6.4", "warning"),
+    "bad-message-id": ("the Message-ID is not <left@right>", "5322 3.6.4", "error"),
+    "bad-date": ("the Date is not like Fri, 21 Nov 1997 09:55:06 -0600", "5322 3.3", "error"),
+    "bad-address": ("a header has no readable address", "5322 3.4", "error"),
+    "bcc-disclosed": ("Bcc tells other recipients who is hidden", "5322 3.6.3", "error"),
+    "no-mime-version": ("there are MIME headers and no MIME-Version", "2045 4", "error"),
+    "encoded-word": ("an encoded word cannot be decoded, or no white space separates it", "2047 5", "error"),
+    "encoded-word-long": ("an encoded word is longer than 75 characters", "2047 2", "warning"),
+    "encoded-parameter": ("there is an encoded word in a parameter", "2047 5", "warning"),
+    "bad-content-type": ("the Content-Type cannot be parsed", "2045 5.1", "error"),
+    "bad-boundary": ("the boundary is missing, too long, or does not end its parts", "2046 5.1.1", "error"),
+    "bad-encoding": ("the Content-Transfer-Encoding is unknown or not allowed here", "2045 6.4", "error"),
+    "8bit-in-7bit": ("a part is not ASCII, and its Content-Transfer-Encoding is 7bit", "2045 6.2", "error"),
+    "bad-base64": ("the base64 cannot be decoded, or a line is over 76 characters", "2045 6.8", "error"),
+    "bad-quoted-printable": ("there are bytes that quoted-printable encodes, or lines over 76", "2045 6.7", "error"),
+    "wrong-charset": ("the text cannot be decoded with its charset", "2046 4.1.2", "error"),
+}
+
+# The verbs of all RFCs, and what this module calls the other things that a client sends.
+_VERBS = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY EXPN HELP STARTTLS AUTH ETRN ATRN TURN BURL SEND SOML SAML"
+_REQUESTS = (*_VERBS.split(), "answer", "message")
+_KEYWORDS = {"STARTTLS": "STARTTLS", "AUTH": "AUTH", "BDAT": "CHUNKING", "ETRN": "ETRN", "ATRN": "ATRN", "BURL": "BURL"}
+_HELLO, _PATHS = ("EHLO", "HELO"), ("MAIL", "RCPT")
+# The last of a pipelined group: RFC 2920 section 3.1, RFC 3207 section 4, RFC 4954 section 4.
+_LAST_OF_GROUP = ("EHLO", "DATA", "NOOP", "QUIT", "VRFY", "EXPN", "TURN", "AUTH", "STARTTLS", "answer")
+
+# The strict grammar of RFC 5321 section 4.1.2, where the server's own is tolerant.
+_HOST = rf"{_LABEL}(?:\.{_LABEL})*"
+_IPV4 = r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}"
+_STRICT_DOMAIN = re.compile(rf"(?!{_IPV4}$){_HOST}|\[(?:{_IPV4}|[A-Za-z0-9-]+:[!-Z^-~]+)\]")
+_STRICT_MAILBOX = rf"<(?:@[^<>: ]+:)?(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_HOST}|\[[^\[\]]+\])>"
+_STRICT_COMMAND = re.compile(
+    rf"(?:MAIL FROM:(?:<>|{_STRICT_MAILBOX})|RCPT TO:(?:<postmaster>|{_STRICT_MAILBOX}))(?: .*)?", re.IGNORECASE
+)
+_LONG_PATH = re.compile("<?(?!<).{65,}@|.{257}")
+
+
+class _Client:
+    """A client's request, which the checks look at, and what the client knows and has done before it."""
+
+    line = reply = verb = argument = path = mechanism = ""  # verb is one of _REQUESTS, or any other word
+    given: dict[str, str] = {}  # parameters of this request
+    parameters: dict[str, str] = {}  # of the last MAIL
+    recipients: list[str] = []  # accepted since
+    announced: dict[str, list[str]] = {}  # extensions, each with its words
+    is_greeted = is_in_mail = is_challenged = has_begun_tls = was_told_421 = False
+    was_refused_data = ignores_refusal = False
+    is_ahead = is_blind = False  # sent before the last reply, and allowed to be (RFC 2920)
+
+    def read(self, request: _Request, reply: _Request) -> None:
+        self.reply = str(reply or "")
+        self.line = request if isinstance(request, str) else getattr(request, "undotted", "")
+        verb, _, argument = self.line.replace("\t", " ").partition(" ")
+        self.verb = "answer" if self.is_challenged else verb.upper() if verb.isascii() else ""
+        if not isinstance(request, str):
+            self.verb = "greeting" if request is None else "message"
+        self.argument, self.mechanism = argument.strip(), argument.strip().partition(" ")[0].upper()
+        text = argument.partition(":")[2].strip() if self.verb in _PATHS else ""
+        self.path = next(_PATH_END.finditer(text))[0]
+        words = (word.partition("=") for word in text[len(self.path) :].split())
+        self.given = {name.upper(): value.upper() for name, _, value in words}
+        self.needed = {_PARAMETERS.get(name, ("", name))[1] for name in self.given}  # the extensions of those
+        self.needed |= {"BINARYMIME"} & {self.given.get("BODY", "")}
+        self.is_refused, self.may_pipeline = self.reply[:1] in ("4", "5"), "PIPELINING" in self.announced
+        self._read_facts(getattr(request, "faults", ()), getattr(request, "behind", 0) + getattr(reply, "behind", 0))
+
+    def _read_facts(self, faults: tuple[str, ...], behind: int) -> None:
+        # Extensions allow longer lines: parameters do, and RFC 4954 section 4 for an answer to a challenge.
+        is_long = self.line != "***" if self.verb == "answer" else not self.given or len(self.line) > 1010
+        self.faults = [fault for fault in faults if fault != "long-command" or is_long]
+        chunk = _parse_chunk(self.argument) if self.verb == "BDAT" else None
+        self.has_more = behind > (chunk[0] if chunk else 0)
+        self.sends_mail_early = self.has_more and self.verb == "DATA" and not self.is_refused
+        self.is_unknown = self.verb not in _REQUESTS and not (self.was_refused_data or "long-command" in faults)
+        # A mechanism of one round trip may be followed by more (RFC 4954 section 4).
+        self.may_go_on = self.sends_mail_early or re.match("(?i:AUTH (PLAIN|EXTERNAL)) .", self.line)
+
+    def advance(self) -> None:
+        """Let the request and its reply take effect."""
+        accepted = self.verb if self.reply and not self.is_refused else ""
+        self.is_ahead, self.is_blind = self.has_more, self.has_more and self.may_pipeline
+        self.was_told_421 = self.was_told_421 or self.reply.startswith("421")
+        self.is_challenged, self.has_begun_tls = self.reply.startswith("334"), accepted == "STARTTLS"
+        self.ignores_refusal = self.was_refused_data and self.verb not in _REQUESTS and self.line != "."
+        self.was_refused_data = self.verb == "DATA" and self.is_refused
+        self.is_in_mail &= self.verb != "message" and accepted not in (*_HELLO, "STARTTLS", "RSET")
+        if accepted in (*_HELLO, "STARTTLS"):
+            self.is_greeted, self.announced = accepted in _HELLO, {}
+            for line in self.reply.upper().replace("AUTH=", "AUTH ").splitlines()[1:]:
+                name, *words = line[4:].split() or [""]
+                self.announced.setdefault(name, []).extend(words)
+        if accepted == "MAIL":
+            self.is_in_mail, self.parameters, self.recipients = True, self.given, []
+        elif accepted == "RCPT" and self.is_in_mail:
+            self.recipients.append(self.path.strip("<>").lower())
+
+
+# A code, the requests that it is about (none: all), and when a request is wrong.
+_DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_Client], object]], ...] = (
+    ("after-421", (), lambda it: it.was_told_421 and not it.is_ahead and it.verb != "QUIT"),
+    ("no-hello-after-tls", (), lambda it: it.has_begun_tls and it.verb not in (*_HELLO, "QUIT")),
+    ("data-after-refusal", (), lambda it: it.was_refused_data and it.verb not in _REQUESTS),
+    ("data-before-354", ("DATA",), lambda it: it.sends_mail_early),
+    ("pipelining", (), lambda it: it.has_more and not (it.may_pipeline or it.sends_mail_early)),
+    (
+        "pipelining-order",
+        _LAST_OF_GROUP,
+        lambda it: it.has_more and it.may_pipeline and not it.may_go_on,
+    ),
+    ("unknown-command", (), lambda it: it.is_unknown and it.reply[:1] == "5"),
+    ("no-hello", ("MAIL",), lambda it: not (it.is_greeted or it.has_begun_tls or it.is_blind)),
+    ("hello-invalid", _HELLO, lambda it: not _STRICT_DOMAIN.fullmatch(it.argument)),
+    ("hello-not-fqdn", _HELLO, lambda it: re.fullmatch(_LABEL, it.argument)),
+    ("unannounced-command", tuple(_KEYWORDS), lambda it: _KEYWORDS[it.verb] not in it.announced),
+    (
+        "unannounced-mechanism",
+        ("AUTH",),
+        lambda it: it.mechanism not in it.announced.get("AUTH", [it.mechanism]),
+    ),
+    (
+        "auth-in-clear",
+        ("AUTH",),
+        lambda it: it.mechanism in ("PLAIN", "LOGIN") and "STARTTLS" in it.announced,
+    ),
+    ("superfluous-argument", ("DATA", "RSET", "QUIT", "STARTTLS"), lambda it: it.argument),
+    ("bad-sequence", ("AUTH",), lambda it: it.is_in_mail),
+    ("bad-sequence", ("RCPT",), lambda it: not (it.is_in_mail or it.is_blind)),
+    ("nested-mail", ("MAIL",), lambda it: it.is_in_mail and not it.is_blind),
+    ("path-syntax", _PATHS, lambda it: not _STRICT_COMMAND.fullmatch(it.line)),
+    ("path-too-long", _PATHS, lambda it: _LONG_PATH.match(it.path)),
+    ("unannounced-parameter", _PATHS, lambda it: it.needed.difference(it.announced)),
+    (
+        "undeclared-utf8",
+        _PATHS,
+        lambda it: not (it.path.isascii() or "SMTPUTF8" in (it.given if it.verb == "MAIL" else it.parameters)),
+    ),
+    ("no-recipient", ("DATA", "BDAT"), lambda it: not ((it.is_in_mail and it.recipients) or it.is_blind)),
+    ("unstuffed-dot", ("message",), lambda it: it.line and it.line[1:2] not in ("\r", "\n")),
+    ("false-end", ("message",), lambda it: it.line[1:2] in ("\r", "\n")),
+)
+
+_Findings = Iterator[tuple[str, str]]  # codes, each with its line
+
+
+def _check_dialogue(dialogue: list[_Request], client: _Client) -> _Findings:
+    for request, reply in zip(dialogue[::2], dialogue[1::2], strict=False):
+        if client.ignores_refusal:  # up to the end of the mail that was sent all the same
+            client.ignores_refusal = request != "."
+            continue
+        client.read(request, reply)
+        if client.verb != "greeting":
+            yield from ((fault, client.line) for fault in client.faults)
+            for code, verbs, is_wrong in _DIALOGUE_CHECKS:
+                if (not verbs or client.verb in verbs) and is_wrong(client):
+                    yield code, client.line
+        elif client.has_more:
+            yield "early-talker", ""
+        client.advance()
+
+
+# Patterns for a mail or a body with a CRLF before it. Most begin with a byte, which is found fast.
+_HEAD_END = re.compile(rb"\A\r\n(?=[ \t])|\n(?![!-9;-~]+:|[ \t])")
+_NOT_ASCII = re.compile(rb"[^\0-\x7f]")
+_NOT_QUOTED = re.compile(  # lines of 77 and 78 are let through, because CPython's `email` makes them
+    rb"\n[^\r\n]{79}|=(?![0-9A-Fa-f]{2}|[ \t]*(?:\r?\n|\Z))|[^\t\r\n -~]"
+)
+_CONTENT_CHECKS = {
+    "bare-lf": re.compile(rb"\n(?<!\r\n)"),
+    "bare-cr": re.compile(rb"\r(?!\n)"),
+    "nul-byte": re.compile(rb"\0"),
+    "false-end": re.compile(rb"\n(?<!\r\n)\.\r?\n|\r\.[\r\n]"),
+    "long-line": re.compile(rb"\n[^\r\n]{999}"),
+}
+_ENCODINGS = {
+    "7bit": ("8bit-in-7bit", _NOT_ASCII),
+    "base64": ("bad-base64", re.compile(rb"\n[^\r\n]{77}|[^A-Za-z0-9+/=\s]")),
+    "quoted-printable": ("bad-quoted-printable", _NOT_QUOTED),
+}
+
+
+def _find_line(pattern: re.Pattern[bytes], data: bytes) -> Iterator[str]:
+    """The line of the first match, if there is one."""
+    match = pattern.search(data)
+    if match is not None:
+        start = data.rfind(b"\n", 0, match.end() - 1) + 1
+        yield _decode(data[start : start + 200].partition(b"\n")[0])
+
+
+def _check_content(content: bytes, client: _Client, is_counted: bool) -> _Findings:
+    data, kind, size = b"\r\n" + content, client.parameters.get("BODY"), client.parameters.get("SIZE", "")
+    for code, pattern in _CONTENT_CHECKS.items() if kind != "BINARYMIME" else ():
+        if code != "false-end" or not is_counted:
+            yield from ((code, line) for line in _find_line(pattern, data))
+    if re.fullmatch("[0-9]{1,20}", size) and len(content) > int(size) + 2:  # some do not count the last CRLF
+        yield "size-understated", f"SIZE={size} for {len(content)} bytes"
+    end = _HEAD_END.search(data)
+    head, body = (data[: end.end()], data[end.end() :]) if end else (data, b"")
+    if not re.match(rb"\r?\n|\Z", body):
+        yield "header-syntax", _decode(body[:200].partition(b"\n")[0])
+    if "SMTPUTF8" not in client.parameters:
+        yield from (("header-raw", line) for line in _find_line(_NOT_ASCII, head))
+    if "8BITMIME" not in client.announced or kind not in ("8BITMIME", "BINARYMIME"):
+        code = "8bit-undeclared" if "8BITMIME" in client.announced else "8bit-unannounced"
+        yield from ((code, line) for line in _find_line(_NOT_ASCII, body))
+
+
+_TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
+_ADDRESS_HEADERS = ("from", "sender", "reply-to", "to", "cc")
+_SINGULAR_HEADERS = (*_ADDRESS_HEADERS, "date", "bcc", "message-id", "in-reply-to", "references", "subject")
+_BOUNDARY_DEFECTS = ("NoBoundaryInMultipartDefect", "StartBoundaryNotFoundDefect", "CloseBoundaryNotFoundDefect")
+_NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
+_ENCODED_WORD = re.compile(r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?=")
+_MESSAGE_ID = re.compile(r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*(?:\([^()]*\)\s*)?")
+_DATE = re.compile(
+    r"\s*(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?(?:0?[1-9]|[12][0-9]|3[01])\s+"
+    r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)\s+[0-9]{4}\s+"
+    r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{4}\s*(?:\([^()]*\)\s*)*"
+)
+
+
+_HEADER_LIMIT = 10000  # characters, beyond which headers are not taken apart: `email` takes the square of the length
+
+
+@functools.cache
+def _make_email_policy() -> Any:
+    from email.errors import InvalidHeaderDefect
+    from email.policy import EmailPolicy
+
+    class Policy(EmailPolicy):
+        def header_fetch_parse(self, name: str, value: str) -> Any:
+            try:
+                if name.lower().startswith("content-") and len(value) > _HEADER_LIMIT:
+                    raise ValueError("it is too long")
+                return super().header_fetch_parse(name, value)
+            except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
+                text = "".join(value[:_HEADER_LIMIT].splitlines()).replace("=?", "= ?")
+                header: Any = self.header_factory("unstructured", text)
+                header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
+                return header
+
+    return Policy()
+
+
+@functools.lru_cache(maxsize=64)  # addresses are asked for twice
+def _parse_header(name: str, value: str) -> tuple[Any, bool]:
+    """The header as `email` parses it, without encoded words, and whether it is malformed."""
+    from email.errors import InvalidHeaderDefect
+
+    if len(value) > _HEADER_LIMIT:
+        return None, False
+    text = _ENCODED_WORD.sub("x", value)  # encoded words have a check of their own
+    header = _make_email_policy().header_fetch_parse(name, text.rstrip("; \t\r\n") if name == _TYPE else text)
+    return header, any(isinstance(defect, InvalidHeaderDefect) for defect in header.defects)
+
+
+def _has_no_address(value: str) -> bool:
+    header, is_malformed = _parse_header("to", value)
+    return is_malformed or (header is not None and not header.groups)
+
+
+def _can_decode(data: bytes, encoding: str, charset: str | None = None) -> bool:
+    import base64
+    import binascii
+    import codecs
+
+    try:
+        if encoding == "base64":
+            data = base64.b64decode(b"".join(data.split()), validate=True)
+        elif encoding == "quoted-printable":
+            data = binascii.a2b_qp(data)
+        return charset is None or (
+            codecs.lookup(charset).name not in _NOT_CHARSETS and data.decode(charset) is not None
+        )
+    except (LookupError, ValueError):
+        return False
+
+
+def _is_bad_word(match: re.Match[str]) -> bool:
+    charset, kind, text = match.groups()
+    around = match.string[max(match.start() - 1, 0) : match.start()] + match.string[match.end() : match.end() + 1]
+    encoding = {"b": "base64", "q": "quoted-printable"}.get(kind.lower())
+    if encoding is None or not text.isascii() or not re.fullmatch(r"\S+", text) or around.strip("( \t\r\n)"):
+        return True
+    data = text.encode()
+    return bool(_ENCODINGS[encoding][1].search(data)) or not _can_decode(data, encoding, charset.partition("*")[0])
+
+
+# A code, the headers that it is about (none: all but those of MIME), and when a value is wrong.
+_HEADER_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[str], object]], ...] = (
+    ("bad-date", ("date",), lambda value: not _DATE.fullmatch(value)),
+    ("bad-message-id", ("message-id",), lambda value: not _MESSAGE_ID.fullmatch(value)),
+    ("bad-address", _ADDRESS_HEADERS, _has_no_address),
+    ("encoded-word", (), lambda value: any(map(_is_bad_word, _ENCODED_WORD.finditer(value)))),
+    # CPython's `email` makes words of 76.
+    ("encoded-word-long", (), lambda value: any(len(match[0]) > 76 for match in _ENCODED_WORD.finditer(value))),
+    ("encoded-parameter", (_TYPE, _DISPOSITION), _ENCODED_WORD.search),
+    ("bad-content-type", (_TYPE,), lambda value: _parse_header(_TYPE, value)[1]),
+)
+
+
+def _check_headers(fields: list[tuple[str, str]]) -> _Findings:
+    """Of headers with the same name, the first is looked at."""
+    seen: set[str] = set()
+    for name, value in fields:
+        key = name.lower()
+        if key in seen and key in _SINGULAR_HEADERS:
+            yield "header-duplicate", f"{name}: {value}"
+        for code, names, is_wrong in _HEADER_CHECKS if key not in seen else ():
+            if (key in names if names else key not in _MIME) and is_wrong(value):
+                yield code, f"{name}: {value}"
+        seen.add(key)
+
+
+def _check_header_set(first: dict[str, str], client: _Client) -> _Findings:
+    """What must be there, and what must not."""
+    yield from (("header-missing", name) for name in ("Date", "From") if name.lower() not in first)
+    if "message-id" not in first:
+        yield "no-message-id", ""
+    if "mime-version" not in first:
+        yield from [("no-mime-version", f"{name}: {first[name]}") for name in _MIME if name in first][:1]
+    bcc = _parse_header("bcc", first.get("bcc", ""))[0]
+    for address in getattr(bcc, "addresses", ()):
+        if client.recipients != [address.addr_spec.lower()]:  # else this is the copy for the hidden one
+            yield "bcc-disclosed", address.addr_spec
+
+
+def _check_part(part: Any, first: dict[str, str], client: _Client) -> _Findings:
+    encoding = first.get(_ENCODING, "7bit").strip().lower()
+    kind = _parse_header(_TYPE, first.get(_TYPE, "text/plain"))[0]
+    name, parameters = getattr(kind, "content_type", "text"), getattr(kind, "params", {})
+    is_composite = part.is_multipart() or name.startswith("multipart/")
+    allowed = ["7bit", "8bit"] if is_composite else [*_ENCODINGS, "8bit"]
+    allowed += ["binary"] if client.parameters.get("BODY") == "BINARYMIME" else []
+    if encoding not in allowed and not encoding.startswith("x-"):  # RFC 2045 section 6.3 allows private ones
+        yield "bad-encoding", f"Content-Transfer-Encoding: {encoding}"
+    defects = {type(defect).__name__ for defect in part.defects}
+    if len(parameters.get("boundary", "")) > 70 or defects.intersection(_BOUNDARY_DEFECTS):
+        yield "bad-boundary", f"Content-Type: {first.get(_TYPE)}"
+    if is_composite:
+        return
+    data = b"\r\n" + str(part._payload).encode("utf-8", "surrogateescape")  # get_payload() would decode it
+    code, pattern = _ENCODINGS.get(encoding, ("", _NOT_ASCII))
+    lines = list(_find_line(pattern, data)) if code else []
+    if not lines and not _can_decode(data, encoding):
+        lines = [encoding]
+    yield from ((code, line) for line in lines)
+    charset = parameters.get("charset", "us-ascii" if name == "text/plain" else None)
+    if not lines and name.startswith("text/") and not _can_decode(data, encoding, charset):
+        yield "wrong-charset", f"charset={charset}"
+
+
+def _check_mail(message: Message, client: _Client) -> _Findings:
+    parts: list[Any] = [message.email]
+    while parts:
+        part = parts.pop()
+        is_mail = part is message.email
+        ours = message.mailfrom + bool(message.received_header) if is_mail else 0
+        fields = list(part.raw_items())[ours:]
+        first = {name.lower(): value for name, value in reversed(fields)}
+        yield from _check_header_set(first, client) if is_mail else ()
+        yield from _check_headers(fields)
+        yield from _check_part(part, first, client)
+        if part.is_multipart() and part.get_content_maintype() == "multipart":  # others wrote a mail within the mail
+            parts += reversed(part.get_payload())
+
+
+def _find_violations(message: Message) -> list[Violation]:
+    """In the order of the dialogue and then of the mail, one for each code and line."""
+    dialogue, body, client = message._dialogue[: message._said], message._steps.get("msg"), _Client()
+    if dialogue[3:4] == [_TRUNCATED]:  # what was announced is not known any more
+        return []
+    found = [*_check_dialogue(dialogue, client)]
+    if body is not None and body.value is not None and not getattr(body.request, "is_partial", False):
+        found += _check_content(body.value, client, message.data_request[:4].upper() == "BDAT")
+        found += _check_mail(message, client)
+    lines = ((code, line[:200].encode("utf-8", "backslashreplace").decode()[:200]) for code, line in found)
+    return [
+        Violation(code, *_VIOLATIONS[code], line)
+        for code, line in dict.fromkeys(lines)
+        if code not in message._tolerated
+    ]
+
+
 # ----------------------------------------------------------------------------------------- records
 
 
@@ -505,6 +967,47 @@ def _encode(text: str) -> bytes:
 
 # A client's line, the size of its body, or None where the server speaks unasked.
 _Request = str | int | None
+
+
+class _Line(str):
+    """A line with facts that its text does not show. Bytes are not kept, because they may be a secret."""
+
+    faults: tuple[str, ...] = ()  # codes of violations
+    behind = 0  # bytes that had arrived behind the request, or before this reply
+
+    def replace_text(self, text: str) -> _Line:
+        line = _Line(text)
+        line.faults, line.behind = self.faults, self.behind
+        return line
+
+
+class _Size(int):
+    """The size of a body, with such facts."""
+
+    behind = 0
+    undotted = ""  # the first line that began with one dot
+    is_partial = False  # whether the body ended before its end marker
+
+
+def _hide(request: str, text: str) -> str:
+    """This text in place of the request, which may be a secret."""
+    return request.replace_text(text) if isinstance(request, _Line) else text
+
+
+def _mark_line(request: str, line: bytes, behind: int) -> str:
+    """The request, which was this line, with its faults."""
+    text = line[:-1] if line.endswith(b"\r") else line
+    marked = _Line(request)
+    marked.behind = behind
+    faults = {
+        "bare-lf": text is line,
+        "bare-cr": b"\r" in text,
+        "nul-byte": b"\0" in text,
+        "command-space": text.strip(b" \t") != text,
+        "long-command": len(line) >= 512,  # and the LF
+    }
+    marked.faults = tuple(code for code, is_wrong in faults.items() if is_wrong)
+    return marked if behind or marked.faults else request
 
 
 class _Exchange(NamedTuple):
@@ -566,23 +1069,6 @@ class Attachment(NamedTuple):
     name: str | None
     type: str
     content: bytes
-
-
-@functools.cache
-def _make_email_policy() -> Any:
-    from email.errors import InvalidHeaderDefect
-    from email.policy import EmailPolicy
-
-    class Policy(EmailPolicy):
-        def header_fetch_parse(self, name: str, value: str) -> Any:
-            try:
-                return super().header_fetch_parse(name, value)
-            except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
-                header: Any = self.header_factory("unstructured", "".join(value.splitlines()).replace("=?", "= ?"))
-                header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
-                return header
-
-    return Policy()
 
 
 def _parse_email(data: bytes) -> Any:
@@ -677,7 +1163,9 @@ class Message:
     id: int  #: unique among the messages of the server
     peer: tuple[str, int]  #: the client's address and port
 
-    def __init__(self, mail: _Mail, peer: tuple[str, int], number: int, stamped_at: float) -> None:
+    def __init__(
+        self, mail: _Mail, peer: tuple[str, int], number: int, stamped_at: float, tolerated: Collection[str] = ()
+    ) -> None:
         # The session goes on appending to the lists, so their present lengths are kept with them.
         fields = {
             "id": number,
@@ -689,6 +1177,7 @@ class Message:
             "_dialogue": mail.dialogue,
             "_said": len(mail.dialogue),
             "_start": mail.start,
+            "_tolerated": tolerated,
         }
         object.__setattr__(self, "__dict__", fields)  # __setattr__() allows nothing else
 
@@ -699,13 +1188,14 @@ class Message:
     _dialogue: _Dialogue
     _said: int
     _start: int
+    _tolerated: Collection[str]
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the record, without what was parsed from it and cached."""
-        cached = ("transcript", "received_header", "email", "_parts")
+        cached = ("transcript", "received_header", "email", "_parts", "_findings")
         return {name: value for name, value in vars(self).items() if name not in cached}
 
     @property
@@ -860,6 +1350,20 @@ class Message:
     def _parts(self) -> tuple[dict[str, str], list[Attachment]]:
         return _split_parts(self.email)
 
+    @property
+    def violations(self) -> list[Violation]:
+        """What the client did wrong up to and with this mail; empty for a correct client."""
+        return [violation for violation in self._findings if violation.severity == "error"]
+
+    @property
+    def warnings(self) -> list[Violation]:
+        """What most servers tolerate, or what an RFC only advises against."""
+        return [violation for violation in self._findings if violation.severity == "warning"]
+
+    @functools.cached_property
+    def _findings(self) -> list[Violation]:
+        return _find_violations(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Every attribute as values for JSON. `content` is text if it is UTF-8, else base64: see `content_encoding`."""
         names = [name for name, field in vars(Message).items() if isinstance(field, _StepField) and name != "content"]
@@ -867,6 +1371,8 @@ class Message:
         names += ["mailfrom_parameters", "rcptto_parameters", "auth_mechanism", "auth_user"]
         values = {name: getattr(self, name) for name in (*names, "subject", "text", "html", "transcript")}
         values["refusals"] = [list(pair) for pair in self.refusals]
+        values["violations"] = [violation._asdict() for violation in self.violations]
+        values["warnings"] = [violation._asdict() for violation in self.warnings]
         values["peer"], values["tls"] = list(self.peer), list(self.tls) if self.tls else None
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
         values["rcptto_request_response"] = [list(pair) for pair in self.rcptto_request_response]
@@ -1253,7 +1759,7 @@ class Handler:
     def _start(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
         """Run the command; None if more must come before there is a reply."""
         if self.has_secret and argument:
-            request = f"{request.split(maxsplit=1)[0]} ***"
+            request = _hide(request, f"{request.split(maxsplit=1)[0]} ***")
         return session.run(self, verb, request, argument)
 
     def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
@@ -1334,23 +1840,6 @@ class _Helo(Handler):
     _erases = _STEPS
     _lists = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
     _before_tls = True
-
-
-_XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 section 4
-
-# The command, the extension and the pattern of each parameter. A parameter that is not listed belongs to the
-# extension of the same name, and may have any value.
-_PARAMETERS = {
-    "SIZE": ("MAIL", "SIZE", "[0-9]{1,20}"),  # RFC 1870
-    "BODY": ("MAIL", "8BITMIME", "7BIT|8BITMIME"),  # RFC 6152
-    "BODY=BINARYMIME": ("MAIL", "BINARYMIME", "BINARYMIME"),  # RFC 3030 section 3
-    "SMTPUTF8": ("MAIL", "SMTPUTF8", ""),  # RFC 6531
-    "AUTH": ("MAIL", "AUTH", f"<>|{_XTEXT}+"),  # RFC 4954
-    "RET": ("MAIL", "DSN", "FULL|HDRS"),  # RFC 3461
-    "ENVID": ("MAIL", "DSN", f"{_XTEXT}{{1,100}}"),
-    "NOTIFY": ("RCPT", "DSN", "NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*"),
-    "ORCPT": ("RCPT", "DSN", f"[A-Z0-9-]+;{_XTEXT}+"),
-}
 
 
 class _PathHandler(Handler):
@@ -1502,6 +1991,11 @@ class _EndOfBody(Handler):
     _step, _delay = "msg", "response_delay_message"
     _names = _Data._names
 
+    def refuse(self, session: _Session, value: Any) -> str | None:
+        body = session.mail.body
+        violations = session.message(body.size, value).violations if self.options.strict and body else []
+        return self.options.msg_violation.replace("{violation}", str(violations[0])) if violations else None
+
     def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
         reply = super()._run(session, stage, request, argument)
         if reply.accepts and not session.deliver():
@@ -1642,19 +2136,19 @@ class _Auth(Handler):
         name, _, initial = argument.partition(" ")
         shown = name if name.upper() in _MECHANISMS else "***" if name else ""
         words = (request.split(maxsplit=1)[0], shown, "***" if initial else "")
-        return session.run(self, verb, " ".join(filter(None, words)), argument)
+        return session.run(self, verb, _hide(request, " ".join(filter(None, words))), argument)
 
     def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
         """The argument is that of the command or, for an answer to a challenge, the exchange and the line."""
         answers = isinstance(argument, tuple)
-        result = self._proceed(*argument) if answers else self._begin(session, str(request), argument)
+        result = self._proceed(*argument) if answers else self._begin(session, request, argument)
         if isinstance(result, _AuthExchange):
             return self._challenge(session, stage, request, result)
         reply = super()._run(session, stage, result.request, result)
         session.mail.dialogue[-2] = request
         return reply
 
-    def _begin(self, session: _Session, request: str, argument: str) -> _AuthExchange | _AuthResult:
+    def _begin(self, session: _Session, request: Any, argument: str) -> _AuthExchange | _AuthResult:
         name, _, initial = argument.partition(" ")
         login = _AuthResult("msg_auth_bad_response", name.upper(), None, request)
         refusal = self._refuse_mechanism(session, name.upper())
@@ -1707,7 +2201,9 @@ class _Auth(Handler):
             wanted = ("delay", "trickle")
             reply = self._apply(session.decide((stage, "*"), exchange.login.request, None, [""], wanted=wanted), reply)
         session.mail.dialogue.extend((request, text))
-        session.expect_answer(lambda line: session.run(self, stage, line if line == "*" else "***", (exchange, line)))
+        session.expect_answer(
+            lambda line: session.run(self, stage, _hide(line, line if line == "*" else "***"), (exchange, line))
+        )
         return reply
 
     def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
@@ -1819,6 +2315,7 @@ _LINE_LIMIT = 4096  # bytes of a command line with its end; RFC 5321 section 4.5
 _AUTH_LINE_LIMIT = 12288  # where lines may hold tokens; RFC 4954 section 4
 _END_OF_DATA = b"\r\n.\r\n"
 _DIALOGUE_LIMIT = 20000  # requests and replies in a transcript; an endless session must not fill the memory
+_TRUNCATED = "<truncated>"
 
 
 class _Body:
@@ -1831,6 +2328,7 @@ class _Body:
         self.is_counted = is_counted  # comes in chunks, which have no end marker and no stuffed dots
         self.missing = 0  # bytes of the present chunk
         self.request = ""  # the BDAT that announced it
+        self.behind = 0  # bytes that arrived together with its end, after that
         self.finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
         self.size = 0  # bytes as they were sent, without the end marker and what may be its beginning
         self.stops = stops  # sizes at which rules apply, smallest first
@@ -1880,6 +2378,18 @@ class _Body:
         if not self.is_counted and b"." in raw:  # a dot is found much faster than a dot behind CRLF
             raw = raw.replace(b"\r\n.", b"\r\n")
         return bytes(memoryview(raw)[2:]) if self._is_kept and len(raw) - 2 <= self._limit else None
+
+    def mark(self, content: bytes | None) -> None:
+        """Add to the size what else there is to know of the end and the dots."""
+        undotted = b""
+        removed = 0 if content is None else self.size - len(content)
+        # Each dot that was doubled has left one.
+        if content and removed and removed != content.count(b"\r\n.") + content.startswith(b"."):
+            found = re.search(rb"\r\n(\.(?:[\r\n]|[^.][^\r\n]{0,200}))", self._raw)
+            undotted = found[1] if found else b""
+        if self.behind or undotted:
+            self.size = _Size(self.size)
+            self.size.behind, self.size.undotted = self.behind, _decode(undotted)
 
 
 class _Mail:
@@ -1978,10 +2488,20 @@ class _Session:
 
     def message(self, size: int | None = None, content: bytes | None = None) -> Message:
         """The message as it would be recorded now; with a body that is not accepted yet."""
-        message = Message(self.mail, self.peer, 0, 0.0)
+        message = Message(self.mail, self.peer, 0, 0.0, self.context.options.tolerated)
         if size is not None:
             message._steps["msg"] = _Exchange(size, "", False, content)
+            vars(message).update(_dialogue=[*message._dialogue, size, None], _said=message._said + 2)
         return message
+
+    def note_early_input(self) -> None:
+        """Keep that the client has sent more before the last reply, which is still to be sent."""
+        mail = self.mail
+        reply = _Line(mail.dialogue[-1])
+        reply.behind = 1
+        mail.dialogue = [*mail.dialogue[:-1], reply]  # a copy, because recorded messages have the list
+        if mail.entry is not None:
+            self._publish(complete=False, annotates=True)
 
     def begins_with(self, data: bytes) -> bool:
         """Whether the client has sent this, and no line yet."""
@@ -1993,7 +2513,12 @@ class _Session:
     def receive(self, data: bytes) -> Iterator[_Reply]:
         """Yield the replies to what data completes. A command is run when its reply is asked for."""
         if len(self.mail.dialogue) > _DIALOGUE_LIMIT:
-            self.mail.dialogue = self.mail.dialogue[:2] + self.mail.dialogue[-_DIALOGUE_LIMIT // 2 :]
+            self.mail.dialogue = [
+                *self.mail.dialogue[:2],
+                None,
+                _TRUNCATED,
+                *self.mail.dialogue[-_DIALOGUE_LIMIT // 2 :],
+            ]
         if self._rest:
             data, self._rest = self._rest + data, b""
         at = 0
@@ -2030,6 +2555,11 @@ class _Session:
         if end < 0:
             return self._take_part_of_line(data, at)
         request, verb, argument = _parse_command(data[at:end])
+        length, behind = end - at, len(data) - end - 1
+        # The first CR is the last byte, and nothing was stripped.
+        is_clean = data.find(b"\r", at, end) - at == length - 1 == len(request) < 511 and "\0" not in request
+        if behind or not is_clean:
+            request = _mark_line(request, data[at:end], behind)
         handlers = self.context.handlers
         handler = handlers.get(verb) or handlers["unknown"]
         keyword = handler._keyword
@@ -2044,14 +2574,17 @@ class _Session:
         if end < 0:
             return self._take_part_of_line(data, at)
         self._take = self._take_line
-        return end + 1, run(_decode(data[at:end].strip()))
+        line = data[at:end]
+        return end + 1, run(_mark_line(_decode(line.strip()), line, len(data) - end - 1))
 
     def _take_part_of_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         if len(data) - at < self._line_limit:
             self._rest = data[at:]
             return len(data), None
         self._take = self._skip_line
-        return at, self.run(self.context.handlers["too long"], "", f"line of over {self._line_limit} bytes", "")
+        request = _Line(f"line of over {self._line_limit} bytes")
+        request.faults = ("long-command",)
+        return at, self.run(self.context.handlers["too long"], "", request, "")
 
     def _skip_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         end = data.find(b"\n", at)
@@ -2068,6 +2601,7 @@ class _Session:
         if not is_complete or (pause is not None and pause.next.ends):
             return at, pause
         self._take = self._take_line
+        body.behind = len(data) - at
         reply = body.finish()
         return at, reply if pause is None else reply._replace(delay=pause.delay + reply.delay)
 
@@ -2145,7 +2679,9 @@ class _Session:
         body = self.mail.body
         assert body is not None
         handler = self.context.handlers["message" if request is None else "last chunk"]
-        reply = self.run(handler, "message", body.size, body.content(), completes=True)
+        content = body.content()
+        body.mark(content)
+        reply = self.run(handler, "message", body.size, content, completes=True)
         self.mail.body = None
         self.request = self.request if request is None else request
         return reply
@@ -2185,15 +2721,17 @@ class _Session:
         if body.missing:
             self.mail.steps.setdefault("data", _Exchange(body.request, "", False, None))
             self.mail.dialogue += (body.request, None)
-        self.mail.steps["msg"] = _Exchange(body.size, response, False, body.content())
-        self.mail.dialogue += (body.size, response or None)
+        size = _Size(body.size)
+        size.is_partial = True
+        self.mail.steps["msg"] = _Exchange(size, response, False, body.content())
+        self.mail.dialogue += (size, response or None)
         self.mail.body = None
 
     def deliver(self) -> bool:
         """Give on_message the mail that is about to be accepted. Returns whether it may be."""
         mail = self.mail
         mail.stamp = self.context.mailbox.stamp()
-        mail.delivered = Message(mail, self.peer, *mail.stamp)
+        mail.delivered = self._make_message()
         if not self._call(self.context.on_message, mail.delivered):
             mail.delivered = None
         return mail.delivered is not None
@@ -2226,7 +2764,7 @@ class _Session:
     def _make_message(self) -> Message:
         mail = self.mail
         mail.stamp = mail.stamp or self.context.mailbox.stamp()
-        return Message(mail, self.peer, *mail.stamp)
+        return Message(mail, self.peer, *mail.stamp, self.context.options.tolerated)
 
     def erase(self, steps: Sequence[str]) -> None:
         """Forget these steps, unless they belong to an accepted message that is kept."""
@@ -2529,6 +3067,8 @@ class _Connection(socketserver.BaseRequestHandler):
             self._flush()
             if not self._pause(reply.delay):
                 return False
+            if reply.data and reply.next is _Next.COMMAND and self._has_input():
+                self.session.note_early_input()
         if self.log.shows_activity and says:
             self.log.activity("SMTP response: ", reply.text if reply.data else "none")
         if not reply.trickle:
@@ -2574,6 +3114,12 @@ class _Connection(socketserver.BaseRequestHandler):
             poll.unregister(self.server.wake[1])  # stop() has begun
             poll.modify(self.request, hang_up)
         return True
+
+    def _has_input(self) -> bool:
+        """Whether the client has sent more; within TLS that cannot be seen."""
+        with contextlib.suppress(OSError):
+            return not self.session.is_secure and bool(self.plain.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        return False
 
     def _trickle(self, reply: _Reply) -> bool:
         self._flush()
@@ -3080,6 +3626,10 @@ class Server:
                         warnings.warn(f"{text}; {option}=True keeps them all", SMTPMockWarning, stacklevel=3)
         return messages
 
+    def violations(self) -> list[Violation]:
+        """The violations of all recorded messages, in their order."""
+        return [violation for message in self._mailbox.messages(purge=False) for violation in message.violations]
+
     def on(
         self,
         stage: str,
@@ -3207,6 +3757,8 @@ _OUTPUTS = (
 )
 
 _QUIET = ("quiet", _FLAG, False, "do not print a line for each mail and each session without one")
+
+_LINT = ("lint", _FLAG, False, "print on stderr what clients do wrong; exit with status 3 after an error")
 
 _Undo = Callable[[], object]  # what removes a mail from an output again
 
@@ -3383,7 +3935,7 @@ def _name_flag(option: str) -> str:
 def _name_flags(text: str) -> str:
     """An error message with flags in place of the options that it is about."""
     names = [field.name for field in dataclasses.fields(Configuration)]
-    names += [name for name, *_ in (_LOG, _QUIET, *_CERTIFICATE, *_OUTPUTS)]
+    names += [name for name, *_ in (_LOG, _QUIET, _LINT, *_CERTIFICATE, *_OUTPUTS)]
     pattern = rf"(^|needs |, |option )({'|'.join(names)})\b(?=[=:]|$)"
     return re.sub(
         pattern, lambda match: match[1] + _name_flag("tls_cert" if match[2] == "ssl_context" else match[2]), text
@@ -3417,6 +3969,23 @@ class _Narrator:
         size = len(message.content)
         names = ", ".join(message.rcpt_tos)
         return f'{message.mail_from or "<>"} -> {names} "{message.subject or ""}" {size / 1000:.1f} kB'
+
+
+class _Linter:
+    """Prints violations and warnings, each once for a session."""
+
+    def __init__(self) -> None:
+        self.has_found_error = False
+        self._printed: set[tuple[tuple[str, int], Violation]] = set()
+
+    def __call__(self, message: Message) -> None:
+        for found in (*message.violations, *message.warnings):
+            if (message.peer, found) not in self._printed:
+                self._printed.add((message.peer, found))
+                self.has_found_error = self.has_found_error or found.severity == "error"
+                with contextlib.suppress(OSError, ValueError):  # that nobody reads this is no reason to refuse a mail
+                    text = f"smtpmock: message {message.id}: {found.severity}: {found}\n"
+                    sys.stderr.write(text)
 
 
 def _open_outputs(
@@ -3472,7 +4041,7 @@ def _make_parser() -> Any:
     parser = Parser("smtpmock", description=_ABOUT, add_help=False)
     parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
     parser.add_argument("-v", "--version", action="store_true", help="print the version and exit")
-    for flag in (_LOG, _QUIET, *_CERTIFICATE, *_OUTPUTS):
+    for flag in (_LOG, _QUIET, _LINT, *_CERTIFICATE, *_OUTPUTS):
         _add_flag(parser, *flag)
     about = "make the server fail, as in 'RCPT bob@example.com: reply 550 No such user; times=2'; can be repeated"
     parser.add_argument("-rule", "--rule", dest="rules", action="append", metavar="...", help=about)
@@ -3501,7 +4070,7 @@ def _parse_arguments(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
         if re.match("--?[a-zA-Z]", flag) and flag not in known:
             raise ConfigurationError(f"{flag}: there is no such flag{_suggest(flag, known)}")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    for name, kind, *_ in (_LOG, _QUIET, *_OUTPUTS):
+    for name, kind, *_ in (_LOG, _QUIET, _LINT, *_OUTPUTS):
         if name in given:
             _check(name, given[name], kind)
     if "log" in given:
@@ -3547,12 +4116,23 @@ def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *
                 signal.signal(number, handler)
 
 
-def _serve(server: Server, options: dict[str, Any], *, owns_process: bool, quiet: bool, **outputs: Any) -> None:
-    """Run the server until a signal comes."""
+def _serve(
+    server: Server, options: dict[str, Any], *, owns_process: bool, quiet: bool, lint: bool, **outputs: Any
+) -> int:
+    """Run the server until a signal comes. Returns the exit status."""
     printer = _Printer()
     is_narrated = not (quiet or options.get("log_to_stdout") or outputs.get("json"))
     on_message, on_unaccepted = _open_outputs(printer, _Narrator(printer, options) if is_narrated else None, **outputs)
-    server._context = server._context._replace(on_message=on_message, on_unaccepted=on_unaccepted)
+    linter = _Linter() if lint else _ignore
+
+    def record(message: Message, output: Callable[[Message], object]) -> None:
+        output(message)
+        linter(message)
+
+    server._context = server._context._replace(
+        on_message=functools.partial(record, output=on_message),
+        on_unaccepted=functools.partial(record, output=on_unaccepted),
+    )
 
     def announce(host: str, port: int) -> None:
         if outputs.get("json"):
@@ -3563,22 +4143,25 @@ def _serve(server: Server, options: dict[str, Any], *, owns_process: bool, quiet
     # With JSON, what the server logs goes to stderr.
     with contextlib.redirect_stdout(sys.stderr if outputs.get("json") else sys.stdout):
         _run_until_signalled(server, announce, owns_process=owns_process)
+        for message in server.messages() if lint else ():  # for what came after the mail
+            linter(message)
+    return 3 * getattr(linter, "has_found_error", False)
 
 
-def _run_command(options: dict[str, Any], parser: Any, *, owns_process: bool) -> None:
+def _run_command(options: dict[str, Any], parser: Any, *, owns_process: bool) -> int:
     asks_help, asks_version = options.pop("help"), options.pop("version")
     if asks_version:
         _Printer()(f"smtpmock: {__version__}\npython: {sys.version}")
-        return
+        return 0
     if asks_help:
         _Printer()(parser.format_help().rstrip())
-        return
+        return 0
     outputs = {name: options.pop(name) for name, *_ in _OUTPUTS if name in options}
-    rules, quiet = options.pop("rules", ()), options.pop("quiet", False)
+    rules, quiet, lint = options.pop("rules", ()), options.pop("quiet", False), options.pop("lint", False)
     server = Server(**options)
     for rule in rules:
         _add_rule(server, rule)
-    _serve(server, options, owns_process=owns_process, quiet=quiet, **outputs)
+    return _serve(server, options, owns_process=owns_process, quiet=quiet, lint=lint, **outputs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3586,7 +4169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _make_parser()
     try:
         options = _parse_arguments(parser, sys.argv[1:] if argv is None else argv)
-        _run_command(options, parser, owns_process=argv is None)
+        return _run_command(options, parser, owns_process=argv is None)
     except SMTPMockError as error:
         with contextlib.suppress(OSError, AttributeError):
             sys.stderr.write(f"smtpmock: {_printable(_name_flags(str(error)))}\n")
@@ -3594,7 +4177,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if argv is None:
             _flush_stdout()
-    return 0
 
 
 def _flush_stdout() -> None:

@@ -49,7 +49,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 
 import smtpmock
@@ -142,6 +142,26 @@ class Memory:
         self.recorded.append(len(self.messages()))
         lines = reply.data.decode("utf-8", "surrogateescape").removesuffix("\r\n").split("\r\n")
         return (lines if reply.data else []) + ([reply.next.value] if reply.next.ends else [])
+
+    def converse(self, pieces: Iterable[bytes]) -> list[int]:
+        """Receive pieces, up to the end of the connection; how many lines the server says to each."""
+        counts = []
+        for piece in pieces:
+            replies = self.replies(piece)
+            counts.append(sum(reply.data.count(b"\r\n") for reply in replies))
+            if any(reply.next is smtpmock._Next.TLS for reply in replies):
+                self.secure()
+            if any(reply.next.ends for reply in replies):
+                break
+        self.end()
+        return counts
+
+    CODES: ClassVar[Mapping[str, tuple[str, str, str]]] = smtpmock._VIOLATIONS
+
+    @staticmethod
+    def findings(message: Message) -> list[smtpmock.Violation]:
+        """The violations and warnings in the order in which they were found."""
+        return message._findings
 
     def replies(self, data: bytes) -> list[smtpmock._Reply]:
         return list(self._session.receive(data))
@@ -1161,7 +1181,10 @@ class DialogueTest(unittest.TestCase):
 
 
 class PiecesTest(unittest.TestCase):
-    """The same bytes in any pieces give the same replies and messages."""
+    """The same bytes in any pieces give the same replies and messages.
+
+    Only whether something came too early depends on the pieces.
+    """
 
     STREAMS: Sequence[tuple[dict[str, Any], bytes]] = [
         ({}, b"EHLO a.com\r\n" + MAIL + b"RSET\r\n" + MAIL + b"QUIT\r\n"),
@@ -1177,7 +1200,11 @@ class PiecesTest(unittest.TestCase):
         memory = Memory(**options)
         said = [line for piece in pieces for line in memory.feed(piece)]
         memory.end()
-        return said, [message.to_dict() for message in memory.messages()]
+        records = [message.to_dict() for message in memory.messages()]
+        for record in records:
+            early = ("pipelining", "data-before-354")
+            record["violations"] = [found for found in record["violations"] if found["code"] not in early]
+        return said, records
 
     def test_random_pieces(self) -> None:
         for number, (options, stream) in enumerate(self.STREAMS):
@@ -1189,6 +1216,452 @@ class PiecesTest(unittest.TestCase):
                     cuts = sorted(rng.sample(range(1, len(stream)), min(count, len(stream) - 1)))
                     pieces = [stream[i:j] for i, j in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
                     self.assertEqual(self.converse(pieces, options), whole)
+
+
+# -------------------------------------------------------------------------------------- violations
+
+# What a client sends, and which codes the messages of the session then have, in order; x3 stands for three of a kind.
+# Items end in CRLF, except for those that begin with R: and have escapes. One that begins with + comes in one piece
+# with the item before it. Indented lines go on.
+VIOLATIONS = read_table(r"""
+== the default options
+clean: ENVELOPE | HEAD | Subject: Hi | | Hello | END
+clean: HELO a.example.com | MAIL | RCPT | DATA | HEAD | | Hello | END
+clean: HELLO | MAIL FROM:<> | RCPT | RSET | QUIT
+clean: HELLO | MAIL FROM:<@x.org,@y.org:a@example.com> | RSET | QUIT
+clean: HELLO | MAIL FROM:<> | RCPT TO:<Postmaster> | RSET | QUIT
+clean: EHLO [192.0.2.1] | MAIL FROM:<a@[192.0.2.1]> | RCPT TO:<b@[IPv6:2001:db8::1]> | RSET |
+    EHLO [IPv6:2001:db8::1] | QUIT
+clean: HELLO | MAIL FROM:<"a b>c"@example.com> | RCPT TO:<"b\"b"@example.com> | RSET | QUIT
+clean: ENVELOPE | HEAD | | .. | ... | ..hidden | a.b | END
+clean: ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary="=_1" | | For the readers of 1990 | --=_1 |
+    Content-Type: multipart/alternative; boundary="=_2" | | --=_2 | Content-Type: text/plain; charset=utf-8 |
+    CTE: quoted-printable | | Gr=C3=BC=C3=9Fe = | an alle=20 | | --=_2 |
+    Content-Type: text/html; charset=iso-8859-15 | CTE: base64 | | PGI+R3L83zwvYj4= |
+    --=_2-- | | --=_1 | Content-Type: message/rfc822 | | Subject: one in the other |
+    Date: its faults are of others | | Hello | --=_1 | Content-Type: application/octet-stream; name="a.bin" |
+    CTE: base64 | Content-Disposition: attachment; filename="a.bin" | | {AAAA*19} | AAAAAA== |
+    --=_1-- | END
+clean: ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (CST) | From: =?utf-8?q?J=C3=BCrgen?= <a@example.com> |
+    Sender: =?iso-8859-1*en?Q?J=FCrgen?= (=?utf-8?b?w7w=?=) <a@example.com> |
+    To: "B, b" <b@example.com>, list: =?utf-8?b?w7w=?= <c@example.com>;, d@example.com |
+    Cc: undisclosed-recipients:; | Message-ID: |  <1@example.com> | Subject: =?utf-8?b?w7w=?= |
+    {SP}=?utf-8?q?=C3=BC_x?= and 1=?2 | | END
+clean: ENVELOPE | HEAD | MIME | Content-Type: application/pdf; name*=utf-8''%C3%BC.pdf |
+    Content-Disposition: attachment; filename*0*=utf-8''%C3%BC; filename*1=".pdf" |
+    CTE: base64 | | AAAA | END
+clean: NOOP | HELP | HELLO | VRFY b | NOOP what | ehlo a.example.com | mail from:<a@example.com> |
+    rcpt to:<b@example.com> | QUIT
+clean: ENVELOPE | From: a@example | R:.com\nX
+clean: HELLO | NOOP {x*505} | MAIL | RCPT | DATA | HEAD | X: {x*995} | | {x*998} | END
+clean: ENVELOPE | HEAD | Subject: =?utf-8?q?{x*64}?= | | END
+clean: ENVELOPE | HEAD | MIME | Content-Type: multipart/digest; boundary="a'()+_,-./:=? 9" | | --a'()+_,-./:=? 9 | |
+    Subject: Hi | | Hello | --a'()+_,-./:=? 9-- | END
+bare-lf: R:EHLO a.example.com\n | QUIT
+bare-cr: HELLO | R:NOOP a\rb\r\n | QUIT
+bare-cr: R:EHLO a.example.com\r\r\n | QUIT
+nul-byte: HELLO | R:NOOP a\0b\r\n | QUIT
+long-command: HELLO | NOOP {x*506} | QUIT
+long-command, path-too-long, long-command, path-too-long, unannounced-parameter: HELLO |
+    MAIL FROM:<{a*600}@example.com> | RCPT TO:<{a*1100}@example.com> NOTIFY=NEVER | QUIT
+command-space x2: R: EHLO a.example.com\r\n | R:QUIT \r\n
+data-before-354: ENVELOPE | + DATE | + FROM | + ID | +  | + . | QUIT
+pipelining x2: HELLO | MAIL | + RCPT | + RSET | QUIT
+pipelining: ENVELOPE | HEAD | | . | + QUIT
+unknown-command x3: HELLO | FOO bar | QÜIT | | QUIT
+no-hello: MAIL | QUIT
+hello-invalid, no-hello, hello-invalid x2: EHLO my_host | MAIL | EHLO | EHLO a.example.com here | QUIT
+hello-invalid: EHLO 192.0.2.1 | QUIT
+hello-not-fqdn x2: EHLO vm | HELO localhost | QUIT
+unannounced-command x5: HELLO | STARTTLS | AUTH PLAIN AHUAcA== | MAIL | RCPT | BDAT 5 | ETRN a.example.com | RSET |
+    HELO a.example.com | AUTH LOGIN | QUIT
+nested-mail: HELLO | MAIL | MAIL FROM:<b@example.com> | QUIT
+path-syntax x7: HELLO | MAIL FROM: <a@example.com> | RSET | MAIL FROM:a@example.com | RCPT TO:Bob <b@example.com> |
+    RCPT TO:<a@b@example.com> | RCPT TO:<> | RCPT TO:<b@example..com> | RCPT <b@example.com> | QUIT
+path-too-long x2, undeclared-utf8, path-too-long: HELLO | MAIL FROM:<{a*65}@example.com> | RSET |
+    MAIL FROM:<{a*64}@example.com> | RCPT TO:<{ä*65}@{b.*10}example.com> | RCPT TO:<a@{bcde.*49}example.com> | QUIT
+unstuffed-dot: ENVELOPE | HEAD | | .hidden | END
+bare-lf, header-missing, no-message-id: ENVELOPE | R:From: alice@example.com\r\n\r\nHello\n\r\n | END
+bare-cr: ENVELOPE | HEAD | | R:a\rb\r\n | END
+nul-byte: ENVELOPE | HEAD | | R:a\0b\r\n | END
+bare-lf, false-end: ENVELOPE | HEAD | | R:a\n.\r\n | END
+bare-cr, false-end: ENVELOPE | HEAD | | R:a\r.\rb\r\n | END
+false-end, bare-lf: ENVELOPE | HEAD | | R:a\r\n.\nb\r\n | END
+long-line: ENVELOPE | HEAD | | {x*999} | END
+8bit-unannounced: ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 |
+    CTE: 8bit | | Grüße | END
+header-syntax, header-missing x2, no-message-id: ENVELOPE | Hello | END
+header-syntax, header-missing x2, no-message-id: ENVELOPE | R: Hello\r\n | END
+header-syntax: ENVELOPE | HEAD | Subject : Hi | | END
+header-missing x2, no-message-id: ENVELOPE | END
+header-raw: ENVELOPE | HEAD | Subject: Grüße | | END
+header-duplicate x2: ENVELOPE | HEAD | Subject: a | subject: b | TO: c@example.com | Comments: a | Comments: b | |
+    END
+bad-message-id: ENVELOPE | DATE | FROM | Message-ID: <1> | | END
+bad-date: ENVELOPE | Date: Ven, 21 nov 1997 09:55:06 GMT | FROM | ID | | END
+bad-date: ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 GMT | FROM | ID | | END
+bad-address x5: ENVELOPE | DATE | From: =?utf-8?q?J=C3=BCrgen_=3Ca=40example=2Ecom=3E?= |
+    Sender: Doe, John <a@example.com> | Reply-To: bob | To: | Cc: <a@example.com | ID | | END
+no-mime-version: ENVELOPE | HEAD | Content-Type: text/plain; charset=utf-8 | CTE: 7bit | | END
+encoded-word x8: ENVELOPE | DATE | From: =?utf-8?q?J?=<a@example.com> | ID | X-1: =?utf-8?q??= |
+    X-2: =?utf-8?b?w7w?= | X-3: =?utf-8?q?=C3?= | X-4: =?utf-8?q?a b?= | X-5: =?nothing?q?ab?= |
+    X-6: a=?utf-8?q?ab?= | X-7: =?utf-8?x?ab?= | | END
+encoded-word-long: ENVELOPE | HEAD | Subject: =?utf-8?q?{x*65}?= | | END
+encoded-parameter: ENVELOPE | HEAD | MIME | Content-Type: text/plain |
+    Content-Disposition: attachment; filename="=?utf-8?q?=C3=BC?=" | | END
+bad-content-type: ENVELOPE | HEAD | MIME | Content-Type: text | | END
+bad-boundary: ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed | | Hello | END
+bad-boundary: ENVELOPE | HEAD | MIXED | | Hello | END
+bad-boundary: ENVELOPE | HEAD | MIXED | | --x | | Hello | END
+bad-boundary: ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary={x*71} | | --{x*71} | | Hello |
+    --{x*71}-- | END
+bad-encoding x2: ENVELOPE | HEAD | MIXED | | --x | CTE: utf-8 | | Hello | --x | CTE: binary | | Hello | --x-- | END
+bad-encoding: ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | Hello | --x-- | END
+bad-base64 x3: ENVELOPE | HEAD | MIXED | | --x | CTE: base64 | | Hello! | --x | CTE: base64 | | AAA | --x |
+    CTE: base64 | | {AAAA*20} | --x-- | END
+8bit-unannounced, bad-quoted-printable x3: ENVELOPE | HEAD | MIXED | | --x | CTE: quoted-printable | | 1 = 1 | --x |
+    CTE: quoted-printable | | Grüße | --x | CTE: quoted-printable | | {x*79} | --x-- | END
+wrong-charset x3: ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 |
+    CTE: quoted-printable | | =FC | --x | Content-Type: text/html; charset=nothing | | Hello |
+    --x | CTE: base64 | | w7w= | --x-- | END
+== SIZE
+-- extensions=["SIZE"]
+clean: HELLO | MAIL FROM:<a@example.com> SIZE=117 | RCPT | DATA | HEAD | | Hello | END
+clean: HELLO | MAIL FROM:<a@example.com> SIZE=115 | RCPT | DATA | HEAD | | Hello | END
+size-understated: HELLO | MAIL FROM:<a@example.com> SIZE=107 | RCPT | DATA | HEAD | | END
+== PIPELINING
+-- extensions=["PIPELINING"]
+clean: HELLO | MAIL | + RCPT | + DATA | HEAD | | Hello |
+    R:.\r\nMAIL FROM:<c@example.com>\r\nRCPT TO:<d@example.com>\r\nDATA\r\n | HEAD | | Hello | . | + QUIT
+clean: HELLO | MAIL | RSET | + MAIL | + RCPT | + QUIT
+data-before-354: ENVELOPE | + DATE | + FROM | + ID | +  | + . | QUIT
+pipelining: HELLO | + QUIT
+pipelining-order x2: HELLO | HELLO | + NOOP | + QUIT
+== a sender refused in a group
+-- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
+clean: HELLO | MAIL | + RCPT | + DATA | RSET | QUIT
+== a recipient refused in a group
+-- extensions=["PIPELINING"], not_registered_emails=["b@example.com"]
+clean: HELLO | MAIL | + RCPT | + DATA | RSET | + MAIL FROM:<c@example.com> | + RCPT TO:<c@example.com> | + DATA |
+    HEAD | | END
+== a 421 in a group
+-- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"]
+clean: HELLO | MAIL | + RCPT | + DATA | QUIT
+== 8BITMIME
+-- extensions=["8BITMIME"]
+clean: HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | MIME |
+    Content-Type: text/plain; charset="utf-8" | CTE: 8bit | | Grüße | END
+clean: HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | Content-Type: text/html; |
+    CTE: 8bit | MIME | | Grüße | END
+8bit-undeclared, 8bit-in-7bit: ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | | Grüße | END
+== STARTTLS
+-- ssl_context=True
+clean: HELLO | STARTTLS | ENVELOPE | HEAD | | END
+clean: HELLO | STARTTLS | QUIT
+no-hello-after-tls: HELLO | STARTTLS | MAIL | QUIT
+pipelining: HELLO | STARTTLS | + EHLO b.example.com | HELLO | QUIT
+unannounced-command: HELLO | STARTTLS | HELLO | STARTTLS | QUIT
+superfluous-argument x4: HELLO | STARTTLS now | MAIL | RCPT | DATA BODY=8BITMIME | RSET all | QUIT please | QUIT
+== STARTTLS and AUTH, several mails
+-- ssl_context=True, auth_users={"u": "p"}, auth_requires_tls=True
+-- multiple_message_receiving=True, multiple_rcptto=True
+clean: HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | MAIL | RCPT |
+    RCPT TO:<c@example.com> | DATA | HEAD | | END
+== AUTH
+-- auth_users={"u": "p"}
+clean: HELLO | AUTH PLAIN AHUAcA== | QUIT
+clean: HELLO | AUTH LOGIN | dQ== | cA== | QUIT
+clean: HELLO | AUTH PLAIN | * | QUIT
+clean: HELLO | AUTH XOAUTH2 | {YWJj*900} | QUIT
+clean: HELLO | MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT
+long-command: HELLO | AUTH XOAUTH2 {YWJj*900} | QUIT
+unannounced-mechanism: HELLO | AUTH NTLM AAAA | QUIT
+bad-sequence x2: HELLO | RCPT | MAIL | AUTH PLAIN AHUAcA== | RSET | QUIT
+== AUTH in a group
+-- auth_users={"u": "p"}, extensions=["PIPELINING"]
+clean: HELLO | AUTH PLAIN AHUAcA== | + MAIL | + RSET | + QUIT
+pipelining-order x2: HELLO | AUTH LOGIN | + dQ== | + cA== | QUIT
+== CHUNKING
+-- extensions=["CHUNKING"]
+clean: HELLO | MAIL | RCPT |
+    R:BDAT 110\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
+    R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT
+== CHUNKING in a group
+-- extensions=["CHUNKING", "PIPELINING"]
+clean: HELLO |
+    R:MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nBDAT 110 LAST\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
+    QUIT
+== SMTPUTF8 and 8BITMIME
+-- extensions=["SMTPUTF8", "8BITMIME"]
+clean: HELLO | MAIL FROM:<jürgen@exämple.com> SMTPUTF8 BODY=8BITMIME | RCPT TO:<jürgen@exämple.com> | DATA | HEAD |
+    Subject: Grüße | | END
+== DSN
+-- extensions=["DSN"]
+clean: HELLO | MAIL FROM:<a@example.com> RET=HDRS ENVID=QQ314159 |
+    RCPT TO:<b@example.com> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;b@example.com | RSET | QUIT
+== several mails
+-- multiple_message_receiving=True
+clean: ENVELOPE | HEAD | | . | RSET | MAIL | RCPT | DATA | HEAD | | END
+== a recipient refused
+-- not_registered_emails=["b@example.com"]
+clean: HELLO | MAIL | RCPT | QUIT
+no-recipient: ENVELOPE | QUIT
+== DATA refused
+-- msg_data_received="554 No"
+clean: ENVELOPE | RSET | QUIT
+== a mail refused
+-- msg_msg_received="451 Later"
+clean: ENVELOPE | HEAD | | . | MAIL | RCPT | DATA | HEAD | | END
+== a 421
+-- blacklisted_mailfrom_emails=["a@example.com"]
+clean: HELLO | MAIL | QUIT
+after-421 x2: HELLO | MAIL | RSET | NOOP | QUIT
+== a mail that is too large
+-- msg_size_limit=10
+clean: ENVELOPE | HEAD | END
+== several recipients
+-- multiple_rcptto=True
+clean: ENVELOPE | HEAD | Bcc: B <b@example.com> | | END
+bcc-disclosed: HELLO | MAIL | RCPT | RCPT TO:<c@example.com> | DATA | HEAD | Bcc: C <c@example.com> | | END
+== a 421 as the greeting
+-- msg_greeting="421 Too busy"
+after-421: HELLO | QUIT
+== DATA refused for now
+-- msg_data_received="451 Later"
+data-after-refusal: ENVELOPE | HEAD | QUIT | | R:Hello\n | . | QUIT
+== DATA refused in a group
+-- extensions=["PIPELINING"], msg_data_received="451 Later"
+pipelining-order, data-after-refusal: ENVELOPE | + DATE | +  | + . | QUIT
+== AUTH where STARTTLS is offered
+-- auth_users={"u": "p"}, ssl_context=True
+auth-in-clear x2: HELLO | AUTH PLAIN AHUAcAA= | auth login | dQ== | cA== | QUIT
+== a sender refused
+-- blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
+bad-sequence, no-recipient: ENVELOPE | QUIT
+== SIZE and an extension of its own
+-- extensions=["SIZE", "FOO"]
+unannounced-parameter x4: HELLO | MAIL FROM:<a@example.com> SIZE=10 BODY=8BITMIME |
+    MAIL FROM:<a@example.com> SIZE=10 FOO=1 | RCPT TO:<b@example.com> NOTIFY=NEVER | RSET | HELO a.example.com |
+    MAIL FROM:<a@example.com> SIZE=10 | MAIL FROM:<a@example.com> BODY=BINARYMIME | QUIT
+== SMTPUTF8
+-- extensions=["SMTPUTF8"]
+undeclared-utf8 x2: HELLO | MAIL FROM:<jürgen@example.com> SMTPUTF8 | RSET | MAIL FROM:<jürgen@example.com> | RSET |
+    MAIL | RCPT TO:<jürgen@example.com> | QUIT
+""")
+SHORT = {
+    "HELLO": "EHLO a.example.com",
+    "MAIL": "MAIL FROM:<a@example.com>",
+    "RCPT": "RCPT TO:<b@example.com>",
+    "ENVELOPE": "HELLO | MAIL | RCPT | DATA",
+    "DATE": "Date: Fri, 21 Nov 1997 09:55:06 -0600",
+    "FROM": "From: a@example.com",
+    "ID": "Message-ID: <1@example.com>",
+    "HEAD": "DATE | FROM | To: b@example.com | ID",
+    "MIME": "MIME-Version: 1.0",
+    "MIXED": "MIME | Content-Type: multipart/mixed; boundary=x",
+    "END": ". | QUIT",
+}
+
+
+def read_items(text: str) -> list[str]:
+    items = [part for item in text.split(" | ") for part in (read_items(SHORT[item]) if item in SHORT else [item])]
+    return [item.replace("CTE: ", "Content-Transfer-Encoding: ") for item in items]
+
+
+def read_pieces(text: str) -> list[bytes]:
+    """What the client sends, and waits for the reply to."""
+    pieces: list[bytes] = []
+    for item in read_items(text.replace("| + ", "| +").replace("| |", "|  |")):
+        follows, raw = item.startswith("+"), item.removeprefix("+")
+        raw = SHORT.get(raw, raw)
+        data = read_escapes(raw[2:]) if raw.startswith("R:") else raw.encode() + b"\r\n"
+        pieces[-1:] = [pieces[-1] + data] if follows else [*pieces[-1:], data]
+    return pieces
+
+
+def list_codes(messages: Iterable[Message]) -> list[str]:
+    """The codes of violations and warnings in the order in which they were found."""
+    return [found.code for message in messages for found in Memory.findings(message)]
+
+
+class ViolationTest(ServerCase):
+    """What clients did wrong."""
+
+    def rows(self) -> Iterator[tuple[str, dict[str, Any], list[str], list[bytes]]]:
+        """A row, its options, the expected codes, and what the client sends."""
+        for entry in VIOLATIONS.values():
+            for line in re.sub("\n {4}", " ", "\n".join(entry.lines)).split("\n"):
+                expected, _, text = line.partition(": ")
+                counted = [f"{code} x1".split(" x")[:2] for code in expected.split(", ") if code != "clean"]
+                codes = [code for code, count in counted for _ in range(int(count))]
+                yield line, entry.options, codes, read_pieces(text)
+
+    def test_in_memory(self) -> None:
+        for row, options, expected, pieces in self.rows():
+            memory = Memory(**options)
+            memory.greet()
+            memory.converse(pieces)
+            with self.subTest(row):
+                self.assertEqual(list_codes(memory.messages()), expected)
+            for found in [found for message in memory.messages() for found in Memory.findings(message)]:
+                self.assertTrue(len(found.line) <= 200 and str(found).isprintable(), found)
+
+    def test_through_a_socket(self) -> None:
+        """In small pieces, so that nothing is pipelined."""
+        tried = 0
+        for row, options, expected, pieces in self.rows():
+            if (
+                "ssl_context" in options
+                or max(map(len, pieces)) > 200
+                or any(b"\r\n" in piece[:-2] for piece in pieces)
+            ):
+                continue
+            counts = Memory(**options).converse(pieces)
+            with self.subTest(row), Server(**options) as server, Client(server) as client:
+                for piece, count in zip(pieces, counts, strict=False):
+                    for index in range(0, len(piece), 7):
+                        client.send(piece[index : index + 7])
+                    for _ in range(count):
+                        client.read()
+                client.socket.shutdown(socket.SHUT_WR)
+                client.read_all()
+                self.assertEqual(list_codes(server.wait_for_messages(1, TIMEOUT)), expected)
+            tried += 1
+        self.assertGreater(tried, 30)
+
+    def test_the_table_is_complete(self) -> None:
+        rows = [expected for _, _, expected, _ in self.rows()]
+        self.assertEqual({code for codes in rows for code in codes} | {"early-talker"}, set(Memory.CODES))
+        self.assertGreater(rows.count([]), 20)
+
+    def test_what_a_violation_says(self) -> None:
+        memory = Memory(*ENVELOPE, "DATA")
+        memory.feed(b"From: a@example.com\r\n\r\nHello\n\r\n.\r\n")
+        message = memory.message()
+        first = message.violations[0]
+        self.assertEqual(first, ("bare-lf", "a line ends in LF and not in CRLF", "5321 2.3.8", "error", "Hello"))
+        self.assertEqual(str(first), "bare-lf: a line ends in LF and not in CRLF (RFC 5321 2.3.8): 'Hello'")
+        self.assertEqual([found.code for found in message.violations], ["bare-lf", "header-missing"])
+        self.assertEqual([found.code for found in message.warnings], ["no-message-id"])
+        record = message.to_dict()
+        self.assertEqual(record["violations"][0], first._asdict())
+        self.assertEqual(record["warnings"], [message.warnings[0]._asdict()])
+        self.assertEqual(pickle.loads(pickle.dumps(message)).violations, message.violations)
+        message.violations.clear()
+        self.assertEqual(len(message.violations), 2)
+
+    def test_one_code_and_line_is_reported_once(self) -> None:
+        message = Memory(*ENVELOPE, "FOO", "FOO", "BAR").message()
+        self.assertEqual([found.line for found in message.violations], ["FOO", "BAR"])
+
+    def test_a_secret_is_not_shown(self) -> None:
+        secret = "AHUAcA=="
+        memory = Memory("EHLO a.com", auth_users={"u": "q"}, multiple_message_receiving=True)
+        memory.feed(f"AUTH PLAIN {secret}\nAUTH LOGIN\r\n{secret} \n".encode())
+        message = memory.message()
+        self.assertEqual(
+            [found.code for found in message.violations], ["bare-lf", "pipelining", "pipelining", "bare-lf"]
+        )
+        self.assertNotIn(secret, pickle.dumps(message).decode("latin-1"))
+
+    def test_tolerated(self) -> None:
+        message = Memory("EHLO a", "FOO", tolerated=("unknown-command", "hello-not-fqdn")).message()
+        self.assertEqual((message.violations, message.warnings), ([], []))
+        self.assertEqual([*Configuration(tolerated=["bare-lf"]).tolerated], ["bare-lf"])
+        with self.assertRaisesRegex(ConfigurationError, "tolerated: .*'bare-fl'; did you mean bare-lf?"):
+            Configuration(tolerated=["bare-fl"])
+
+    def test_strict(self) -> None:
+        mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\nHello\r\n.\r\n"
+        for options, content, reply in (
+            ({}, mail, "250 Received"),
+            (
+                {},
+                mail.replace(b"Hello", b"Hello\n"),
+                "550 5.6.0 bare-lf: a line ends in LF and not in CRLF (RFC 5321 2.3.8): 'Hello'",
+            ),
+            (
+                {},
+                mail.replace(b"Hello", b".Hello"),
+                "550 5.6.0 unstuffed-dot: a dot at the start of a line is not doubled",
+            ),
+            ({"tolerated": ["bare-lf"]}, mail.replace(b"Hello", b"Hello\n"), "250 Received"),
+            ({"msg_violation": "554 no"}, mail[10:], "554 no"),
+        ):
+            with self.subTest(options, content=content):
+                memory = Memory(*ENVELOPE, "DATA", strict=True, **options)
+                self.assertEqual(memory.feed(content)[0][: len(reply)], reply)
+                self.assertEqual(memory.message().is_consistent, reply[0] == "2")
+        commands = Memory(*ENVELOPE, "FOO", "DATA", strict=True)  # commands are answered as ever
+        self.assertEqual(commands.feed(mail)[0][:25], "550 5.6.0 unknown-command")
+
+    def test_strict_looks_at_each_body(self) -> None:
+        """Two of the same size, in one message."""
+        memory = Memory(*ENVELOPE, "DATA", strict=True)
+        mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\n%s\r\n.\r\n"
+        memory.feed(mail % b"..")
+        memory.say(*ENVELOPE[1:], "DATA")
+        self.assertEqual(memory.feed(mail % b".a")[0][:23], "550 5.6.0 unstuffed-dot")
+
+    def test_of_all_messages(self) -> None:
+        with Server(multiple_message_receiving=True) as server:
+            send(server, "Subject: 1", "Subject: 2")
+            server.wait_for_messages(2, TIMEOUT)
+            codes = [found.code for found in server.violations()]
+        self.assertEqual(codes, ["header-missing"] * 4)
+
+    def test_what_comes_before_a_reply_that_is_delayed(self) -> None:
+        server, client, recorder = self.serve("EHLO: delay 0.3", log_server_activity=True)
+        client.send(b"EHLO a.example.com\r\n")
+        recorder.wait_for("EHLO")  # so that the server does not read what follows together with this
+        client.send(b"QUIT\r\n")
+        client.read_all()
+        (found,) = Memory.findings(server.messages()[0])
+        self.assertEqual((found.code, found.line), ("pipelining", "EHLO a.example.com"))
+
+    def test_what_is_recorded_already_does_not_change(self) -> None:
+        """Even if more comes before its reply is sent."""
+        server, client, _ = self.serve("message: delay 0.3")
+        for line in (*ENVELOPE, "DATA"):
+            client.ask(line)
+        client.send(b"hi\r\n.\r\n")
+        (before,) = server.wait_for_messages(1, TIMEOUT)
+        client.send(b"QUIT\r\n")
+        client.read_all()
+        (after,) = server.messages()
+        self.assertNotIn("pipelining", list_codes([before]))
+        self.assertIn("pipelining", list_codes([after]))
+
+    def test_a_command_before_the_greeting(self) -> None:
+        with Server() as server:
+            server.on("connect").delay(0.1)
+            with Client(server, greets=False) as client:
+                client.send(b"EHLO a.example.com\r\n")
+                self.assertEqual([client.read(), client.read()], ["220 Welcome", "250 Received"])
+                client.ask("QUIT")
+            self.assertEqual(list_codes(server.messages()), ["early-talker"])
+
+    def test_a_truncated_dialogue_gives_none(self) -> None:
+        memory = Memory(*ENVELOPE, "DATA", ".", *["FOO"] * 11000)
+        message = memory.message()
+        self.assertEqual(memory.findings(message), [])
+        self.assertIn("S: <truncated>", message.transcript)
+
+    def test_large_ones(self) -> None:
+        """They raise nothing and take time that is linear in their size, or this would last for minutes."""
+        nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\r\n\r\n--b%d\r\n" % (i, i) for i in range(500))
+        for content in (
+            nested,
+            b"".join(b"X-%d: =?utf-8?q?x?=\r\n" % i for i in range(20_000)),
+            b"Content-Type: text/plain" + b"; a=b" * 200_000,
+            b"To: " + b"a@example.com, " * 50_000,
+            b"Subject: " + b"=?a?q?" * 200_000,
+            b"\r\n" + b"=\n" * 500_000,
+        ):
+            memory = Memory(*ENVELOPE, "DATA")
+            memory.feed(content + b"\r\n.\r\n")
+            message = memory.message()
+            self.assertTrue(message.violations + message.warnings, content[:40])
 
 
 # ---------------------------------------------------------------------------------------- messages
@@ -3643,6 +4116,7 @@ class GarbageTest(unittest.TestCase):
                     self.assertEqual(message.content.decode("utf-8", "surrogateescape"), message.msg_request)
                     self.assertLessEqual(len(message.rcpt_tos), len(message.rcptto_request_response))
                     self.assertTrue(repr(message))
+                    self.assertTrue(all(map(str, message.violations + message.warnings)))
                 self.assertLessEqual(len(memory.messages()), 1 + accepted)
 
     def count_accepted(self, memory: Memory, rng: random.Random) -> int:
@@ -4617,6 +5091,34 @@ class NarrationTest(ProcessCase):
         for flag in ("-quiet", "-multipleRcptto=false"):
             out, errors = self.run_by_hand(flag, sender=lambda port: send(port, "hi"))
             self.assertEqual((out.count("accepted"), errors), (int(flag != "-quiet"), ""))
+
+    def lint(self, *argv: str) -> tuple[int, str]:
+        """The exit status and stderr after a session with faults in a command, in a mail, and after the mail."""
+        process = self.start(*argv)
+        with socket.create_connection(("127.0.0.1", self.port(process)), TIMEOUT) as client:
+            client.sendall(b"EHLO localhost\nMAIL FROM:<a@a.com>\r\nRCPT TO:<b@b.com>\r\nDATA\r\n")
+            client.sendall(b"From: a@a.com\r\n\r\nHi\r\n.\r\nQUIT x\r\nQUIT\r\n")
+            while client.recv(1000):
+                pass
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=TIMEOUT)
+        return process.returncode, errors
+
+    def test_lint(self) -> None:
+        status, errors = self.lint("-lint", "-quiet")
+        self.assertEqual(status, 3)
+        lines = errors.splitlines()
+        self.assertEqual(len(lines), len(set(lines)))
+        for line in (
+            "error: bare-lf: a line ends in LF and not in CRLF (RFC 5321 2.3.8): 'EHLO localhost'",
+            "error: header-missing: a required header is missing (RFC 5322 3.6): 'Date'",
+            "warning: no-message-id: there is no Message-ID (RFC 5322 3.6.4)",
+            "error: superfluous-argument: this command takes no argument (RFC 5321 4.1.1): 'QUIT x'",
+        ):
+            self.assertIn(f"smtpmock: message 1: {line}", lines)
+        tolerated = "-tolerated=bare-lf,header-missing,superfluous-argument,pipelining,data-before-354"
+        self.assertEqual(self.lint("-lint", tolerated)[0], 0)
+        self.assertEqual(self.lint("-quiet"), (0, ""))
 
     def test_a_mail_that_cannot_be_saved(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
