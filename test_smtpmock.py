@@ -17,6 +17,7 @@ import errno
 import functools
 import gc
 import hmac
+import importlib.util
 import inspect
 import io
 import itertools
@@ -5242,23 +5243,73 @@ class ReadmeTest(ProcessCase):
                 stack.callback(next, value, None)
             yield next(value) if inspect.isgenerator(value) else value
 
+    def test_examples_that_need_other_packages(self) -> None:
+        for example in self.blocks("py"):
+            code = compile(example, "README.md", "exec")
+            names = re.findall(r"^(?:import|from) (\w+)", example, re.MULTILINE)
+            with self.subTest(example):
+                if all(map(importlib.util.find_spec, names)):
+                    exec(code, {"__name__": "readme"})
+
+    def test_failures(self) -> None:
+        """Each line of the table of failures works as it stands."""
+        table = self.text.partition("\n## Make it fail\n")[2].partition("\n## ")[0]
+        lines = re.findall(r"^\| .* \| `(.*)` \|$", table, re.MULTILINE)
+        self.assertGreater(len(lines), 10)
+        for line in lines:
+            with self.subTest(line), Server(auth_users={"alice": "secret"}) as server:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                exec(line, {"server": server, "smtpmock": smtpmock, "re": re, "context": context})
+
     def test_commands(self) -> None:
         """Every command line of the README is one that the parser takes."""
-        lines = [line for block in self.blocks("sh") for line in block.splitlines()]
-        commands = [shlex.split(line.partition("-m smtpmock")[2]) for line in lines if "-m smtpmock" in line]
-        self.assertTrue(commands)
-        for argv in commands:
-            parse_flags(*argv)
+        lines = [line for language in ("sh", "yaml") for block in self.blocks(language) for line in block.splitlines()]
+        commands = [match[1] for line in lines if (match := re.search(r"smtpmock(?:\.py)? (-.*)", line))]
+        self.assertGreater(len(commands), 2)
+        for command in commands:
+            parse_flags(*shlex.split(command))
+
+    @unittest.skipUnless(shutil.which("bash"), "needs bash")
+    def test_health_check(self) -> None:
+        """It tells whether the server runs, and leaves no record."""
+        found = re.search(r'test: \["CMD", (.*)\]', self.text)
+        assert found is not None
+        with Server() as server:
+            command = json.loads(f"[{found[1].replace('2525', str(server.port))}]")
+            checked = [subprocess.call(command, stderr=subprocess.DEVNULL, timeout=TIMEOUT)]
+        checked.append(subprocess.call(command, stderr=subprocess.DEVNULL, timeout=TIMEOUT))
+        self.assertEqual((checked, server.messages()), ([0, 1], []))
+
+    def test_links(self) -> None:
+        """Each link within the page has a heading, and each section is linked at the top."""
+        text = re.sub(r"^```.*?^```", "", self.text, flags=re.MULTILINE | re.DOTALL)
+        titles = re.findall(r"^##+ (.+)$", text, re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]  # as GitHub makes them
+        self.assertEqual(len(anchors), len(set(anchors)))
+        self.assertEqual(set(re.findall(r"\]\(#(.*?)\)", text)) - set(anchors), set())
+        contents = re.findall(r"\[(.*?)\]\(#", text.partition("\n## ")[0])
+        self.assertEqual(contents, [title for title in titles if title != "Reference"])
 
     def test_options(self) -> None:
-        rows = re.findall(r"^\| `(\w+)` \| `(\S+)` \| (.*?) \| (.*?) \|$", self.text, re.MULTILINE)
+        """The tables have each option with its flag, its default and its meaning."""
+        rows = re.findall(r"^\| (`\w+`.*?) \| (`-.*?) \| (.*?) \| (.*?) \|$", self.text, re.MULTILINE)
+        found = []
+        for names, of_names, default, about in rows:
+            start, to, objects = about.partition(" to ")  # a row of several options has what differs in its text
+            abouts = [start + to + thing for thing in objects.split("; ")] if "<br>" in names else [about]
+            found += [
+                (name.strip("`"), flag.strip("`"), default, text)
+                for name, flag, text in zip(names.split("<br>"), of_names.split("<br>"), abouts, strict=True)
+            ]
+        replies = re.findall(r"`(msg_\w+)`: (`.*?`) to (.*?)(?=<br>| \|$)", self.text, re.MULTILINE)
+        found += [(name, flags(name)[0], default, f"reply to {about}") for name, default, about in replies]
         expected = []
         for field in dataclasses.fields(Configuration):
             flag = "-log" if field.name.startswith("log_") else flags(field.name)[0]
             flag = "-tlsCert" if field.name == "ssl_context" else flag
             default = "empty" if isinstance(field.default, frozenset) else f"`{field.default}`"
             expected.append((field.name, flag, default, field.metadata["about"]))
-        self.assertEqual([row for row in rows if row[0] in Configuration.__dataclass_fields__], expected)
+        self.assertEqual(sorted(found), sorted(expected))
 
     def test_names(self) -> None:
         """What the README's tables of names speak of is there."""
