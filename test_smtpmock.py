@@ -1111,6 +1111,7 @@ msg_auth_tls_required              | auth_users={}, ssl_context=True, auth_requi
 msg_starttls_received              | ssl_context=True | HELO a.com / STARTTLS
 msg_invalid_cmd_starttls_arg       | ssl_context=True | HELO a.com / STARTTLS x
 msg_tls_required                   | ssl_context=True, tls_required=True | RSET
+msg_violation                      | strict=True | EHLO a.com / MAIL FROM:<a@a.com> / RCPT TO:<b@b.com> / DATA / .
 """
 # Those of which other tests say more.
 OTHER_TEXTS = ["msg_invalid_cmd_helo_sequence", "msg_invalid_cmd_starttls_sequence"]
@@ -5310,6 +5311,10 @@ class ReadmeTest(ProcessCase):
             default = "empty" if isinstance(field.default, frozenset) else f"`{field.default}`"
             expected.append((field.name, flag, default, field.metadata["about"]))
         self.assertEqual(sorted(found), sorted(expected))
+
+    def test_codes(self) -> None:
+        rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| (\d+ [\d.]+) \| (error|warning) \|$", self.text, re.MULTILINE)
+        self.assertEqual({code: tuple(row) for code, *row in rows}, Memory.CODES)
 
     def test_names(self) -> None:
         """What the README's tables of names speak of is there."""
