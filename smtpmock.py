@@ -487,6 +487,54 @@ _PARAMETERS = {
 # -------------------------------------------------------------------------------------- violations
 
 
+# What the bytes showed and the dialogue does not.
+
+
+class _FaultyLine(str):
+    """A request with faults that its text does not show. Bytes are not kept, because they may be a secret."""
+
+    faults: tuple[str, ...] = ()  # codes of violations
+
+    def replace_text(self, text: str) -> _FaultyLine:
+        line = _FaultyLine(text)
+        line.faults = self.faults
+        return line
+
+
+class _FaultyBody(int):
+    """The size of a body, with such faults."""
+
+    undotted = ""  # the first line that began with a single dot
+    is_partial = False  # whether the session ended before the body
+
+
+class _EarlyReply(str):
+    """A reply before which the client had sent more."""
+
+
+_mark_early = functools.lru_cache(maxsize=512)(_EarlyReply)
+
+
+def _hide(request: str, text: str) -> str:
+    """This text in place of the request, which may be a secret."""
+    return request.replace_text(text) if isinstance(request, _FaultyLine) else text
+
+
+def _find_faults(request: str, line: bytes) -> str:
+    """The request, which was this line, with its faults."""
+    text = line[:-1] if line.endswith(b"\r") else line
+    faults = {
+        "bare-lf": text is line,
+        "bare-cr": b"\r" in text,
+        "nul-byte": b"\0" in text,
+        "command-space": text.strip(b" \t") != text,
+        "long-command": len(line) >= 512,  # and the LF
+    }
+    faulty = _FaultyLine(request)
+    faulty.faults = tuple(code for code, is_wrong in faults.items() if is_wrong)
+    return faulty if faulty.faults else request
+
+
 class Violation(NamedTuple):
     """A rule of SMTP or of mail that the client broke."""
 
@@ -602,14 +650,13 @@ class _Client:
         self.needed = {_PARAMETERS.get(name, ("", name))[1] for name in self.given}  # the extensions of those
         self.needed |= {"BINARYMIME"} & {self.given.get("BODY", "")}
         self.is_refused, self.may_pipeline = self.reply[:1] in ("4", "5"), "PIPELINING" in self.announced
-        self._read_facts(getattr(request, "faults", ()), getattr(request, "behind", 0) + getattr(reply, "behind", 0))
+        self.has_more = isinstance(reply, _EarlyReply)
+        self._read_faults(getattr(request, "faults", ()))
 
-    def _read_facts(self, faults: tuple[str, ...], behind: int) -> None:
+    def _read_faults(self, faults: tuple[str, ...]) -> None:
         # Extensions allow longer lines: parameters do, and RFC 4954 section 4 for an answer to a challenge.
         is_long = self.line != "***" if self.verb == "answer" else not self.given or len(self.line) > 1010
         self.faults = [fault for fault in faults if fault != "long-command" or is_long]
-        chunk = _parse_chunk(self.argument) if self.verb == "BDAT" else None
-        self.has_more = behind > (chunk[0] if chunk else 0)
         self.sends_mail_early = self.has_more and self.verb == "DATA" and not self.is_refused
         self.is_unknown = self.verb not in _REQUESTS and not (self.was_refused_data or "long-command" in faults)
         # A mechanism of one round trip may be followed by more (RFC 4954 section 4).
@@ -967,47 +1014,6 @@ def _encode(text: str) -> bytes:
 
 # A client's line, the size of its body, or None where the server speaks unasked.
 _Request = str | int | None
-
-
-class _Line(str):
-    """A line with facts that its text does not show. Bytes are not kept, because they may be a secret."""
-
-    faults: tuple[str, ...] = ()  # codes of violations
-    behind = 0  # bytes that had arrived behind the request, or before this reply
-
-    def replace_text(self, text: str) -> _Line:
-        line = _Line(text)
-        line.faults, line.behind = self.faults, self.behind
-        return line
-
-
-class _Size(int):
-    """The size of a body, with such facts."""
-
-    behind = 0
-    undotted = ""  # the first line that began with one dot
-    is_partial = False  # whether the body ended before its end marker
-
-
-def _hide(request: str, text: str) -> str:
-    """This text in place of the request, which may be a secret."""
-    return request.replace_text(text) if isinstance(request, _Line) else text
-
-
-def _mark_line(request: str, line: bytes, behind: int) -> str:
-    """The request, which was this line, with its faults."""
-    text = line[:-1] if line.endswith(b"\r") else line
-    marked = _Line(request)
-    marked.behind = behind
-    faults = {
-        "bare-lf": text is line,
-        "bare-cr": b"\r" in text,
-        "nul-byte": b"\0" in text,
-        "command-space": text.strip(b" \t") != text,
-        "long-command": len(line) >= 512,  # and the LF
-    }
-    marked.faults = tuple(code for code, is_wrong in faults.items() if is_wrong)
-    return marked if behind or marked.faults else request
 
 
 class _Exchange(NamedTuple):
@@ -1772,7 +1778,8 @@ class Handler:
             aspects = session.decide(self._stages(stage), request, argument, self._names(session, argument, value))
             reply = self._apply(aspects, reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
-        session.mail.dialogue.extend((request, reply.text if reply.data else None))
+        text = reply.text if reply.data else None
+        session.mail.dialogue.extend((request, _mark_early(text) if text and session.has_more else text))
         self._record(session.mail, _Exchange(request, reply.text, reply.accepts, value))
         return reply
 
@@ -2200,7 +2207,7 @@ class _Auth(Handler):
         if session.rules.newest_first:
             wanted = ("delay", "trickle")
             reply = self._apply(session.decide((stage, "*"), exchange.login.request, None, [""], wanted=wanted), reply)
-        session.mail.dialogue.extend((request, text))
+        session.mail.dialogue.extend((request, _mark_early(text) if session.has_more else text))
         session.expect_answer(
             lambda line: session.run(self, stage, _hide(line, line if line == "*" else "***"), (exchange, line))
         )
@@ -2328,7 +2335,6 @@ class _Body:
         self.is_counted = is_counted  # comes in chunks, which have no end marker and no stuffed dots
         self.missing = 0  # bytes of the present chunk
         self.request = ""  # the BDAT that announced it
-        self.behind = 0  # bytes that arrived together with its end, after that
         self.finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
         self.size = 0  # bytes as they were sent, without the end marker and what may be its beginning
         self.stops = stops  # sizes at which rules apply, smallest first
@@ -2379,17 +2385,13 @@ class _Body:
             raw = raw.replace(b"\r\n.", b"\r\n")
         return bytes(memoryview(raw)[2:]) if self._is_kept and len(raw) - 2 <= self._limit else None
 
-    def mark(self, content: bytes | None) -> None:
-        """Add to the size what else there is to know of the end and the dots."""
-        undotted = b""
-        removed = 0 if content is None else self.size - len(content)
+    def find_faults(self, content: bytes) -> None:
+        """Keep with the size the first line whose dot was not doubled."""
         # Each dot that was doubled has left one.
-        if content and removed and removed != content.count(b"\r\n.") + content.startswith(b"."):
+        if self.size - len(content) != content.count(b"\r\n.") + content.startswith(b"."):
             found = re.search(rb"\r\n(\.(?:[\r\n]|[^.][^\r\n]{0,200}))", self._raw)
-            undotted = found[1] if found else b""
-        if self.behind or undotted:
-            self.size = _Size(self.size)
-            self.size.behind, self.size.undotted = self.behind, _decode(undotted)
+            self.size = _FaultyBody(self.size)
+            self.size.undotted = _decode(found[1]) if found else ""
 
 
 class _Mail:
@@ -2471,6 +2473,7 @@ class _Session:
         self.peer = peer
         self.rules = context.rules
         self.request: _Request = None  # the last one, for the log
+        self.has_more = False  # whether more had come together with it
         self.mail = _Mail()
         self._take: _State = self._take_line
         self._rest = b""  # the beginning of a line
@@ -2497,9 +2500,8 @@ class _Session:
     def note_early_input(self) -> None:
         """Keep that the client has sent more before the last reply, which is still to be sent."""
         mail = self.mail
-        reply = _Line(mail.dialogue[-1])
-        reply.behind = 1
-        mail.dialogue = [*mail.dialogue[:-1], reply]  # a copy, because recorded messages have the list
+        # A copy, because recorded messages have the list.
+        mail.dialogue = [*mail.dialogue[:-1], _mark_early(str(mail.dialogue[-1]))]
         if mail.entry is not None:
             self._publish(complete=False, annotates=True)
 
@@ -2554,12 +2556,12 @@ class _Session:
         end = data.find(b"\n", at, at + self._line_limit)
         if end < 0:
             return self._take_part_of_line(data, at)
-        request, verb, argument = _parse_command(data[at:end])
-        length, behind = end - at, len(data) - end - 1
-        # The first CR is the last byte, and nothing was stripped.
-        is_clean = data.find(b"\r", at, end) - at == length - 1 == len(request) < 511 and "\0" not in request
-        if behind or not is_clean:
-            request = _mark_line(request, data[at:end], behind)
+        line = data[at:end]
+        request, verb, argument = _parse_command(line)
+        self.has_more = end + 1 < len(data)
+        # Nothing was stripped but the CR.
+        if not (len(request) == len(line) - 1 < 511 and line[-1] == 13 and request.isprintable()):
+            request = _find_faults(request, line)
         handlers = self.context.handlers
         handler = handlers.get(verb) or handlers["unknown"]
         keyword = handler._keyword
@@ -2575,14 +2577,16 @@ class _Session:
             return self._take_part_of_line(data, at)
         self._take = self._take_line
         line = data[at:end]
-        return end + 1, run(_mark_line(_decode(line.strip()), line, len(data) - end - 1))
+        self.has_more = end + 1 < len(data)
+        return end + 1, run(_find_faults(_decode(line.strip()), line))
 
     def _take_part_of_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         if len(data) - at < self._line_limit:
             self._rest = data[at:]
             return len(data), None
         self._take = self._skip_line
-        request = _Line(f"line of over {self._line_limit} bytes")
+        self.has_more = False
+        request = _FaultyLine(f"line of over {self._line_limit} bytes")
         request.faults = ("long-command",)
         return at, self.run(self.context.handlers["too long"], "", request, "")
 
@@ -2601,7 +2605,7 @@ class _Session:
         if not is_complete or (pause is not None and pause.next.ends):
             return at, pause
         self._take = self._take_line
-        body.behind = len(data) - at
+        self.has_more = at < len(data)
         reply = body.finish()
         return at, reply if pause is None else reply._replace(delay=pause.delay + reply.delay)
 
@@ -2680,7 +2684,8 @@ class _Session:
         assert body is not None
         handler = self.context.handlers["message" if request is None else "last chunk"]
         content = body.content()
-        body.mark(content)
+        if content is not None and len(content) < body.size:
+            body.find_faults(content)
         reply = self.run(handler, "message", body.size, content, completes=True)
         self.mail.body = None
         self.request = self.request if request is None else request
@@ -2721,7 +2726,7 @@ class _Session:
         if body.missing:
             self.mail.steps.setdefault("data", _Exchange(body.request, "", False, None))
             self.mail.dialogue += (body.request, None)
-        size = _Size(body.size)
+        size = _FaultyBody(body.size)
         size.is_partial = True
         self.mail.steps["msg"] = _Exchange(size, response, False, body.content())
         self.mail.dialogue += (size, response or None)
