@@ -486,8 +486,7 @@ _PARAMETERS = {
 
 # -------------------------------------------------------------------------------------- violations
 
-
-# What the bytes showed and the dialogue does not.
+# What the bytes show and the dialogue does not is kept in subclasses of its parts.
 
 
 class _FaultyLine(str):
@@ -608,7 +607,7 @@ _VIOLATIONS = {
 _VERBS = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY EXPN HELP STARTTLS AUTH ETRN ATRN TURN BURL SEND SOML SAML"
 _REQUESTS = (*_VERBS.split(), "answer", "message")
 _KEYWORDS = {"STARTTLS": "STARTTLS", "AUTH": "AUTH", "BDAT": "CHUNKING", "ETRN": "ETRN", "ATRN": "ATRN", "BURL": "BURL"}
-_HELLO, _PATHS = ("EHLO", "HELO"), ("MAIL", "RCPT")
+_HELLO, _PATHS, _IN_CLEAR = ("EHLO", "HELO"), ("MAIL", "RCPT"), ("PLAIN", "LOGIN")
 # The last of a pipelined group: RFC 2920 section 3.1, RFC 3207 section 4, RFC 4954 section 4.
 _LAST_OF_GROUP = ("EHLO", "DATA", "NOOP", "QUIT", "VRFY", "EXPN", "TURN", "AUTH", "STARTTLS", "answer")
 
@@ -689,26 +688,14 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_Client], object]]
     ("data-after-refusal", (), lambda it: it.was_refused_data and it.verb not in _REQUESTS),
     ("data-before-354", ("DATA",), lambda it: it.sends_mail_early),
     ("pipelining", (), lambda it: it.has_more and not (it.may_pipeline or it.sends_mail_early)),
-    (
-        "pipelining-order",
-        _LAST_OF_GROUP,
-        lambda it: it.has_more and it.may_pipeline and not it.may_go_on,
-    ),
+    ("pipelining-order", _LAST_OF_GROUP, lambda it: it.has_more and it.may_pipeline and not it.may_go_on),
     ("unknown-command", (), lambda it: it.is_unknown and it.reply[:1] == "5"),
     ("no-hello", ("MAIL",), lambda it: not (it.is_greeted or it.has_begun_tls or it.is_blind)),
     ("hello-invalid", _HELLO, lambda it: not _STRICT_DOMAIN.fullmatch(it.argument)),
     ("hello-not-fqdn", _HELLO, lambda it: re.fullmatch(_LABEL, it.argument)),
     ("unannounced-command", tuple(_KEYWORDS), lambda it: _KEYWORDS[it.verb] not in it.announced),
-    (
-        "unannounced-mechanism",
-        ("AUTH",),
-        lambda it: it.mechanism not in it.announced.get("AUTH", [it.mechanism]),
-    ),
-    (
-        "auth-in-clear",
-        ("AUTH",),
-        lambda it: it.mechanism in ("PLAIN", "LOGIN") and "STARTTLS" in it.announced,
-    ),
+    ("unannounced-mechanism", ("AUTH",), lambda it: it.mechanism not in it.announced.get("AUTH", it.mechanism)),
+    ("auth-in-clear", ("AUTH",), lambda it: it.mechanism in _IN_CLEAR and "STARTTLS" in it.announced),
     ("superfluous-argument", ("DATA", "RSET", "QUIT", "STARTTLS"), lambda it: it.argument),
     ("bad-sequence", ("AUTH",), lambda it: it.is_in_mail),
     ("bad-sequence", ("RCPT",), lambda it: not (it.is_in_mail or it.is_blind)),
@@ -716,11 +703,8 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_Client], object]]
     ("path-syntax", _PATHS, lambda it: not _STRICT_COMMAND.fullmatch(it.line)),
     ("path-too-long", _PATHS, lambda it: _LONG_PATH.match(it.path)),
     ("unannounced-parameter", _PATHS, lambda it: it.needed.difference(it.announced)),
-    (
-        "undeclared-utf8",
-        _PATHS,
-        lambda it: not (it.path.isascii() or "SMTPUTF8" in (it.given if it.verb == "MAIL" else it.parameters)),
-    ),
+    ("undeclared-utf8", ("MAIL",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.given),
+    ("undeclared-utf8", ("RCPT",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.parameters),
     ("no-recipient", ("DATA", "BDAT"), lambda it: not ((it.is_in_mail and it.recipients) or it.is_blind)),
     ("unstuffed-dot", ("message",), lambda it: it.line and it.line[1:2] not in ("\r", "\n")),
     ("false-end", ("message",), lambda it: it.line[1:2] in ("\r", "\n")),
@@ -804,7 +788,6 @@ _DATE = re.compile(
     r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{4}\s*(?:\([^()]*\)\s*)*"
 )
 
-
 _HEADER_LIMIT = 10000  # characters, beyond which headers are not taken apart: `email` takes the square of the length
 
 
@@ -855,9 +838,9 @@ def _can_decode(data: bytes, encoding: str, charset: str | None = None) -> bool:
             data = base64.b64decode(b"".join(data.split()), validate=True)
         elif encoding == "quoted-printable":
             data = binascii.a2b_qp(data)
-        return charset is None or (
-            codecs.lookup(charset).name not in _NOT_CHARSETS and data.decode(charset) is not None
-        )
+        if charset is not None:
+            data.decode(charset)
+        return charset is None or codecs.lookup(charset).name not in _NOT_CHARSETS
     except (LookupError, ValueError):
         return False
 
@@ -906,9 +889,9 @@ def _check_header_set(first: dict[str, str], client: _Client) -> _Findings:
     if "mime-version" not in first:
         yield from [("no-mime-version", f"{name}: {first[name]}") for name in _MIME if name in first][:1]
     bcc = _parse_header("bcc", first.get("bcc", ""))[0]
-    for address in getattr(bcc, "addresses", ()):
-        if client.recipients != [address.addr_spec.lower()]:  # else this is the copy for the hidden one
-            yield "bcc-disclosed", address.addr_spec
+    hidden = [address.addr_spec.lower() for address in getattr(bcc, "addresses", ())]
+    if not set(hidden).issuperset(client.recipients):  # else this is the copy for the hidden ones
+        yield from (("bcc-disclosed", address) for address in hidden)
 
 
 def _check_part(part: Any, first: dict[str, str], client: _Client) -> _Findings:
