@@ -484,7 +484,6 @@ class _AuthResult(NamedTuple):
     response: str  # the option that has the text of the reply
     mechanism: str | None = None
     user: str | None = None
-    request: str = ""  # the line that began it, without the secret
 
 
 class _Reply(NamedTuple):
@@ -1610,20 +1609,7 @@ def _run_xoauth2(users: Any) -> _Mechanism:
     return match[1], match[2]
 
 
-_MECHANISMS: dict[str, Callable[[Any], _Mechanism]] = {
-    "PLAIN": _run_plain,
-    "LOGIN": _run_login,
-    "CRAM-MD5": _run_cram_md5,
-    "XOAUTH2": _run_xoauth2,
-}
-
-
-class _AuthExchange(NamedTuple):
-    """An AUTH command that waits for the answer to a challenge."""
-
-    login: _AuthResult  # what is known so far
-    mechanism: _Mechanism
-    challenge: bytes
+_MECHANISMS = {"PLAIN": _run_plain, "LOGIN": _run_login, "CRAM-MD5": _run_cram_md5, "XOAUTH2": _run_xoauth2}
 
 
 class _Auth(Handler):
@@ -1645,28 +1631,54 @@ class _Auth(Handler):
         return session.run(self, verb, " ".join(filter(None, words)), argument)
 
     def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
-        """The argument is that of the command or, for an answer to a challenge, the exchange and the line."""
-        answers = isinstance(argument, tuple)
-        result = self._proceed(*argument) if answers else self._begin(session, str(request), argument)
-        if isinstance(result, _AuthExchange):
-            return self._challenge(session, stage, request, result)
-        reply = super()._run(session, stage, result.request, result)
-        session.mail.dialogue[-2] = request
+        """The argument is that of the command or, for an answer, the login in progress, its command and the answer."""
+        import base64
+
+        if not isinstance(argument, tuple):
+            argument = self._log_in(session, argument), request, None
+        login, command, answer = argument
+        try:
+            text = f"334 {base64.b64encode(login.send(answer)).decode()}"
+        except StopIteration as outcome:
+            reply = super()._run(session, stage, command, outcome.value)
+            session.mail.dialogue[-2] = request
+            return reply
+        reply = _Reply(text, _encode(text), accepts=True)
+        if session.rules.newest_first:
+            reply = self._apply(session.decide((stage, "*"), command, None, [""], wanted=("delay", "trickle")), reply)
+        session.mail.dialogue.extend((request, text))
+        run = session.run
+        session.expect_answer(lambda line: run(self, stage, line if line == "*" else "***", (login, command, line)))
         return reply
 
-    def _begin(self, session: _Session, request: str, argument: str) -> _AuthExchange | _AuthResult:
+    def _log_in(self, session: _Session, argument: str) -> Generator[bytes, str, _AuthResult]:
+        """Yield the challenges, receive the lines that answer them, and return the outcome."""
+        import base64
+
         name, _, initial = argument.partition(" ")
-        login = _AuthResult("msg_auth_bad_response", name.upper(), None, request)
+        result = _AuthResult("msg_auth_bad_response", name.upper())
         refusal = self._refuse_mechanism(session, name.upper())
         if refusal is not None:
-            return login._replace(response=refusal)
+            return result._replace(response=refusal)
         mechanism = _MECHANISMS[name.upper()](self.options.auth_users)
-        exchange = _AuthExchange(login, mechanism, next(mechanism))
-        if not initial:
-            return exchange
-        if exchange.challenge[:1] == b"<" or initial == "*":  # the challenge of CRAM-MD5 has to be seen first
-            return login
-        return self._proceed(exchange, "" if initial == "=" else initial)
+        challenge = next(mechanism)
+        if initial and (challenge[:1] == b"<" or initial == "*"):  # the challenge of CRAM-MD5 has to be seen first
+            return result
+        line = "" if initial == "=" else initial or (yield challenge)
+        while line != "*":
+            try:
+                challenge = mechanism.send(base64.b64decode(line.encode(), validate=True))
+            except StopIteration as stop:
+                return self._check_secret(result, *stop.value)
+            except ValueError:
+                return result
+            line = yield challenge
+        return result._replace(response="msg_auth_cancelled")
+
+    def _check_secret(self, result: _AuthResult, user: str, secret: str) -> _AuthResult:
+        users, name = self.options.auth_users, result.mechanism
+        is_valid = users(name, user, secret) if callable(users) else user in users and users[user] == secret
+        return result._replace(response=self.received if is_valid else "msg_auth_failed", user=user)
 
     def _refuse_mechanism(self, session: _Session, mechanism: str) -> str | None:
         steps = session.mail.accepted_steps
@@ -1679,36 +1691,6 @@ class _Auth(Handler):
         if self.options.auth_requires_tls and not session.is_secure:
             return "msg_auth_tls_required"
         return None if mechanism in _MECHANISMS else "msg_auth_unknown_mechanism"
-
-    def _proceed(self, exchange: _AuthExchange, line: str) -> _AuthExchange | _AuthResult:
-        """The outcome, or the exchange with its next challenge."""
-        import base64
-
-        login, users = exchange.login, self.options.auth_users
-        if line == "*":
-            return login._replace(response="msg_auth_cancelled")
-        try:
-            challenge = exchange.mechanism.send(base64.b64decode(line.encode(), validate=True))
-            return exchange._replace(challenge=challenge)
-        except StopIteration as stop:
-            user, secret = stop.value
-        except ValueError:
-            return login
-        name = login.mechanism
-        is_valid = users(name, user, secret) if callable(users) else user in users and users[user] == secret
-        return login._replace(response=self.received if is_valid else "msg_auth_failed", user=user)
-
-    def _challenge(self, session: _Session, stage: str, request: _Request, exchange: _AuthExchange) -> _Reply:
-        import base64
-
-        text = f"334 {base64.b64encode(exchange.challenge).decode()}"
-        reply = _Reply(text, _encode(text), accepts=True)
-        if session.rules.newest_first:
-            wanted = ("delay", "trickle")
-            reply = self._apply(session.decide((stage, "*"), exchange.login.request, None, [""], wanted=wanted), reply)
-        session.mail.dialogue.extend((request, text))
-        session.expect_answer(lambda line: session.run(self, stage, line if line == "*" else "***", (exchange, line)))
-        return reply
 
     def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         return [value.user or ""]
