@@ -1639,16 +1639,18 @@ class _Auth(Handler):
         login, command, answer = argument
         try:
             text = f"334 {base64.b64encode(login.send(answer)).decode()}"
-        except StopIteration as outcome:
-            reply = super()._run(session, stage, command, outcome.value)
-            session.mail.dialogue[-2] = request
+        except StopIteration as stop:
+            result = stop.value
+        else:
+            reply, run = _Reply(text, _encode(text), accepts=True), session.run
+            if session.rules.newest_first:
+                aspects = session.decide((stage, "*"), command, None, [""], wanted=("delay", "trickle"))
+                reply = self._apply(aspects, reply)
+            session.mail.dialogue.extend((request, text))
+            session.expect_answer(lambda line: run(self, stage, line if line == "*" else "***", (login, command, line)))
             return reply
-        reply = _Reply(text, _encode(text), accepts=True)
-        if session.rules.newest_first:
-            reply = self._apply(session.decide((stage, "*"), command, None, [""], wanted=("delay", "trickle")), reply)
-        session.mail.dialogue.extend((request, text))
-        run = session.run
-        session.expect_answer(lambda line: run(self, stage, line if line == "*" else "***", (login, command, line)))
+        reply = super()._run(session, stage, command, result)
+        session.mail.dialogue[-2] = request
         return reply
 
     def _log_in(self, session: _Session, argument: str) -> Generator[bytes, str, _AuthResult]:
@@ -1656,11 +1658,11 @@ class _Auth(Handler):
         import base64
 
         name, _, initial = argument.partition(" ")
-        result = _AuthResult("msg_auth_bad_response", name.upper())
+        result, users = _AuthResult("msg_auth_bad_response", name.upper()), self.options.auth_users
         refusal = self._refuse_mechanism(session, name.upper())
         if refusal is not None:
             return result._replace(response=refusal)
-        mechanism = _MECHANISMS[name.upper()](self.options.auth_users)
+        mechanism = _MECHANISMS[name.upper()](users)
         challenge = next(mechanism)
         if initial and (challenge[:1] == b"<" or initial == "*"):  # the challenge of CRAM-MD5 has to be seen first
             return result
@@ -1669,14 +1671,14 @@ class _Auth(Handler):
             try:
                 challenge = mechanism.send(base64.b64decode(line.encode(), validate=True))
             except StopIteration as stop:
-                return self._check_secret(result, *stop.value)
+                user, secret = stop.value
+                break
             except ValueError:
                 return result
             line = yield challenge
-        return result._replace(response="msg_auth_cancelled")
-
-    def _check_secret(self, result: _AuthResult, user: str, secret: str) -> _AuthResult:
-        users, name = self.options.auth_users, result.mechanism
+        else:
+            return result._replace(response="msg_auth_cancelled")
+        name = result.mechanism
         is_valid = users(name, user, secret) if callable(users) else user in users and users[user] == secret
         return result._replace(response=self.received if is_valid else "msg_auth_failed", user=user)
 
