@@ -1204,11 +1204,13 @@ class Handler:
     _step = ""  # the name under which a message has the command
     _erases: tuple[str, ...] = ()  # the steps that it undoes, even if it is refused then
     _bad_sequence = "msg_invalid_cmd_helo_sequence"
+    _more_stages: tuple[str, ...] = ("*",)  # beside its own, those whose rules apply
     _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
     _delay = ""  # the option that has it
     _next = _Next.COMMAND  # if it is accepted
     _before_tls = False  # whether tls_required allows it before STARTTLS
     _annotates = False  # whether it belongs to the accepted message before it and does not begin another
+    _is_offered: Callable[[Configuration], bool] = staticmethod(lambda options: True)  # if not, it is unknown
 
     def __init__(self, options: Configuration) -> None:
         self.options = options
@@ -1225,11 +1227,6 @@ class Handler:
         session.message() is the Message as it is so far.
         """
         return None
-
-    @classmethod
-    def _is_offered(cls, options: Configuration) -> bool:
-        """Whether the server has this command; if not, it is unknown."""
-        return True
 
     def _find_reply(self, text: str) -> _Reply:
         if text not in self._replies and text.startswith("msg_") and hasattr(self.options, text):
@@ -1262,8 +1259,8 @@ class Handler:
         value = self.parse(argument)
         reply = self._choose(session, value)
         if session.rules.newest_first:
-            aspects = session.decide(self._stages(stage), request, argument, self._names(session, argument, value))
-            reply = self._apply(aspects, reply)
+            names = self._names(session, argument, value)
+            reply = self._apply(session.decide((stage, *self._more_stages), request, argument, names), reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
         session.mail.dialogue.extend((request, reply.text if reply.data else None))
         self._record(session.mail, _Exchange(request, reply.text, reply.accepts, value))
@@ -1282,10 +1279,6 @@ class Handler:
                 return self._find_reply(text)
         refusal = self.refuse(session, value)
         return self._accepting if refusal is None else self._find_reply(refusal)
-
-    def _stages(self, stage: str) -> tuple[str, ...]:
-        """The stages whose rules apply."""
-        return stage, "*"
 
     def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         """The addresses or domains for rules to match."""
@@ -1364,14 +1357,13 @@ class _PathHandler(Handler):
         if not self._extensions:
             return None
         given = getattr(value, "parameters", {})
-        if "SMTPUTF8" in self._extensions and not value.isascii() and not self._declares_utf8(session, given):
+        sender = session.mail.steps["mailfrom"].value if self._step == "rcptto" else value
+        declared = getattr(sender, "parameters", {})
+        if "SMTPUTF8" in self._extensions and not value.isascii() and "SMTPUTF8" not in declared:
             return self.bad_argument
         if not all(self._allows(session, *parameter) for parameter in given.items()):
             return "msg_unknown_parameter"
         return "msg_msg_size_is_too_big" if int(given.get("SIZE", 0)) > self.options.msg_size_limit else None
-
-    def _declares_utf8(self, session: _Session, given: dict[str, str]) -> bool:
-        return "SMTPUTF8" in given
 
     def _allows(self, session: _Session, name: str, value: str) -> bool:
         usual = _PARAMETERS.get(name, (self.verbs[0], name, "[^?]*"))
@@ -1422,9 +1414,6 @@ class _Rcptto(_PathHandler):
         super().__init__(options)
         self._erases = () if options.multiple_rcptto else _STEPS[2:]
 
-    def _declares_utf8(self, session: _Session, given: dict[str, str]) -> bool:
-        return "SMTPUTF8" in getattr(session.mail.steps["mailfrom"].value, "parameters", {})
-
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
         super()._record(mail, exchange)
         mail.recipients.append(exchange)
@@ -1459,10 +1448,7 @@ class _Bdat(_Data):
     parse = staticmethod(_parse_chunk)
     received, bad_argument = "msg_bdat_received", "msg_invalid_cmd_bdat_arg"
     _erases = ()
-
-    @classmethod
-    def _is_offered(cls, options: Configuration) -> bool:
-        return "CHUNKING" in _name_extensions(options)
+    _is_offered = staticmethod(lambda options: "CHUNKING" in _name_extensions(options))
 
     def _start(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
         chunk = _parse_chunk(argument)
@@ -1517,13 +1503,11 @@ class _EndOfChunks(_EndOfBody):
     """The end of a body that came in chunks. BDAT LAST has one reply for the command and for the body."""
 
     verbs = ("last chunk",)
+    _more_stages = ("BDAT", "*")
 
     def _make_reply(self, option: str) -> _Reply:
         reply = super()._make_reply(option)
         return reply._replace(delay=reply.delay + self.options.response_delay_data)
-
-    def _stages(self, stage: str) -> tuple[str, ...]:
-        return "message", "BDAT", "*"
 
 
 class _Rset(Handler):
@@ -1561,10 +1545,7 @@ class _Starttls(Handler):
     verbs, needs = ("STARTTLS",), ("helo",)
     received, bad_argument = "msg_starttls_received", "msg_invalid_cmd_starttls_arg"
     _next, _before_tls = _Next.TLS, True
-
-    @classmethod
-    def _is_offered(cls, options: Configuration) -> bool:
-        return options.ssl_context is not None and not options.implicit_tls
+    _is_offered = staticmethod(lambda options: options.ssl_context is not None and not options.implicit_tls)
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
         is_secure = session.is_secure  # HELO is not needed to say that
@@ -1658,11 +1639,12 @@ class _Auth(Handler):
         import base64
 
         name, _, initial = argument.partition(" ")
-        result, users = _AuthResult("msg_auth_bad_response", name.upper()), self.options.auth_users
-        refusal = self._refuse_mechanism(session, name.upper())
+        name = name.upper()
+        result, users = _AuthResult("msg_auth_bad_response", name), self.options.auth_users
+        refusal = self._refuse_mechanism(session, name)
         if refusal is not None:
             return result._replace(response=refusal)
-        mechanism = _MECHANISMS[name.upper()](users)
+        mechanism = _MECHANISMS[name](users)
         challenge = next(mechanism)
         if initial and (challenge[:1] == b"<" or initial == "*"):  # the challenge of CRAM-MD5 has to be seen first
             return result
@@ -1678,7 +1660,6 @@ class _Auth(Handler):
             line = yield challenge
         else:
             return result._replace(response="msg_auth_cancelled")
-        name = result.mechanism
         is_valid = users(name, user, secret) if callable(users) else user in users and users[user] == secret
         return result._replace(response=self.received if is_valid else "msg_auth_failed", user=user)
 
@@ -2151,7 +2132,7 @@ class _Session:
         """What rules do at this size of the body: end the session, with or without a reply, or only a delay."""
         after, handler = body.stops.pop(0), self.context.handlers["message"]
         names = self.mail.accepted_recipients()
-        aspects = self.decide(handler._stages("message"), body.size, body.content(), names, after=after)
+        aspects = self.decide(("message", "*"), body.size, body.content(), names, after=after)
         if not aspects:
             return None
         if "said" in aspects or "then" in aspects:
