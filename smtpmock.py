@@ -399,19 +399,6 @@ def _parse_path(text: str) -> str | None:
     return address if domain[0] != "[" or _is_address_literal(domain) else None
 
 
-def _parse_sender(text: str) -> str | None:
-    return "" if text == "<>" else _parse_path(text)
-
-
-def _parse_recipient(text: str) -> str | None:
-    # Postmaster is the only address that needs no domain, section 4.1.1.3.
-    return text[1:-1] if text.lower() == "<postmaster>" else _parse_path(text)
-
-
-def _parse_nothing(text: str) -> str | None:
-    return None if text else ""
-
-
 def _parse_chunk(text: str) -> tuple[int, bool] | None:
     """The size of a chunk, and whether it is the last (RFC 3030 section 2)."""
     match = re.fullmatch(r"([0-9]{1,20})(?: +([lL][aA][sS][tT]))?", text)
@@ -475,9 +462,6 @@ class _Next(enum.Enum):
         self.ends = value in ("<closed>", "<reset>", "<silence>")
 
 
-_ENDINGS = tuple(state.value for state in _Next if state.ends)
-
-
 class _AuthResult(NamedTuple):
     """The outcome of AUTH."""
 
@@ -498,8 +482,7 @@ class _Reply(NamedTuple):
 
 
 def _encode(text: str) -> bytes:
-    lines = text.replace("\r\n", "\n").replace("\n", "\r\n")
-    return lines.encode("utf-8", "surrogateescape") + b"\r\n"
+    return text.replace("\r\n", "\n").replace("\n", "\r\n").encode("utf-8", "surrogateescape") + b"\r\n"
 
 
 # A client's line, the size of its body, or None where the server speaks unasked.
@@ -515,17 +498,13 @@ class _Exchange(NamedTuple):
     value: Any  # of the argument; None if that is invalid
 
 
-# Requests and responses in turn. They are formatted only on demand.
-_Dialogue = list[_Request]
-
-
 def _printable(text: str) -> str:
     """The text as one line, with escapes in place of control characters, which a terminal would obey."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
-def _format_dialogue(dialogue: _Dialogue) -> Iterator[str]:
-    """Yield lines such as "C: QUIT" and "S: 221 Closing connection"."""
+def _format_dialogue(dialogue: list[_Request]) -> Iterator[str]:
+    """Yield lines such as "C: QUIT" and "S: 221 Closing connection" for requests and responses in turn."""
     for index, said in enumerate(dialogue):
         if isinstance(said, int):
             yield f"C: <{said} bytes>"
@@ -550,8 +529,7 @@ class _StepField(Generic[_T]):
         self.step, self.field, self.default = step, field, default
 
     def __get__(self, message: Message, owner: type[Message]) -> _T:
-        exchange = message._steps.get(self.step)
-        value: _T | None = None if exchange is None else getattr(exchange, self.field)
+        value: _T | None = getattr(message._steps.get(self.step), self.field, None)
         return self.default if value is None else value
 
 
@@ -586,20 +564,20 @@ def _make_email_policy() -> Any:
 
 def _parse_email(data: bytes) -> Any:
     from email.errors import MessageDefect
-    from email.parser import BytesHeaderParser, BytesParser
+    from email.parser import BytesParser
 
+    parser = BytesParser(policy=_make_email_policy())
     try:
-        return BytesParser(policy=_make_email_policy()).parsebytes(data)
+        return parser.parsebytes(data)
     except RecursionError:
-        mail = BytesHeaderParser(policy=_make_email_policy()).parsebytes(data)
+        mail = parser.parsebytes(data, headersonly=True)
         mail.defects.append(MessageDefect("parts are nested too deeply"))
         return mail
 
 
 def _decode_part(part: Any) -> bytes:
     if not part.is_multipart():
-        content: bytes = part.get_payload(decode=True)
-        return content
+        return bytes(part.get_payload(decode=True))
     # A mail within the mail, or the blocks of a delivery report. The generator cannot write all of them.
     policy, data = part.policy.clone(linesep="\r\n", refold_source="none"), b""
     with contextlib.suppress(Exception):
@@ -622,12 +600,11 @@ def _split_parts(mail: Any) -> tuple[dict[str, str], list[Attachment]]:
     while parts:
         part = parts.pop()
         kind, name = part.get_content_type(), part.get_filename()
-        is_container = part.get_content_maintype() == "multipart"
-        if is_container and part.is_multipart():
-            parts.extend(reversed(part.get_payload()))
-            continue
-        if is_container:  # but its boundary never came
-            kind = "text/plain"
+        if part.get_content_maintype() == "multipart":
+            if part.is_multipart():
+                parts.extend(reversed(part.get_payload()))
+                continue
+            kind = "text/plain"  # because its boundary never came
         if kind in ("text/plain", "text/html") and kind not in texts and name is None and not part.is_attachment():
             texts[kind] = _decode_text(part)
         else:
@@ -672,32 +649,26 @@ class Message:
     noop = _StepField("noop", "accepted", False)
     quit_sent = _StepField("quit", "accepted", False)
     auth_request, auth_response, auth = _make_fields("auth")  #: the request is without the secret
+    _login = _StepField[_AuthResult | None]("auth", "value", None)
     tls = _StepField[tuple[str, str] | None]("tls", "value", None)  #: (version, cipher); None without TLS
     id: int  #: unique among the messages of the server
     peer: tuple[str, int]  #: the client's address and port
-
-    def __init__(self, mail: _Mail, peer: tuple[str, int], number: int, stamped_at: float) -> None:
-        # The session goes on appending to the lists, so their present lengths are kept with them.
-        fields = {
-            "id": number,
-            "peer": peer,
-            "_stamped_at": stamped_at,
-            "_steps": mail.steps.copy(),
-            "_recipients": mail.recipients,
-            "_count": len(mail.recipients),
-            "_dialogue": mail.dialogue,
-            "_said": len(mail.dialogue),
-            "_start": mail.start,
-        }
-        object.__setattr__(self, "__dict__", fields)  # __setattr__() allows nothing else
 
     _stamped_at: float
     _steps: dict[str, _Exchange]
     _recipients: list[_Exchange]
     _count: int
-    _dialogue: _Dialogue
+    _dialogue: list[_Request]
     _said: int
     _start: int
+
+    def __init__(self, mail: _Mail, peer: tuple[str, int], stamp: tuple[int, float]) -> None:
+        # The session goes on appending to the lists, so their present lengths are kept with them.
+        fields = self.__dict__  # because __setattr__() allows nothing
+        fields["id"], fields["_stamped_at"] = stamp
+        fields["peer"], fields["_steps"] = peer, mail.steps.copy()
+        fields["_recipients"], fields["_count"] = mail.recipients, len(mail.recipients)
+        fields["_dialogue"], fields["_said"], fields["_start"] = mail.dialogue, len(mail.dialogue), mail.start
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
@@ -734,16 +705,11 @@ class Message:
     @property
     def auth_mechanism(self) -> str | None:
         """Such as PLAIN, also if the login failed; None if the client named none."""
-        return self._login.mechanism
+        return getattr(self._login, "mechanism", None)
 
     @property
     def auth_user(self) -> str | None:
-        return self._login.user
-
-    @property
-    def _login(self) -> _AuthResult:
-        login = self._steps["auth"].value if "auth" in self._steps else None
-        return login if isinstance(login, _AuthResult) else _AuthResult("")
+        return getattr(self._login, "user", None)
 
     @property
     def msg_request(self) -> str:
@@ -861,7 +827,8 @@ class Message:
 
     def to_dict(self) -> dict[str, Any]:
         """Every attribute as values for JSON. `content` is text if it is UTF-8, else base64: see `content_encoding`."""
-        names = [name for name, field in vars(Message).items() if isinstance(field, _StepField) and name != "content"]
+        names = [name for name, field in vars(Message).items() if isinstance(field, _StepField)]
+        names = [name for name in names if name not in ("content", "_login")]
         names += ["id", "esmtp", "rcpt_tos", "rcptto", "is_consistent", "received_header"]
         names += ["mailfrom_parameters", "rcptto_parameters", "auth_mechanism", "auth_user"]
         values = {name: getattr(self, name) for name in (*names, "subject", "text", "html", "transcript")}
@@ -870,17 +837,13 @@ class Message:
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
         values["rcptto_request_response"] = [list(pair) for pair in self.rcptto_request_response]
         values["headers"] = [[name, str(value)] for name, value in self.email.items()]
-        values["defects"] = [
-            f"{type(defect).__name__}: {defect}" for part in self.email.walk() for defect in part.defects
-        ]
-        values["attachments"] = [
-            {"name": name, "type": kind, **_jsonify_bytes(content)} for name, kind, content in self.attachments
-        ]
-        record: dict[str, Any] = _escape_surrogates({**values, **_jsonify_bytes(self.content)})
-        return record
+        values["defects"] = [f"{type(fault).__name__}: {fault}" for part in self.email.walk() for fault in part.defects]
+        values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
+        return dict(_escape_surrogates(values | _jsonify_bytes(self.content)))
 
     def __repr__(self) -> str:
-        replies = [said for said in self._dialogue[1 : self._said : 2] if said is not None and said not in _ENDINGS]
+        endings = (None, *(state.value for state in _Next))
+        replies = [said for said in self._dialogue[1 : self._said : 2] if said not in endings]
         end = f"not accepted, last reply {_shorten(replies[-1])}" if replies else "no reply"
         if self.is_consistent:
             end = "accepted"
@@ -1195,7 +1158,8 @@ class Handler:
 
     verbs: Sequence[str] = ()  #: in upper case
     needs: Sequence[str] = ()  #: the steps that must have succeeded before: helo, mailfrom, rcptto, auth, tls
-    parse: Callable[[Any], Any] = staticmethod(_parse_nothing)  #: returns the value of the argument, None if it is bad
+    #: Returns the value of the argument, None if it is bad. By default, there must be no argument.
+    parse: Callable[[Any], Any] = staticmethod(lambda argument: None if argument else "")
     bad_argument = "msg_invalid_cmd_rset_arg"  #: the reply if parse() returns None
     received = ""  #: the reply if the command is accepted
     has_secret = False  #: whether logs and transcripts show *** in place of the argument
@@ -1381,9 +1345,8 @@ class _Mailfrom(_PathHandler):
 
     verbs = ("MAIL",)
     needs: Sequence[str] = ("helo",)
-    parse = staticmethod(_parse_sender)
-    bad_argument = "msg_invalid_cmd_mailfrom_arg"
-    received = "msg_mailfrom_received"
+    parse = staticmethod(lambda text: "" if text == "<>" else _parse_path(text))
+    received, bad_argument = "msg_mailfrom_received", "msg_invalid_cmd_mailfrom_arg"
     _step, _keyword, _delay = "mailfrom", "FROM:", "response_delay_mailfrom"
     _erases = _TRANSACTION
     _bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
@@ -1399,16 +1362,15 @@ class _Rcptto(_PathHandler):
     """RCPT TO:<address>, once per recipient."""
 
     verbs, needs = ("RCPT",), ("helo", "mailfrom")
-    parse = staticmethod(_parse_recipient)
-    bad_argument = "msg_invalid_cmd_rcptto_arg"
-    received = "msg_rcptto_received"
-    _step, _keyword = "rcptto", "TO:"
+    # Postmaster is the only address that needs no domain (RFC 5321 section 4.1.1.3).
+    parse = staticmethod(lambda text: text[1:-1] if text.lower() == "<postmaster>" else _parse_path(text))
+    received, bad_argument = "msg_rcptto_received", "msg_invalid_cmd_rcptto_arg"
+    _step, _keyword, _delay = "rcptto", "TO:", "response_delay_rcptto"
     _bad_sequence = "msg_invalid_cmd_rcptto_sequence"
     _lists = (
         ("blacklisted_rcptto_emails", "msg_rcptto_blacklisted_email"),
         ("not_registered_emails", "msg_rcptto_not_registered_email"),
     )
-    _delay = "response_delay_rcptto"
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
@@ -1854,7 +1816,7 @@ class _Mail:
         self.steps: dict[str, _Exchange] = {}
         self.accepted_steps: set[str] = set()
         self.recipients: list[_Exchange] = []
-        self.dialogue: _Dialogue = []
+        self.dialogue: list[_Request] = []
         self.body: _Body | None = None
         self.start = 0  # where in the dialogue its message begins
         self.stamp: tuple[int, float] | None = None  # the number of its message, and the time of that
@@ -1943,7 +1905,7 @@ class _Session:
 
     def message(self, size: int | None = None, content: bytes | None = None) -> Message:
         """The message as it would be recorded now; with a body that is not accepted yet."""
-        message = Message(self.mail, self.peer, 0, 0.0)
+        message = Message(self.mail, self.peer, (0, 0.0))
         if size is not None:
             message._steps["msg"] = _Exchange(size, "", False, content)
         return message
@@ -2158,7 +2120,7 @@ class _Session:
         """Give on_message the mail that is about to be accepted. Returns whether it may be."""
         mail = self.mail
         mail.stamp = self.context.mailbox.stamp()
-        mail.delivered = Message(mail, self.peer, *mail.stamp)
+        mail.delivered = Message(mail, self.peer, mail.stamp)
         if not self._call(self.context.on_message, mail.delivered):
             mail.delivered = None
         return mail.delivered is not None
@@ -2191,7 +2153,7 @@ class _Session:
     def _make_message(self) -> Message:
         mail = self.mail
         mail.stamp = mail.stamp or self.context.mailbox.stamp()
-        return Message(mail, self.peer, *mail.stamp)
+        return Message(mail, self.peer, mail.stamp)
 
     def erase(self, steps: Sequence[str]) -> None:
         """Forget these steps, unless they belong to an accepted message that is kept."""
