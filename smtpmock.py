@@ -26,6 +26,7 @@ MIT licence, https://opensource.org/licenses/MIT. Copyright 2026 the smtpmock au
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import enum
 import errno
@@ -859,6 +860,7 @@ class Message:
 _STAGES = ("connect", "message", "*")
 _PROBABILITY = _Kind("a number from 0 to 1", _number(0, 1, int, float), float)
 _TIMES = _Kind("an integer from 1 up", _number(1, float("inf"), int), int)
+_CALLABLE = _Kind("callable", callable, str)
 _BYTES = _Kind(
     "bytes",
     lambda value: isinstance(value, bytes),
@@ -905,32 +907,27 @@ class Action(_Fields):
         return _find_aspects({name: value for name, value in vars(self).items() if value is not None})
 
 
+_VERBS = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT AUTH STARTTLS"
+
 # What people write for a stage, and what it is called here. Other verbs are allowed if they are not nearly these.
-_STAGE_NAMES = {
-    stage.upper(): stage for stage in ("connect", "message", "HELO", "EHLO", "MAIL", "RCPT", "DATA", "BDAT")
-}
-_STAGE_NAMES |= {verb: verb for verb in ("RSET", "NOOP", "QUIT", "AUTH", "STARTTLS")}
+_STAGE_NAMES = {stage.upper(): stage for stage in ("connect", "message", *_VERBS.split())}
 _STAGE_NAMES |= {"MAILFROM": "MAIL", "RCPTTO": "RCPT", "BODY": "message", "END": "message", "CONNECTION": "connect"}
 _OTHER_VERBS = "VRFY EXPN HELP ETRN TURN SEND SOML SAML"
 
 
-def _parse_stage(name: object) -> str:
+def _parse_stage(name: object, verbs: Collection[str]) -> str:
     """connect, message, *, or a verb in upper case; MAIL FROM and RCPT TO are MAIL and RCPT."""
+    import difflib
+
     words = name.replace(":", " ").split() if isinstance(name, str) else []
     if not words or len(words) > 2 or (words[1:] and words[1].upper() not in ("FROM", "TO")):
         raise ConfigurationError(f"stage={name!r}: must be connect, message, * or a verb such as RCPT")
-    return words[0].lower() if words[0].lower() in _STAGES else words[0].upper()
-
-
-def _check_stage(name: str, stage: str, verbs: Collection[str]) -> None:
-    """Refuse a stage that is nearly another one, and so would never be reached."""
-    import difflib
-
+    stage = words[0].lower() if words[0].lower() in _STAGES else words[0].upper()
     if stage in (*_STAGES, *_STAGE_NAMES.values(), *verbs, *_OTHER_VERBS.split()):
-        return
-    near = difflib.get_close_matches(stage, _STAGE_NAMES, n=1, cutoff=0.7)
-    if near:
+        return stage
+    if near := difflib.get_close_matches(stage, _STAGE_NAMES, n=1, cutoff=0.7):  # the rule would never apply
         raise ConfigurationError(f"stage={name!r}: there is no such stage; did you mean {_STAGE_NAMES[near[0]]}?")
+    return stage
 
 
 def _check_match(match: str) -> None:
@@ -957,12 +954,11 @@ class Rule:
     ) -> None:
         self.hits = 0  #: how often the rule was used; guarded by the lock of the rules
         self._rules = rules
-        self._stage = _parse_stage(stage)
+        self._stage = _parse_stage(stage, rules.verbs)
         if not (match is None or isinstance(match, str | re.Pattern) or callable(match)):
             raise ConfigurationError(f"match={match!r}: must be an address, a domain, a pattern or a function")
         if isinstance(match, str):
             _check_match(match)
-        _check_stage(stage, self._stage, rules.verbs)
         self._match = _fold(match) if isinstance(match, str) else match
         for name, value, kind in (("times", times, _TIMES), ("after", after, _COUNT)):
             if value is not None:
@@ -1017,8 +1013,7 @@ class Rule:
         return self._add("then", "silence")
 
     def __call__(self, function: Callable[[str, Message], Any]) -> Any:
-        if not callable(function):
-            raise ConfigurationError(f"rule={function!r}: must be callable")
+        _check("rule", function, _CALLABLE)
         self._function = function
         return self
 
@@ -1069,14 +1064,6 @@ class Rule:
         return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits>"
 
 
-def _read_result(result: object) -> dict[str, Any]:
-    """The aspects of a reply that the function of a rule returned."""
-    action = Action(result) if result is None or isinstance(result, str) else result
-    if not isinstance(action, Action):
-        raise TypeError(f"a rule returned {result!r}: must be None, a reply or an Action")
-    return action._aspects()
-
-
 class _Rules:
     """The rules of a server."""
 
@@ -1109,7 +1096,8 @@ class _Rules:
 
     def stops(self) -> list[int]:
         """The sizes of a body at which rules apply, smallest first."""
-        return sorted({rule._after for rule in self.newest_first if rule._after is not None})
+        rules = self.newest_first
+        return sorted({rule._after for rule in rules if rule._after is not None}) if rules else []
 
     def decide(
         self,
@@ -1129,7 +1117,11 @@ class _Rules:
                 with self._lock:
                     aspects, function = rule._take(missing, counts=counts) if rule in self.newest_first else ({}, None)
                 if function is not None:  # called without the lock, like every function of the user
-                    aspects = aspects | _read_result(function(request, message()))
+                    result = function(request, message())
+                    action = Action(result) if result is None or isinstance(result, str) else result
+                    if not isinstance(action, Action):
+                        raise TypeError(f"a rule returned {result!r}: must be None, a reply or an Action")
+                    aspects = aspects | action._aspects()
                 found |= {name: value for name, value in aspects.items() if name in missing}
         return found
 
@@ -1417,13 +1409,12 @@ class _Bdat(_Data):
         if chunk is None:
             return session.run(self, verb, request, argument)
         session.begin_mail_if_due(self)  # so that the bytes go to the same mail as the command
-        return session.expect_chunk(chunk[0], request, lambda: self._finish(session, verb, request, argument))
+        return session.expect_chunk(chunk[0], request, lambda: self._finish(session, request, argument, chunk))
 
-    def _finish(self, session: _Session, verb: str, request: str, argument: str) -> _Reply:
+    def _finish(self, session: _Session, request: str, argument: str, chunk: tuple[int, bool]) -> _Reply:
         """Run the command after its chunk has arrived. With LAST, the reply is that to the body."""
-        chunk = _parse_chunk(argument)
-        if chunk is None or not chunk[1] or not self._choose(session, chunk).accepts:
-            return session.run(self, verb, request, argument)
+        if not chunk[1] or not self._choose(session, chunk).accepts:
+            return session.run(self, "BDAT", request, argument)
         session.mail.dialogue.extend((request, None))
         self._record(session.mail, _Exchange(request, self._accepting.text, True, chunk))
         return session.finish_body(request)
@@ -1645,13 +1636,6 @@ class _Auth(Handler):
             super()._record(mail, exchange)
 
 
-def _insert_lines(text: str, extensions: Sequence[str]) -> str:
-    """A reply followed by extensions; all lines but the last have a - after the code (RFC 5321 section 4.2.1)."""
-    lines = [*text.replace("\r\n", "\n").split("\n"), *(f"250 {extension}" for extension in extensions)]
-    more = [f"{line[:3]}-{line[4:]}" if line[:3].isdigit() else line for line in lines[:-1]]
-    return "\n".join([*more, lines[-1]]) if extensions else text
-
-
 class _Ehlo(_Helo):
     """EHLO, whose reply lists the extensions (RFC 5321 section 4.1.1.1)."""
 
@@ -1663,17 +1647,19 @@ class _Ehlo(_Helo):
         self._accepting = self._announce(is_secure=False)
 
     def _announce(self, *, is_secure: bool) -> _Reply:
-        usual = self._make_reply(self.received)
-        text = _insert_lines(usual.text, list(self._list_extensions(is_secure))) if usual.accepts else usual.text
-        return usual._replace(text=text, data=_encode(text))
-
-    def _list_extensions(self, is_secure: bool) -> Iterator[str]:
-        for extension in self.options.extensions:
-            yield f"SIZE {self.options.msg_size_limit}" if extension.upper() == "SIZE" else extension
-        if _Starttls._is_offered(self.options) and not is_secure:
-            yield "STARTTLS"
-        if self.options.auth_users is not None and (is_secure or not self.options.auth_requires_tls):
-            yield f"AUTH {' '.join(_MECHANISMS)}"
+        """The reply, in which all lines but the last have a - after the code (RFC 5321 section 4.2.1)."""
+        reply, options = self._make_reply(self.received), self.options
+        size = f"SIZE {options.msg_size_limit}"
+        extensions = [size if name.upper() == "SIZE" else name for name in options.extensions]
+        if _Starttls._is_offered(options) and not is_secure:
+            extensions.append("STARTTLS")
+        if options.auth_users is not None and (is_secure or not options.auth_requires_tls):
+            extensions.append(f"AUTH {' '.join(_MECHANISMS)}")
+        if not extensions or not reply.accepts:
+            return reply
+        *lines, last = [*reply.text.replace("\r\n", "\n").split("\n"), *(f"250 {name}" for name in extensions)]
+        text = "\n".join([*(f"{line[:3]}-{line[4:]}" if line[:3].isdigit() else line for line in lines), last])
+        return reply._replace(text=text, data=_encode(text))
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
         reply = super()._choose(session, value)
@@ -1700,32 +1686,28 @@ _BUILT_IN: tuple[type[Handler], ...] = (_Greeting, _Helo, _Ehlo, _Mailfrom, _Rcp
 _BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Starttls, _Auth, _Unknown, _TooLong)
 
 
-def _check_reply(name: str, text: Any) -> None:
-    known = [field.name for field in dataclasses.fields(Configuration) if field.name.startswith("msg_")]
-    if not (_is_text(text) and (text in known or re.match("[0-9]{3}", text))):
-        hint = _suggest(text, known) if isinstance(text, str) else ""
-        raise ConfigurationError(f"{name}={text!r}: must be a text that begins with three digits, or an option{hint}")
-
-
 def _check_handler(handler: Any) -> None:
     """Raise ConfigurationError unless this is a subclass of Handler with all that it needs."""
     if not (isinstance(handler, type) and issubclass(handler, Handler)):
         raise ConfigurationError(f"handlers: {handler!r} must be a subclass of Handler")
-    for name in ("verbs", "needs"):
-        value = getattr(handler, name)
-        if not _are_names(value) or not (value or name == "needs"):
-            example = "('VRFY',)" if name == "verbs" else "('helo',)"
-            raise ConfigurationError(f"{handler.__name__}.{name}={value!r}: must be a tuple of strings, as {example}")
+    name = handler.__name__
+    verbs = _Kind("a tuple of strings, as ('VRFY',)", lambda value: _are_names(value) and len(value) > 0, str)
+    _check(f"{name}.verbs", handler.verbs, verbs)
+    _check(f"{name}.needs", handler.needs, _Kind("a tuple of strings, as ('helo',)", _are_names, str))
+    _check(f"{name}.parse", handler.parse, _CALLABLE)
     for verb in handler.verbs:
         if not re.fullmatch("[A-Za-z0-9]+", verb):
-            raise ConfigurationError(f"{handler.__name__}.verbs: {verb!r} is no verb")
+            raise ConfigurationError(f"{name}.verbs: {verb!r} is no verb")
     for step in handler.needs:
         if step not in (*_STEPS, *_DEMANDS):
-            raise ConfigurationError(f"{handler.__name__}.needs: {step!r} is no step of a session")
-    if not callable(handler.parse):
-        raise ConfigurationError(f"{handler.__name__}.parse={handler.parse!r}: must be callable")
-    for name in ("received", "bad_argument"):
-        _check_reply(f"{handler.__name__}.{name}", getattr(handler, name))
+            raise ConfigurationError(f"{name}.needs: {step!r} is no step of a session")
+    known = [field.name for field in dataclasses.fields(Configuration) if field.name.startswith("msg_")]
+    for attribute in ("received", "bad_argument"):
+        text = getattr(handler, attribute)
+        if not (_is_text(text) and (text in known or re.match("[0-9]{3}", text))):
+            hint = _suggest(text, known) if isinstance(text, str) else ""
+            allowed = f"a text that begins with three digits, or an option{hint}"
+            raise ConfigurationError(f"{name}.{attribute}={text!r}: must be {allowed}")
 
 
 def _make_handlers(options: Configuration, handlers: Any = ()) -> dict[str, Handler]:
@@ -1835,9 +1817,9 @@ class _Mail:
 
     def make_copy(self) -> _Mail:
         """The same mail for another message, after its own was purged."""
-        mail = _Mail()
-        mail.steps, mail.accepted_steps, mail.recipients = self.steps, self.accepted_steps, self.recipients
-        mail.dialogue, mail.body, mail.start = self.dialogue, self.body, len(self.dialogue)
+        mail = copy.copy(self)
+        mail.stamp = mail.delivered = mail.entry = None
+        mail.start = len(self.dialogue)
         return mail
 
     def accepted_recipients(self) -> list[str]:
@@ -1884,7 +1866,7 @@ class _Session:
     """
 
     def __init__(self, context: _Context, peer: tuple[str, int]) -> None:
-        self.context = context
+        self.context, self.handlers = context, context.handlers
         self.peer = peer
         self.rules = context.rules
         self.request: _Request = None  # the last one, for the log
@@ -1915,7 +1897,7 @@ class _Session:
         return self._rest.startswith(data)
 
     def greet(self) -> _Reply:
-        return self.run(self.context.handlers["connect"], "connect", None, "")
+        return self.run(self.handlers["connect"], "connect", None, "")
 
     def receive(self, data: bytes) -> Iterator[_Reply]:
         """Yield the replies to what data completes. A command is run when its reply is asked for."""
@@ -1933,14 +1915,13 @@ class _Session:
 
     def end(self, farewell: str | None = None) -> None:
         """Record what is not yet recorded, because the connection ends. The farewell is the server's last reply."""
-        mail = self.mail
-        leaves_body = mail.body is not None
-        if mail.body is not None:
-            self._leave_body(mail.body, "")
+        mail, body = self.mail, self.mail.body
+        if body is not None:
+            self._leave_body(body, "")
         if farewell is not None:
             mail.dialogue += (None, farewell, None, _Next.CLOSE.value)
-        if self.request is not None and (mail.entry is None or leaves_body or farewell is not None):
-            self._publish(complete=True, annotates=not leaves_body)
+        if self.request is not None and (mail.entry is None or body is not None or farewell is not None):
+            self._publish(complete=True, annotates=body is None)
         self._report_unaccepted()
 
     def _report_unaccepted(self) -> None:
@@ -1957,12 +1938,11 @@ class _Session:
         if end < 0:
             return self._take_part_of_line(data, at)
         request, verb, argument = _parse_command(data[at:end])
-        handlers = self.context.handlers
-        handler = handlers.get(verb) or handlers["unknown"]
+        handler = self.handlers.get(verb) or self.handlers["unknown"]
         keyword = handler._keyword
         if keyword:
             if argument[: len(keyword)].upper() != keyword:
-                handler = handlers["unknown"]
+                handler = self.handlers["unknown"]
             argument = argument[len(keyword) :]
         return end + 1, handler._start(self, verb, request, argument.strip())
 
@@ -1978,7 +1958,7 @@ class _Session:
             self._rest = data[at:]
             return len(data), None
         self._take = self._skip_line
-        return at, self.run(self.context.handlers["too long"], "", f"line of over {self._line_limit} bytes", "")
+        return at, self.run(self.handlers["too long"], "", f"line of over {self._line_limit} bytes", "")
 
     def _skip_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         end = data.find(b"\n", at)
@@ -2007,7 +1987,7 @@ class _Session:
 
     def expect_body(self) -> None:
         """Have the body come next, up to its end marker."""
-        self.mail.body = self._make_body(is_counted=False)
+        self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.stops(), is_counted=False)
         self.mail.body.finish = self.finish_body
         self._take = self._take_body
 
@@ -2016,16 +1996,12 @@ class _Session:
         self.request = request
         if self.mail.body is None:
             self.erase(("data", "msg"))
-            self.mail.body = self._make_body(is_counted=True)
+            self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.stops(), is_counted=True)
         if not size:
             return run()
         self.mail.body.missing, self.mail.body.finish, self.mail.body.request = size, run, request
         self._take = self._take_body
         return None
-
-    def _make_body(self, *, is_counted: bool) -> _Body:
-        stops = self.rules.stops() if self.rules.newest_first else []
-        return _Body(self.context.options.msg_size_limit, stops, is_counted=is_counted)
 
     def secure(self, version: str, cipher: str) -> None:
         """Begin again within TLS. What was said before is forgotten (RFC 3207 section 4.2)."""
@@ -2071,7 +2047,7 @@ class _Session:
         """Run the end of the body; request is the BDAT that it came with."""
         body = self.mail.body
         assert body is not None
-        handler = self.context.handlers["message" if request is None else "last chunk"]
+        handler = self.handlers["message" if request is None else "last chunk"]
         reply = self.run(handler, "message", body.size, body.content(), completes=True)
         self.mail.body = None
         self.request = self.request if request is None else request
@@ -2081,8 +2057,7 @@ class _Session:
         self, stages: Collection[str], request: _Request, content: Any, names: Sequence[str], **limits: Any
     ) -> dict[str, Any]:
         """The aspects of a reply that rules set; for a body, request is its size."""
-        is_body = isinstance(request, int)
-        text = _decode(content or b"") if is_body else str(request or "")
+        text = _decode(content or b"") if isinstance(request, int) else str(request or "")
         size, body = (request, content) if isinstance(request, int) else (None, None)
         try:
             return self.rules.decide(stages, text, names, lambda: self.message(size, body), **limits)
@@ -2092,7 +2067,7 @@ class _Session:
 
     def _interrupt(self, body: _Body) -> _Reply | None:
         """What rules do at this size of the body: end the session, with or without a reply, or only a delay."""
-        after, handler = body.stops.pop(0), self.context.handlers["message"]
+        after, handler = body.stops.pop(0), self.handlers["message"]
         names = self.mail.accepted_recipients()
         aspects = self.decide(("message", "*"), body.size, body.content(), names, after=after)
         if not aspects:
@@ -2158,7 +2133,7 @@ class _Session:
     def erase(self, steps: Sequence[str]) -> None:
         """Forget these steps, unless they belong to an accepted message that is kept."""
         mail = self.mail
-        if mail.entry is not None and self._keeps_messages:
+        if mail.steps.keys().isdisjoint(steps) or (mail.entry is not None and self._keeps_messages):
             return
         for step in steps:
             mail.steps.pop(step, None)
