@@ -433,14 +433,12 @@ def _parse_parameters(text: str, parse: Callable[[str], str | None]) -> str | No
 
 
 def _decode(data: bytes) -> str:
+    """The text of a client. Bytes that are not UTF-8 become surrogates."""
     return data.decode("utf-8", "surrogateescape")
 
 
 def _parse_command(line: bytes) -> tuple[str, str, str]:
-    """Split a command line into the stripped line, its verb in upper case, and its argument (RFC 5321 section 4.1.1).
-
-    Bytes that are not UTF-8 become surrogates.
-    """
+    """Split a line into the stripped line, the verb in upper case, and the argument (RFC 5321 section 4.1.1)."""
     request = _decode(line.strip())
     verb, _, argument = (request.replace("\t", " ") if "\t" in request else request).partition(" ")
     # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
@@ -1143,17 +1141,15 @@ def _name_extensions(options: Configuration) -> set[str]:
 
 
 class Handler:
-    """A command. To add one of your own, subclass this, set some of the public attributes, and override refuse().
-
-    A reply is the name of an option or a text that begins with three digits.
-    """
+    """A command. To add one of your own, subclass this, set some of the public attributes, and override refuse()."""
 
     verbs: Sequence[str] = ()  #: in upper case
     needs: Sequence[str] = ()  #: the steps that must have succeeded before: helo, mailfrom, rcptto, auth, tls
     #: Returns the value of the argument, None if it is bad. By default, there must be no argument.
     parse: Callable[[Any], Any] = staticmethod(lambda argument: None if argument else "")
-    bad_argument = "msg_invalid_cmd_rset_arg"  #: the reply if parse() returns None
-    received = ""  #: the reply if the command is accepted
+    #: The reply if parse() returns None: the name of an option, or a text that begins with three digits.
+    bad_argument = "msg_invalid_cmd_rset_arg"
+    received = ""  #: the reply if the command is accepted, likewise
     has_secret = False  #: whether logs and transcripts show *** in place of the argument
 
     _keyword = ""  # follows the verb, as FROM: follows MAIL
@@ -1178,10 +1174,7 @@ class Handler:
             self.needs = ("tls", *self.needs)
 
     def refuse(self, session: _Session, value: Any) -> str | None:
-        """The reply that refuses the command, or None to accept it. Called with what parse() returned.
-
-        session.message() is the Message as it is so far.
-        """
+        """The reply that refuses this result of parse(), or None. session.message() is the Message as it is so far."""
         return None
 
     def _find_reply(self, text: str) -> _Reply:
@@ -1726,15 +1719,14 @@ def _make_handlers(options: Configuration, handlers: Any = ()) -> dict[str, Hand
 
 _LINE_LIMIT = 4096  # bytes of a command line with its end; RFC 5321 section 4.5.3.1.4 asks for 512 or more
 _AUTH_LINE_LIMIT = 12288  # where lines may hold tokens; RFC 4954 section 4
+
+# Only CRLF ends a line: if a bare LF did, a mail could smuggle in another one (RFC 5321 section 4.1.1.4).
 _END_OF_DATA = b"\r\n.\r\n"
 _DIALOGUE_LIMIT = 20000  # requests and replies in a transcript; an endless session must not fill the memory
 
 
 class _Body:
-    """The body of a mail while it arrives, from DATA or in the chunks of BDAT.
-
-    Only CRLF ends a line: if a bare LF did, a mail could smuggle in another one (RFC 5321 section 4.1.1.4).
-    """
+    """The body of a mail while it arrives, from DATA or in the chunks of BDAT."""
 
     def __init__(self, limit: int, stops: list[int], *, is_counted: bool) -> None:
         self.is_counted = is_counted  # comes in chunks, which have no end marker and no stuffed dots
@@ -1860,10 +1852,7 @@ _State = Callable[[bytes, int], tuple[int, _Reply | None]]
 
 
 class _Session:
-    """One SMTP conversation, without a socket, a thread or a clock.
-
-    The same bytes give the same replies and messages, in whatever pieces they arrive.
-    """
+    """One SMTP conversation, without a socket, a thread or a clock. In which pieces the bytes arrive has no effect."""
 
     def __init__(self, context: _Context, peer: tuple[str, int]) -> None:
         self.context, self.handlers = context, context.handlers
@@ -1877,8 +1866,7 @@ class _Session:
         self._line_limit = _LINE_LIMIT if context.options.auth_users is None else _AUTH_LINE_LIMIT
 
     @property
-    def is_secure(self) -> bool:
-        """Whether the session is within TLS."""
+    def is_secure(self) -> bool:  # within TLS
         return "tls" in self.mail.steps
 
     @property
@@ -2147,6 +2135,9 @@ class _Session:
 # ----------------------------------------------------------------------------------------- mailbox
 
 
+_Where = Callable[[Message], object]
+
+
 class _Entry:
     """A place in the mailbox."""
 
@@ -2168,7 +2159,7 @@ class _Waiter:
     def has_enough(self) -> bool:
         return len(self.unseen) >= self.missing
 
-    def look_at(self, entries: Iterable[_Entry], where: Callable[[Message], object] | None, deadline: float) -> None:
+    def look_at(self, entries: Iterable[_Entry], where: _Where | None, deadline: float) -> None:
         """Look at these entries until the deadline."""
         for entry in entries:
             message = entry.message
@@ -2231,9 +2222,7 @@ class _Mailbox:
             entry.is_purged = True
         self._entries = [entry for entry in self._entries if not entry.is_purged]
 
-    def wait(
-        self, count: int, timeout: float, where: Callable[[Message], object] | None, *, purge: bool
-    ) -> tuple[bool, list[Message]]:
+    def wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> tuple[bool, list[Message]]:
         """Wait for count matching messages. Returns whether they came, and all that match; purges only if they came."""
         deadline = time.monotonic() + timeout
         with self._lock:
@@ -2300,8 +2289,7 @@ class _Log:
 
     def activity(self, what: str, text: str | int = "") -> None:
         if self.shows_activity:
-            line = "message binary data portion" if isinstance(text, int) else _printable(text)
-            self("info_activity", what + line)
+            self("info_activity", what + ("message binary data portion" if isinstance(text, int) else _printable(text)))
 
     def __call__(self, level: str, message: str) -> None:
         try:
@@ -2362,14 +2350,13 @@ def _format_address(host: str, port: int) -> str:
 
 def _set_timeout(sock: socket.socket, seconds: float) -> None:
     """Have reads and writes fail after so many seconds, with BlockingIOError or TimeoutError."""
-    if os.name != "posix":
-        sock.settimeout(seconds)
-        return
-    # settimeout() adds a poll() to every read and write, which is half of the cost of a command.
-    sock.settimeout(None)  # neither inherited from the listening socket nor taken from socket.setdefaulttimeout()
-    timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+    # On POSIX not by settimeout(), which adds a poll() to every read and write: half of the cost of a command. A
+    # timeout must neither be inherited from the listening socket nor be taken from socket.setdefaulttimeout().
+    sock.settimeout(None if os.name == "posix" else seconds)
+    if os.name == "posix":
+        timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
 class _Connection(socketserver.BaseRequestHandler):
@@ -2420,10 +2407,7 @@ class _Connection(socketserver.BaseRequestHandler):
             self.request.close()
 
     def _say(self, reply: _Reply, request: _Request = None) -> bool:
-        """Log, wait and send. Returns whether the session goes on.
-
-        The replies to commands that came together are sent together (RFC 2920).
-        """
+        """Log, wait and send. Returns whether the session goes on."""
         says = bool(reply.data) or reply.next.ends  # unless a rule only delays a body
         if request is not None and self.log.shows_activity and says:
             self.log.activity("SMTP request: ", request)
@@ -2437,6 +2421,7 @@ class _Connection(socketserver.BaseRequestHandler):
             self.unsent += reply.data
         elif not self._trickle(reply):
             return False
+        # The replies to commands that came together are sent together (RFC 2920).
         if reply.next is _Next.COMMAND and len(self.unsent) < 65536:
             return True
         self._flush()
@@ -2449,8 +2434,11 @@ class _Connection(socketserver.BaseRequestHandler):
         if reply.next is _Next.RESET:
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
             self.request.close()
-        elif reply.next is _Next.SILENCE:
-            self._stay_silent()
+        elif reply.next is _Next.SILENCE:  # until one side ends the session, or nothing came for session_timeout
+            self.is_idle = True
+            with contextlib.suppress(OSError):
+                while not self.server.stopping and self.request.recv(65536):
+                    pass
         elif reply.next is _Next.CLOSE:
             self.must_linger = "quit" not in self.session.mail.accepted_steps  # nothing may follow a QUIT
             if reply.data and self.session.is_secure:
@@ -2489,9 +2477,8 @@ class _Connection(socketserver.BaseRequestHandler):
         """Returns whether the handshake succeeded."""
         self.plain.settimeout(self.options.session_timeout)  # OpenSSL respects this, but not SO_RCVTIMEO
         try:
-            self.request = self.options.ssl_context.wrap_socket(
-                self.plain, server_side=True, do_handshake_on_connect=False
-            )
+            context = self.options.ssl_context
+            self.request = context.wrap_socket(self.plain, server_side=True, do_handshake_on_connect=False)
             self.is_idle = True
             if not self.server.stopping:
                 self.request.do_handshake()
@@ -2503,13 +2490,6 @@ class _Connection(socketserver.BaseRequestHandler):
                 self.reason += "; the client spoke plain text, but this port begins with TLS"
             self.log("warning", f"SMTP session broke off: {self.reason}")
         return self.session.is_secure
-
-    def _stay_silent(self) -> None:
-        """Read until the client or the server ends the session, or nothing came for session_timeout."""
-        self.is_idle = True
-        with contextlib.suppress(OSError):
-            while not self.server.stopping and self.request.recv(65536):
-                pass
 
     def _linger(self) -> None:
         """Send a FIN, and read until the client closes, too: closing with unread input would send an RST."""
@@ -2570,31 +2550,21 @@ class _Connection(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):  # it may have ended just now
             socket.socket.shutdown(self.request, how)  # SSLSocket.shutdown() would forget that it is within TLS
 
-    def abort(self) -> None:
-        """End the connection with an RST: a client that is still sending might wait for a minute otherwise."""
-        with contextlib.suppress(OSError):
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
-        self.shut_down(socket.SHUT_RDWR)
-
 
 _SPARE_THREADS = 16
 _PATIENCE = 5.0  # seconds that stop() waits for an aborted session that user code holds up
 
 
 class _Thread(threading.Thread):
-    """A thread that tells when it ends: before Python 3.13, a thread whose join() was interrupted seems to have ended.
-
-    Daemonic, so a forgotten server cannot keep the interpreter alive.
-    """
+    """A thread that tells when it ends: before Python 3.13, a thread with an interrupted join() seems to have ended."""
 
     def __init__(self, name: str, target: Callable[[], object]) -> None:
-        super().__init__(name=name, daemon=True)
-        self._work = target
+        super().__init__(target=target, name=name, daemon=True)  # a forgotten server cannot keep the interpreter alive
         self.ended = threading.Event()
 
     def run(self) -> None:
         try:
-            self._work()
+            super().run()
         finally:
             self.ended.set()
 
@@ -2608,6 +2578,7 @@ class _SessionThread(_Thread):
         super().__init__("smtpmock session", self._serve_clients)
         self.listener = listener
         self.clients: SimpleQueue[tuple[Any, Any] | None] = SimpleQueue()  # None after the last one
+        self.start()
 
     def _serve_clients(self) -> None:
         while (client := self.clients.get()) is not None:
@@ -2692,11 +2663,7 @@ class _Listener(socketserver.ThreadingTCPServer):
                 self.aborting.wait(0.05)  # the client still waits and would wake this thread at once
             return  # with any other error, the client is gone
         try:
-            if self.spare_threads:
-                thread = self.spare_threads.pop()
-            else:
-                thread = _SessionThread(self)
-                thread.start()
+            thread = self.spare_threads.pop() if self.spare_threads else _SessionThread(self)
         except RuntimeError as error:
             self._log_shortage(error)
             with contextlib.suppress(OSError):
@@ -2759,26 +2726,25 @@ class _Listener(socketserver.ThreadingTCPServer):
         """End all sessions at once."""
         self.aborting.set()
         for connection in self.connections.copy():
-            connection.abort()
+            # By an RST: a client that is still sending might wait for a minute otherwise.
+            with contextlib.suppress(OSError):
+                connection.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
+            connection.shut_down(socket.SHUT_RDWR)
 
     def server_close(self) -> None:
-        super().server_close()
-        for sock in self.wake:
+        for sock in (self.socket, *self.wake):
             sock.close()
-
-    def abandon(self) -> None:
-        """In a forked child, close the sockets; the parent has the threads, and goes on serving the clients."""
-        self.closing = threading.RLock()  # another thread of the parent may have held it
-        self.stopping, self.was_opened = True, False
-        for connection in self.connections:
-            connection.request.close()
-        self.connections.clear()
-        self.server_close()
 
 
 def _abandon_listeners() -> None:
+    """In a forked child, close the sockets; the parent has the threads, and goes on serving the clients."""
     for listener in list(_listeners):
-        listener.abandon()
+        listener.closing = threading.RLock()  # another thread of the parent may have held it
+        listener.stopping, listener.was_opened = True, False
+        for connection in listener.connections:
+            connection.request.close()
+        listener.connections.clear()
+        listener.server_close()
 
 
 if hasattr(os, "register_at_fork"):
@@ -2798,7 +2764,6 @@ def _bind(context: _Context) -> _Listener:
     raise failure
 
 
-_Where = Callable[[Message], object]
 _REPORTED = 10  # messages and sessions in the text of a WaitTimeoutError
 
 
