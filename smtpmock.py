@@ -937,6 +937,7 @@ def _check_match(match: str) -> None:
 
 
 _Match = Callable[[str], object] | str | re.Pattern[str] | None
+_Function = Callable[[str, Message], Any]
 
 
 class Rule:
@@ -968,7 +969,7 @@ class Rule:
         self._random = rules.make_random() if probability < 1 else None
         # Fields of an Action, for each use and the last ones from then on. Replaced, never changed.
         self._uses: tuple[dict[str, Any], ...] = ({},)
-        self._function: Callable[[str, Message], Any] | None = None
+        self._function: _Function | None = None
         rules.add(self)
 
     def reply(self, *texts: str | None) -> Rule:
@@ -1010,7 +1011,7 @@ class Rule:
         """Keep the connection open, but answer neither this nor anything that follows."""
         return self._add("then", "silence")
 
-    def __call__(self, function: Callable[[str, Message], Any]) -> Any:
+    def __call__(self, function: _Function) -> Any:
         _check("rule", function, _CALLABLE)
         self._function = function
         return self
@@ -1033,9 +1034,7 @@ class Rule:
         folded = [_fold(name) for name in names]
         return match is None or any(match in (name, name.rpartition("@")[2].lower()) for name in folded)
 
-    def _take(
-        self, wanted: Collection[str], *, counts: bool
-    ) -> tuple[dict[str, Any], Callable[[str, Message], Any] | None]:
+    def _take(self, wanted: Collection[str], *, counts: bool) -> tuple[dict[str, Any], _Function | None]:
         """The aspects that are wanted; counts a use if there are any. Called with the lock of the rules."""
         uses, function = self._uses, self._function if "said" in wanted else None
         use = _find_aspects(uses[min(self.hits, len(uses) - 1)])
@@ -1731,7 +1730,6 @@ class _Body:
     def __init__(self, limit: int, stops: list[int], *, is_counted: bool) -> None:
         self.is_counted = is_counted  # comes in chunks, which have no end marker and no stuffed dots
         self.missing = 0  # bytes of the present chunk
-        self.request = ""  # the BDAT that announced it
         self.finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
         self.size = 0  # bytes as they were sent, without the end marker and what may be its beginning
         self.stops = stops  # sizes at which rules apply, smallest first
@@ -1873,11 +1871,11 @@ class _Session:
     def is_receiving_body(self) -> bool:
         return self._take == self._take_body
 
-    def message(self, size: int | None = None, content: bytes | None = None) -> Message:
+    def message(self, request: _Request = None, content: bytes | None = None) -> Message:
         """The message as it would be recorded now; with a body that is not accepted yet."""
         message = Message(self.mail, self.peer, (0, 0.0))
-        if size is not None:
-            message._steps["msg"] = _Exchange(size, "", False, content)
+        if isinstance(request, int):
+            message._steps["msg"] = _Exchange(request, "", False, content)
         return message
 
     def begins_with(self, data: bytes) -> bool:
@@ -1987,7 +1985,7 @@ class _Session:
             self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.stops(), is_counted=True)
         if not size:
             return run()
-        self.mail.body.missing, self.mail.body.finish, self.mail.body.request = size, run, request
+        self.mail.body.missing, self.mail.body.finish = size, run
         self._take = self._take_body
         return None
 
@@ -2046,9 +2044,8 @@ class _Session:
     ) -> dict[str, Any]:
         """The aspects of a reply that rules set; for a body, request is its size."""
         text = _decode(content or b"") if isinstance(request, int) else str(request or "")
-        size, body = (request, content) if isinstance(request, int) else (None, None)
         try:
-            return self.rules.decide(stages, text, names, lambda: self.message(size, body), **limits)
+            return self.rules.decide(stages, text, names, lambda: self.message(request, content), **limits)
         except BaseException:  # noqa: BLE001 - pytest.fail() is not an Exception
             self.context.log.failure("a rule failed")
             return {"said": self.context.options.msg_msg_failed}
@@ -2072,9 +2069,9 @@ class _Session:
 
     def _leave_body(self, body: _Body, response: str) -> None:
         """Keep what arrived of a body that will not be complete."""
-        if body.missing:
-            self.mail.steps.setdefault("data", _Exchange(body.request, "", False, None))
-            self.mail.dialogue += (body.request, None)
+        if body.missing:  # then the last request is the BDAT that announced the chunk
+            self.mail.steps.setdefault("data", _Exchange(self.request, "", False, None))
+            self.mail.dialogue += (self.request, None)
         self.mail.steps["msg"] = _Exchange(body.size, response, False, body.content())
         self.mail.dialogue += (body.size, response or None)
         self.mail.body = None
@@ -2385,10 +2382,7 @@ class _Connection(socketserver.BaseRequestHandler):
             goes_on = not self.options.implicit_tls or self._start_tls()
             goes_on = goes_on and self._say(self.session.greet())
             while goes_on and (data := self._read()):
-                for reply in self.session.receive(data):
-                    goes_on = self._say(reply, self.session.request)
-                    if not goes_on:
-                        break
+                goes_on = all(self._say(reply, self.session.request) for reply in self.session.receive(data))
         except OSError as error:  # the client is gone, or does not read
             self.log("warning", f"SMTP session broke off: {error}")
 
