@@ -1022,7 +1022,7 @@ class Rule:
 
     def _add(self, name: str, value: Any) -> Rule:
         _check(name, value, _ACTIONS[name])
-        self._uses = tuple({**use, name: value} for use in self._uses)
+        self._uses = tuple(use | {name: value} for use in self._uses)
         return self
 
     def _matches(self, request: str, names: Sequence[str]) -> bool:
@@ -1093,8 +1093,7 @@ class _Rules:
 
     def stops(self) -> list[int]:
         """The sizes of a body at which rules apply, smallest first."""
-        rules = self.newest_first
-        return sorted({rule._after for rule in rules if rule._after is not None}) if rules else []
+        return sorted({rule._after for rule in self.newest_first if rule._after is not None})
 
     def decide(
         self,
@@ -1167,7 +1166,8 @@ class Handler:
         self.options = options
         self._extensions = _name_extensions(options)
         self._refused = [(getattr(options, values), text) for values, text in self._lists if getattr(options, values)]
-        self._replies: dict[str, _Reply] = {}
+        # Limited, because refuse() may return any number of texts.
+        self._find_reply = functools.lru_cache(maxsize=64)(self._make_reply)
         self._accepting = self._make_reply(self.received)
         if options.tls_required and not self._before_tls:
             self.needs = ("tls", *self.needs)
@@ -1175,11 +1175,6 @@ class Handler:
     def refuse(self, session: _Session, value: Any) -> str | None:
         """The reply that refuses this result of parse(), or None. session.message() is the Message as it is so far."""
         return None
-
-    def _find_reply(self, text: str) -> _Reply:
-        if text not in self._replies and text.startswith("msg_") and hasattr(self.options, text):
-            self._replies[text] = self._make_reply(text)
-        return self._replies.get(text) or self._make_reply(text)
 
     def _make_reply(self, option: str) -> _Reply:
         """The reply whose text is in this option, or is this text."""
