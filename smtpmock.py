@@ -1161,6 +1161,7 @@ class Handler:
     _before_tls = False  # whether tls_required allows it before STARTTLS
     _annotates = False  # whether it belongs to the accepted message before it and does not begin another
     _is_offered: Callable[[Configuration], bool] = staticmethod(lambda options: True)  # if not, it is unknown
+    _read_loosely: Callable[[Any], Any] = staticmethod(lambda argument: argument)  # a bad one, which a rule accepted
 
     def __init__(self, options: Configuration) -> None:
         self.options = options
@@ -1240,10 +1241,6 @@ class Handler:
             reply = reply._replace(text=text, data=data, next=self._choose_next(accepts), accepts=accepts)
         return reply._replace(next=aspects["then"]) if "then" in aspects else reply
 
-    def _read_loosely(self, argument: Any) -> Any:
-        """The value of an argument that is invalid, but that a rule accepted."""
-        return argument
-
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
         if self._step:
             mail.steps[self._step] = exchange
@@ -1291,6 +1288,10 @@ _PARAMETERS = {
 class _PathHandler(Handler):
     """What MAIL and RCPT have in common: an address with parameters."""
 
+    _read_loosely = functools.partial(
+        _parse_parameters, parse=lambda path: path[1:-1] if path[:1] + path[-1:] == "<>" else path
+    )
+
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
         if self._extensions:
@@ -1314,9 +1315,6 @@ class _PathHandler(Handler):
         is_esmtp = str(session.mail.steps["helo"].request)[:4].upper() == "EHLO"
         was_announced = is_esmtp and extension in self._extensions and verb in self.verbs
         return was_announced and re.fullmatch(pattern, value, re.IGNORECASE) is not None
-
-    def _read_loosely(self, argument: str) -> str | None:
-        return _parse_parameters(argument, lambda path: path[1:-1] if path[:1] + path[-1:] == "<>" else path)
 
 
 class _Mailfrom(_PathHandler):
