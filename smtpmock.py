@@ -1288,8 +1288,8 @@ _PARAMETERS = {
 class _PathHandler(Handler):
     """What MAIL and RCPT have in common: an address with parameters."""
 
-    _read_loosely = functools.partial(
-        _parse_parameters, parse=lambda path: path[1:-1] if path[:1] + path[-1:] == "<>" else path
+    _read_loosely = staticmethod(
+        lambda argument: _parse_parameters(argument, lambda path: path[1:-1] if path[:1] + path[-1:] == "<>" else path)
     )
 
     def __init__(self, options: Configuration) -> None:
