@@ -263,7 +263,7 @@ class Configuration(_Fields):
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
     extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept: SIZE, DSN, CHUNKING...")
     auth_users: Any = _option(None, _USERS, "who can log in: user:secret,... or a function; no AUTH without it")
-    auth_required: bool = _option(False, _FLAG, "refuse MAIL FROM before AUTH")
+    auth_required: bool = _option(False, _FLAG, "refuse the commands of a mail before AUTH")
     auth_requires_tls: bool = _option(False, _FLAG, "neither announce nor accept AUTH without TLS")
     ssl_context: Any = _option(None, _CONTEXT, "ssl.SSLContext with a certificate; no TLS without it")
     implicit_tls: bool = _option(False, _FLAG, "begin each session with TLS, as on port 465; no STARTTLS then")
@@ -307,7 +307,7 @@ class Configuration(_Fields):
     msg_auth_sequence: str = _reply(
         f"{_BAD} AUTH should be used once, after EHLO and before MAIL FROM", "a misplaced AUTH"
     )
-    msg_auth_required: str = _reply("530 Authentication required", "MAIL FROM before AUTH, with auth_required")
+    msg_auth_required: str = _reply("530 Authentication required", "a mail before AUTH, with auth_required")
     msg_auth_tls_required: str = _reply("538 Encryption required for authentication", "AUTH, with auth_requires_tls")
     msg_starttls_received: str = _reply("220 Ready to start TLS", "STARTTLS")
     msg_invalid_cmd_starttls_arg: str = _reply("501 STARTTLS takes no argument", "STARTTLS with an argument")
@@ -1159,6 +1159,7 @@ class Handler:
     _delay = ""  # the option that has it
     _next = _Next.COMMAND  # if it is accepted
     _before_tls = False  # whether tls_required allows it before STARTTLS
+    _before_auth = True  # whether auth_required allows it before AUTH
     _annotates = False  # whether it belongs to the accepted message before it and does not begin another
     _is_offered: Callable[[Configuration], bool] = staticmethod(lambda options: True)  # if not, it is unknown
     _read_loosely: Callable[[Any], Any] = staticmethod(lambda argument: argument)  # a bad one, which a rule accepted
@@ -1170,6 +1171,8 @@ class Handler:
         # Limited, because refuse() may return any number of texts.
         self._find_reply = functools.lru_cache(maxsize=64)(self._make_reply)
         self._accepting = self._make_reply(self.received)
+        if options.auth_required and not self._before_auth:
+            self.needs = ("auth", *self.needs)
         if options.tls_required and not self._before_tls:
             self.needs = ("tls", *self.needs)
 
@@ -1325,14 +1328,9 @@ class _Mailfrom(_PathHandler):
     parse = staticmethod(lambda text: "" if text == "<>" else _parse_path(text))
     received, bad_argument = "msg_mailfrom_received", "msg_invalid_cmd_mailfrom_arg"
     _step, _keyword, _delay = "mailfrom", "FROM:", "response_delay_mailfrom"
-    _erases = _TRANSACTION
+    _erases, _before_auth = _TRANSACTION, False
     _bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
     _lists = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
-
-    def __init__(self, options: Configuration) -> None:
-        if options.auth_required:
-            self.needs = ("auth", *self.needs)
-        super().__init__(options)
 
 
 class _Rcptto(_PathHandler):
@@ -1343,7 +1341,7 @@ class _Rcptto(_PathHandler):
     parse = staticmethod(lambda text: text[1:-1] if text.lower() == "<postmaster>" else _parse_path(text))
     received, bad_argument = "msg_rcptto_received", "msg_invalid_cmd_rcptto_arg"
     _step, _keyword, _delay = "rcptto", "TO:", "response_delay_rcptto"
-    _bad_sequence = "msg_invalid_cmd_rcptto_sequence"
+    _bad_sequence, _before_auth = "msg_invalid_cmd_rcptto_sequence", False
     _lists = (
         ("blacklisted_rcptto_emails", "msg_rcptto_blacklisted_email"),
         ("not_registered_emails", "msg_rcptto_not_registered_email"),
@@ -1364,7 +1362,7 @@ class _Data(Handler):
     verbs: Sequence[str] = ("DATA",)
     needs = ("helo", "mailfrom", "rcptto")
     received, bad_argument, _bad_sequence = "msg_data_received", "msg_invalid_cmd", "msg_invalid_cmd_data_sequence"
-    _step, _delay = "data", "response_delay_data"
+    _step, _delay, _before_auth = "data", "response_delay_data", False
     _erases: tuple[str, ...] = ("data", "msg")
 
     def refuse(self, session: _Session, value: Any) -> str | None:

@@ -2889,6 +2889,20 @@ class AuthTest(unittest.TestCase):
                     self.assertEqual(client.auth(mechanism, getattr(client, f"auth_{method}"))[0], 235)
 
 
+class LoginOptionsTest(unittest.TestCase):
+    """What must come after a login, which mechanisms there are, and a token that is refused."""
+
+    def test_each_command_of_a_mail_needs_the_login_that_is_required(self) -> None:
+        options: dict[str, Any] = {"auth_users": {"u": "p"}, "auth_required": True, "extensions": ["CHUNKING"]}
+        memory = Memory("EHLO a.com", **options)
+        replies = memory.say("MAIL FROM:<a@a.com>", "RCPT TO:<b@b.com>", "DATA", "BDAT 2 LAST", "")
+        self.assertEqual(replies, ["530 Authentication required"] * 4)
+        self.assertEqual(memory.say("NOOP", "RSET", "HELP"), ["250 Ok", "250 Ok", UNRECOGNIZED])
+        memory.say("AUTH PLAIN " + b64("\0u\0p"))
+        self.assertEqual(memory.say(*SEND), [RECEIVED, RECEIVED, READY, RECEIVED])
+        self.assertEqual(Memory(**options).say("RCPT TO:<b@b.com>"), ["530 Authentication required"])
+
+
 class ProcessCase(unittest.TestCase):
     """Tests of the command line as a process."""
 
