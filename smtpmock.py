@@ -1526,6 +1526,9 @@ def _run_xoauth2(users: Any) -> _Mechanism:
     return match[1], match[2]
 
 
+# What Google sends for a token that it does not accept. The client answers with an empty line.
+_BAD_TOKEN = b'{"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"}\n'
+
 _MECHANISMS = {"PLAIN": _run_plain, "LOGIN": _run_login, "CRAM-MD5": _run_cram_md5, "XOAUTH2": _run_xoauth2}
 
 
@@ -1597,6 +1600,8 @@ class _Auth(Handler):
         else:
             return result._replace(response="msg_auth_cancelled")
         is_valid = users(name, user, secret) if callable(users) else user in users and users[user] == secret
+        if name == "XOAUTH2" and not is_valid and (yield _BAD_TOKEN) == "*":
+            return result._replace(response="msg_auth_cancelled", user=user)
         return result._replace(response=self.received if is_valid else "msg_auth_failed", user=user)
 
     def _refuse_mechanism(self, session: _Session, mechanism: str) -> str | None:

@@ -2902,6 +2902,25 @@ class LoginOptionsTest(unittest.TestCase):
         self.assertEqual(memory.say(*SEND), [RECEIVED, RECEIVED, READY, RECEIVED])
         self.assertEqual(Memory(**options).say("RCPT TO:<b@b.com>"), ["530 Authentication required"])
 
+    def test_a_refused_token_is_explained_before_the_535(self) -> None:
+        token, empty = b64("user=u\1auth=Bearer wrong\1\1"), ""
+        failed, cancelled = "535 Authentication credentials invalid", "501 Authentication cancelled"
+        for lines, end in (
+            ((f"AUTH XOAUTH2 {token}", empty), failed),
+            (("AUTH XOAUTH2", token, empty), failed),
+            ((f"AUTH XOAUTH2 {token}", token), failed),
+            ((f"AUTH XOAUTH2 {token}", "*"), cancelled),
+        ):
+            with self.subTest(lines):
+                memory = Memory("EHLO a.com", auth_users={"u": "token"})
+                *_, challenge, last = memory.say(*lines)
+                error = json.loads(base64.b64decode(challenge.removeprefix("334 ")))
+                self.assertEqual((error["status"], *sorted(error)), ("401", "schemes", "scope", "status"))
+                self.assertEqual((last, *memory.say("NOOP")), (end, "250 Ok"))
+                message = memory.message()
+                self.assertEqual((message.auth, message.auth_user, message.auth_response), (False, "u", end))
+                self.assertNotIn(token, message.transcript)
+
 
 class ProcessCase(unittest.TestCase):
     """Tests of the command line as a process."""
