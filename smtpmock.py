@@ -221,6 +221,9 @@ _EXTENSIONS = (
 _EXTENSIONS += " ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE NO-SOLICITING"
 
 
+_AUTH_MECHANISMS = ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2")
+
+
 def _check_extension(name: str) -> None:
     known = _EXTENSIONS.split()
     option = {"AUTH": "auth_users", "STARTTLS": "ssl_context"}.get(name)
@@ -263,6 +266,7 @@ class Configuration(_Fields):
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
     extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept: SIZE, DSN, CHUNKING...")
     auth_users: Any = _option(None, _USERS, "who can log in: user:secret,... or a function; no AUTH without it")
+    auth_mechanisms: Collection[str] = _option(_AUTH_MECHANISMS, _WORDS, "AUTH mechanisms to announce and accept")
     auth_required: bool = _option(False, _FLAG, "refuse the commands of a mail before AUTH")
     auth_requires_tls: bool = _option(False, _FLAG, "neither announce nor accept AUTH without TLS")
     ssl_context: Any = _option(None, _CONTEXT, "ssl.SSLContext with a certificate; no TLS without it")
@@ -331,6 +335,11 @@ class Configuration(_Fields):
                     object.__setattr__(self, field.name, tuple(value))
         for extension in self.extensions:
             _check_extension(extension.split()[0].upper())
+        for name in self.auth_mechanisms:
+            if name.upper() not in _AUTH_MECHANISMS:
+                raise ConfigurationError(
+                    f"auth_mechanisms: {name} is unknown{_suggest(name.upper(), _AUTH_MECHANISMS)}"
+                )
         for name, other in _NEEDED.items():
             if getattr(self, name) and getattr(self, other) is None:
                 raise ConfigurationError(f"{name}=True: needs {other}")
@@ -1529,7 +1538,7 @@ def _run_xoauth2(users: Any) -> _Mechanism:
 # What Google sends for a token that it does not accept. The client answers with an empty line.
 _BAD_TOKEN = b'{"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"}\n'
 
-_MECHANISMS = {"PLAIN": _run_plain, "LOGIN": _run_login, "CRAM-MD5": _run_cram_md5, "XOAUTH2": _run_xoauth2}
+_MECHANISMS = dict(zip(_AUTH_MECHANISMS, (_run_plain, _run_login, _run_cram_md5, _run_xoauth2), strict=True))
 
 
 class _Auth(Handler):
@@ -1614,7 +1623,8 @@ class _Auth(Handler):
             return "msg_auth_sequence"
         if self.options.auth_requires_tls and not session.is_secure:
             return "msg_auth_tls_required"
-        return None if mechanism in _MECHANISMS else "msg_auth_unknown_mechanism"
+        is_known = mechanism in map(str.upper, self.options.auth_mechanisms)
+        return None if is_known else "msg_auth_unknown_mechanism"
 
     def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         return [value.user or ""]
@@ -1642,7 +1652,7 @@ class _Ehlo(_Helo):
         if _Starttls._is_offered(options) and not is_secure:
             extensions.append("STARTTLS")
         if options.auth_users is not None and (is_secure or not options.auth_requires_tls):
-            extensions.append(f"AUTH {' '.join(_MECHANISMS)}")
+            extensions.append(" ".join(("AUTH", *options.auth_mechanisms)).upper())
         if not extensions or not reply.accepts:
             return reply
         *lines, last = [*reply.text.replace("\r\n", "\n").split("\n"), *(f"250 {name}" for name in extensions)]

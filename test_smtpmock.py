@@ -2902,6 +2902,27 @@ class LoginOptionsTest(unittest.TestCase):
         self.assertEqual(memory.say(*SEND), [RECEIVED, RECEIVED, READY, RECEIVED])
         self.assertEqual(Memory(**options).say("RCPT TO:<b@b.com>"), ["530 Authentication required"])
 
+    def test_mechanisms_are_announced_and_accepted_in_their_order(self) -> None:
+        plain, unknown = "AUTH PLAIN " + b64("\0u\0p"), "504 Unrecognized authentication type"
+        for names, announced, reply in (
+            (["LOGIN", "plain"], "250 AUTH LOGIN PLAIN", "235 Authentication succeeded"),
+            (("XOAUTH2",), "250 AUTH XOAUTH2", unknown),
+            ((), "250 AUTH", unknown),
+        ):
+            with self.subTest(names):
+                memory = Memory(auth_users={"u": "p"}, auth_mechanisms=names)
+                self.assertEqual(memory.say("EHLO a.com", plain), ["250-Received", announced, reply])
+                self.assertIn("C: AUTH PLAIN ***\n", memory.message().transcript)
+
+    def test_unknown_mechanisms(self) -> None:
+        for names, error in (
+            (["PLAIN", "plian"], "auth_mechanisms: plian is unknown; did you mean PLAIN?"),
+            (["GSSAPI"], "auth_mechanisms: GSSAPI is unknown"),
+            ("PLAIN", "auth_mechanisms='PLAIN': must be a list of words"),
+        ):
+            with self.subTest(names), self.assertRaisesRegex(ConfigurationError, f"^{re.escape(error)}$"):
+                Configuration(auth_mechanisms=names)
+
     def test_a_refused_token_is_explained_before_the_535(self) -> None:
         token, empty = b64("user=u\1auth=Bearer wrong\1\1"), ""
         failed, cancelled = "535 Authentication credentials invalid", "501 Authentication cancelled"
