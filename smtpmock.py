@@ -255,6 +255,7 @@ class Configuration(_Fields):
     blacklisted_mailfrom_emails: Collection[str] = _names("addresses that MAIL FROM refuses")
     blacklisted_rcptto_emails: Collection[str] = _names("addresses that RCPT TO refuses")
     not_registered_emails: Collection[str] = _names("addresses that RCPT TO refuses as unknown")
+    lenient_addresses: bool = _option(False, _FLAG, "also accept names such as root, a@srv_1.example.com, 0123456789")
     response_delay_helo: float = _delay("HELO and EHLO")
     response_delay_mailfrom: float = _delay("MAIL FROM")
     response_delay_rcptto: float = _delay("RCPT TO")
@@ -367,12 +368,20 @@ _DOMAIN = re.compile(rf"{_DOTTED}|(?=[0-9-]*[^0-9-]){_LABEL}")
 # "Mailbox" of section 4.1.2.
 _ATOM = r"[^ \"(),.:;<>@\[\\\]]+"
 _QUOTED = r"\"(?:[^\"\\]|\\[ -~])*\""
-_MAILBOX = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_DOTTED}|[lL][oO][cC][aA][lL][hH][oO][sS][tT]|\[[^\[\]@]*\])"
+_LOCAL_PART = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})"
+_LITERAL = r"\[[^\[\]@]*\]"
+_MAILBOX = rf"{_LOCAL_PART}@(?:{_DOTTED}|[lL][oO][cC][aA][lL][hH][oO][sS][tT]|{_LITERAL})"
 
 # The path of MAIL and RCPT as clients write it: <user@example.com>, user@example.com, and
 # John Doe <user@example.com>. A source route is accepted and ignored (section 4.1.1.3).
 _ROUTE = rf"(?:@{_DOTTED}(?:,@{_DOTTED})*:)?"
 _PATH = re.compile(rf"([^\"<>@]*<{_ROUTE})?({_MAILBOX})(>)?")
+
+# With lenient_addresses: labels may have underscores or be numbers, a final dot is allowed, and an address needs no
+# domain. They are compiled when they are first used.
+_LENIENT_LABEL = rf"(?:{_ALNUM}|[_-])+"
+_LENIENT_DOMAIN = rf"{_LENIENT_LABEL}(?:\.{_LENIENT_LABEL})*\.?"
+_LENIENT_PATH = rf"([^\"<>@]*<{_ROUTE})?({_LOCAL_PART}(?:@(?:{_LENIENT_DOMAIN}|{_LITERAL}))?)(>)?"
 
 
 def _is_ip_address(text: str, family: socket.AddressFamily) -> bool:
@@ -394,18 +403,18 @@ def _is_clean(text: str) -> bool:
 # Each of these parses the argument of a command, and returns None if it is invalid.
 
 
-def _parse_domain(text: str) -> str | None:
-    valid = _DOMAIN.fullmatch(text) or _is_address_literal(text) or _is_ip_address(text, socket.AF_INET)
+def _parse_domain(text: str, pattern: str | re.Pattern[str] = _DOMAIN) -> str | None:
+    valid = re.fullmatch(pattern, text) or _is_address_literal(text) or _is_ip_address(text, socket.AF_INET)
     return text if valid and _is_clean(text) else None
 
 
 @functools.lru_cache(maxsize=512)  # tests use few addresses, each many times
-def _parse_path(text: str) -> str | None:
-    match = _PATH.fullmatch(text)
+def _parse_path(text: str, pattern: str | re.Pattern[str] = _PATH) -> str | None:
+    match = re.fullmatch(pattern, text)
     if match is None or (match[1] is None) != (match[3] is None) or not _is_clean(text):
         return None
     address: str = match[2]
-    domain = address[address.rindex("@") + 1 :]
+    domain = address.rpartition("@")[2]
     return address if domain[0] != "[" or _is_address_literal(domain) else None
 
 
@@ -1153,7 +1162,7 @@ class Handler:
     verbs: Sequence[str] = ()  #: in upper case
     needs: Sequence[str] = ()  #: the steps that must have succeeded before: helo, mailfrom, rcptto, auth, tls
     #: Returns the value of the argument, None if it is bad. By default, there must be no argument.
-    parse: Callable[[Any], Any] = staticmethod(lambda argument: None if argument else "")
+    parse: Callable[..., Any] = staticmethod(lambda argument: None if argument else "")
     #: The reply if parse() returns None: the name of an option, or a text that begins with three digits.
     bad_argument = "msg_invalid_cmd_rset_arg"
     received = ""  #: the reply if the command is accepted, likewise
@@ -1165,6 +1174,7 @@ class Handler:
     _bad_sequence = "msg_invalid_cmd_helo_sequence"
     _more_stages: tuple[str, ...] = ("*",)  # beside its own, those whose rules apply
     _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
+    _lenient_pattern = ""  # what parse() takes as pattern, with lenient_addresses
     _delay = ""  # the option that has it
     _next = _Next.COMMAND  # if it is accepted
     _before_tls = False  # whether tls_required allows it before STARTTLS
@@ -1180,6 +1190,8 @@ class Handler:
         # Limited, because refuse() may return any number of texts.
         self._find_reply = functools.lru_cache(maxsize=64)(self._make_reply)
         self._accepting = self._make_reply(self.received)
+        if options.lenient_addresses and self._lenient_pattern:
+            self.parse = functools.partial(self.parse, pattern=self._lenient_pattern)
         if options.auth_required and not self._before_auth:
             self.needs = ("auth", *self.needs)
         if options.tls_required and not self._before_tls:
@@ -1275,7 +1287,7 @@ class _Helo(Handler):
     parse = staticmethod(_parse_domain)
     received, bad_argument = "msg_helo_received", "msg_invalid_cmd_helo_arg"
     _step, _delay = "helo", "response_delay_helo"
-    _erases = _STEPS
+    _erases, _lenient_pattern = _STEPS, _LENIENT_DOMAIN
     _lists = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
     _before_tls = True
 
@@ -1300,6 +1312,7 @@ _PARAMETERS = {
 class _PathHandler(Handler):
     """What MAIL and RCPT have in common: an address with parameters."""
 
+    _lenient_pattern = _LENIENT_PATH
     _read_loosely = staticmethod(
         lambda argument: _parse_parameters(argument, lambda path: path[1:-1] if path[:1] + path[-1:] == "<>" else path)
     )
@@ -1334,7 +1347,7 @@ class _Mailfrom(_PathHandler):
 
     verbs = ("MAIL",)
     needs: Sequence[str] = ("helo",)
-    parse = staticmethod(lambda text: "" if text == "<>" else _parse_path(text))
+    parse = staticmethod(lambda text, **pattern: "" if text == "<>" else _parse_path(text, **pattern))
     received, bad_argument = "msg_mailfrom_received", "msg_invalid_cmd_mailfrom_arg"
     _step, _keyword, _delay = "mailfrom", "FROM:", "response_delay_mailfrom"
     _erases, _before_auth = _TRANSACTION, False
@@ -1347,7 +1360,9 @@ class _Rcptto(_PathHandler):
 
     verbs, needs = ("RCPT",), ("helo", "mailfrom")
     # Postmaster is the only address that needs no domain (RFC 5321 section 4.1.1.3).
-    parse = staticmethod(lambda text: text[1:-1] if text.lower() == "<postmaster>" else _parse_path(text))
+    parse = staticmethod(
+        lambda text, **pattern: text[1:-1] if text.lower() == "<postmaster>" else _parse_path(text, **pattern)
+    )
     received, bad_argument = "msg_rcptto_received", "msg_invalid_cmd_rcptto_arg"
     _step, _keyword, _delay = "rcptto", "TO:", "response_delay_rcptto"
     _bad_sequence, _before_auth = "msg_invalid_cmd_rcptto_sequence", False

@@ -2943,6 +2943,60 @@ class LoginOptionsTest(unittest.TestCase):
                 self.assertNotIn(token, message.transcript)
 
 
+class LenientAddressesTest(unittest.TestCase):
+    """Names that are in use and that the grammar of SMTP does not have."""
+
+    HOSTS = ("123456789012", "web_1.proj_default", "_x", "a.com.")
+    ADDRESSES = ("root", "root@web1", "a@srv_1.example.com", "a@example.com.", '"a b"', "a@1234", "a.b@_")
+
+    def test_accepted_and_only_with_the_option(self) -> None:
+        for lenient in (True, False):
+            helo = RECEIVED if lenient else "501 HELO requires domain address or valid address literal"
+            sender = RECEIVED if lenient else "501 MAIL FROM requires valid email address"
+            recipient = RECEIVED if lenient else "501 RCPT TO requires valid email address"
+            for host in self.HOSTS:
+                for verb in ("HELO", "EHLO"):
+                    with self.subTest(host, lenient=lenient):
+                        self.assertEqual(Memory(lenient_addresses=lenient).say(f"{verb} {host}"), [helo])
+            for address in self.ADDRESSES:
+                for path in (address, f"<{address}>", f"Jo <{address}>"):
+                    with self.subTest(path, lenient=lenient):
+                        memory = Memory("EHLO a.com", lenient_addresses=lenient)
+                        self.assertEqual(memory.say(f"MAIL FROM:{path}"), [sender])
+                        memory.say("MAIL FROM:<a@a.com>")
+                        self.assertEqual(memory.say(f"RCPT TO:{path}"), [recipient])
+                        self.assertEqual(memory.message().rcpt_tos, [address] * lenient)
+
+    def test_what_else_is_refused_still_is(self) -> None:
+        memory = Memory(lenient_addresses=True)
+        for host in ("", "a b", "a..b", ".a", "a@b", "[1.2.3]", "a\u0080"):
+            self.assertIn("501", memory.say(f"EHLO {host}")[0], host)
+        memory.say("EHLO a.com")
+        for path in ("", "<root", "root>", "a b", "a@", "@a", "a@b@c", "a@b..c", "a..b@c", "a@[1.2.3]", "<a\u0080>"):
+            self.assertIn("501", memory.say(f"MAIL FROM:{path}")[0], path)
+        replies = memory.say("MAIL FROM:<>", "RCPT TO:<Postmaster>", "RCPT TO:<a@[127.0.0.1]>", "RCPT TO:<>")
+        self.assertEqual(replies, [RECEIVED] * 3 + ["501 RCPT TO requires valid email address"])
+
+    def test_with_parameters_lists_and_rules(self) -> None:
+        memory = Memory(
+            "EHLO web_1",
+            lenient_addresses=True, extensions=["SIZE"], blacklisted_rcptto_emails=["root"],
+            rules=["RCPT a_1.com: reply 450 later"],
+        )  # fmt: skip
+        replies = memory.say("MAIL FROM:root SIZE=5", "RCPT TO:<ROOT>", "RCPT TO:<b@a_1.com>", "RCPT TO:<b@a.com>")
+        self.assertEqual(replies, [RECEIVED, "421 Service not available", "450 later", RECEIVED])
+        message = memory.message()
+        self.assertEqual((message.mail_from, message.mailfrom_parameters), ("root", {"SIZE": "5"}))
+        self.assertTrue(message.as_bytes().startswith(b"Return-Path: <root>\r\n"))
+
+    def test_long_names_take_no_long_time(self) -> None:
+        memory = Memory("EHLO a.com", lenient_addresses=True)
+        began = time.monotonic()
+        for path in ("a_" * 2000 + "!@", "a@" + "1_" * 1900 + "..", "a." * 2000 + "@", '"' + "a" * 4000):
+            self.assertIn("501", memory.say(f"MAIL FROM:<{path}>")[0])
+        self.assertLess(time.monotonic() - began, TIMEOUT)
+
+
 class ProcessCase(unittest.TestCase):
     """Tests of the command line as a process."""
 
