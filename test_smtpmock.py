@@ -2905,7 +2905,7 @@ class LoginOptionsTest(unittest.TestCase):
     def test_mechanisms_are_announced_and_accepted_in_their_order(self) -> None:
         plain, unknown = "AUTH PLAIN " + b64("\0u\0p"), "504 Unrecognized authentication type"
         for names, announced, reply in (
-            (["LOGIN", "plain"], "250 AUTH LOGIN PLAIN", "235 Authentication succeeded"),
+            (["plain", "LOGIN"], "250 AUTH PLAIN LOGIN", "235 Authentication succeeded"),
             (("XOAUTH2",), "250 AUTH XOAUTH2", unknown),
             ((), "250 AUTH", unknown),
         ):
