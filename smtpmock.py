@@ -31,6 +31,7 @@ import dataclasses
 import enum
 import errno
 import functools
+import operator
 import os
 import re
 import select
@@ -543,10 +544,11 @@ class _StepField(Generic[_T]):
     """An attribute of Message that is read from the exchange of one step; the default if the step is missing."""
 
     def __init__(self, step: str, field: str, default: _T) -> None:
-        self.step, self.field, self.default = step, field, default
+        self.step, self.read, self.default = step, operator.attrgetter(field), default
 
     def __get__(self, message: Message, owner: type[Message]) -> _T:
-        value: _T | None = getattr(message._steps.get(self.step), self.field, None)
+        exchange = message._steps.get(self.step)
+        value: _T | None = None if exchange is None else self.read(exchange)
         return self.default if value is None else value
 
 
@@ -666,7 +668,8 @@ class Message:
     noop = _StepField("noop", "accepted", False)
     quit_sent = _StepField("quit", "accepted", False)
     auth_request, auth_response, auth = _make_fields("auth")  #: the request is without the secret
-    _login = _StepField[_AuthResult | None]("auth", "value", None)
+    auth_mechanism = _StepField[str | None]("auth", "value.mechanism", None)  #: also if the login failed
+    auth_user = _StepField[str | None]("auth", "value.user", None)
     tls = _StepField[tuple[str, str] | None]("tls", "value", None)  #: (version, cipher); None without TLS
     id: int  #: unique among the messages of the server
     peer: tuple[str, int]  #: the client's address and port
@@ -718,15 +721,6 @@ class Message:
     def rcptto_parameters(self) -> list[dict[str, str]]:
         """The parameters of each of the rcpt_tos."""
         return [dict(getattr(address, "parameters", {})) for address in self.rcpt_tos]
-
-    @property
-    def auth_mechanism(self) -> str | None:
-        """Such as PLAIN, also if the login failed; None if the client named none."""
-        return getattr(self._login, "mechanism", None)
-
-    @property
-    def auth_user(self) -> str | None:
-        return getattr(self._login, "user", None)
 
     @property
     def msg_request(self) -> str:
@@ -844,10 +838,9 @@ class Message:
 
     def to_dict(self) -> dict[str, Any]:
         """Every attribute as values for JSON. `content` is text if it is UTF-8, else base64: see `content_encoding`."""
-        names = [name for name, field in vars(Message).items() if isinstance(field, _StepField)]
-        names = [name for name in names if name not in ("content", "_login")]
+        names = [name for name, field in vars(Message).items() if isinstance(field, _StepField) and name != "content"]
         names += ["id", "esmtp", "rcpt_tos", "rcptto", "is_consistent", "received_header"]
-        names += ["mailfrom_parameters", "rcptto_parameters", "auth_mechanism", "auth_user"]
+        names += ["mailfrom_parameters", "rcptto_parameters"]
         values = {name: getattr(self, name) for name in (*names, "subject", "text", "html", "transcript")}
         values["refusals"] = [list(pair) for pair in self.refusals]
         values["peer"], values["tls"] = list(self.peer), list(self.tls) if self.tls else None
