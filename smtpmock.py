@@ -1287,8 +1287,7 @@ class _Helo(Handler):
 
 _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 section 4
 
-# The command, the extension and the pattern of each parameter. A parameter that is not listed belongs to the
-# extension of the same name, and may have any value.
+# The command, the extension and the pattern of each parameter. Any other is the extension of its name, with any value.
 _PARAMETERS = {
     "SIZE": ("MAIL", "SIZE", "[0-9]{1,20}"),  # RFC 1870
     "BODY": ("MAIL", "8BITMIME", "7BIT|8BITMIME"),  # RFC 6152
@@ -1505,8 +1504,7 @@ class _Starttls(Handler):
         return self._find_reply("msg_invalid_cmd_starttls_sequence") if is_secure else super()._choose(session, value)
 
 
-# A mechanism yields its challenges, is sent the client's answers, and returns a user and a secret. An answer that
-# makes no sense raises ValueError.
+# A mechanism yields challenges, is sent the answers, and returns a user and a secret, or raises ValueError.
 _Mechanism = Generator[bytes, bytes, tuple[str, str]]
 
 
@@ -1767,11 +1765,11 @@ class _Body:
         self._raw += data[start:stop]
         self.size += self._pending + stop - start
         if is_complete and not self.is_counted:
+            self._pending = 3
             del self._raw[-3:]
-            self.size -= 3
         elif not self.is_counted:
             self._pending = 2 * self._raw.endswith(b"\r\n.\r") or int(self._raw.endswith(b"\r\n."))
-            self.size -= self._pending
+        self.size -= self._pending
         # At most one byte in four is a stuffed dot, so this much is too long even without them.
         if not self._is_kept or len(self._raw) > self._limit * 4 // 3 + 10:
             self._is_kept = False
