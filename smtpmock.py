@@ -1980,7 +1980,6 @@ class _Session:
         return len(data), None
 
     def expect_answer(self, run: Callable[[str], _Reply]) -> None:
-        """Have the next line answer a challenge."""
         self._take = functools.partial(self._take_answer, run=run)
 
     def expect_body(self) -> None:
@@ -2169,7 +2168,6 @@ class _Waiter:
         return len(self.unseen) >= self.missing
 
     def look_at(self, entries: Iterable[_Entry], where: _Where | None, deadline: float) -> None:
-        """Look at these entries until the deadline."""
         for entry in entries:
             message = entry.message
             if where is None or where(message):
@@ -2414,14 +2412,14 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def _say(self, reply: _Reply, request: _Request = None) -> bool:
         """Log, wait and send. Returns whether the session goes on."""
-        says = bool(reply.data) or reply.next.ends  # unless a rule only delays a body
-        if request is not None and self.log.shows_activity and says:
+        is_logged = self.log.shows_activity and (reply.data or reply.next.ends)  # unless a rule only delays a body
+        if is_logged and request is not None:
             self.log.activity("SMTP request: ", request)
         if reply.delay:
             self._flush()
             if not self._pause(reply.delay):
                 return False
-        if self.log.shows_activity and says:
+        if is_logged:
             self.log.activity("SMTP response: ", reply.text if reply.data else "none")
         if not reply.trickle:
             self.unsent += reply.data
