@@ -27,10 +27,12 @@ MIT licence, https://opensource.org/licenses/MIT. Copyright 2026 the smtpmock au
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import enum
 import errno
 import functools
+import operator
 import os
 import re
 import select
@@ -222,6 +224,15 @@ _EXTENSIONS = (
 _EXTENSIONS += " ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE NO-SOLICITING"
 
 
+_AUTH_MECHANISMS = ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2")
+
+
+def _check_choices(option: str, names: Iterable[str], known: Collection[str], fold: Callable[[str], str] = str) -> None:
+    for name in names:
+        if fold(name) not in known:
+            raise ConfigurationError(f"{option}: {name} is unknown{_suggest(fold(name), known)}")
+
+
 def _check_extension(name: str) -> None:
     known = _EXTENSIONS.split()
     option = {"AUTH": "auth_users", "STARTTLS": "ssl_context"}.get(name)
@@ -253,6 +264,7 @@ class Configuration(_Fields):
     blacklisted_mailfrom_emails: Collection[str] = _names("addresses that MAIL FROM refuses")
     blacklisted_rcptto_emails: Collection[str] = _names("addresses that RCPT TO refuses")
     not_registered_emails: Collection[str] = _names("addresses that RCPT TO refuses as unknown")
+    lenient_addresses: bool = _option(False, _FLAG, "also accept names such as root, a@srv_1.example.com, 0123456789")
     response_delay_helo: float = _delay("HELO and EHLO")
     response_delay_mailfrom: float = _delay("MAIL FROM")
     response_delay_rcptto: float = _delay("RCPT TO")
@@ -266,7 +278,8 @@ class Configuration(_Fields):
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
     extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept: SIZE, DSN, CHUNKING...")
     auth_users: Any = _option(None, _USERS, "who can log in: user:secret,... or a function; no AUTH without it")
-    auth_required: bool = _option(False, _FLAG, "refuse MAIL FROM before AUTH")
+    auth_mechanisms: Collection[str] = _option(_AUTH_MECHANISMS, _WORDS, "AUTH mechanisms to announce and accept")
+    auth_required: bool = _option(False, _FLAG, "refuse the commands of a mail before AUTH")
     auth_requires_tls: bool = _option(False, _FLAG, "neither announce nor accept AUTH without TLS")
     ssl_context: Any = _option(None, _CONTEXT, "ssl.SSLContext with a certificate; no TLS without it")
     implicit_tls: bool = _option(False, _FLAG, "begin each session with TLS, as on port 465; no STARTTLS then")
@@ -311,7 +324,7 @@ class Configuration(_Fields):
     msg_auth_sequence: str = _reply(
         f"{_BAD} AUTH should be used once, after EHLO and before MAIL FROM", "a misplaced AUTH"
     )
-    msg_auth_required: str = _reply("530 Authentication required", "MAIL FROM before AUTH, with auth_required")
+    msg_auth_required: str = _reply("530 Authentication required", "a mail before AUTH, with auth_required")
     msg_auth_tls_required: str = _reply("538 Encryption required for authentication", "AUTH, with auth_requires_tls")
     msg_starttls_received: str = _reply("220 Ready to start TLS", "STARTTLS")
     msg_invalid_cmd_starttls_arg: str = _reply("501 STARTTLS takes no argument", "STARTTLS with an argument")
@@ -335,9 +348,8 @@ class Configuration(_Fields):
                     object.__setattr__(self, field.name, tuple(value))
         for extension in self.extensions:
             _check_extension(extension.split()[0].upper())
-        for code in self.tolerated:
-            if code not in _VIOLATIONS:
-                raise ConfigurationError(f"tolerated: there is no code {code!r}{_suggest(code, _VIOLATIONS)}")
+        _check_choices("tolerated", self.tolerated, _VIOLATIONS)
+        _check_choices("auth_mechanisms", self.auth_mechanisms, _AUTH_MECHANISMS, str.upper)
         for name, other in _NEEDED.items():
             if getattr(self, name) and getattr(self, other) is None:
                 raise ConfigurationError(f"{name}=True: needs {other}")
@@ -365,12 +377,20 @@ _DOMAIN = re.compile(rf"{_DOTTED}|(?=[0-9-]*[^0-9-]){_LABEL}")
 # "Mailbox" of section 4.1.2.
 _ATOM = r"[^ \"(),.:;<>@\[\\\]]+"
 _QUOTED = r"\"(?:[^\"\\]|\\[ -~])*\""
-_MAILBOX = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_DOTTED}|[lL][oO][cC][aA][lL][hH][oO][sS][tT]|\[[^\[\]@]*\])"
+_LOCAL_PART = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})"
+_LITERAL = r"\[[^\[\]@]*\]"
+_MAILBOX = rf"{_LOCAL_PART}@(?:{_DOTTED}|[lL][oO][cC][aA][lL][hH][oO][sS][tT]|{_LITERAL})"
 
 # The path of MAIL and RCPT as clients write it: <user@example.com>, user@example.com, and
 # John Doe <user@example.com>. A source route is accepted and ignored (section 4.1.1.3).
 _ROUTE = rf"(?:@{_DOTTED}(?:,@{_DOTTED})*:)?"
 _PATH = re.compile(rf"([^\"<>@]*<{_ROUTE})?({_MAILBOX})(>)?")
+
+# With lenient_addresses: labels may have underscores or be numbers, a final dot is allowed, and an address needs no
+# domain. They are compiled when they are first used.
+_LENIENT_LABEL = rf"(?:{_ALNUM}|[_-])+"
+_LENIENT_DOMAIN = rf"{_LENIENT_LABEL}(?:\.{_LENIENT_LABEL})*\.?"
+_LENIENT_PATH = rf"([^\"<>@]*<{_ROUTE})?({_LOCAL_PART}(?:@(?:{_LENIENT_DOMAIN}|{_LITERAL}))?)(>)?"
 
 
 def _is_ip_address(text: str, family: socket.AddressFamily) -> bool:
@@ -392,32 +412,19 @@ def _is_clean(text: str) -> bool:
 # Each of these parses the argument of a command, and returns None if it is invalid.
 
 
-def _parse_domain(text: str) -> str | None:
-    valid = _DOMAIN.fullmatch(text) or _is_address_literal(text) or _is_ip_address(text, socket.AF_INET)
+def _parse_domain(text: str, pattern: str | re.Pattern[str] = _DOMAIN) -> str | None:
+    valid = re.fullmatch(pattern, text) or _is_address_literal(text) or _is_ip_address(text, socket.AF_INET)
     return text if valid and _is_clean(text) else None
 
 
 @functools.lru_cache(maxsize=512)  # tests use few addresses, each many times
-def _parse_path(text: str) -> str | None:
-    match = _PATH.fullmatch(text)
+def _parse_path(text: str, pattern: str | re.Pattern[str] = _PATH) -> str | None:
+    match = re.fullmatch(pattern, text)
     if match is None or (match[1] is None) != (match[3] is None) or not _is_clean(text):
         return None
     address: str = match[2]
-    domain = address[address.rindex("@") + 1 :]
+    domain = address.rpartition("@")[2]
     return address if domain[0] != "[" or _is_address_literal(domain) else None
-
-
-def _parse_sender(text: str) -> str | None:
-    return "" if text == "<>" else _parse_path(text)
-
-
-def _parse_recipient(text: str) -> str | None:
-    # Postmaster is the only address that needs no domain, section 4.1.1.3.
-    return text[1:-1] if text.lower() == "<postmaster>" else _parse_path(text)
-
-
-def _parse_nothing(text: str) -> str | None:
-    return None if text else ""
 
 
 def _parse_chunk(text: str) -> tuple[int, bool] | None:
@@ -453,14 +460,12 @@ def _parse_parameters(text: str, parse: Callable[[str], str | None]) -> str | No
 
 
 def _decode(data: bytes) -> str:
+    """The text of a client. Bytes that are not UTF-8 become surrogates."""
     return data.decode("utf-8", "surrogateescape")
 
 
 def _parse_command(line: bytes) -> tuple[str, str, str]:
-    """Split a command line into the stripped line, its verb in upper case, and its argument (RFC 5321 section 4.1.1).
-
-    Bytes that are not UTF-8 become surrogates.
-    """
+    """Split a line into the stripped line, the verb in upper case, and the argument (RFC 5321 section 4.1.1)."""
     request = _decode(line.strip())
     verb, _, argument = (request.replace("\t", " ") if "\t" in request else request).partition(" ")
     # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
@@ -469,8 +474,7 @@ def _parse_command(line: bytes) -> tuple[str, str, str]:
 
 _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 section 4
 
-# The command, the extension and the pattern of each parameter. A parameter that is not listed belongs to the
-# extension of the same name, and may have any value.
+# The command, the extension and the pattern of each parameter. Any other is the extension of its name, with any value.
 _PARAMETERS = {
     "SIZE": ("MAIL", "SIZE", "[0-9]{1,20}"),  # RFC 1870
     "BODY": ("MAIL", "8BITMIME", "7BIT|8BITMIME"),  # RFC 6152
@@ -967,16 +971,12 @@ class _Next(enum.Enum):
         self.ends = value in ("<closed>", "<reset>", "<silence>")
 
 
-_ENDINGS = tuple(state.value for state in _Next if state.ends)
-
-
 class _AuthResult(NamedTuple):
     """The outcome of AUTH."""
 
     response: str  # the option that has the text of the reply
     mechanism: str | None = None
     user: str | None = None
-    request: str = ""  # the line that began it, without the secret
 
 
 class _Reply(NamedTuple):
@@ -991,8 +991,7 @@ class _Reply(NamedTuple):
 
 
 def _encode(text: str) -> bytes:
-    lines = text.replace("\r\n", "\n").replace("\n", "\r\n")
-    return lines.encode("utf-8", "surrogateescape") + b"\r\n"
+    return text.replace("\r\n", "\n").replace("\n", "\r\n").encode("utf-8", "surrogateescape") + b"\r\n"
 
 
 # A client's line, the size of its body, or None where the server speaks unasked.
@@ -1008,17 +1007,13 @@ class _Exchange(NamedTuple):
     value: Any  # of the argument; None if that is invalid
 
 
-# Requests and responses in turn. They are formatted only on demand.
-_Dialogue = list[_Request]
-
-
 def _printable(text: str) -> str:
     """The text as one line, with escapes in place of control characters, which a terminal would obey."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
-def _format_dialogue(dialogue: _Dialogue) -> Iterator[str]:
-    """Yield lines such as "C: QUIT" and "S: 221 Closing connection"."""
+def _format_dialogue(dialogue: list[_Request]) -> Iterator[str]:
+    """Yield lines such as "C: QUIT" and "S: 221 Closing connection" for requests and responses in turn."""
     for index, said in enumerate(dialogue):
         if isinstance(said, int):
             yield f"C: <{said} bytes>"
@@ -1040,11 +1035,11 @@ class _StepField(Generic[_T]):
     """An attribute of Message that is read from the exchange of one step; the default if the step is missing."""
 
     def __init__(self, step: str, field: str, default: _T) -> None:
-        self.step, self.field, self.default = step, field, default
+        self.step, self.read, self.default = step, operator.attrgetter(field), default
 
     def __get__(self, message: Message, owner: type[Message]) -> _T:
         exchange = message._steps.get(self.step)
-        value: _T | None = None if exchange is None else getattr(exchange, self.field)
+        value: _T | None = None if exchange is None else self.read(exchange)
         return self.default if value is None else value
 
 
@@ -1062,20 +1057,20 @@ class Attachment(NamedTuple):
 
 def _parse_email(data: bytes) -> Any:
     from email.errors import MessageDefect
-    from email.parser import BytesHeaderParser, BytesParser
+    from email.parser import BytesParser
 
+    parser = BytesParser(policy=_make_email_policy())
     try:
-        return BytesParser(policy=_make_email_policy()).parsebytes(data)
+        return parser.parsebytes(data)
     except RecursionError:
-        mail = BytesHeaderParser(policy=_make_email_policy()).parsebytes(data)
+        mail = parser.parsebytes(data, headersonly=True)
         mail.defects.append(MessageDefect("parts are nested too deeply"))
         return mail
 
 
 def _decode_part(part: Any) -> bytes:
     if not part.is_multipart():
-        content: bytes = part.get_payload(decode=True)
-        return content
+        return bytes(part.get_payload(decode=True))
     # A mail within the mail, or the blocks of a delivery report. The generator cannot write all of them.
     policy, data = part.policy.clone(linesep="\r\n", refold_source="none"), b""
     with contextlib.suppress(Exception):
@@ -1098,12 +1093,11 @@ def _split_parts(mail: Any) -> tuple[dict[str, str], list[Attachment]]:
     while parts:
         part = parts.pop()
         kind, name = part.get_content_type(), part.get_filename()
-        is_container = part.get_content_maintype() == "multipart"
-        if is_container and part.is_multipart():
-            parts.extend(reversed(part.get_payload()))
-            continue
-        if is_container:  # but its boundary never came
-            kind = "text/plain"
+        if part.get_content_maintype() == "multipart":
+            if part.is_multipart():
+                parts.extend(reversed(part.get_payload()))
+                continue
+            kind = "text/plain"  # because its boundary never came
         if kind in ("text/plain", "text/html") and kind not in texts and name is None and not part.is_attachment():
             texts[kind] = _decode_text(part)
         else:
@@ -1148,36 +1142,30 @@ class Message:
     noop = _StepField("noop", "accepted", False)
     quit_sent = _StepField("quit", "accepted", False)
     auth_request, auth_response, auth = _make_fields("auth")  #: the request is without the secret
+    auth_mechanism = _StepField[str | None]("auth", "value.mechanism", None)  #: also if the login failed
+    auth_user = _StepField[str | None]("auth", "value.user", None)
     tls = _StepField[tuple[str, str] | None]("tls", "value", None)  #: (version, cipher); None without TLS
     id: int  #: unique among the messages of the server
     peer: tuple[str, int]  #: the client's address and port
-
-    def __init__(
-        self, mail: _Mail, peer: tuple[str, int], number: int, stamped_at: float, tolerated: Collection[str] = ()
-    ) -> None:
-        # The session goes on appending to the lists, so their present lengths are kept with them.
-        fields = {
-            "id": number,
-            "peer": peer,
-            "_stamped_at": stamped_at,
-            "_steps": mail.steps.copy(),
-            "_recipients": mail.recipients,
-            "_count": len(mail.recipients),
-            "_dialogue": mail.dialogue,
-            "_said": len(mail.dialogue),
-            "_start": mail.start,
-            "_tolerated": tolerated,
-        }
-        object.__setattr__(self, "__dict__", fields)  # __setattr__() allows nothing else
 
     _stamped_at: float
     _steps: dict[str, _Exchange]
     _recipients: list[_Exchange]
     _count: int
-    _dialogue: _Dialogue
+    _dialogue: list[_Request]
     _said: int
     _start: int
     _tolerated: Collection[str]
+
+    def __init__(
+        self, mail: _Mail, peer: tuple[str, int], stamp: tuple[int, float], tolerated: Collection[str] = ()
+    ) -> None:
+        # The session goes on appending to the lists, so their present lengths are kept with them.
+        fields = self.__dict__  # because __setattr__() allows nothing
+        fields["id"], fields["_stamped_at"] = stamp
+        fields["peer"], fields["_steps"], fields["_tolerated"] = peer, mail.steps.copy(), tolerated
+        fields["_recipients"], fields["_count"] = mail.recipients, len(mail.recipients)
+        fields["_dialogue"], fields["_said"], fields["_start"] = mail.dialogue, len(mail.dialogue), mail.start
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
@@ -1210,20 +1198,6 @@ class Message:
     def rcptto_parameters(self) -> list[dict[str, str]]:
         """The parameters of each of the rcpt_tos."""
         return [dict(getattr(address, "parameters", {})) for address in self.rcpt_tos]
-
-    @property
-    def auth_mechanism(self) -> str | None:
-        """Such as PLAIN, also if the login failed; None if the client named none."""
-        return self._login.mechanism
-
-    @property
-    def auth_user(self) -> str | None:
-        return self._login.user
-
-    @property
-    def _login(self) -> _AuthResult:
-        login = self._steps["auth"].value if "auth" in self._steps else None
-        return login if isinstance(login, _AuthResult) else _AuthResult("")
 
     @property
     def msg_request(self) -> str:
@@ -1357,7 +1331,7 @@ class Message:
         """Every attribute as values for JSON. `content` is text if it is UTF-8, else base64: see `content_encoding`."""
         names = [name for name, field in vars(Message).items() if isinstance(field, _StepField) and name != "content"]
         names += ["id", "esmtp", "rcpt_tos", "rcptto", "is_consistent", "received_header"]
-        names += ["mailfrom_parameters", "rcptto_parameters", "auth_mechanism", "auth_user"]
+        names += ["mailfrom_parameters", "rcptto_parameters"]
         values = {name: getattr(self, name) for name in (*names, "subject", "text", "html", "transcript")}
         values["refusals"] = [list(pair) for pair in self.refusals]
         values["violations"] = [violation._asdict() for violation in self.violations]
@@ -1366,17 +1340,13 @@ class Message:
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
         values["rcptto_request_response"] = [list(pair) for pair in self.rcptto_request_response]
         values["headers"] = [[name, str(value)] for name, value in self.email.items()]
-        values["defects"] = [
-            f"{type(defect).__name__}: {defect}" for part in self.email.walk() for defect in part.defects
-        ]
-        values["attachments"] = [
-            {"name": name, "type": kind, **_jsonify_bytes(content)} for name, kind, content in self.attachments
-        ]
-        record: dict[str, Any] = _escape_surrogates({**values, **_jsonify_bytes(self.content)})
-        return record
+        values["defects"] = [f"{type(fault).__name__}: {fault}" for part in self.email.walk() for fault in part.defects]
+        values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
+        return dict(_escape_surrogates(values | _jsonify_bytes(self.content)))
 
     def __repr__(self) -> str:
-        replies = [said for said in self._dialogue[1 : self._said : 2] if said is not None and said not in _ENDINGS]
+        endings = (None, *(state.value for state in _Next))
+        replies = [said for said in self._dialogue[1 : self._said : 2] if said not in endings]
         end = f"not accepted, last reply {_shorten(replies[-1])}" if replies else "no reply"
         if self.is_consistent:
             end = "accepted"
@@ -1392,6 +1362,7 @@ class Message:
 _STAGES = ("connect", "message", "*")
 _PROBABILITY = _Kind("a number from 0 to 1", _number(0, 1, int, float), float)
 _TIMES = _Kind("an integer from 1 up", _number(1, float("inf"), int), int)
+_CALLABLE = _Kind("callable", callable, str)
 _BYTES = _Kind(
     "bytes",
     lambda value: isinstance(value, bytes),
@@ -1438,32 +1409,27 @@ class Action(_Fields):
         return _find_aspects({name: value for name, value in vars(self).items() if value is not None})
 
 
+_VERBS = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT AUTH STARTTLS"
+
 # What people write for a stage, and what it is called here. Other verbs are allowed if they are not nearly these.
-_STAGE_NAMES = {
-    stage.upper(): stage for stage in ("connect", "message", "HELO", "EHLO", "MAIL", "RCPT", "DATA", "BDAT")
-}
-_STAGE_NAMES |= {verb: verb for verb in ("RSET", "NOOP", "QUIT", "AUTH", "STARTTLS")}
+_STAGE_NAMES = {stage.upper(): stage for stage in ("connect", "message", *_VERBS.split())}
 _STAGE_NAMES |= {"MAILFROM": "MAIL", "RCPTTO": "RCPT", "BODY": "message", "END": "message", "CONNECTION": "connect"}
 _OTHER_VERBS = "VRFY EXPN HELP ETRN TURN SEND SOML SAML"
 
 
-def _parse_stage(name: object) -> str:
+def _parse_stage(name: object, verbs: Collection[str]) -> str:
     """connect, message, *, or a verb in upper case; MAIL FROM and RCPT TO are MAIL and RCPT."""
+    import difflib
+
     words = name.replace(":", " ").split() if isinstance(name, str) else []
     if not words or len(words) > 2 or (words[1:] and words[1].upper() not in ("FROM", "TO")):
         raise ConfigurationError(f"stage={name!r}: must be connect, message, * or a verb such as RCPT")
-    return words[0].lower() if words[0].lower() in _STAGES else words[0].upper()
-
-
-def _check_stage(name: str, stage: str, verbs: Collection[str]) -> None:
-    """Refuse a stage that is nearly another one, and so would never be reached."""
-    import difflib
-
+    stage = words[0].lower() if words[0].lower() in _STAGES else words[0].upper()
     if stage in (*_STAGES, *_STAGE_NAMES.values(), *verbs, *_OTHER_VERBS.split()):
-        return
-    near = difflib.get_close_matches(stage, _STAGE_NAMES, n=1, cutoff=0.7)
-    if near:
+        return stage
+    if near := difflib.get_close_matches(stage, _STAGE_NAMES, n=1, cutoff=0.7):  # the rule would never apply
         raise ConfigurationError(f"stage={name!r}: there is no such stage; did you mean {_STAGE_NAMES[near[0]]}?")
+    return stage
 
 
 def _check_match(match: str) -> None:
@@ -1475,6 +1441,7 @@ def _check_match(match: str) -> None:
 
 
 _Match = Callable[[str], object] | str | re.Pattern[str] | None
+_Function = Callable[[str, Message], Any]
 
 
 class Rule:
@@ -1490,12 +1457,11 @@ class Rule:
     ) -> None:
         self.hits = 0  #: how often the rule was used; guarded by the lock of the rules
         self._rules = rules
-        self._stage = _parse_stage(stage)
+        self._stage = _parse_stage(stage, rules.verbs)
         if not (match is None or isinstance(match, str | re.Pattern) or callable(match)):
             raise ConfigurationError(f"match={match!r}: must be an address, a domain, a pattern or a function")
         if isinstance(match, str):
             _check_match(match)
-        _check_stage(stage, self._stage, rules.verbs)
         self._match = _fold(match) if isinstance(match, str) else match
         for name, value, kind in (("times", times, _TIMES), ("after", after, _COUNT)):
             if value is not None:
@@ -1507,7 +1473,7 @@ class Rule:
         self._random = rules.make_random() if probability < 1 else None
         # Fields of an Action, for each use and the last ones from then on. Replaced, never changed.
         self._uses: tuple[dict[str, Any], ...] = ({},)
-        self._function: Callable[[str, Message], Any] | None = None
+        self._function: _Function | None = None
         rules.add(self)
 
     def reply(self, *texts: str | None) -> Rule:
@@ -1549,9 +1515,8 @@ class Rule:
         """Keep the connection open, but answer neither this nor anything that follows."""
         return self._add("then", "silence")
 
-    def __call__(self, function: Callable[[str, Message], Any]) -> Any:
-        if not callable(function):
-            raise ConfigurationError(f"rule={function!r}: must be callable")
+    def __call__(self, function: _Function) -> Any:
+        _check("rule", function, _CALLABLE)
         self._function = function
         return self
 
@@ -1561,7 +1526,7 @@ class Rule:
 
     def _add(self, name: str, value: Any) -> Rule:
         _check(name, value, _ACTIONS[name])
-        self._uses = tuple({**use, name: value} for use in self._uses)
+        self._uses = tuple(use | {name: value} for use in self._uses)
         return self
 
     def _matches(self, request: str, names: Sequence[str]) -> bool:
@@ -1573,9 +1538,7 @@ class Rule:
         folded = [_fold(name) for name in names]
         return match is None or any(match in (name, name.rpartition("@")[2].lower()) for name in folded)
 
-    def _take(
-        self, wanted: Collection[str], *, counts: bool
-    ) -> tuple[dict[str, Any], Callable[[str, Message], Any] | None]:
+    def _take(self, wanted: Collection[str], *, counts: bool) -> tuple[dict[str, Any], _Function | None]:
         """The aspects that are wanted; counts a use if there are any. Called with the lock of the rules."""
         uses, function = self._uses, self._function if "said" in wanted else None
         use = _find_aspects(uses[min(self.hits, len(uses) - 1)])
@@ -1600,14 +1563,6 @@ class Rule:
 
     def __repr__(self) -> str:
         return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits>"
-
-
-def _read_result(result: object) -> dict[str, Any]:
-    """The aspects of a reply that the function of a rule returned."""
-    action = Action(result) if result is None or isinstance(result, str) else result
-    if not isinstance(action, Action):
-        raise TypeError(f"a rule returned {result!r}: must be None, a reply or an Action")
-    return action._aspects()
 
 
 class _Rules:
@@ -1662,7 +1617,11 @@ class _Rules:
                 with self._lock:
                     aspects, function = rule._take(missing, counts=counts) if rule in self.newest_first else ({}, None)
                 if function is not None:  # called without the lock, like every function of the user
-                    aspects = aspects | _read_result(function(request, message()))
+                    result = function(request, message())
+                    action = Action(result) if result is None or isinstance(result, str) else result
+                    if not isinstance(action, Action):
+                        raise TypeError(f"a rule returned {result!r}: must be None, a reply or an Action")
+                    aspects = aspects | action._aspects()
                 found |= {name: value for name, value in aspects.items() if name in missing}
         return found
 
@@ -1684,53 +1643,49 @@ def _name_extensions(options: Configuration) -> set[str]:
 
 
 class Handler:
-    """A command. To add one of your own, subclass this, set some of the public attributes, and override refuse().
-
-    A reply is the name of an option or a text that begins with three digits.
-    """
+    """A command. To add one of your own, subclass this, set some of the public attributes, and override refuse()."""
 
     verbs: Sequence[str] = ()  #: in upper case
     needs: Sequence[str] = ()  #: the steps that must have succeeded before: helo, mailfrom, rcptto, auth, tls
-    parse: Callable[[Any], Any] = staticmethod(_parse_nothing)  #: returns the value of the argument, None if it is bad
-    bad_argument = "msg_invalid_cmd_rset_arg"  #: the reply if parse() returns None
-    received = ""  #: the reply if the command is accepted
+    #: Returns the value of the argument, None if it is bad. By default, there must be no argument.
+    parse: Callable[..., Any] = staticmethod(lambda argument: None if argument else "")
+    #: The reply if parse() returns None: the name of an option, or a text that begins with three digits.
+    bad_argument = "msg_invalid_cmd_rset_arg"
+    received = ""  #: the reply if the command is accepted, likewise
     has_secret = False  #: whether logs and transcripts show *** in place of the argument
 
     _keyword = ""  # follows the verb, as FROM: follows MAIL
     _step = ""  # the name under which a message has the command
     _erases: tuple[str, ...] = ()  # the steps that it undoes, even if it is refused then
     _bad_sequence = "msg_invalid_cmd_helo_sequence"
+    _more_stages: tuple[str, ...] = ("*",)  # beside its own, those whose rules apply
     _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
+    _lenient_pattern = ""  # what parse() takes as pattern, with lenient_addresses
     _delay = ""  # the option that has it
     _next = _Next.COMMAND  # if it is accepted
     _before_tls = False  # whether tls_required allows it before STARTTLS
+    _before_auth = True  # whether auth_required allows it before AUTH
     _annotates = False  # whether it belongs to the accepted message before it and does not begin another
+    _is_offered: Callable[[Configuration], bool] = staticmethod(lambda options: True)  # if not, it is unknown
+    _read_loosely: Callable[[Any], Any] = staticmethod(lambda argument: argument)  # a bad one, which a rule accepted
 
     def __init__(self, options: Configuration) -> None:
         self.options = options
         self._extensions = _name_extensions(options)
         self._refused = [(getattr(options, values), text) for values, text in self._lists if getattr(options, values)]
-        self._replies: dict[str, _Reply] = {}
+        # Limited, because refuse() may return any number of texts.
+        self._find_reply = functools.lru_cache(maxsize=64)(self._make_reply)
         self._accepting = self._make_reply(self.received)
+        if options.lenient_addresses and self._lenient_pattern:
+            self.parse = functools.partial(self.parse, pattern=self._lenient_pattern)
+        if options.auth_required and not self._before_auth:
+            self.needs = ("auth", *self.needs)
         if options.tls_required and not self._before_tls:
             self.needs = ("tls", *self.needs)
 
     def refuse(self, session: _Session, value: Any) -> str | None:
-        """The reply that refuses the command, or None to accept it. Called with what parse() returned.
-
-        session.message() is the Message as it is so far.
-        """
+        """The reply that refuses this result of parse(), or None. session.message() is the Message as it is so far."""
         return None
-
-    @classmethod
-    def _is_offered(cls, options: Configuration) -> bool:
-        """Whether the server has this command; if not, it is unknown."""
-        return True
-
-    def _find_reply(self, text: str) -> _Reply:
-        if text not in self._replies and text.startswith("msg_") and hasattr(self.options, text):
-            self._replies[text] = self._make_reply(text)
-        return self._replies.get(text) or self._make_reply(text)
 
     def _make_reply(self, option: str) -> _Reply:
         """The reply whose text is in this option, or is this text."""
@@ -1758,8 +1713,8 @@ class Handler:
         value = self.parse(argument)
         reply = self._choose(session, value)
         if session.rules.newest_first:
-            aspects = session.decide(self._stages(stage), request, argument, self._names(session, argument, value))
-            reply = self._apply(aspects, reply)
+            names = self._names(session, argument, value)
+            reply = self._apply(session.decide((stage, *self._more_stages), request, argument, names), reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
         text = reply.text if reply.data else None
         session.mail.dialogue.extend((request, _mark_early(text) if text and session.has_more else text))
@@ -1780,10 +1735,6 @@ class Handler:
         refusal = self.refuse(session, value)
         return self._accepting if refusal is None else self._find_reply(refusal)
 
-    def _stages(self, stage: str) -> tuple[str, ...]:
-        """The stages whose rules apply."""
-        return stage, "*"
-
     def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         """The addresses or domains for rules to match."""
         return [name.strip("<>") for name in (value, argument) if isinstance(name, str)]
@@ -1800,10 +1751,6 @@ class Handler:
             accepts = bool(data) and not text.startswith(("4", "5"))
             reply = reply._replace(text=text, data=data, next=self._choose_next(accepts), accepts=accepts)
         return reply._replace(next=aspects["then"]) if "then" in aspects else reply
-
-    def _read_loosely(self, argument: Any) -> Any:
-        """The value of an argument that is invalid, but that a rule accepted."""
-        return argument
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
         if self._step:
@@ -1827,13 +1774,18 @@ class _Helo(Handler):
     parse = staticmethod(_parse_domain)
     received, bad_argument = "msg_helo_received", "msg_invalid_cmd_helo_arg"
     _step, _delay = "helo", "response_delay_helo"
-    _erases = _STEPS
+    _erases, _lenient_pattern = _STEPS, _LENIENT_DOMAIN
     _lists = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
     _before_tls = True
 
 
 class _PathHandler(Handler):
     """What MAIL and RCPT have in common: an address with parameters."""
+
+    _lenient_pattern = _LENIENT_PATH
+    _read_loosely = staticmethod(
+        lambda argument: _parse_parameters(argument, lambda path: path[1:-1] if path[:1] + path[-1:] == "<>" else path)
+    )
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
@@ -1844,14 +1796,13 @@ class _PathHandler(Handler):
         if not self._extensions:
             return None
         given = getattr(value, "parameters", {})
-        if "SMTPUTF8" in self._extensions and not value.isascii() and not self._declares_utf8(session, given):
+        sender = session.mail.steps["mailfrom"].value if self._step == "rcptto" else value
+        declared = getattr(sender, "parameters", {})
+        if "SMTPUTF8" in self._extensions and not value.isascii() and "SMTPUTF8" not in declared:
             return self.bad_argument
         if not all(self._allows(session, *parameter) for parameter in given.items()):
             return "msg_unknown_parameter"
         return "msg_msg_size_is_too_big" if int(given.get("SIZE", 0)) > self.options.msg_size_limit else None
-
-    def _declares_utf8(self, session: _Session, given: dict[str, str]) -> bool:
-        return "SMTPUTF8" in given
 
     def _allows(self, session: _Session, name: str, value: str) -> bool:
         usual = _PARAMETERS.get(name, (self.verbs[0], name, "[^?]*"))
@@ -1860,50 +1811,39 @@ class _PathHandler(Handler):
         was_announced = is_esmtp and extension in self._extensions and verb in self.verbs
         return was_announced and re.fullmatch(pattern, value, re.IGNORECASE) is not None
 
-    def _read_loosely(self, argument: str) -> str | None:
-        return _parse_parameters(argument, lambda path: path[1:-1] if path[:1] + path[-1:] == "<>" else path)
-
 
 class _Mailfrom(_PathHandler):
     """MAIL FROM:<address>, or <> for a mail that must not be answered."""
 
     verbs = ("MAIL",)
     needs: Sequence[str] = ("helo",)
-    parse = staticmethod(_parse_sender)
-    bad_argument = "msg_invalid_cmd_mailfrom_arg"
-    received = "msg_mailfrom_received"
+    parse = staticmethod(lambda text, **pattern: "" if text == "<>" else _parse_path(text, **pattern))
+    received, bad_argument = "msg_mailfrom_received", "msg_invalid_cmd_mailfrom_arg"
     _step, _keyword, _delay = "mailfrom", "FROM:", "response_delay_mailfrom"
-    _erases = _TRANSACTION
+    _erases, _before_auth = _TRANSACTION, False
     _bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
     _lists = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
-
-    def __init__(self, options: Configuration) -> None:
-        if options.auth_required:
-            self.needs = ("auth", *self.needs)
-        super().__init__(options)
 
 
 class _Rcptto(_PathHandler):
     """RCPT TO:<address>, once per recipient."""
 
     verbs, needs = ("RCPT",), ("helo", "mailfrom")
-    parse = staticmethod(_parse_recipient)
-    bad_argument = "msg_invalid_cmd_rcptto_arg"
-    received = "msg_rcptto_received"
-    _step, _keyword = "rcptto", "TO:"
-    _bad_sequence = "msg_invalid_cmd_rcptto_sequence"
+    # Postmaster is the only address that needs no domain (RFC 5321 section 4.1.1.3).
+    parse = staticmethod(
+        lambda text, **pattern: text[1:-1] if text.lower() == "<postmaster>" else _parse_path(text, **pattern)
+    )
+    received, bad_argument = "msg_rcptto_received", "msg_invalid_cmd_rcptto_arg"
+    _step, _keyword, _delay = "rcptto", "TO:", "response_delay_rcptto"
+    _bad_sequence, _before_auth = "msg_invalid_cmd_rcptto_sequence", False
     _lists = (
         ("blacklisted_rcptto_emails", "msg_rcptto_blacklisted_email"),
         ("not_registered_emails", "msg_rcptto_not_registered_email"),
     )
-    _delay = "response_delay_rcptto"
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
         self._erases = () if options.multiple_rcptto else _STEPS[2:]
-
-    def _declares_utf8(self, session: _Session, given: dict[str, str]) -> bool:
-        return "SMTPUTF8" in getattr(session.mail.steps["mailfrom"].value, "parameters", {})
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
         super()._record(mail, exchange)
@@ -1916,7 +1856,7 @@ class _Data(Handler):
     verbs: Sequence[str] = ("DATA",)
     needs = ("helo", "mailfrom", "rcptto")
     received, bad_argument, _bad_sequence = "msg_data_received", "msg_invalid_cmd", "msg_invalid_cmd_data_sequence"
-    _step, _delay = "data", "response_delay_data"
+    _step, _delay, _before_auth = "data", "response_delay_data", False
     _erases: tuple[str, ...] = ("data", "msg")
 
     def refuse(self, session: _Session, value: Any) -> str | None:
@@ -1939,23 +1879,19 @@ class _Bdat(_Data):
     parse = staticmethod(_parse_chunk)
     received, bad_argument = "msg_bdat_received", "msg_invalid_cmd_bdat_arg"
     _erases = ()
-
-    @classmethod
-    def _is_offered(cls, options: Configuration) -> bool:
-        return "CHUNKING" in _name_extensions(options)
+    _is_offered = staticmethod(lambda options: "CHUNKING" in _name_extensions(options))
 
     def _start(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
         chunk = _parse_chunk(argument)
         if chunk is None:
             return session.run(self, verb, request, argument)
         session.begin_mail_if_due(self)  # so that the bytes go to the same mail as the command
-        return session.expect_chunk(chunk[0], request, lambda: self._finish(session, verb, request, argument))
+        return session.expect_chunk(chunk[0], request, lambda: self._finish(session, request, argument, chunk))
 
-    def _finish(self, session: _Session, verb: str, request: str, argument: str) -> _Reply:
+    def _finish(self, session: _Session, request: str, argument: str, chunk: tuple[int, bool]) -> _Reply:
         """Run the command after its chunk has arrived. With LAST, the reply is that to the body."""
-        chunk = _parse_chunk(argument)
-        if chunk is None or not chunk[1] or not self._choose(session, chunk).accepts:
-            return session.run(self, verb, request, argument)
+        if not chunk[1] or not self._choose(session, chunk).accepts:
+            return session.run(self, "BDAT", request, argument)
         session.mail.dialogue.extend((request, None))
         self._record(session.mail, _Exchange(request, self._accepting.text, True, chunk))
         return session.finish_body(request)
@@ -2002,13 +1938,11 @@ class _EndOfChunks(_EndOfBody):
     """The end of a body that came in chunks. BDAT LAST has one reply for the command and for the body."""
 
     verbs = ("last chunk",)
+    _more_stages = ("BDAT", "*")
 
     def _make_reply(self, option: str) -> _Reply:
         reply = super()._make_reply(option)
         return reply._replace(delay=reply.delay + self.options.response_delay_data)
-
-    def _stages(self, stage: str) -> tuple[str, ...]:
-        return "message", "BDAT", "*"
 
 
 class _Rset(Handler):
@@ -2046,18 +1980,14 @@ class _Starttls(Handler):
     verbs, needs = ("STARTTLS",), ("helo",)
     received, bad_argument = "msg_starttls_received", "msg_invalid_cmd_starttls_arg"
     _next, _before_tls = _Next.TLS, True
-
-    @classmethod
-    def _is_offered(cls, options: Configuration) -> bool:
-        return options.ssl_context is not None and not options.implicit_tls
+    _is_offered = staticmethod(lambda options: options.ssl_context is not None and not options.implicit_tls)
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
         is_secure = session.is_secure  # HELO is not needed to say that
         return self._find_reply("msg_invalid_cmd_starttls_sequence") if is_secure else super()._choose(session, value)
 
 
-# A mechanism yields its challenges, is sent the client's answers, and returns a user and a secret. An answer that
-# makes no sense raises ValueError.
+# A mechanism yields challenges, is sent the answers, and returns a user and a secret, or raises ValueError.
 _Mechanism = Generator[bytes, bytes, tuple[str, str]]
 
 
@@ -2094,20 +2024,10 @@ def _run_xoauth2(users: Any) -> _Mechanism:
     return match[1], match[2]
 
 
-_MECHANISMS: dict[str, Callable[[Any], _Mechanism]] = {
-    "PLAIN": _run_plain,
-    "LOGIN": _run_login,
-    "CRAM-MD5": _run_cram_md5,
-    "XOAUTH2": _run_xoauth2,
-}
+# What Google sends for a token that it does not accept. The client answers with an empty line.
+_BAD_TOKEN = b'{"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"}\n'
 
-
-class _AuthExchange(NamedTuple):
-    """An AUTH command that waits for the answer to a challenge."""
-
-    login: _AuthResult  # what is known so far
-    mechanism: _Mechanism
-    challenge: bytes
+_MECHANISMS = dict(zip(_AUTH_MECHANISMS, (_run_plain, _run_login, _run_cram_md5, _run_xoauth2), strict=True))
 
 
 class _Auth(Handler):
@@ -2129,28 +2049,60 @@ class _Auth(Handler):
         return session.run(self, verb, _hide(request, " ".join(filter(None, words))), argument)
 
     def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
-        """The argument is that of the command or, for an answer to a challenge, the exchange and the line."""
-        answers = isinstance(argument, tuple)
-        result = self._proceed(*argument) if answers else self._begin(session, request, argument)
-        if isinstance(result, _AuthExchange):
-            return self._challenge(session, stage, request, result)
-        reply = super()._run(session, stage, result.request, result)
+        """The argument is that of the command or, for an answer, the login in progress, its command and the answer."""
+        import base64
+
+        if not isinstance(argument, tuple):
+            argument = self._log_in(session, argument), request, None
+        login, command, answer = argument
+        try:
+            text = f"334 {base64.b64encode(login.send(answer)).decode()}"
+        except StopIteration as stop:
+            result = stop.value
+        else:
+            reply, run = _Reply(text, _encode(text), accepts=True), session.run
+            if session.rules.newest_first:
+                aspects = session.decide((stage, "*"), command, None, [""], wanted=("delay", "trickle"))
+                reply = self._apply(aspects, reply)
+            session.mail.dialogue.extend((request, _mark_early(text) if session.has_more else text))
+            session.expect_answer(
+                lambda line: run(self, stage, _hide(line, line if line == "*" else "***"), (login, command, line))
+            )
+            return reply
+        reply = super()._run(session, stage, command, result)
         session.mail.dialogue[-2] = request
         return reply
 
-    def _begin(self, session: _Session, request: Any, argument: str) -> _AuthExchange | _AuthResult:
+    def _log_in(self, session: _Session, argument: str) -> Generator[bytes, str, _AuthResult]:
+        """Yield the challenges, receive the lines that answer them, and return the outcome."""
+        import base64
+
         name, _, initial = argument.partition(" ")
-        login = _AuthResult("msg_auth_bad_response", name.upper(), None, request)
-        refusal = self._refuse_mechanism(session, name.upper())
+        name = name.upper()
+        result, users = _AuthResult("msg_auth_bad_response", name), self.options.auth_users
+        refusal = self._refuse_mechanism(session, name)
         if refusal is not None:
-            return login._replace(response=refusal)
-        mechanism = _MECHANISMS[name.upper()](self.options.auth_users)
-        exchange = _AuthExchange(login, mechanism, next(mechanism))
-        if not initial:
-            return exchange
-        if exchange.challenge[:1] == b"<" or initial == "*":  # the challenge of CRAM-MD5 has to be seen first
-            return login
-        return self._proceed(exchange, "" if initial == "=" else initial)
+            return result._replace(response=refusal)
+        mechanism = _MECHANISMS[name](users)
+        challenge = next(mechanism)
+        if initial and (challenge[:1] == b"<" or initial == "*"):  # the challenge of CRAM-MD5 has to be seen first
+            return result
+        line = "" if initial == "=" else initial or (yield challenge)
+        while line != "*":
+            try:
+                challenge = mechanism.send(base64.b64decode(line.encode(), validate=True))
+            except StopIteration as stop:
+                user, secret = stop.value
+                break
+            except ValueError:
+                return result
+            line = yield challenge
+        else:
+            return result._replace(response="msg_auth_cancelled")
+        is_valid = users(name, user, secret) if callable(users) else user in users and users[user] == secret
+        if name == "XOAUTH2" and not is_valid and (yield _BAD_TOKEN) == "*":
+            return result._replace(response="msg_auth_cancelled", user=user)
+        return result._replace(response=self.received if is_valid else "msg_auth_failed", user=user)
 
     def _refuse_mechanism(self, session: _Session, mechanism: str) -> str | None:
         steps = session.mail.accepted_steps
@@ -2162,39 +2114,8 @@ class _Auth(Handler):
             return "msg_auth_sequence"
         if self.options.auth_requires_tls and not session.is_secure:
             return "msg_auth_tls_required"
-        return None if mechanism in _MECHANISMS else "msg_auth_unknown_mechanism"
-
-    def _proceed(self, exchange: _AuthExchange, line: str) -> _AuthExchange | _AuthResult:
-        """The outcome, or the exchange with its next challenge."""
-        import base64
-
-        login, users = exchange.login, self.options.auth_users
-        if line == "*":
-            return login._replace(response="msg_auth_cancelled")
-        try:
-            challenge = exchange.mechanism.send(base64.b64decode(line.encode(), validate=True))
-            return exchange._replace(challenge=challenge)
-        except StopIteration as stop:
-            user, secret = stop.value
-        except ValueError:
-            return login
-        name = login.mechanism
-        is_valid = users(name, user, secret) if callable(users) else user in users and users[user] == secret
-        return login._replace(response=self.received if is_valid else "msg_auth_failed", user=user)
-
-    def _challenge(self, session: _Session, stage: str, request: _Request, exchange: _AuthExchange) -> _Reply:
-        import base64
-
-        text = f"334 {base64.b64encode(exchange.challenge).decode()}"
-        reply = _Reply(text, _encode(text), accepts=True)
-        if session.rules.newest_first:
-            wanted = ("delay", "trickle")
-            reply = self._apply(session.decide((stage, "*"), exchange.login.request, None, [""], wanted=wanted), reply)
-        session.mail.dialogue.extend((request, _mark_early(text) if session.has_more else text))
-        session.expect_answer(
-            lambda line: session.run(self, stage, _hide(line, line if line == "*" else "***"), (exchange, line))
-        )
-        return reply
+        is_known = mechanism in map(str.upper, self.options.auth_mechanisms)
+        return None if is_known else "msg_auth_unknown_mechanism"
 
     def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         return [value.user or ""]
@@ -2202,13 +2123,6 @@ class _Auth(Handler):
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
         if self.options.auth_users is not None and self._step not in mail.accepted_steps:
             super()._record(mail, exchange)
-
-
-def _insert_lines(text: str, extensions: Sequence[str]) -> str:
-    """A reply followed by extensions; all lines but the last have a - after the code (RFC 5321 section 4.2.1)."""
-    lines = [*text.replace("\r\n", "\n").split("\n"), *(f"250 {extension}" for extension in extensions)]
-    more = [f"{line[:3]}-{line[4:]}" if line[:3].isdigit() else line for line in lines[:-1]]
-    return "\n".join([*more, lines[-1]]) if extensions else text
 
 
 class _Ehlo(_Helo):
@@ -2222,17 +2136,19 @@ class _Ehlo(_Helo):
         self._accepting = self._announce(is_secure=False)
 
     def _announce(self, *, is_secure: bool) -> _Reply:
-        usual = self._make_reply(self.received)
-        text = _insert_lines(usual.text, list(self._list_extensions(is_secure))) if usual.accepts else usual.text
-        return usual._replace(text=text, data=_encode(text))
-
-    def _list_extensions(self, is_secure: bool) -> Iterator[str]:
-        for extension in self.options.extensions:
-            yield f"SIZE {self.options.msg_size_limit}" if extension.upper() == "SIZE" else extension
-        if _Starttls._is_offered(self.options) and not is_secure:
-            yield "STARTTLS"
-        if self.options.auth_users is not None and (is_secure or not self.options.auth_requires_tls):
-            yield f"AUTH {' '.join(_MECHANISMS)}"
+        """The reply, in which all lines but the last have a - after the code (RFC 5321 section 4.2.1)."""
+        reply, options = self._make_reply(self.received), self.options
+        size = f"SIZE {options.msg_size_limit}"
+        extensions = [size if name.upper() == "SIZE" else name for name in options.extensions]
+        if _Starttls._is_offered(options) and not is_secure:
+            extensions.append("STARTTLS")
+        if options.auth_users is not None and (is_secure or not options.auth_requires_tls):
+            extensions.append(" ".join(("AUTH", *options.auth_mechanisms)).upper())
+        if not extensions or not reply.accepts:
+            return reply
+        *lines, last = [*reply.text.replace("\r\n", "\n").split("\n"), *(f"250 {name}" for name in extensions)]
+        text = "\n".join([*(f"{line[:3]}-{line[4:]}" if line[:3].isdigit() else line for line in lines), last])
+        return reply._replace(text=text, data=_encode(text))
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
         reply = super()._choose(session, value)
@@ -2259,32 +2175,28 @@ _BUILT_IN: tuple[type[Handler], ...] = (_Greeting, _Helo, _Ehlo, _Mailfrom, _Rcp
 _BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Starttls, _Auth, _Unknown, _TooLong)
 
 
-def _check_reply(name: str, text: Any) -> None:
-    known = [field.name for field in dataclasses.fields(Configuration) if field.name.startswith("msg_")]
-    if not (_is_text(text) and (text in known or re.match("[0-9]{3}", text))):
-        hint = _suggest(text, known) if isinstance(text, str) else ""
-        raise ConfigurationError(f"{name}={text!r}: must be a text that begins with three digits, or an option{hint}")
-
-
 def _check_handler(handler: Any) -> None:
     """Raise ConfigurationError unless this is a subclass of Handler with all that it needs."""
     if not (isinstance(handler, type) and issubclass(handler, Handler)):
         raise ConfigurationError(f"handlers: {handler!r} must be a subclass of Handler")
-    for name in ("verbs", "needs"):
-        value = getattr(handler, name)
-        if not _are_names(value) or not (value or name == "needs"):
-            example = "('VRFY',)" if name == "verbs" else "('helo',)"
-            raise ConfigurationError(f"{handler.__name__}.{name}={value!r}: must be a tuple of strings, as {example}")
+    name = handler.__name__
+    verbs = _Kind("a tuple of strings, as ('VRFY',)", lambda value: _are_names(value) and len(value) > 0, str)
+    _check(f"{name}.verbs", handler.verbs, verbs)
+    _check(f"{name}.needs", handler.needs, _Kind("a tuple of strings, as ('helo',)", _are_names, str))
+    _check(f"{name}.parse", handler.parse, _CALLABLE)
     for verb in handler.verbs:
         if not re.fullmatch("[A-Za-z0-9]+", verb):
-            raise ConfigurationError(f"{handler.__name__}.verbs: {verb!r} is no verb")
+            raise ConfigurationError(f"{name}.verbs: {verb!r} is no verb")
     for step in handler.needs:
         if step not in (*_STEPS, *_DEMANDS):
-            raise ConfigurationError(f"{handler.__name__}.needs: {step!r} is no step of a session")
-    if not callable(handler.parse):
-        raise ConfigurationError(f"{handler.__name__}.parse={handler.parse!r}: must be callable")
-    for name in ("received", "bad_argument"):
-        _check_reply(f"{handler.__name__}.{name}", getattr(handler, name))
+            raise ConfigurationError(f"{name}.needs: {step!r} is no step of a session")
+    known = [field.name for field in dataclasses.fields(Configuration) if field.name.startswith("msg_")]
+    for attribute in ("received", "bad_argument"):
+        text = getattr(handler, attribute)
+        if not (_is_text(text) and (text in known or re.match("[0-9]{3}", text))):
+            hint = _suggest(text, known) if isinstance(text, str) else ""
+            allowed = f"a text that begins with three digits, or an option{hint}"
+            raise ConfigurationError(f"{name}.{attribute}={text!r}: must be {allowed}")
 
 
 def _make_handlers(options: Configuration, handlers: Any = ()) -> dict[str, Handler]:
@@ -2303,21 +2215,19 @@ def _make_handlers(options: Configuration, handlers: Any = ()) -> dict[str, Hand
 
 _LINE_LIMIT = 4096  # bytes of a command line with its end; RFC 5321 section 4.5.3.1.4 asks for 512 or more
 _AUTH_LINE_LIMIT = 12288  # where lines may hold tokens; RFC 4954 section 4
+
+# Only CRLF ends a line: if a bare LF did, a mail could smuggle in another one (RFC 5321 section 4.1.1.4).
 _END_OF_DATA = b"\r\n.\r\n"
 _DIALOGUE_LIMIT = 20000  # requests and replies in a transcript; an endless session must not fill the memory
 _TRUNCATED = "<truncated>"
 
 
 class _Body:
-    """The body of a mail while it arrives, from DATA or in the chunks of BDAT.
-
-    Only CRLF ends a line: if a bare LF did, a mail could smuggle in another one (RFC 5321 section 4.1.1.4).
-    """
+    """The body of a mail while it arrives, from DATA or in the chunks of BDAT."""
 
     def __init__(self, limit: int, stops: list[int], *, is_counted: bool) -> None:
         self.is_counted = is_counted  # comes in chunks, which have no end marker and no stuffed dots
         self.missing = 0  # bytes of the present chunk
-        self.request = ""  # the BDAT that announced it
         self.finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
         self.size = 0  # bytes as they were sent, without the end marker and what may be its beginning
         self.stops = stops  # sizes at which rules apply, smallest first
@@ -2341,11 +2251,11 @@ class _Body:
         self._raw += data[start:stop]
         self.size += self._pending + stop - start
         if is_complete and not self.is_counted:
+            self._pending = 3
             del self._raw[-3:]
-            self.size -= 3
         elif not self.is_counted:
             self._pending = 2 * self._raw.endswith(b"\r\n.\r") or int(self._raw.endswith(b"\r\n."))
-            self.size -= self._pending
+        self.size -= self._pending
         # At most one byte in four is a stuffed dot, so this much is too long even without them.
         if not self._is_kept or len(self._raw) > self._limit * 4 // 3 + 10:
             self._is_kept = False
@@ -2384,7 +2294,7 @@ class _Mail:
         self.steps: dict[str, _Exchange] = {}
         self.accepted_steps: set[str] = set()
         self.recipients: list[_Exchange] = []
-        self.dialogue: _Dialogue = []
+        self.dialogue: list[_Request] = []
         self.body: _Body | None = None
         self.start = 0  # where in the dialogue its message begins
         self.stamp: tuple[int, float] | None = None  # the number of its message, and the time of that
@@ -2403,9 +2313,9 @@ class _Mail:
 
     def make_copy(self) -> _Mail:
         """The same mail for another message, after its own was purged."""
-        mail = _Mail()
-        mail.steps, mail.accepted_steps, mail.recipients = self.steps, self.accepted_steps, self.recipients
-        mail.dialogue, mail.body, mail.start = self.dialogue, self.body, len(self.dialogue)
+        mail = copy.copy(self)
+        mail.stamp = mail.delivered = mail.entry = None
+        mail.start = len(self.dialogue)
         return mail
 
     def accepted_recipients(self) -> list[str]:
@@ -2446,13 +2356,10 @@ _State = Callable[[bytes, int], tuple[int, _Reply | None]]
 
 
 class _Session:
-    """One SMTP conversation, without a socket, a thread or a clock.
-
-    The same bytes give the same replies and messages, in whatever pieces they arrive.
-    """
+    """One SMTP conversation, without a socket, a thread or a clock. In which pieces the bytes arrive has no effect."""
 
     def __init__(self, context: _Context, peer: tuple[str, int]) -> None:
-        self.context = context
+        self.context, self.handlers = context, context.handlers
         self.peer = peer
         self.rules = context.rules
         self.request: _Request = None  # the last one, for the log
@@ -2464,20 +2371,19 @@ class _Session:
         self._line_limit = _LINE_LIMIT if context.options.auth_users is None else _AUTH_LINE_LIMIT
 
     @property
-    def is_secure(self) -> bool:
-        """Whether the session is within TLS."""
+    def is_secure(self) -> bool:  # within TLS
         return "tls" in self.mail.steps
 
     @property
     def is_receiving_body(self) -> bool:
         return self._take == self._take_body
 
-    def message(self, size: int | None = None, content: bytes | None = None) -> Message:
+    def message(self, request: _Request = None, content: bytes | None = None) -> Message:
         """The message as it would be recorded now; with a body that is not accepted yet."""
-        message = Message(self.mail, self.peer, 0, 0.0, self.context.options.tolerated)
-        if size is not None:
-            message._steps["msg"] = _Exchange(size, "", False, content)
-            vars(message).update(_dialogue=[*message._dialogue, size, None], _said=message._said + 2)
+        message = Message(self.mail, self.peer, (0, 0.0), self.context.options.tolerated)
+        if isinstance(request, int):
+            message._steps["msg"] = _Exchange(request, "", False, content)
+            vars(message).update(_dialogue=[*message._dialogue, request, None], _said=message._said + 2)
         return message
 
     def note_early_input(self) -> None:
@@ -2493,7 +2399,7 @@ class _Session:
         return self._rest.startswith(data)
 
     def greet(self) -> _Reply:
-        return self.run(self.context.handlers["connect"], "connect", None, "")
+        return self.run(self.handlers["connect"], "connect", None, "")
 
     def receive(self, data: bytes) -> Iterator[_Reply]:
         """Yield the replies to what data completes. A command is run when its reply is asked for."""
@@ -2516,14 +2422,13 @@ class _Session:
 
     def end(self, farewell: str | None = None) -> None:
         """Record what is not yet recorded, because the connection ends. The farewell is the server's last reply."""
-        mail = self.mail
-        leaves_body = mail.body is not None
-        if mail.body is not None:
-            self._leave_body(mail.body, "")
+        mail, body = self.mail, self.mail.body
+        if body is not None:
+            self._leave_body(body, "")
         if farewell is not None:
             mail.dialogue += (None, farewell, None, _Next.CLOSE.value)
-        if self.request is not None and (mail.entry is None or leaves_body or farewell is not None):
-            self._publish(complete=True, annotates=not leaves_body)
+        if self.request is not None and (mail.entry is None or body is not None or farewell is not None):
+            self._publish(complete=True, annotates=body is None)
         self._report_unaccepted()
 
     def _report_unaccepted(self) -> None:
@@ -2545,12 +2450,11 @@ class _Session:
         # Nothing was stripped but the CR.
         if not (len(request) == len(line) - 1 < 511 and line[-1] == 13 and request.isprintable()):
             request = _find_faults(request, line)
-        handlers = self.context.handlers
-        handler = handlers.get(verb) or handlers["unknown"]
+        handler = self.handlers.get(verb) or self.handlers["unknown"]
         keyword = handler._keyword
         if keyword:
             if argument[: len(keyword)].upper() != keyword:
-                handler = handlers["unknown"]
+                handler = self.handlers["unknown"]
             argument = argument[len(keyword) :]
         return end + 1, handler._start(self, verb, request, argument.strip())
 
@@ -2571,7 +2475,7 @@ class _Session:
         self.has_more = False
         request = _FaultyLine(f"line of over {self._line_limit} bytes")
         request.faults = ("long-command",)
-        return at, self.run(self.context.handlers["too long"], "", request, "")
+        return at, self.run(self.handlers["too long"], "", request, "")
 
     def _skip_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         end = data.find(b"\n", at)
@@ -2596,12 +2500,11 @@ class _Session:
         return len(data), None
 
     def expect_answer(self, run: Callable[[str], _Reply]) -> None:
-        """Have the next line answer a challenge."""
         self._take = functools.partial(self._take_answer, run=run)
 
     def expect_body(self) -> None:
         """Have the body come next, up to its end marker."""
-        self.mail.body = self._make_body(is_counted=False)
+        self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.stops(), is_counted=False)
         self.mail.body.finish = self.finish_body
         self._take = self._take_body
 
@@ -2610,16 +2513,12 @@ class _Session:
         self.request = request
         if self.mail.body is None:
             self.erase(("data", "msg"))
-            self.mail.body = self._make_body(is_counted=True)
+            self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.stops(), is_counted=True)
         if not size:
             return run()
-        self.mail.body.missing, self.mail.body.finish, self.mail.body.request = size, run, request
+        self.mail.body.missing, self.mail.body.finish = size, run
         self._take = self._take_body
         return None
-
-    def _make_body(self, *, is_counted: bool) -> _Body:
-        stops = self.rules.stops() if self.rules.newest_first else []
-        return _Body(self.context.options.msg_size_limit, stops, is_counted=is_counted)
 
     def secure(self, version: str, cipher: str) -> None:
         """Begin again within TLS. What was said before is forgotten (RFC 3207 section 4.2)."""
@@ -2665,7 +2564,7 @@ class _Session:
         """Run the end of the body; request is the BDAT that it came with."""
         body = self.mail.body
         assert body is not None
-        handler = self.context.handlers["message" if request is None else "last chunk"]
+        handler = self.handlers["message" if request is None else "last chunk"]
         content = body.content()
         if content is not None and len(content) < body.size:
             body.find_faults(content)
@@ -2678,20 +2577,18 @@ class _Session:
         self, stages: Collection[str], request: _Request, content: Any, names: Sequence[str], **limits: Any
     ) -> dict[str, Any]:
         """The aspects of a reply that rules set; for a body, request is its size."""
-        is_body = isinstance(request, int)
-        text = _decode(content or b"") if is_body else str(request or "")
-        size, body = (request, content) if isinstance(request, int) else (None, None)
+        text = _decode(content or b"") if isinstance(request, int) else str(request or "")
         try:
-            return self.rules.decide(stages, text, names, lambda: self.message(size, body), **limits)
+            return self.rules.decide(stages, text, names, lambda: self.message(request, content), **limits)
         except BaseException:  # noqa: BLE001 - pytest.fail() is not an Exception
             self.context.log.failure("a rule failed")
             return {"said": self.context.options.msg_msg_failed}
 
     def _interrupt(self, body: _Body) -> _Reply | None:
         """What rules do at this size of the body: end the session, with or without a reply, or only a delay."""
-        after, handler = body.stops.pop(0), self.context.handlers["message"]
+        after, handler = body.stops.pop(0), self.handlers["message"]
         names = self.mail.accepted_recipients()
-        aspects = self.decide(handler._stages("message"), body.size, body.content(), names, after=after)
+        aspects = self.decide(("message", "*"), body.size, body.content(), names, after=after)
         if not aspects:
             return None
         if "said" in aspects or "then" in aspects:
@@ -2706,9 +2603,9 @@ class _Session:
 
     def _leave_body(self, body: _Body, response: str) -> None:
         """Keep what arrived of a body that will not be complete."""
-        if body.missing:
-            self.mail.steps.setdefault("data", _Exchange(body.request, "", False, None))
-            self.mail.dialogue += (body.request, None)
+        if body.missing:  # then the last request is the BDAT that announced the chunk
+            self.mail.steps.setdefault("data", _Exchange(self.request, "", False, None))
+            self.mail.dialogue += (self.request, None)
         size = _FaultyBody(body.size)
         size.is_partial = True
         self.mail.steps["msg"] = _Exchange(size, response, False, body.content())
@@ -2719,7 +2616,7 @@ class _Session:
         """Give on_message the mail that is about to be accepted. Returns whether it may be."""
         mail = self.mail
         mail.stamp = self.context.mailbox.stamp()
-        mail.delivered = self._make_message()
+        mail.delivered = Message(mail, self.peer, mail.stamp, self.context.options.tolerated)
         if not self._call(self.context.on_message, mail.delivered):
             mail.delivered = None
         return mail.delivered is not None
@@ -2752,12 +2649,12 @@ class _Session:
     def _make_message(self) -> Message:
         mail = self.mail
         mail.stamp = mail.stamp or self.context.mailbox.stamp()
-        return Message(mail, self.peer, *mail.stamp, self.context.options.tolerated)
+        return Message(mail, self.peer, mail.stamp, self.context.options.tolerated)
 
     def erase(self, steps: Sequence[str]) -> None:
         """Forget these steps, unless they belong to an accepted message that is kept."""
         mail = self.mail
-        if mail.entry is not None and self._keeps_messages:
+        if mail.steps.keys().isdisjoint(steps) or (mail.entry is not None and self._keeps_messages):
             return
         for step in steps:
             mail.steps.pop(step, None)
@@ -2769,6 +2666,9 @@ class _Session:
 
 
 # ----------------------------------------------------------------------------------------- mailbox
+
+
+_Where = Callable[[Message], object]
 
 
 class _Entry:
@@ -2792,8 +2692,7 @@ class _Waiter:
     def has_enough(self) -> bool:
         return len(self.unseen) >= self.missing
 
-    def look_at(self, entries: Iterable[_Entry], where: Callable[[Message], object] | None, deadline: float) -> None:
-        """Look at these entries until the deadline."""
+    def look_at(self, entries: Iterable[_Entry], where: _Where | None, deadline: float) -> None:
         for entry in entries:
             message = entry.message
             if where is None or where(message):
@@ -2855,9 +2754,7 @@ class _Mailbox:
             entry.is_purged = True
         self._entries = [entry for entry in self._entries if not entry.is_purged]
 
-    def wait(
-        self, count: int, timeout: float, where: Callable[[Message], object] | None, *, purge: bool
-    ) -> tuple[bool, list[Message]]:
+    def wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> tuple[bool, list[Message]]:
         """Wait for count matching messages. Returns whether they came, and all that match; purges only if they came."""
         deadline = time.monotonic() + timeout
         with self._lock:
@@ -2924,8 +2821,7 @@ class _Log:
 
     def activity(self, what: str, text: str | int = "") -> None:
         if self.shows_activity:
-            line = "message binary data portion" if isinstance(text, int) else _printable(text)
-            self("info_activity", what + line)
+            self("info_activity", what + ("message binary data portion" if isinstance(text, int) else _printable(text)))
 
     def __call__(self, level: str, message: str) -> None:
         try:
@@ -2986,14 +2882,13 @@ def _format_address(host: str, port: int) -> str:
 
 def _set_timeout(sock: socket.socket, seconds: float) -> None:
     """Have reads and writes fail after so many seconds, with BlockingIOError or TimeoutError."""
-    if os.name != "posix":
-        sock.settimeout(seconds)
-        return
-    # settimeout() adds a poll() to every read and write, which is half of the cost of a command.
-    sock.settimeout(None)  # neither inherited from the listening socket nor taken from socket.setdefaulttimeout()
-    timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+    # On POSIX not by settimeout(), which adds a poll() to every read and write: half of the cost of a command. A
+    # timeout must neither be inherited from the listening socket nor be taken from socket.setdefaulttimeout().
+    sock.settimeout(None if os.name == "posix" else seconds)
+    if os.name == "posix":
+        timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 
 
 class _Connection(socketserver.BaseRequestHandler):
@@ -3022,10 +2917,7 @@ class _Connection(socketserver.BaseRequestHandler):
             goes_on = not self.options.implicit_tls or self._start_tls()
             goes_on = goes_on and self._say(self.session.greet())
             while goes_on and (data := self._read()):
-                for reply in self.session.receive(data):
-                    goes_on = self._say(reply, self.session.request)
-                    if not goes_on:
-                        break
+                goes_on = all(self._say(reply, self.session.request) for reply in self.session.receive(data))
         except OSError as error:  # the client is gone, or does not read
             self.log("warning", f"SMTP session broke off: {error}")
 
@@ -3044,12 +2936,9 @@ class _Connection(socketserver.BaseRequestHandler):
             self.request.close()
 
     def _say(self, reply: _Reply, request: _Request = None) -> bool:
-        """Log, wait and send. Returns whether the session goes on.
-
-        The replies to commands that came together are sent together (RFC 2920).
-        """
-        says = bool(reply.data) or reply.next.ends  # unless a rule only delays a body
-        if request is not None and self.log.shows_activity and says:
+        """Log, wait and send. Returns whether the session goes on."""
+        is_logged = self.log.shows_activity and (reply.data or reply.next.ends)  # unless a rule only delays a body
+        if is_logged and request is not None:
             self.log.activity("SMTP request: ", request)
         if reply.delay:
             self._flush()
@@ -3057,12 +2946,13 @@ class _Connection(socketserver.BaseRequestHandler):
                 return False
             if reply.data and reply.next is _Next.COMMAND and self._has_input():
                 self.session.note_early_input()
-        if self.log.shows_activity and says:
+        if is_logged:
             self.log.activity("SMTP response: ", reply.text if reply.data else "none")
         if not reply.trickle:
             self.unsent += reply.data
         elif not self._trickle(reply):
             return False
+        # The replies to commands that came together are sent together (RFC 2920).
         if reply.next is _Next.COMMAND and len(self.unsent) < 65536:
             return True
         self._flush()
@@ -3075,8 +2965,11 @@ class _Connection(socketserver.BaseRequestHandler):
         if reply.next is _Next.RESET:
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
             self.request.close()
-        elif reply.next is _Next.SILENCE:
-            self._stay_silent()
+        elif reply.next is _Next.SILENCE:  # until one side ends the session, or nothing came for session_timeout
+            self.is_idle = True
+            with contextlib.suppress(OSError):
+                while not self.server.stopping and self.request.recv(65536):
+                    pass
         elif reply.next is _Next.CLOSE:
             self.must_linger = "quit" not in self.session.mail.accepted_steps  # nothing may follow a QUIT
             if reply.data and self.session.is_secure:
@@ -3121,9 +3014,8 @@ class _Connection(socketserver.BaseRequestHandler):
         """Returns whether the handshake succeeded."""
         self.plain.settimeout(self.options.session_timeout)  # OpenSSL respects this, but not SO_RCVTIMEO
         try:
-            self.request = self.options.ssl_context.wrap_socket(
-                self.plain, server_side=True, do_handshake_on_connect=False
-            )
+            context = self.options.ssl_context
+            self.request = context.wrap_socket(self.plain, server_side=True, do_handshake_on_connect=False)
             self.is_idle = True
             if not self.server.stopping:
                 self.request.do_handshake()
@@ -3135,13 +3027,6 @@ class _Connection(socketserver.BaseRequestHandler):
                 self.reason += "; the client spoke plain text, but this port begins with TLS"
             self.log("warning", f"SMTP session broke off: {self.reason}")
         return self.session.is_secure
-
-    def _stay_silent(self) -> None:
-        """Read until the client or the server ends the session, or nothing came for session_timeout."""
-        self.is_idle = True
-        with contextlib.suppress(OSError):
-            while not self.server.stopping and self.request.recv(65536):
-                pass
 
     def _linger(self) -> None:
         """Send a FIN, and read until the client closes, too: closing with unread input would send an RST."""
@@ -3202,31 +3087,21 @@ class _Connection(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):  # it may have ended just now
             socket.socket.shutdown(self.request, how)  # SSLSocket.shutdown() would forget that it is within TLS
 
-    def abort(self) -> None:
-        """End the connection with an RST: a client that is still sending might wait for a minute otherwise."""
-        with contextlib.suppress(OSError):
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
-        self.shut_down(socket.SHUT_RDWR)
-
 
 _SPARE_THREADS = 16
 _PATIENCE = 5.0  # seconds that stop() waits for an aborted session that user code holds up
 
 
 class _Thread(threading.Thread):
-    """A thread that tells when it ends: before Python 3.13, a thread whose join() was interrupted seems to have ended.
-
-    Daemonic, so a forgotten server cannot keep the interpreter alive.
-    """
+    """A thread that tells when it ends: before Python 3.13, a thread with an interrupted join() seems to have ended."""
 
     def __init__(self, name: str, target: Callable[[], object]) -> None:
-        super().__init__(name=name, daemon=True)
-        self._work = target
+        super().__init__(target=target, name=name, daemon=True)  # a forgotten server cannot keep the interpreter alive
         self.ended = threading.Event()
 
     def run(self) -> None:
         try:
-            self._work()
+            super().run()
         finally:
             self.ended.set()
 
@@ -3240,6 +3115,7 @@ class _SessionThread(_Thread):
         super().__init__("smtpmock session", self._serve_clients)
         self.listener = listener
         self.clients: SimpleQueue[tuple[Any, Any] | None] = SimpleQueue()  # None after the last one
+        self.start()
 
     def _serve_clients(self) -> None:
         while (client := self.clients.get()) is not None:
@@ -3324,11 +3200,7 @@ class _Listener(socketserver.ThreadingTCPServer):
                 self.aborting.wait(0.05)  # the client still waits and would wake this thread at once
             return  # with any other error, the client is gone
         try:
-            if self.spare_threads:
-                thread = self.spare_threads.pop()
-            else:
-                thread = _SessionThread(self)
-                thread.start()
+            thread = self.spare_threads.pop() if self.spare_threads else _SessionThread(self)
         except RuntimeError as error:
             self._log_shortage(error)
             with contextlib.suppress(OSError):
@@ -3391,26 +3263,25 @@ class _Listener(socketserver.ThreadingTCPServer):
         """End all sessions at once."""
         self.aborting.set()
         for connection in self.connections.copy():
-            connection.abort()
+            # By an RST: a client that is still sending might wait for a minute otherwise.
+            with contextlib.suppress(OSError):
+                connection.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
+            connection.shut_down(socket.SHUT_RDWR)
 
     def server_close(self) -> None:
-        super().server_close()
-        for sock in self.wake:
+        for sock in (self.socket, *self.wake):
             sock.close()
-
-    def abandon(self) -> None:
-        """In a forked child, close the sockets; the parent has the threads, and goes on serving the clients."""
-        self.closing = threading.RLock()  # another thread of the parent may have held it
-        self.stopping, self.was_opened = True, False
-        for connection in self.connections:
-            connection.request.close()
-        self.connections.clear()
-        self.server_close()
 
 
 def _abandon_listeners() -> None:
+    """In a forked child, close the sockets; the parent has the threads, and goes on serving the clients."""
     for listener in list(_listeners):
-        listener.abandon()
+        listener.closing = threading.RLock()  # another thread of the parent may have held it
+        listener.stopping, listener.was_opened = True, False
+        for connection in listener.connections:
+            connection.request.close()
+        listener.connections.clear()
+        listener.server_close()
 
 
 if hasattr(os, "register_at_fork"):
@@ -3430,7 +3301,6 @@ def _bind(context: _Context) -> _Listener:
     raise failure
 
 
-_Where = Callable[[Message], object]
 _REPORTED = 10  # messages and sessions in the text of a WaitTimeoutError
 
 
