@@ -40,13 +40,28 @@ import struct
 import sys
 import threading
 import time
+import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Concatenate,
+    Generic,
+    NamedTuple,
+    NoReturn,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+)
 
 if TYPE_CHECKING:
     import datetime
+    import logging
+    import ssl
+    from dataclasses import dataclass as _fields
     from email.message import EmailMessage
 
 __version__ = "0.1.0"
@@ -131,6 +146,10 @@ def _fold(name: str) -> str:
     return local + at + domain.lower()
 
 
+def _is_logger(value: object) -> bool:
+    return all(callable(getattr(value, name, None)) for name in ("info", "warning", "error"))
+
+
 # poll() takes at most 2**31 milliseconds, which are 24 days.
 _SECONDS = _Kind("a number of seconds from 0 to 1000000", _number(0, 1e6, int, float), float)
 _TIMEOUT = _Kind("a number of seconds from 0.001 to 1000000", _number(1e-3, 1e6, int, float), float)
@@ -143,6 +162,11 @@ _TEXT = _Kind("a string without lone surrogates", _is_text, str)
 _NAMES = _Kind("a list of strings", _are_names, lambda text: [name.strip() for name in text.split(",") if name.strip()])
 _WORDS = _Kind("a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse)
 _CONTEXT = _Kind("an ssl.SSLContext", lambda value: hasattr(value, "wrap_socket"), str)
+_HANDLERS = _Kind("a list of subclasses of Handler", lambda value: isinstance(value, Iterable), str)
+_CALLBACK = _Kind("callable", lambda value: value is None or callable(value), str)
+_LOGGER = _Kind(
+    "a logger with methods info(), warning() and error()", lambda value: value is None or _is_logger(value), str
+)
 
 
 def _are_users(value: object) -> bool:
@@ -199,19 +223,92 @@ _NEEDED = {
 }
 
 
-class _Fields:
-    """The base of a dataclass that names the nearest field when it is given an unknown one."""
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
-    def __new__(cls, *values: Any, **fields: Any) -> Any:
-        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+class _Fields:
+    """The base of frozen dataclasses. An instance keeps the fields that it was given; the class has the others."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __init__(self, *values: Any, **fields: Any) -> None:
+        known = [field.name for field in dataclasses.fields(self)]
         for name, value in fields.items():
             if name not in known:
                 others = "" if len(known) > 9 else f"; there are {', '.join(known)}"
                 what = f"there is no such option{_suggest(name, known) or others}"
                 raise ConfigurationError(f"{name}={value!r}: {what}")
-        made: Any = super().__new__(cls)
-        object.__setattr__(made, "_given", frozenset(fields))  # the names that were spelled out
-        return made
+        positional = [field.name for field in dataclasses.fields(self) if not field.kw_only][: len(values)]
+        if len(values) > len(positional) or not fields.keys().isdisjoint(positional):
+            raise TypeError(f"{type(self).__name__}() has too many positional arguments: {values!r}")
+        vars(self).update(zip(positional, values, strict=True), **fields)
+        self.__post_init__()
+
+    def __post_init__(self) -> None: ...
+
+    def _replace(self: _T, **changes: Any) -> _T:
+        return type(self)(**{**vars(self), **changes})
+
+    def _find_changes(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Fields) and (type(self), self._find_changes()) == (type(other), other._find_changes())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._find_changes()))  # the names only, because a value may have no hash
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._find_changes().items())})"
+        )
+
+
+def _takes(options: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
+    """Have a method show the fields of a dataclass as its parameters, to type checkers and to inspect.signature().
+
+    That looks at __wrapped__, here a function that is never called. A __signature__ would need the module inspect,
+    which is slow to import.
+    """
+
+    def declare(method: Any) -> Any:
+        cls: Any = options
+        fields = sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only))
+        names = ("self", *(field.name for field in fields))
+        count = sum(bool(field.kw_only) for field in fields)
+        code = method.__code__.replace(
+            co_argcount=len(names) - count,
+            co_kwonlyargcount=count,
+            co_varnames=names,
+            co_nlocals=len(names),
+            co_flags=3,
+        )
+        defaults = {field.name: field.default for field in fields}
+        shown = types.FunctionType(code, {}, None, tuple(defaults.values())[: len(names) - 1 - count])
+        shown.__kwdefaults__ = defaults
+        shown.__annotations__ = {**{field.name: field.type for field in fields}, "return": None}
+        method.__wrapped__ = shown
+        return method
+
+    return declare
+
+
+if not TYPE_CHECKING:  # which is told that it is dataclasses.dataclass
+
+    def _fields(**options: Any) -> Callable[[type], type]:
+        """Make a dataclass with the methods of _Fields. To have them generated would take longer than all else here."""
+
+        def declare(cls: type) -> type:
+            cls = dataclasses.dataclass(init=False, repr=False, eq=False, **options)(cls)
+            cls.__init__ = _takes(cls)(types.FunctionType(_Fields.__init__.__code__, globals()))
+            fields = [field for field in dataclasses.fields(cls) if field.metadata]
+            cls.__doc__ = (cls.__doc__ or "") + "".join(f"\n    {f.name}: {f.metadata['about']}" for f in fields)
+            return cls
+
+        return declare
 
 
 _EXTENSIONS = (
@@ -229,7 +326,7 @@ def _check_extension(name: str) -> None:
         raise ConfigurationError(f"extensions: {name} is unknown{hint}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@_fields(frozen=True, kw_only=True)
 class Configuration(_Fields):
     """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
 
@@ -261,10 +358,12 @@ class Configuration(_Fields):
     response_delay_quit: float = _delay("QUIT")
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
     extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept: SIZE, DSN, CHUNKING...")
-    auth_users: Any = _option(None, _USERS, "who can log in: user:secret,... or a function; no AUTH without it")
+    auth_users: Mapping[str, str] | Callable[[str, str, str], object] | None = _option(
+        None, _USERS, "who can log in: user:secret,... or a function; no AUTH without it"
+    )
     auth_required: bool = _option(False, _FLAG, "refuse MAIL FROM before AUTH")
     auth_requires_tls: bool = _option(False, _FLAG, "neither announce nor accept AUTH without TLS")
-    ssl_context: Any = _option(None, _CONTEXT, "ssl.SSLContext with a certificate; no TLS without it")
+    ssl_context: ssl.SSLContext | None = _option(None, _CONTEXT, "ssl.SSLContext with a certificate; no TLS without it")
     implicit_tls: bool = _option(False, _FLAG, "begin each session with TLS, as on port 465; no STARTTLS then")
     tls_required: bool = _option(False, _FLAG, "refuse all commands but EHLO, NOOP and QUIT before STARTTLS")
     msg_size_limit: int = _option(10485760, _COUNT, "largest message body, in bytes")
@@ -316,8 +415,6 @@ class Configuration(_Fields):
     msg_server_shutdown: str = _reply("421 Server shutting down, closing connection", "the sessions that stop() ends")
     msg_line_too_long: str = _reply("500 Line too long", "a command line of over 4096 bytes")
 
-    _given: ClassVar[frozenset[str]] = frozenset()
-
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -325,14 +422,28 @@ class Configuration(_Fields):
                 kind = field.metadata["kind"]
                 _check(field.name, value, kind)
                 if kind is _NAMES:  # normalised once, because each command looks them up
-                    object.__setattr__(self, field.name, frozenset(map(_fold, value)))
-                elif kind is _WORDS:
-                    object.__setattr__(self, field.name, tuple(value))
+                    vars(self)[field.name] = frozenset(map(_fold, value))
+                elif kind in (_WORDS, _HANDLERS):
+                    vars(self)[field.name] = tuple(value)
         for extension in self.extensions:
             _check_extension(extension.split()[0].upper())
         for name, other in _NEEDED.items():
             if getattr(self, name) and getattr(self, other) is None:
                 raise ConfigurationError(f"{name}=True: needs {other}")
+
+
+_CONFIGURATION = _Kind("a Configuration", lambda value: isinstance(value, Configuration | None), str)
+
+
+@_fields(frozen=True)
+class _ServerOptions(Configuration):
+    """What a Server takes."""
+
+    configuration: Configuration | None = _option(None, _CONFIGURATION, "the options that are not given by name")
+    _: dataclasses.KW_ONLY
+    logger: Logger | logging.Logger | None = _option(None, _LOGGER, "what replaces the default log")
+    on_message: Callable[[Message], object] | None = _option(None, _CALLBACK, "called with each accepted message")
+    handlers: Iterable[type[Handler]] = _option((), _HANDLERS, "verbs of your own, or in place of the built-in ones")
 
 
 # ----------------------------------------------------------------------------------------- grammar
@@ -539,9 +650,6 @@ def _shorten(value: object) -> str:
     """The repr of a value, in at most 100 characters."""
     text = repr(value[:200] if isinstance(value, str) else value)
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-_T = TypeVar("_T")
 
 
 class _StepField(Generic[_T]):
@@ -924,7 +1032,7 @@ def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
     return aspects
 
 
-@dataclasses.dataclass(frozen=True)
+@_fields(frozen=True)
 class Action(_Fields):
     """What a rule does. A field that is None leaves its aspect of the reply as it is without the rule."""
 
@@ -1684,7 +1792,8 @@ class _Auth(Handler):
         """The outcome, or the exchange with its next challenge."""
         import base64
 
-        login, users = exchange.login, self.options.auth_users
+        login = exchange.login
+        users: Any = self.options.auth_users
         if line == "*":
             return login._replace(response="msg_auth_cancelled")
         try:
@@ -1803,9 +1912,6 @@ def _check_handler(handler: Any) -> None:
 
 def _make_handlers(options: Configuration, handlers: Any = ()) -> dict[str, Handler]:
     """The table of verbs. The user's handlers replace built-in ones."""
-    if not isinstance(handlers, Iterable):
-        raise ConfigurationError(f"handlers={handlers!r}: must be a list of subclasses of Handler")
-    handlers = list(handlers)
     for handler in handlers:
         _check_handler(handler)
     offered = [handler(options) for handler in _BUILT_IN if handler._is_offered(options)]
@@ -2390,17 +2496,11 @@ class _Log:
     """Calls a logger and survives its exceptions; without one, prints what the options ask for."""
 
     def __init__(self, logger: Any, options: Configuration, failures: deque[str]) -> None:
-        for name in ("info", "warning", "error"):
-            if logger is not None and not callable(getattr(logger, name, None)):
-                raise ConfigurationError(f"logger={logger!r}: must have a method {name}()")
         self._logger = logger
         self._prints = options.log_to_stdout
         self.shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
         self._has_failed = False
         self.failures = failures  # of callbacks, since the start or the last reset(), whatever the log was then
-
-    def replace_options(self, options: Configuration) -> _Log:
-        return _Log(self._logger, options, self.failures)
 
     def activity(self, what: str, text: str | int = "") -> None:
         if self.shows_activity:
@@ -2612,9 +2712,9 @@ class _Connection(socketserver.BaseRequestHandler):
         """Returns whether the handshake succeeded."""
         self.plain.settimeout(self.options.session_timeout)  # OpenSSL respects this, but not SO_RCVTIMEO
         try:
-            self.request = self.options.ssl_context.wrap_socket(
-                self.plain, server_side=True, do_handshake_on_connect=False
-            )
+            context = self.options.ssl_context
+            assert context is not None  # STARTTLS and implicit_tls need it
+            self.request = context.wrap_socket(self.plain, server_side=True, do_handshake_on_connect=False)
             self.is_idle = True
             if not self.server.stopping:
                 self.request.do_handshake()
@@ -2965,10 +3065,9 @@ def _is_in_event_loop() -> bool:
     return asyncio is not None and asyncio._get_running_loop() is not None
 
 
-def _check_callback(on_message: Any) -> Callable[[Message], object]:
-    if not (on_message is None or callable(on_message)):
-        raise ConfigurationError(f"on_message={on_message!r}: must be callable")
-    return on_message or _ignore
+def _join_options(configuration: Configuration | None, options: dict[str, Any]) -> dict[str, Any]:
+    _check("configuration", configuration, _CONFIGURATION)
+    return {**vars(configuration), **options} if configuration else options
 
 
 class Server:
@@ -2981,65 +3080,51 @@ class Server:
     handlers are subclasses of Handler, for verbs of your own or in place of the built-in ones.
     """
 
-    def __init__(
-        self,
-        configuration: Configuration | None = None,
-        *,
-        logger: Any = None,
-        on_message: Callable[[Message], object] | None = None,
-        handlers: Iterable[type[Handler]] = (),
-        **options: Any,
-    ) -> None:
-        if not isinstance(configuration, Configuration | None):
-            raise ConfigurationError(f"configuration={configuration!r}: must be a Configuration")
-        self._options = dataclasses.replace(configuration, **options) if configuration else Configuration(**options)
-        self._host, self._port = self._options.host, self._options.port
+    @_takes(_ServerOptions)
+    def __init__(self, configuration: Configuration | None = None, **options: Any) -> None:
+        self._options = self._made_with = made_with = _ServerOptions(**_join_options(configuration, options))
+        self._host, self._port = made_with.host, made_with.port
         self._mailbox = _Mailbox()
-        self._handlers = tuple(handlers) if isinstance(handlers, Iterable) else handlers
-        table = _make_handlers(self._options, self._handlers)
-        self._rules = _Rules(self._options.seed, table)
-        log = _Log(logger, self._options, deque(maxlen=_FAILURES))
+        table = _make_handlers(made_with, made_with.handlers)
+        self._rules = _Rules(made_with.seed, table)
+        log = _Log(made_with.logger, made_with, deque(maxlen=_FAILURES))
         ends: deque[str] = deque(maxlen=_REPORTED)
         self._context = _Context(
-            self._options, table, self._mailbox, log, self._rules, _check_callback(on_message), early_ends=ends
+            made_with, table, self._mailbox, log, self._rules, made_with.on_message or _ignore, early_ends=ends
         )
-        self._explicit = frozenset(options) | (configuration._given if configuration else frozenset())
-        self._original: tuple[_Context, frozenset[str]] | None = None  # what the first configure() has replaced
         self._warned: set[int] = set()  # the messages of which a warning told that something was discarded
         self._lifecycle = threading.Lock()  # guards _listener; not held while the user's code runs
         self._listener: _Listener | None = None
 
-    def with_logger(self, logger: Any) -> Server:
-        """Log to this Logger or logging.Logger from the next start() on; None is the default one."""
-        self._context = self._context._replace(log=_Log(logger, self._options, self._context.log.failures))
+    def with_logger(self, logger: Logger | logging.Logger | None) -> Server:
+        """Log to this Logger or logging.Logger from now on; None is the default one. reset() does not undo this."""
+        self._made_with = self._made_with._replace(logger=logger)
+        self._use(self._options._replace(logger=logger))
         return self
 
-    def configure(self, **options: Any) -> None:
-        """Change these options, and on_message, for the sessions that begin from now on; open ones keep theirs.
+    @_takes(_ServerOptions)
+    def configure(self, configuration: Configuration | None = None, **options: Any) -> None:
+        """Change options for the sessions that begin from now on; open ones keep theirs.
 
-        The rest stays as it is; logger and handlers cannot be changed, nor can host and port. An invalid option is a
+        It takes what Server() does, except for host and port, and all else stays as it is. An invalid option is a
         ConfigurationError, and changes nothing. reset() goes back to what the server was made with.
         """
+        changes = _join_options(configuration, options)
         for name in ("host", "port"):
-            if name in options:
-                raise ConfigurationError(f"{name}={options[name]!r}: cannot be changed by configure()")
-        original = self._context
-        on_message = _check_callback(options.pop("on_message", original.on_message))
-        configuration = dataclasses.replace(original.options, **options)
-        table = _make_handlers(configuration, self._handlers)
-        self._original = self._original or (original, self._explicit)
-        self._use(
-            original._replace(options=configuration, handlers=table, on_message=on_message),
-            self._explicit | options.keys(),
-        )
+            if name in changes:
+                raise ConfigurationError(f"{name}={changes[name]!r}: cannot be changed by configure()")
+        self._use(self._options._replace(**changes))
 
-    def _use(self, context: _Context, explicit: frozenset[str]) -> None:
-        """Have this context for the sessions that begin from now on."""
-        self._options, self._explicit = context.options, explicit
-        self._rules.seed, self._rules.verbs = context.options.seed, context.handlers
-        log = self._context.log.replace_options(context.options)
+    def _use(self, options: _ServerOptions) -> None:
+        """Have these options for the sessions that begin from now on."""
+        table = _make_handlers(options, options.handlers)
+        log = _Log(options.logger, options, self._context.log.failures)
+        on_message = self._context.on_message
+        if options.on_message is not self._options.on_message:
+            on_message = options.on_message or _ignore
+        self._options, self._rules.seed, self._rules.verbs = options, options.seed, table
         with self._lifecycle:
-            self._context = context._replace(log=log)
+            self._context = self._context._replace(options=options, handlers=table, log=log, on_message=on_message)
             if self._listener is not None:
                 self._listener.context = self._context
 
@@ -3174,13 +3259,14 @@ class Server:
         """Warn at the line of the caller's caller about what the server accepted and discarded, once per message."""
         import warnings
 
-        if {"multiple_rcptto", "multiple_message_receiving"} <= self._explicit:
+        explicit = vars(self._options)
+        if {"multiple_rcptto", "multiple_message_receiving"} <= explicit.keys():
             return messages
         for message in messages:
             if message.id not in self._warned:
                 self._warned.add(message.id)
                 for option, text in message._find_discards():
-                    if option not in self._explicit:
+                    if option not in explicit:
                         warnings.warn(f"{text}; {option}=True keeps them all", SMTPMockWarning, stacklevel=3)
         return messages
 
@@ -3212,8 +3298,8 @@ class Server:
 
     def reset(self) -> None:
         """Remove all messages and all rules, forget failed callbacks, and undo configure(), for the next test."""
-        if self._original is not None:
-            self._use(*self._original)
+        if self._options is not self._made_with:
+            self._use(self._made_with)
         self._rules.clear()
         self._context.log.forget_failures()
         self._mailbox.messages(purge=True)

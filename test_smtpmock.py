@@ -26,6 +26,7 @@ import linecache
 import logging
 import os
 import pickle
+import pydoc
 import queue
 import random
 import re
@@ -2064,8 +2065,10 @@ class ConfigurationTest(unittest.TestCase):
     def test_bad_arguments_of_a_server(self) -> None:
         for arguments, error in (
             ({"configuration": "x"}, "^configuration='x': must be a Configuration$"),
-            ({"logger": object()}, r"^logger=.*must have a method info\(\)$"),
+            ({"logger": object()}, r"^logger=.*must be a logger with methods info\(\), warning\(\) and error\(\)$"),
             ({"on_message": 1}, "^on_message=1: must be callable$"),
+            ({"on_mesage": 1}, "^on_mesage=1: there is no such option; did you mean on_message[?]$"),
+            ({"handlers": 1}, "^handlers=1: must be a list of subclasses of Handler$"),
         ):
             with self.assertRaisesRegex(ConfigurationError, error):
                 Server(**dict[str, Any](arguments))
@@ -2087,6 +2090,84 @@ class ConfigurationTest(unittest.TestCase):
         self.assertEqual(set(options.not_registered_emails), {"a@a.com"})
         with self.assertRaises(dataclasses.FrozenInstanceError):
             options.port = 1  # type: ignore[misc]
+
+
+class SignatureTest(unittest.TestCase):
+    """What help() and an editor show of the options, and how a Configuration compares."""
+
+    OWN = ("logger", "on_message", "handlers")  # the keywords of a Server that are no options
+
+    def test_signatures(self) -> None:
+        fields = dataclasses.fields(Configuration)
+        with_self = (Configuration.__init__, Server.__init__, Server.configure)
+        for shown in (Configuration, Server, Server().configure, *with_self):
+            with self.subTest(shown):
+                parameters = list(inspect.signature(shown).parameters.values())[shown in with_self :]
+                if shown not in (Configuration, Configuration.__init__):
+                    first, *parameters = parameters
+                    self.assertEqual((first.name, first.kind.name), ("configuration", "POSITIONAL_OR_KEYWORD"))
+                    self.assertEqual(tuple(parameter.name for parameter in parameters[-3:]), self.OWN)
+                    del parameters[-3:]
+                self.assertEqual({parameter.kind.name for parameter in parameters}, {"KEYWORD_ONLY"})
+                self.assertEqual(
+                    [(parameter.name, parameter.default, parameter.annotation) for parameter in parameters],
+                    [(field.name, field.default, field.type) for field in fields],
+                )
+
+    def test_other_signatures(self) -> None:
+        names = [field.name for field in dataclasses.fields(smtpmock.Action)]
+        self.assertEqual(list(inspect.signature(smtpmock.Action).parameters), names)
+        names = ["stage", "match", "times", "probability", "after", "unknown"]
+        self.assertEqual(list(inspect.signature(Server().on).parameters), names)
+
+    def test_the_source_is_found(self) -> None:
+        """Though another function is what inspect.signature() looks at."""
+        self.assertIn("def configure(self", inspect.getsource(Server.configure))
+
+    def test_help(self) -> None:
+        documentation = inspect.getdoc(Configuration) or ""
+        for field in dataclasses.fields(Configuration):
+            self.assertRegex(documentation, rf"(?m)^ *{field.name}: {re.escape(field.metadata['about'])}$")
+        for shown in (Configuration, Server, Server.configure):
+            text = pydoc.plain(pydoc.render_doc(shown))
+            self.assertIn("msg_line_too_long: 'str' = '500 Line too long'", text)
+        self.assertIn("on_message: 'Callable[[Message], object] | None' = None", text)
+
+    def test_repr_shows_what_differs(self) -> None:
+        expected = "Configuration(host='::1', fail_fast=True)"
+        self.assertEqual(repr(Configuration()), "Configuration()")
+        self.assertEqual(repr(Configuration(fail_fast=True, host="::1", seed=None)), expected)
+        self.assertEqual(repr(smtpmock.Action("450 later", then="close")), "Action(reply='450 later', then='close')")
+
+    def test_equality(self) -> None:
+        make = functools.partial(Configuration, auth_users={"u": "s"}, extensions=["SIZE"])
+        same = [make(), make(port=0), make(extensions=("SIZE",), auth_users={"u": "s"}), dataclasses.replace(make())]
+        self.assertEqual(same, [make()] * 4)
+        self.assertEqual(len(set(same)), 1)
+        others = [make(port=1), make(auth_users={"u": "t"}), Configuration(), Configuration(host="Server"), None]
+        for other in [*others, smtpmock.Action(), "Configuration()"]:
+            self.assertNotEqual(make(), other)
+        self.assertNotEqual(smtpmock.Action(), Configuration())
+        self.assertEqual(smtpmock.Action(delay=1), smtpmock.Action(delay=1.0))
+
+    def test_copies(self) -> None:
+        original = Configuration(port=25, not_registered_emails=["a@A.com"])
+        for made in (copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+            self.assertEqual((made, made.port, made.not_registered_emails), (original, 25, {"a@a.com"}))
+        self.assertEqual(dataclasses.asdict(original)["msg_greeting"], "220 Welcome")
+
+    def test_positional_arguments(self) -> None:
+        cases: list[tuple[Any, list[Any], dict[str, Any]]] = [
+            (Configuration, [1], {}),
+            (smtpmock.Action, ["x"], {"reply": "y"}),
+            (smtpmock.Action, [None] * 6, {}),
+            (Server, [None, None], {}),
+            (Server, [None], {"configuration": None}),
+        ]
+        for make, values, fields in cases:
+            with self.subTest(make), self.assertRaises(TypeError):
+                make(*values, **fields)
+        self.assertEqual(smtpmock.Action("x", None, 1.5), smtpmock.Action(reply="x", delay=1.5))
 
 
 # --------------------------------------------------------------------------------- waiting, purging
@@ -3639,10 +3720,13 @@ class ConfigureTest(ServerCase):
             ({"fail_fast": 1}, "fail_fast=1: must be true or false"),
             ({"tls_required": True}, "tls_required=True: needs ssl_context"),
             ({"on_message": 1}, "on_message=1: must be callable"),
+            ({"handlers": [int]}, "handlers: <class 'int'> must be a subclass of Handler"),
+            ({"configuration": Configuration(port=1)}, "port=1: cannot be changed by configure()"),
+            ({"configuration": "x"}, "configuration='x': must be a Configuration"),
         ):
             with self.subTest(text):
                 with self.assertRaises(ConfigurationError) as caught:
-                    server.configure(msg_greeting="220 new", **options)
+                    server.configure(msg_greeting="220 new", **dict[str, Any](options))
                 self.assertEqual(str(caught.exception), text)
                 with Client(server) as client:
                     self.assertEqual(client.greeting, "220 old")
@@ -3709,6 +3793,34 @@ class ConfigureTest(ServerCase):
         server.configure(msg_greeting="220 new")
         with server, Client(server) as client:
             self.assertEqual(client.ask("HELO a.com", "XTRA"), [RECEIVED, "250 Ok"])
+
+    def test_a_configuration_changes_what_was_spelled_out_in_it(self) -> None:
+        server = Server(msg_greeting="220 old", msg_noop_received="250 old")
+        server.configure(Configuration(msg_noop_received="250 new", fail_fast=True), fail_fast=False)
+        with server, Client(server) as client:
+            self.assertEqual([client.greeting, *client.ask("x", "NOOP")], ["220 old", UNRECOGNIZED, "250 new"])
+
+    def test_loggers_and_handlers(self) -> None:
+        class Xtra(smtpmock.Handler):
+            verbs = ("RCPX",)
+            received = "250 Ok"
+
+        server, client, first = self.serve()
+        second, third = Recorder(), Recorder()
+        with self.assertRaises(ConfigurationError):
+            server.on("RCPX")
+        server.configure(logger=second, handlers=[Xtra])
+        server.on("RCPX")
+        for logger, reply in ((second, "250 Ok"), (third, UNRECOGNIZED)):
+            with Client(server) as other:
+                self.assertEqual(other.ask("HELO a.com", "RCPX")[1], reply)
+                logger.wait_for("request: RCPX")
+            server.with_logger(third)
+            server.reset()
+        with self.assertRaises(ConfigurationError):
+            server.on("RCPX")
+        client.ask("NOOP")
+        first.wait_for("request: NOOP")
 
     def test_check_tells_what_failed_before_and_after(self) -> None:
         def fail(message: Message) -> None:
@@ -4266,7 +4378,7 @@ class CommandLineTest(unittest.TestCase):
         "int | None": ("-9", -9),
         "float": ("0.5", 0.5),
         "Collection[str]": ("a, b,,c", ["a", "b", "c"]),
-        "Any": ("u:s:t, v:", {"u": "s:t", "v": ""}),
+        "Mapping[str, str] | Callable[[str, str, str], object] | None": ("u:s:t, v:", {"u": "s:t", "v": ""}),
     }
 
     def test_every_option_has_both_flags(self) -> None:
