@@ -44,18 +44,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Concatenate,
-    Generic,
-    NamedTuple,
-    NoReturn,
-    ParamSpec,
-    Protocol,
-    TypeVar,
-)
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import datetime
@@ -63,6 +52,9 @@ if TYPE_CHECKING:
     import ssl
     from dataclasses import dataclass as _fields
     from email.message import EmailMessage
+    from typing import Concatenate, ParamSpec
+
+    _P = ParamSpec("_P")
 
 __version__ = "0.1.0"
 
@@ -146,16 +138,12 @@ def _fold(name: str) -> str:
     return local + at + domain.lower()
 
 
-def _is_logger(value: object) -> bool:
-    return all(callable(getattr(value, name, None)) for name in ("info", "warning", "error"))
-
-
 # poll() takes at most 2**31 milliseconds, which are 24 days.
 _SECONDS = _Kind("a number of seconds from 0 to 1000000", _number(0, 1e6, int, float), float)
 _TIMEOUT = _Kind("a number of seconds from 0.001 to 1000000", _number(1e-3, 1e6, int, float), float)
 _PORT = _Kind("an integer from 0 to 65535", _number(0, 65535, int), int)
 _COUNT = _Kind("an integer from 0 up", _number(0, float("inf"), int), int)
-_SEED = _Kind("an integer", lambda value: value is None or _number(float("-inf"), float("inf"), int)(value), int)
+_SEED = _Kind("an integer", _number(float("-inf"), float("inf"), int), int)
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool), lambda text: _FLAGS[text.lower()])
 _TEXT = _Kind("a string without lone surrogates", _is_text, str)
@@ -163,9 +151,11 @@ _NAMES = _Kind("a list of strings", _are_names, lambda text: [name.strip() for n
 _WORDS = _Kind("a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse)
 _CONTEXT = _Kind("an ssl.SSLContext", lambda value: hasattr(value, "wrap_socket"), str)
 _HANDLERS = _Kind("a list of subclasses of Handler", lambda value: isinstance(value, Iterable), str)
-_CALLBACK = _Kind("callable", lambda value: value is None or callable(value), str)
+_CALLBACK = _Kind("callable", callable, str)
 _LOGGER = _Kind(
-    "a logger with methods info(), warning() and error()", lambda value: value is None or _is_logger(value), str
+    "a logger with methods info(), warning() and error()",
+    lambda value: all(callable(getattr(value, name, None)) for name in ("info", "warning", "error")),
+    str,
 )
 
 
@@ -223,7 +213,6 @@ _NEEDED = {
 }
 
 
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -262,9 +251,8 @@ class _Fields:
         return hash(tuple(self._find_changes()))  # the names only, because a value may have no hash
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._find_changes().items())})"
-        )
+        changes = ", ".join(f"{name}={value!r}" for name, value in self._find_changes().items())
+        return f"{type(self).__name__}({changes})"
 
 
 def _takes(options: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
@@ -276,19 +264,18 @@ def _takes(options: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable
 
     def declare(method: Any) -> Any:
         cls: Any = options
-        fields = sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only))
+        fields: list[Any] = sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only))
         names = ("self", *(field.name for field in fields))
-        count = sum(bool(field.kw_only) for field in fields)
+        count = 1 + [field.kw_only for field in fields].count(False)
         code = method.__code__.replace(
-            co_argcount=len(names) - count,
-            co_kwonlyargcount=count,
+            co_argcount=count,
+            co_kwonlyargcount=len(names) - count,
             co_varnames=names,
             co_nlocals=len(names),
             co_flags=3,
         )
-        defaults = {field.name: field.default for field in fields}
-        shown = types.FunctionType(code, {}, None, tuple(defaults.values())[: len(names) - 1 - count])
-        shown.__kwdefaults__ = defaults
+        shown = types.FunctionType(code, {}, None, tuple(field.default for field in fields[: count - 1]))
+        shown.__kwdefaults__ = {field.name: field.default for field in fields}
         shown.__annotations__ = {**{field.name: field.type for field in fields}, "return": None}
         method.__wrapped__ = shown
         return method
@@ -432,7 +419,7 @@ class Configuration(_Fields):
                 raise ConfigurationError(f"{name}=True: needs {other}")
 
 
-_CONFIGURATION = _Kind("a Configuration", lambda value: isinstance(value, Configuration | None), str)
+_CONFIGURATION = _Kind("a Configuration", lambda value: isinstance(value, Configuration), str)
 
 
 @_fields(frozen=True)
@@ -2621,6 +2608,7 @@ class _Connection(socketserver.BaseRequestHandler):
         if self.session.request is None:
             begins_tls = self.session.begins_with(b"\x16\x03")
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
+            reason = "disconnect() ended it" if self.ending.ends else reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
         self.log.activity("SMTP session finished")
         self.recorded.set()
@@ -2796,7 +2784,6 @@ class _Connection(socketserver.BaseRequestHandler):
     def disconnect(self, *, reset: bool) -> None:
         """End the session with a FIN or an RST. Called by any thread."""
         self.ending = _Next.RESET if reset else _Next.CLOSE
-        self.reason = "disconnect() ended it"
         self.must_linger = True
         self.aborting.set()
         self.shut_down(socket.SHUT_RD if reset else socket.SHUT_RDWR)  # SHUT_WR would send a FIN before the RST
@@ -2856,12 +2843,12 @@ def _wait_for_all(events: Sequence[threading.Event], timeout: float) -> bool:
 
 def _join_threads(threads: Sequence[_Thread], timeout: float) -> bool:
     """Wait for the threads, without the present one, in which a callback may have called stop(). False on timeout."""
-    deadline = time.monotonic() + timeout
     others = [thread for thread in threads if thread is not threading.current_thread()]
+    have_ended = _wait_for_all([thread.ended for thread in others], timeout)
     for thread in others:
-        if thread.ended.wait(max(0.0, deadline - time.monotonic())):
+        if thread.ended.is_set():
             thread.join()
-    return all(thread.ended.is_set() for thread in others)
+    return have_ended
 
 
 # The listeners whose sockets a forked child has to close.
@@ -3066,35 +3053,35 @@ def _is_in_event_loop() -> bool:
 
 
 def _join_options(configuration: Configuration | None, options: dict[str, Any]) -> dict[str, Any]:
+    if configuration is None:
+        return options
     _check("configuration", configuration, _CONFIGURATION)
-    return {**vars(configuration), **options} if configuration else options
+    return {**vars(configuration), **options}
 
 
 class Server:
     """An SMTP server that runs in threads of this process.
 
-    Options are given by name, as a Configuration, or both; a name takes precedence. An invalid one is a
-    ConfigurationError. A logger (a Logger or a logging.Logger) replaces the default one. on_message is called
-    with each accepted message in the thread of its session, before the 250 is sent. If it raises, the message is
-    refused with msg_msg_failed and the exception goes to the logger or, without one, to threading.excepthook.
+    Options are given by name, as a Configuration, or both; a name takes precedence. help(Configuration) lists them.
+    An invalid one is a ConfigurationError. A logger (a Logger or a logging.Logger) replaces the default one. on_message
+    is called with each accepted message in the thread of its session, before the 250 is sent. If it raises, the message
+    is refused with msg_msg_failed and the exception goes to the logger or, without one, to threading.excepthook.
     handlers are subclasses of Handler, for verbs of your own or in place of the built-in ones.
     """
 
     @_takes(_ServerOptions)
     def __init__(self, configuration: Configuration | None = None, **options: Any) -> None:
-        self._options = self._made_with = made_with = _ServerOptions(**_join_options(configuration, options))
-        self._host, self._port = made_with.host, made_with.port
-        self._mailbox = _Mailbox()
-        table = _make_handlers(made_with, made_with.handlers)
-        self._rules = _Rules(made_with.seed, table)
-        log = _Log(made_with.logger, made_with, deque(maxlen=_FAILURES))
-        ends: deque[str] = deque(maxlen=_REPORTED)
+        self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
+        self._host, self._port = given.host, given.port
+        self._mailbox, self._rules = _Mailbox(), _Rules(given.seed)
+        log = _Log(None, given, deque(maxlen=_FAILURES))
         self._context = _Context(
-            made_with, table, self._mailbox, log, self._rules, made_with.on_message or _ignore, early_ends=ends
+            given, {}, self._mailbox, log, self._rules, given.on_message or _ignore, early_ends=deque(maxlen=_REPORTED)
         )
         self._warned: set[int] = set()  # the messages of which a warning told that something was discarded
         self._lifecycle = threading.Lock()  # guards _listener; not held while the user's code runs
         self._listener: _Listener | None = None
+        self._use(given)
 
     def with_logger(self, logger: Logger | logging.Logger | None) -> Server:
         """Log to this Logger or logging.Logger from now on; None is the default one. reset() does not undo this."""
@@ -3116,7 +3103,7 @@ class Server:
         self._use(self._options._replace(**changes))
 
     def _use(self, options: _ServerOptions) -> None:
-        """Have these options for the sessions that begin from now on."""
+        """Have these options for the sessions that begin from now on. If one is invalid, nothing has changed."""
         table = _make_handlers(options, options.handlers)
         log = _Log(options.logger, options, self._context.log.failures)
         on_message = self._context.on_message
@@ -3365,7 +3352,7 @@ class Server:
         for message in messages[-_REPORTED:]:
             yield f"  {message!r}, subject {message.subject!r}"
         listener = self._listener
-        connections = [] if listener is None else list(listener.connections.copy())
+        connections = [] if listener is None else [c for c in listener.connections.copy() if not c.recorded.is_set()]
         yield f"{len(connections)} sessions are open{':' if connections else ''}"
         for connection in connections[:_REPORTED]:
             session = connection.session

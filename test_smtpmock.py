@@ -3121,6 +3121,22 @@ class TlsTest(ProcessCase):
         self.assertEqual((message.mail_from, message.helo_request), (None, "EHLO b.com"))
         self.assertNotIn("evil", message.transcript)
 
+    def test_a_disconnect(self) -> None:
+        """Within TLS, and in the middle of a handshake."""
+        for reset in (False, True):
+            with self.subTest(reset=reset), self.server(implicit_tls=True) as server:
+                with Client(server, greets=False) as begins, self.connect_ssl(server) as client:
+                    client.ehlo()
+                    self.assertEqual(server.url, f"smtps://127.0.0.1:{server.port}")
+                    server.disconnect(reset=reset)
+                    self.assertEqual([message.helo for message in server.messages()], [True])
+                    self.assertRegex(report(server), "(?s)0 sessions are open.*disconnect[(][)] ended it")
+                    self.assertEqual(begins.read(), "<reset>" if reset else "<closed>")
+                    with self.assertRaises(smtplib.SMTPServerDisconnected if not reset else OSError):
+                        client.noop()
+                with self.connect_ssl(server) as client:
+                    self.assertEqual(client.noop()[0], 250)
+
     def test_certificates_as_a_client_sees_them(self) -> None:
         for context, host, expected in (
             (ssl.create_default_context(), "localhost", "self-signed certificate|self signed certificate"),
@@ -3972,7 +3988,7 @@ class DisconnectTest(ServerCase):
     def test_the_report_of_a_connection_without_a_command(self) -> None:
         server, _, _ = self.serve()
         server.disconnect()
-        self.assertIn("disconnect() ended it", report(server))
+        self.assertRegex(report(server), "(?s)0 sessions are open.*disconnect[(][)] ended it")
 
     def test_arguments_and_states(self) -> None:
         server = Server()
