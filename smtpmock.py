@@ -2610,8 +2610,8 @@ class _Connection(socketserver.BaseRequestHandler):
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
             reason = "disconnect() ended it" if self.ending.ends else reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
-        self.log.activity("SMTP session finished")
         self.recorded.set()
+        self.log.activity("SMTP session finished")
         if self.ending is _Next.RESET:
             self._reset()
         elif self.must_linger:

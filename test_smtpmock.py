@@ -124,6 +124,11 @@ class Memory:
             smtpmock._add_rule(server, rule)
 
     @staticmethod
+    def set_output(server: Server, on_message: Callable[[Message], object]) -> None:
+        """Give a Server an on_message as the command line does."""
+        server._context = server._context._replace(on_message=on_message)
+
+    @staticmethod
     def saver(folder: Path) -> Callable[[Message], object]:
         """The on_message of --save-dir."""
         return smtpmock._Folder(str(folder))
@@ -3767,6 +3772,16 @@ class ConfigureTest(ServerCase):
             send(server, "5")
         self.assertEqual(given, ["old", "new", "new", "old"])
 
+    def test_an_output_of_the_command_line_stays(self) -> None:
+        given: list[Message] = []
+        server = Server(fail_fast=True)
+        Memory.set_output(server, given.append)
+        server.configure(fail_fast=False)
+        server.reset()
+        with server:
+            send(server, "hi")
+        self.assertEqual(len(given), 1)
+
     def test_reset_goes_back(self) -> None:
         server, _, _ = self.serve(msg_greeting="220 old", msg_noop_received="250 old")
         for _ in range(2):
@@ -3887,21 +3902,26 @@ class DisconnectTest(ServerCase):
                 ("the rest of a line", [ENVELOPE[0]], 1),
                 ("a body", [*ENVELOPE, "DATA"], 1),
                 ("a delay", [ENVELOPE[0]], 1),
+                ("a delay before an end", [ENVELOPE[0]], 1),
                 ("silence", [ENVELOPE[0]], 1),
             ):
-                rules = ("RSET: delay 1000", "VRFY: silence", "NOOP: delay 0.001")
+                rules = ("RSET: delay 1000", "VRFY: silence", "EXPN: delay 1000; close", "NOOP: delay 0.001")
                 with self.subTest(name, reset=reset):
                     server, client, recorder = self.serve(*rules)
                     client.ask(*lines)
                     client.send({"the rest of a line": b"half", "a body": b"half\r\n"}.get(name, b""))
-                    if verb := {"a delay": "RSET", "silence": "VRFY"}.get(name):
+                    if verb := {"a delay": "RSET", "silence": "VRFY", "a delay before an end": "EXPN"}.get(name):
                         client.send(verb.encode() + b"\r\n")
                         recorder.wait_for(f"request: {verb}")
                     server.disconnect(reset)
                     self.assertEqual(len(server.messages()), count)
                     self.assertEqual(client.read(), end)
-                    if lines and name != "silence":
-                        self.assertEqual(server.messages()[0].transcript.splitlines()[-1], f"S: {end}")
+                    for message in server.messages():
+                        last = {"silence": "S: <silence>", "a delay before an end": "S: <closed>"}.get(
+                            name, f"S: {end}"
+                        )
+                        self.assertTrue(message.transcript.endswith(f"\n{last}"))
+                        self.assertNotRegex(message.transcript, r"S: <\w+>\n.*$")
                     with Client(server) as other:
                         self.assertEqual(other.ask("NOOP"), ["250 Ok"])
 
@@ -3948,10 +3968,12 @@ class DisconnectTest(ServerCase):
     def test_in_a_callback(self) -> None:
         """Of two sessions at once, which do not wait for each other."""
         both = threading.Barrier(2)
+        returned: list[Message] = []
 
         def on_message(message: Message) -> None:
             both.wait(TIMEOUT)
             server.disconnect()
+            returned.append(message)
 
         def user() -> list[str]:
             with Client(server) as client:
@@ -3961,6 +3983,7 @@ class DisconnectTest(ServerCase):
 
         with Server(on_message=on_message) as server, mock.patch.object(smtpmock, "_PATIENCE", 10 * TIMEOUT):
             self.assertEqual(in_threads(user, user), [["<closed>"]] * 2)
+            self.assertTrue(wait_until(lambda: len(returned) == 2))
         self.assertEqual([message.is_consistent for message in server.messages()], [True, True])
 
     def test_nothing_is_said_after_it(self) -> None:
@@ -3984,6 +4007,26 @@ class DisconnectTest(ServerCase):
                 self.assertEqual([message.helo_request for message in server.messages()], [ENVELOPE[0]])
             held.clear()
             release.clear()
+
+    @unittest.skipUnless(sys.platform == "linux", "other systems have no error for an RST after a FIN")
+    def test_no_rst_follows_a_fin(self) -> None:
+        """Not even if there is input that the server has not read."""
+        server, client, recorder = self.serve("NOOP: delay 1000")
+        client.send(b"NOOP\r\n")
+        recorder.wait_for("request: NOOP")
+        client.send(b"NOOP\r\n")
+        descriptors = os.listdir("/proc/self/fd")
+        server.disconnect()
+        self.assertTrue(wait_until(lambda: len(os.listdir("/proc/self/fd")) < len(descriptors)))
+        self.assertEqual(client.read(), "<closed>")
+        self.assertEqual(client.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), 0)
+
+    def test_a_session_that_has_ended_is_not_open(self) -> None:
+        """Though the server waits for the client's FIN."""
+        server, client, recorder = self.serve("NOOP: drop")
+        client.ask("NOOP")
+        recorder.wait_for("session finished")
+        self.assertIn("0 sessions are open", report(server))
 
     def test_the_report_of_a_connection_without_a_command(self) -> None:
         server, _, _ = self.serve()
