@@ -43,6 +43,7 @@ import struct
 import sys
 import threading
 import time
+import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -50,7 +51,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, 
 
 if TYPE_CHECKING:
     import datetime
+    import logging
+    import ssl
+    from dataclasses import dataclass as _fields
     from email.message import EmailMessage
+    from typing import Concatenate, ParamSpec
+
+    _P = ParamSpec("_P")
 
 __version__ = "0.1.0"
 
@@ -140,13 +147,20 @@ _SECONDS = _Kind("a number of seconds from 0 to 1000000", _number(0, 1e6, int, f
 _TIMEOUT = _Kind("a number of seconds from 0.001 to 1000000", _number(1e-3, 1e6, int, float), float)
 _PORT = _Kind("an integer from 0 to 65535", _number(0, 65535, int), int)
 _COUNT = _Kind("an integer from 0 up", _number(0, float("inf"), int), int)
-_SEED = _Kind("an integer", lambda value: value is None or _number(float("-inf"), float("inf"), int)(value), int)
+_SEED = _Kind("an integer", _number(float("-inf"), float("inf"), int), int)
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool), lambda text: _FLAGS[text.lower()])
 _TEXT = _Kind("a string without lone surrogates", _is_text, str)
 _NAMES = _Kind("a list of strings", _are_names, lambda text: [name.strip() for name in text.split(",") if name.strip()])
 _WORDS = _Kind("a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse)
 _CONTEXT = _Kind("an ssl.SSLContext", lambda value: hasattr(value, "wrap_socket"), str)
+_HANDLERS = _Kind("a list of subclasses of Handler", lambda value: isinstance(value, Iterable), str)
+_CALLBACK = _Kind("callable", callable, str)
+_LOGGER = _Kind(
+    "a logger with methods info(), warning() and error()",
+    lambda value: all(callable(getattr(value, name, None)) for name in ("info", "warning", "error")),
+    str,
+)
 
 
 def _are_users(value: object) -> bool:
@@ -203,19 +217,89 @@ _NEEDED = {
 }
 
 
-class _Fields:
-    """The base of a dataclass that names the nearest field when it is given an unknown one."""
+_T = TypeVar("_T")
 
-    def __new__(cls, *values: Any, **fields: Any) -> Any:
-        known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+
+class _Fields:
+    """The base of frozen dataclasses. An instance keeps the fields that it was given; the class has the others."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    def __init__(self, *values: Any, **fields: Any) -> None:
+        known = [field.name for field in dataclasses.fields(self)]
         for name, value in fields.items():
             if name not in known:
                 others = "" if len(known) > 9 else f"; there are {', '.join(known)}"
                 what = f"there is no such option{_suggest(name, known) or others}"
                 raise ConfigurationError(f"{name}={value!r}: {what}")
-        made: Any = super().__new__(cls)
-        object.__setattr__(made, "_given", frozenset(fields))  # the names that were spelled out
-        return made
+        positional = [field.name for field in dataclasses.fields(self) if not field.kw_only][: len(values)]
+        if len(values) > len(positional) or not fields.keys().isdisjoint(positional):
+            raise TypeError(f"{type(self).__name__}() has too many positional arguments: {values!r}")
+        vars(self).update(zip(positional, values, strict=True), **fields)
+        self.__post_init__()
+
+    def __post_init__(self) -> None: ...
+
+    def _replace(self: _T, **changes: Any) -> _T:
+        return type(self)(**{**vars(self), **changes})
+
+    def _find_changes(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Fields) and (type(self), self._find_changes()) == (type(other), other._find_changes())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._find_changes()))  # the names only, because a value may have no hash
+
+    def __repr__(self) -> str:
+        changes = ", ".join(f"{name}={value!r}" for name, value in self._find_changes().items())
+        return f"{type(self).__name__}({changes})"
+
+
+def _takes(options: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
+    """Have a method show the fields of a dataclass as its parameters, to type checkers and to inspect.signature().
+
+    That looks at __wrapped__, here a function that is never called. A __signature__ would need the module inspect,
+    which is slow to import.
+    """
+
+    def declare(method: Any) -> Any:
+        cls: Any = options
+        fields: list[Any] = sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only))
+        names = ("self", *(field.name for field in fields))
+        count = 1 + [field.kw_only for field in fields].count(False)
+        code = method.__code__.replace(
+            co_argcount=count,
+            co_kwonlyargcount=len(names) - count,
+            co_varnames=names,
+            co_nlocals=len(names),
+            co_flags=3,
+        )
+        shown = types.FunctionType(code, {}, None, tuple(field.default for field in fields[: count - 1]))
+        shown.__kwdefaults__ = {field.name: field.default for field in fields}
+        shown.__annotations__ = {**{field.name: field.type for field in fields}, "return": None}
+        method.__wrapped__ = shown
+        return method
+
+    return declare
+
+
+if not TYPE_CHECKING:  # which is told that it is dataclasses.dataclass
+
+    def _fields(**options: Any) -> Callable[[type], type]:
+        """Make a dataclass with the methods of _Fields. To have them generated would take longer than all else here."""
+
+        def declare(cls: type) -> type:
+            cls = dataclasses.dataclass(init=False, repr=False, eq=False, **options)(cls)
+            cls.__init__ = _takes(cls)(types.FunctionType(_Fields.__init__.__code__, globals()))
+            fields = [field for field in dataclasses.fields(cls) if field.metadata]
+            cls.__doc__ = (cls.__doc__ or "") + "".join(f"\n    {f.name}: {f.metadata['about']}" for f in fields)
+            return cls
+
+        return declare
 
 
 _EXTENSIONS = (
@@ -242,7 +326,7 @@ def _check_extension(name: str) -> None:
         raise ConfigurationError(f"extensions: {name} is unknown{hint}")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@_fields(frozen=True, kw_only=True)
 class Configuration(_Fields):
     """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
 
@@ -277,11 +361,13 @@ class Configuration(_Fields):
     strict: bool = _option(False, _FLAG, "refuse a mail with violations at its end")
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
     extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept: SIZE, DSN, CHUNKING...")
-    auth_users: Any = _option(None, _USERS, "who can log in: user:secret,... or a function; no AUTH without it")
+    auth_users: Mapping[str, str] | Callable[[str, str, str], object] | None = _option(
+        None, _USERS, "who can log in: user:secret,... or a function; no AUTH without it"
+    )
     auth_mechanisms: Collection[str] = _option(_AUTH_MECHANISMS, _WORDS, "AUTH mechanisms to announce and accept")
     auth_required: bool = _option(False, _FLAG, "refuse the commands of a mail before AUTH")
     auth_requires_tls: bool = _option(False, _FLAG, "neither announce nor accept AUTH without TLS")
-    ssl_context: Any = _option(None, _CONTEXT, "ssl.SSLContext with a certificate; no TLS without it")
+    ssl_context: ssl.SSLContext | None = _option(None, _CONTEXT, "ssl.SSLContext with a certificate; no TLS without it")
     implicit_tls: bool = _option(False, _FLAG, "begin each session with TLS, as on port 465; no STARTTLS then")
     tls_required: bool = _option(False, _FLAG, "refuse all commands but EHLO, NOOP and QUIT before STARTTLS")
     msg_size_limit: int = _option(10485760, _COUNT, "largest message body, in bytes")
@@ -334,8 +420,6 @@ class Configuration(_Fields):
     msg_server_shutdown: str = _reply("421 Server shutting down, closing connection", "the sessions that stop() ends")
     msg_line_too_long: str = _reply("500 Line too long", "a command line of over 4096 bytes")
 
-    _given: ClassVar[frozenset[str]] = frozenset()
-
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -343,9 +427,9 @@ class Configuration(_Fields):
                 kind = field.metadata["kind"]
                 _check(field.name, value, kind)
                 if kind is _NAMES:  # normalised once, because each command looks them up
-                    object.__setattr__(self, field.name, frozenset(map(_fold, value)))
-                elif kind is _WORDS:
-                    object.__setattr__(self, field.name, tuple(value))
+                    vars(self)[field.name] = frozenset(map(_fold, value))
+                elif kind in (_WORDS, _HANDLERS):
+                    vars(self)[field.name] = tuple(value)
         for extension in self.extensions:
             _check_extension(extension.split()[0].upper())
         _check_choices("tolerated", self.tolerated, _VIOLATIONS)
@@ -353,6 +437,20 @@ class Configuration(_Fields):
         for name, other in _NEEDED.items():
             if getattr(self, name) and getattr(self, other) is None:
                 raise ConfigurationError(f"{name}=True: needs {other}")
+
+
+_CONFIGURATION = _Kind("a Configuration", lambda value: isinstance(value, Configuration), str)
+
+
+@_fields(frozen=True)
+class _ServerOptions(Configuration):
+    """What a Server takes."""
+
+    configuration: Configuration | None = _option(None, _CONFIGURATION, "the options that are not given by name")
+    _: dataclasses.KW_ONLY
+    logger: Logger | logging.Logger | None = _option(None, _LOGGER, "what replaces the default log")
+    on_message: Callable[[Message], object] | None = _option(None, _CALLBACK, "called with each accepted message")
+    handlers: Iterable[type[Handler]] = _option((), _HANDLERS, "verbs of your own, or in place of the built-in ones")
 
 
 # ----------------------------------------------------------------------------------------- grammar
@@ -971,6 +1069,9 @@ class _Next(enum.Enum):
         self.ends = value in ("<closed>", "<reset>", "<silence>")
 
 
+_ENDINGS = [state.value for state in _Next if state.ends]
+
+
 class _AuthResult(NamedTuple):
     """The outcome of AUTH."""
 
@@ -1026,9 +1127,6 @@ def _shorten(value: object) -> str:
     """The repr of a value, in at most 100 characters."""
     text = repr(value[:200] if isinstance(value, str) else value)
     return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-_T = TypeVar("_T")
 
 
 class _StepField(Generic[_T]):
@@ -1345,8 +1443,7 @@ class Message:
         return dict(_escape_surrogates(values | _jsonify_bytes(self.content)))
 
     def __repr__(self) -> str:
-        endings = (None, *(state.value for state in _Next))
-        replies = [said for said in self._dialogue[1 : self._said : 2] if said not in endings]
+        replies = [said for said in self._dialogue[1 : self._said : 2] if said is not None and said not in _ENDINGS]
         end = f"not accepted, last reply {_shorten(replies[-1])}" if replies else "no reply"
         if self.is_consistent:
             end = "accepted"
@@ -1390,7 +1487,7 @@ def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
     return aspects
 
 
-@dataclasses.dataclass(frozen=True)
+@_fields(frozen=True)
 class Action(_Fields):
     """What a rule does. A field that is None leaves its aspect of the reply as it is without the rule."""
 
@@ -1571,7 +1668,7 @@ class _Rules:
     def __init__(self, seed: int | None, verbs: Collection[str] = ()) -> None:
         self.verbs = verbs  # of the server's handlers
         self.newest_first: tuple[Rule, ...] = ()  # replaced, never changed; so it can be read without the lock
-        self._seed = seed
+        self.seed = seed
         self._seeded = 0  # how many rules have a generator of random numbers
         self._lock = threading.Lock()  # guards the attributes above, and the hits of the rules
 
@@ -1585,7 +1682,7 @@ class _Rules:
 
         with self._lock:
             self._seeded += 1
-            return Random(None if self._seed is None else f"{self._seed} {self._seeded}")
+            return Random(None if self.seed is None else f"{self.seed} {self._seeded}")
 
     def remove(self, rule: Rule) -> None:
         with self._lock:
@@ -2079,7 +2176,8 @@ class _Auth(Handler):
 
         name, _, initial = argument.partition(" ")
         name = name.upper()
-        result, users = _AuthResult("msg_auth_bad_response", name), self.options.auth_users
+        result = _AuthResult("msg_auth_bad_response", name)
+        users: Any = self.options.auth_users
         refusal = self._refuse_mechanism(session, name)
         if refusal is not None:
             return result._replace(response=refusal)
@@ -2201,9 +2299,6 @@ def _check_handler(handler: Any) -> None:
 
 def _make_handlers(options: Configuration, handlers: Any = ()) -> dict[str, Handler]:
     """The table of verbs. The user's handlers replace built-in ones."""
-    if not isinstance(handlers, Iterable):
-        raise ConfigurationError(f"handlers={handlers!r}: must be a list of subclasses of Handler")
-    handlers = list(handlers)
     for handler in handlers:
         _check_handler(handler)
     offered = [handler(options) for handler in _BUILT_IN if handler._is_offered(options)]
@@ -2420,14 +2515,18 @@ class _Session:
                     at = len(data)
                 yield reply
 
-    def end(self, farewell: str | None = None) -> None:
-        """Record what is not yet recorded, because the connection ends. The farewell is the server's last reply."""
+    def end(self, *ending: _Request) -> None:
+        """Record what is not yet recorded, because the connection ends.
+
+        The ending is what the server adds to the dialogue, unless it has closed the session before.
+        """
         mail, body = self.mail, self.mail.body
+        if mail.dialogue and mail.dialogue[-1] in _ENDINGS:
+            ending = ()
         if body is not None:
             self._leave_body(body, "")
-        if farewell is not None:
-            mail.dialogue += (None, farewell, None, _Next.CLOSE.value)
-        if self.request is not None and (mail.entry is None or body is not None or farewell is not None):
+        mail.dialogue += ending
+        if self.request is not None and (mail.entry is None or body is not None or ending):
             self._publish(complete=True, annotates=body is None)
         self._report_unaccepted()
 
@@ -2808,16 +2907,12 @@ _FAILURES = 100  # of callbacks, for check() to tell
 class _Log:
     """Calls a logger and survives its exceptions; without one, prints what the options ask for."""
 
-    def __init__(self, logger: Any, options: Configuration) -> None:
-        for name in ("info", "warning", "error"):
-            if logger is not None and not callable(getattr(logger, name, None)):
-                raise ConfigurationError(f"logger={logger!r}: must have a method {name}()")
+    def __init__(self, logger: Any, options: Configuration, failures: deque[str]) -> None:
         self._logger = logger
         self._prints = options.log_to_stdout
         self.shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
         self._has_failed = False
-        self._lock = threading.Lock()  # guards the failures
-        self.failures: list[str] = []  # of callbacks, since the start or the last reset()
+        self.failures = failures  # of callbacks, since the start or the last reset(), whatever the log was then
 
     def activity(self, what: str, text: str | int = "") -> None:
         if self.shows_activity:
@@ -2843,9 +2938,7 @@ class _Log:
 
         kind, error, trace = sys.exc_info()
         text = "".join(traceback.format_exception_only(kind, error)).strip()  # which survives a __str__() that raises
-        with self._lock:
-            self.failures.append(f"{what}: {text}")
-            del self.failures[_FAILURES:]
+        self.failures.append(f"{what}: {text}")
         if isinstance(error, SMTPMockError):  # of an output of the command line; a traceback would say nothing more
             with contextlib.suppress(Exception):
                 print(f"smtpmock: {error}", file=sys.stderr, flush=True)
@@ -2856,8 +2949,10 @@ class _Log:
             self("error", f"{what}: {traceback.format_exc()}")
 
     def forget_failures(self) -> list[str]:
-        with self._lock:
-            failures, self.failures = self.failures, []
+        failures = []
+        with contextlib.suppress(IndexError):
+            while True:
+                failures.append(self.failures.popleft())
         return failures
 
     def _print(self, level: str, message: str) -> None:
@@ -2877,6 +2972,7 @@ _RST_ON_CLOSE = struct.pack("ii", 1, 0)  # for SO_LINGER
 
 
 def _format_address(host: str, port: int) -> str:
+    host = host.strip("[]")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -2898,16 +2994,22 @@ class _Connection(socketserver.BaseRequestHandler):
     server: _Listener
 
     def setup(self) -> None:
+        context = self.server.context  # read once, because configure() replaces it
         self.plain: socket.socket = self.request
-        self.options = self.server.context.options
-        self.log = self.server.context.log
-        self.session = _Session(self.server.context, self.client_address[:2])
+        self.options = context.options
+        self.log = context.log
+        self.session = _Session(context, self.client_address[:2])
         self.unsent = bytearray()
         self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
         self.must_linger = False  # because the server closes first
         self.ignores_input = False  # of a client that goes on sending during stop(); only an RST wakes it for sure
         self.reason = "left before any command"  # why it ended so
+        self.aborting = threading.Event()  # set when the session must end at once
+        self.recorded = threading.Event()  # set when the session has ended, and its messages are complete
+        self.ending = _Next.COMMAND  # CLOSE or RESET if disconnect() ends it
         self.server.connections.add(self)
+        if self.server.aborting.is_set():  # read after the add(); abort() does the reverse
+            self.aborting.set()
         self.log.activity("SMTP session started")
 
     def handle(self) -> None:
@@ -2922,13 +3024,17 @@ class _Connection(socketserver.BaseRequestHandler):
             self.log("warning", f"SMTP session broke off: {error}")
 
     def finish(self) -> None:
-        self.session.end()
+        self.session.end(*(None, self.ending.value) if self.ending.ends else ())
         if self.session.request is None:
             begins_tls = self.session.begins_with(b"\x16\x03")
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
+            reason = "disconnect() ended it" if self.ending.ends else reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
+        self.recorded.set()
         self.log.activity("SMTP session finished")
-        if self.must_linger:
+        if self.ending is _Next.RESET:
+            self._reset()
+        elif self.must_linger:
             self._linger()
         self.server.connections.discard(self)
         if self.request is not self.plain:  # the listener closes the plain socket, but not this one
@@ -2937,6 +3043,8 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def _say(self, reply: _Reply, request: _Request = None) -> bool:
         """Log, wait and send. Returns whether the session goes on."""
+        if self.aborting.is_set():
+            return False
         is_logged = self.log.shows_activity and (reply.data or reply.next.ends)  # unless a rule only delays a body
         if is_logged and request is not None:
             self.log.activity("SMTP request: ", request)
@@ -2963,8 +3071,7 @@ class _Connection(socketserver.BaseRequestHandler):
         if reply.next is _Next.TLS:
             return self._start_tls()
         if reply.next is _Next.RESET:
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
-            self.request.close()
+            self._reset()
         elif reply.next is _Next.SILENCE:  # until one side ends the session, or nothing came for session_timeout
             self.is_idle = True
             with contextlib.suppress(OSError):
@@ -2978,22 +3085,30 @@ class _Connection(socketserver.BaseRequestHandler):
                     self.request.unwrap()
         return not reply.next.ends
 
+    def _reset(self) -> None:
+        with contextlib.suppress(OSError):
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
+        self.request.close()
+
     def _pause(self, seconds: float) -> bool:
         """Wait. False if the session ends before that: by an RST, by the server or, in a stop, by the client's FIN."""
         if not hasattr(select, "poll"):
-            return not self.server.aborting.wait(seconds)
+            return not self.aborting.wait(seconds)
         deadline = time.monotonic() + seconds
         poll = select.poll()
-        hang_up = getattr(select, "POLLRDHUP", 0)  # a FIN; errors and an RST are always reported
+        hang_up = getattr(select, "POLLRDHUP", 0)  # a FIN, or shut_down(); errors and an RST are always reported
         stopping = self.server.stopping  # read once: if it changes now, the wake-up is still to come
-        poll.register(self.request, hang_up if stopping else 0)
+        poll.register(self.request, hang_up)
         if not stopping:
             poll.register(self.server.wake[1], select.POLLIN)
-        while events := poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            if self.server.aborting.is_set() or any(fd == self.request.fileno() for fd, _ in events):
+        while events := dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000)):
+            event = events.get(self.request.fileno(), 0)
+            if self.aborting.is_set() or event & ~hang_up or (event and stopping):
                 return False
-            poll.unregister(self.server.wake[1])  # stop() has begun
-            poll.modify(self.request, hang_up)
+            if not event:  # stop() has begun
+                stopping = True
+                poll.unregister(self.server.wake[1])
+            poll.modify(self.request, hang_up if stopping else 0)  # a client that sent a FIN still reads the reply
         return True
 
     def _has_input(self) -> bool:
@@ -3015,6 +3130,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.plain.settimeout(self.options.session_timeout)  # OpenSSL respects this, but not SO_RCVTIMEO
         try:
             context = self.options.ssl_context
+            assert context is not None  # STARTTLS and implicit_tls need it
             self.request = context.wrap_socket(self.plain, server_side=True, do_handshake_on_connect=False)
             self.is_idle = True
             if not self.server.stopping:
@@ -3078,7 +3194,7 @@ class _Connection(socketserver.BaseRequestHandler):
                     raise TimeoutError
 
     def _say_goodbye(self, text: str) -> bytes:
-        self.session.end(text)
+        self.session.end(None, text, None, _Next.CLOSE.value)
         self._say(_Reply(text, _encode(text), next=_Next.CLOSE))
         return b""
 
@@ -3086,6 +3202,13 @@ class _Connection(socketserver.BaseRequestHandler):
         """Interrupt what the session's thread waits for in the socket. Called by the thread that stops the server."""
         with contextlib.suppress(OSError):  # it may have ended just now
             socket.socket.shutdown(self.request, how)  # SSLSocket.shutdown() would forget that it is within TLS
+
+    def disconnect(self, *, reset: bool) -> None:
+        """End the session with a FIN or an RST. Called by any thread."""
+        self.ending = _Next.RESET if reset else _Next.CLOSE
+        self.must_linger = True
+        self.aborting.set()
+        self.shut_down(socket.SHUT_RD if reset else socket.SHUT_RDWR)  # SHUT_WR would send a FIN before the RST
 
 
 _SPARE_THREADS = 16
@@ -3125,14 +3248,19 @@ class _SessionThread(_Thread):
             self.listener.spare_threads.append(self)
 
 
+def _wait_for_all(events: Sequence[threading.Event], timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    return all(event.wait(max(0.0, deadline - time.monotonic())) for event in events)
+
+
 def _join_threads(threads: Sequence[_Thread], timeout: float) -> bool:
     """Wait for the threads, without the present one, in which a callback may have called stop(). False on timeout."""
-    deadline = time.monotonic() + timeout
     others = [thread for thread in threads if thread is not threading.current_thread()]
+    have_ended = _wait_for_all([thread.ended for thread in others], timeout)
     for thread in others:
-        if thread.ended.wait(max(0.0, deadline - time.monotonic())):
+        if thread.ended.is_set():
             thread.join()
-    return all(thread.ended.is_set() for thread in others)
+    return have_ended
 
 
 # The listeners whose sockets a forked child has to close.
@@ -3264,9 +3392,24 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.aborting.set()
         for connection in self.connections.copy():
             # By an RST: a client that is still sending might wait for a minute otherwise.
+            connection.aborting.set()
             with contextlib.suppress(OSError):
                 connection.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
             connection.shut_down(socket.SHUT_RDWR)
+
+    def disconnect(self, *, reset: bool) -> None:
+        """End the open sessions, and wait until they are recorded."""
+        connections = self.connections.copy()
+        for connection in connections:
+            connection.disconnect(reset=reset)
+        thread = threading.current_thread()
+        if isinstance(thread, _SessionThread) and thread.listener is self:
+            return  # two callbacks would wait for each other's sessions
+        recorded = [connection.recorded for connection in connections]
+        if not _wait_for_all(recorded, 0.1):
+            for connection in connections:  # what waits until its client reads
+                connection.shut_down(socket.SHUT_RDWR)
+            _wait_for_all(recorded, _PATIENCE)
 
     def server_close(self) -> None:
         for sock in (self.socket, *self.wake):
@@ -3316,48 +3459,78 @@ def _is_in_event_loop() -> bool:
     return asyncio is not None and asyncio._get_running_loop() is not None
 
 
+def _join_options(configuration: Configuration | None, options: dict[str, Any]) -> dict[str, Any]:
+    if configuration is None:
+        return options
+    _check("configuration", configuration, _CONFIGURATION)
+    return {**vars(configuration), **options}
+
+
 class Server:
     """An SMTP server that runs in threads of this process.
 
-    Options are given by name, as a Configuration, or both; a name takes precedence. An invalid one is a
-    ConfigurationError. A logger (a Logger or a logging.Logger) replaces the default one. on_message is called
-    with each accepted message in the thread of its session, before the 250 is sent. If it raises, the message is
-    refused with msg_msg_failed and the exception goes to the logger or, without one, to threading.excepthook.
+    Options are given by name, as a Configuration, or both; a name takes precedence. help(Configuration) lists them.
+    An invalid one is a ConfigurationError. A logger (a Logger or a logging.Logger) replaces the default one. on_message
+    is called with each accepted message in the thread of its session, before the 250 is sent. If it raises, the message
+    is refused with msg_msg_failed and the exception goes to the logger or, without one, to threading.excepthook.
     handlers are subclasses of Handler, for verbs of your own or in place of the built-in ones.
     """
 
-    def __init__(
-        self,
-        configuration: Configuration | None = None,
-        *,
-        logger: Any = None,
-        on_message: Callable[[Message], object] | None = None,
-        handlers: Iterable[type[Handler]] = (),
-        **options: Any,
-    ) -> None:
-        if not isinstance(configuration, Configuration | None):
-            raise ConfigurationError(f"configuration={configuration!r}: must be a Configuration")
-        if not (on_message is None or callable(on_message)):
-            raise ConfigurationError(f"on_message={on_message!r}: must be callable")
-        self._options = dataclasses.replace(configuration, **options) if configuration else Configuration(**options)
-        self._host, self._port = self._options.host, self._options.port
-        self._mailbox = _Mailbox()
-        table = _make_handlers(self._options, handlers)
-        self._rules = _Rules(self._options.seed, table)
-        log = _Log(logger, self._options)
-        ends: deque[str] = deque(maxlen=_REPORTED)
+    @_takes(_ServerOptions)
+    def __init__(self, configuration: Configuration | None = None, **options: Any) -> None:
+        self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
+        self._host, self._port = given.host, given.port
+        self._mailbox, self._rules = _Mailbox(), _Rules(given.seed)
+        log = _Log(None, given, deque(maxlen=_FAILURES))
         self._context = _Context(
-            self._options, table, self._mailbox, log, self._rules, on_message or _ignore, early_ends=ends
+            given, {}, self._mailbox, log, self._rules, given.on_message or _ignore, early_ends=deque(maxlen=_REPORTED)
         )
-        self._explicit = options.keys() | (configuration._given if configuration else set())
         self._warned: set[int] = set()  # the messages of which a warning told that something was discarded
         self._lifecycle = threading.Lock()  # guards _listener; not held while the user's code runs
         self._listener: _Listener | None = None
+        self._use(given)
 
-    def with_logger(self, logger: Any) -> Server:
-        """Log to this Logger or logging.Logger from the next start() on; None is the default one."""
-        self._context = self._context._replace(log=_Log(logger, self._options))
+    def with_logger(self, logger: Logger | logging.Logger | None) -> Server:
+        """Log to this Logger or logging.Logger from now on; None is the default one. reset() does not undo this."""
+        self._made_with = self._made_with._replace(logger=logger)
+        self._use(self._options._replace(logger=logger))
         return self
+
+    @_takes(_ServerOptions)
+    def configure(self, configuration: Configuration | None = None, **options: Any) -> None:
+        """Change options for the sessions that begin from now on; open ones keep theirs.
+
+        It takes what Server() does, except for host and port, and all else stays as it is. An invalid option is a
+        ConfigurationError, and changes nothing. reset() goes back to what the server was made with.
+        """
+        changes = _join_options(configuration, options)
+        for name in ("host", "port"):
+            if name in changes:
+                raise ConfigurationError(f"{name}={changes[name]!r}: cannot be changed by configure()")
+        self._use(self._options._replace(**changes))
+
+    def _use(self, options: _ServerOptions) -> None:
+        """Have these options for the sessions that begin from now on. If one is invalid, nothing has changed."""
+        table = _make_handlers(options, options.handlers)
+        log = _Log(options.logger, options, self._context.log.failures)
+        on_message = self._context.on_message
+        if options.on_message is not self._options.on_message:
+            on_message = options.on_message or _ignore
+        self._options, self._rules.seed, self._rules.verbs = options, options.seed, table
+        with self._lifecycle:
+            self._context = self._context._replace(options=options, handlers=table, log=log, on_message=on_message)
+            if self._listener is not None:
+                self._listener.context = self._context
+
+    def disconnect(self, reset: bool = False) -> None:
+        """End all open sessions at once, with a FIN or an RST. New clients can connect.
+
+        All sessions are recorded when it returns; but it does not wait in the thread of a session, as in on_message.
+        """
+        _check("reset", reset, _FLAG)
+        listener = self._listener
+        if listener is not None:
+            listener.disconnect(reset=reset)
 
     def start(self) -> Server:
         """Listen. Clients can connect when it returns.
@@ -3444,6 +3617,12 @@ class Server:
         return self._port
 
     @property
+    def url(self) -> str:
+        """As in smtp://127.0.0.1:2525; smtps:// with implicit_tls."""
+        scheme = "smtps" if self._options.implicit_tls else "smtp"
+        return f"{scheme}://{_format_address(self._host, self._port)}"
+
+    @property
     def is_running(self) -> bool:
         return self._listener is not None
 
@@ -3474,13 +3653,14 @@ class Server:
         """Warn at the line of the caller's caller about what the server accepted and discarded, once per message."""
         import warnings
 
-        if {"multiple_rcptto", "multiple_message_receiving"} <= self._explicit:
+        explicit = vars(self._options)
+        if {"multiple_rcptto", "multiple_message_receiving"} <= explicit.keys():
             return messages
         for message in messages:
             if message.id not in self._warned:
                 self._warned.add(message.id)
                 for option, text in message._find_discards():
-                    if option not in self._explicit:
+                    if option not in explicit:
                         warnings.warn(f"{text}; {option}=True keeps them all", SMTPMockWarning, stacklevel=3)
         return messages
 
@@ -3515,7 +3695,9 @@ class Server:
         self._rules.clear()
 
     def reset(self) -> None:
-        """Remove all messages and all rules, and forget failed callbacks, for the next test."""
+        """Remove all messages and all rules, forget failed callbacks, and undo configure(), for the next test."""
+        if self._options is not self._made_with:
+            self._use(self._made_with)
         self._rules.clear()
         self._context.log.forget_failures()
         self._mailbox.messages(purge=True)
@@ -3581,7 +3763,7 @@ class Server:
         for message in messages[-_REPORTED:]:
             yield f"  {message!r}, subject {message.subject!r}"
         listener = self._listener
-        connections = [] if listener is None else list(listener.connections.copy())
+        connections = [] if listener is None else [c for c in listener.connections.copy() if not c.recorded.is_set()]
         yield f"{len(connections)} sessions are open{':' if connections else ''}"
         for connection in connections[:_REPORTED]:
             session = connection.session

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -26,6 +27,7 @@ import linecache
 import logging
 import os
 import pickle
+import pydoc
 import queue
 import random
 import re
@@ -105,7 +107,7 @@ class Memory:
             configuration,
             smtpmock._make_handlers(configuration, handlers),
             self._mailbox,
-            smtpmock._Log(self.recorder, configuration),
+            smtpmock._Log(self.recorder, configuration, collections.deque()),
             self._rules,
             on_message,
             on_unaccepted,
@@ -121,6 +123,11 @@ class Memory:
         """Give a Server or Memory rules in the form of the command line."""
         for rule in rules:
             smtpmock._add_rule(server, rule)
+
+    @staticmethod
+    def set_output(server: Server, on_message: Callable[[Message], object]) -> None:
+        """Give a Server an on_message as the command line does."""
+        server._context = server._context._replace(on_message=on_message)
 
     @staticmethod
     def saver(folder: Path) -> Callable[[Message], object]:
@@ -177,7 +184,7 @@ class Memory:
 
     def end(self, farewell: str | None = None) -> None:
         """The connection ends."""
-        self._session.end(farewell)
+        self._session.end(*() if farewell is None else (None, farewell, None, "<closed>"))
 
     @property
     def is_in_body(self) -> bool:
@@ -2538,8 +2545,10 @@ class ConfigurationTest(unittest.TestCase):
     def test_bad_arguments_of_a_server(self) -> None:
         for arguments, error in (
             ({"configuration": "x"}, "^configuration='x': must be a Configuration$"),
-            ({"logger": object()}, r"^logger=.*must have a method info\(\)$"),
+            ({"logger": object()}, r"^logger=.*must be a logger with methods info\(\), warning\(\) and error\(\)$"),
             ({"on_message": 1}, "^on_message=1: must be callable$"),
+            ({"on_mesage": 1}, "^on_mesage=1: there is no such option; did you mean on_message[?]$"),
+            ({"handlers": 1}, "^handlers=1: must be a list of subclasses of Handler$"),
         ):
             with self.assertRaisesRegex(ConfigurationError, error):
                 Server(**dict[str, Any](arguments))
@@ -2561,6 +2570,84 @@ class ConfigurationTest(unittest.TestCase):
         self.assertEqual(set(options.not_registered_emails), {"a@a.com"})
         with self.assertRaises(dataclasses.FrozenInstanceError):
             options.port = 1  # type: ignore[misc]
+
+
+class SignatureTest(unittest.TestCase):
+    """What help() and an editor show of the options, and how a Configuration compares."""
+
+    OWN = ("logger", "on_message", "handlers")  # the keywords of a Server that are no options
+
+    def test_signatures(self) -> None:
+        fields = dataclasses.fields(Configuration)
+        with_self = (Configuration.__init__, Server.__init__, Server.configure)
+        for shown in (Configuration, Server, Server().configure, *with_self):
+            with self.subTest(shown):
+                parameters = list(inspect.signature(shown).parameters.values())[shown in with_self :]
+                if shown not in (Configuration, Configuration.__init__):
+                    first, *parameters = parameters
+                    self.assertEqual((first.name, first.kind.name), ("configuration", "POSITIONAL_OR_KEYWORD"))
+                    self.assertEqual(tuple(parameter.name for parameter in parameters[-3:]), self.OWN)
+                    del parameters[-3:]
+                self.assertEqual({parameter.kind.name for parameter in parameters}, {"KEYWORD_ONLY"})
+                self.assertEqual(
+                    [(parameter.name, parameter.default, parameter.annotation) for parameter in parameters],
+                    [(field.name, field.default, field.type) for field in fields],
+                )
+
+    def test_other_signatures(self) -> None:
+        names = [field.name for field in dataclasses.fields(smtpmock.Action)]
+        self.assertEqual(list(inspect.signature(smtpmock.Action).parameters), names)
+        names = ["stage", "match", "times", "probability", "after", "unknown"]
+        self.assertEqual(list(inspect.signature(Server().on).parameters), names)
+
+    def test_the_source_is_found(self) -> None:
+        """Though another function is what inspect.signature() looks at."""
+        self.assertIn("def configure(self", inspect.getsource(Server.configure))
+
+    def test_help(self) -> None:
+        documentation = inspect.getdoc(Configuration) or ""
+        for field in dataclasses.fields(Configuration):
+            self.assertRegex(documentation, rf"(?m)^ *{field.name}: {re.escape(field.metadata['about'])}$")
+        for shown in (Configuration, Server, Server.configure):
+            text = pydoc.plain(pydoc.render_doc(shown))
+            self.assertIn("msg_line_too_long: 'str' = '500 Line too long'", text)
+        self.assertIn("on_message: 'Callable[[Message], object] | None' = None", text)
+
+    def test_repr_shows_what_differs(self) -> None:
+        expected = "Configuration(host='::1', fail_fast=True)"
+        self.assertEqual(repr(Configuration()), "Configuration()")
+        self.assertEqual(repr(Configuration(fail_fast=True, host="::1", seed=None)), expected)
+        self.assertEqual(repr(smtpmock.Action("450 later", then="close")), "Action(reply='450 later', then='close')")
+
+    def test_equality(self) -> None:
+        make = functools.partial(Configuration, auth_users={"u": "s"}, extensions=["SIZE"])
+        same = [make(), make(port=0), make(extensions=("SIZE",), auth_users={"u": "s"}), dataclasses.replace(make())]
+        self.assertEqual(same, [make()] * 4)
+        self.assertEqual(len(set(same)), 1)
+        others = [make(port=1), make(auth_users={"u": "t"}), Configuration(), Configuration(host="Server"), None]
+        for other in [*others, smtpmock.Action(), "Configuration()"]:
+            self.assertNotEqual(make(), other)
+        self.assertNotEqual(smtpmock.Action(), Configuration())
+        self.assertEqual(smtpmock.Action(delay=1), smtpmock.Action(delay=1.0))
+
+    def test_copies(self) -> None:
+        original = Configuration(port=25, not_registered_emails=["a@A.com"])
+        for made in (copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
+            self.assertEqual((made, made.port, made.not_registered_emails), (original, 25, {"a@a.com"}))
+        self.assertEqual(dataclasses.asdict(original)["msg_greeting"], "220 Welcome")
+
+    def test_positional_arguments(self) -> None:
+        cases: list[tuple[Any, list[Any], dict[str, Any]]] = [
+            (Configuration, [1], {}),
+            (smtpmock.Action, ["x"], {"reply": "y"}),
+            (smtpmock.Action, [None] * 6, {}),
+            (Server, [None, None], {}),
+            (Server, [None], {"configuration": None}),
+        ]
+        for make, values, fields in cases:
+            with self.subTest(make), self.assertRaises(TypeError):
+                make(*values, **fields)
+        self.assertEqual(smtpmock.Action("x", None, 1.5), smtpmock.Action(reply="x", delay=1.5))
 
 
 # --------------------------------------------------------------------------------- waiting, purging
@@ -3622,6 +3709,22 @@ class TlsTest(ProcessCase):
         self.assertEqual((message.mail_from, message.helo_request), (None, "EHLO b.com"))
         self.assertNotIn("evil", message.transcript)
 
+    def test_a_disconnect(self) -> None:
+        """Within TLS, and in the middle of a handshake."""
+        for reset in (False, True):
+            with self.subTest(reset=reset), self.server(implicit_tls=True) as server:
+                with Client(server, greets=False) as begins, self.connect_ssl(server) as client:
+                    client.ehlo()
+                    self.assertEqual(server.url, f"smtps://127.0.0.1:{server.port}")
+                    server.disconnect(reset=reset)
+                    self.assertEqual([message.helo for message in server.messages()], [True])
+                    self.assertRegex(report(server), "(?s)0 sessions are open.*disconnect[(][)] ended it")
+                    self.assertEqual(begins.read(), "<reset>" if reset else "<closed>")
+                    with self.assertRaises(smtplib.SMTPServerDisconnected if not reset else OSError):
+                        client.noop()
+                with self.connect_ssl(server) as client:
+                    self.assertEqual(client.noop()[0], 250)
+
     def test_certificates_as_a_client_sees_them(self) -> None:
         for context, host, expected in (
             (ssl.create_default_context(), "localhost", "self-signed certificate|self signed certificate"),
@@ -4196,6 +4299,330 @@ class SessionTest(ServerCase):
 # ------------------------------------------------------------------------------------------- abuse
 
 
+class ConfigureTest(ServerCase):
+    """configure(), reset() after it, and url."""
+
+    def test_sessions_that_begin_later_have_the_new_options(self) -> None:
+        server, open_client, _ = self.serve(msg_noop_received="250 old", fail_fast=True)
+        server.configure(msg_greeting="220 new", msg_noop_received="250 new")
+        with Client(server) as client:
+            self.assertEqual((open_client.ask("NOOP"), client.greeting), (["250 old"], "220 new"))
+            self.assertEqual([*client.ask("NOOP", "nonsense"), client.read()], ["250 new", UNRECOGNIZED, "<closed>"])
+
+    def test_a_server_that_is_not_running(self) -> None:
+        server = Server(msg_greeting="220 old")
+        server.configure(msg_greeting="220 new", shutdown_timeout=0)
+        with server, Client(server) as client:
+            self.assertEqual(client.greeting, "220 new")
+
+    def test_a_bad_option_changes_nothing(self) -> None:
+        server, _, _ = self.serve(msg_greeting="220 old")
+        for options, text in (
+            ({"host": "::1"}, "host='::1': cannot be changed by configure()"),
+            ({"port": 0}, "port=0: cannot be changed by configure()"),
+            ({"fail_fsat": True}, "fail_fsat=True: there is no such option; did you mean fail_fast?"),
+            ({"fail_fast": 1}, "fail_fast=1: must be true or false"),
+            ({"tls_required": True}, "tls_required=True: needs ssl_context"),
+            ({"on_message": 1}, "on_message=1: must be callable"),
+            ({"handlers": [int]}, "handlers: <class 'int'> must be a subclass of Handler"),
+            ({"configuration": Configuration(port=1)}, "port=1: cannot be changed by configure()"),
+            ({"configuration": "x"}, "configuration='x': must be a Configuration"),
+        ):
+            with self.subTest(text):
+                with self.assertRaises(ConfigurationError) as caught:
+                    server.configure(msg_greeting="220 new", **dict[str, Any](options))
+                self.assertEqual(str(caught.exception), text)
+                with Client(server) as client:
+                    self.assertEqual(client.greeting, "220 old")
+
+    def test_options_are_validated_with_those_of_before(self) -> None:
+        server = Server(auth_users={"user": "secret"}, auth_required=True)
+        with self.assertRaisesRegex(ConfigurationError, "auth_required=True: needs auth_users"):
+            server.configure(auth_users=None)
+        server.configure(auth_users=None, auth_required=False)
+
+    def test_on_message(self) -> None:
+        given: list[str] = []
+        with Server(on_message=lambda message: given.append("old")) as server:
+            send(server, "1")
+            server.configure(on_message=lambda message: given.append("new"))
+            send(server, "2")
+            server.configure(fail_fast=True)
+            send(server, "3")
+            server.configure(on_message=None)
+            send(server, "4")
+            server.reset()
+            send(server, "5")
+        self.assertEqual(given, ["old", "new", "new", "old"])
+
+    def test_an_output_of_the_command_line_stays(self) -> None:
+        given: list[Message] = []
+        server = Server(fail_fast=True)
+        Memory.set_output(server, given.append)
+        server.configure(fail_fast=False)
+        server.reset()
+        with server:
+            send(server, "hi")
+        self.assertEqual(len(given), 1)
+
+    def test_reset_goes_back(self) -> None:
+        server, _, _ = self.serve(msg_greeting="220 old", msg_noop_received="250 old")
+        for _ in range(2):
+            server.configure(msg_greeting="220 new")
+            server.configure(msg_noop_received="250 new", extensions=["VRFY"])
+            server.reset()
+            with Client(server) as client:
+                self.assertEqual([client.greeting, *client.ask("NOOP")], ["220 old", "250 old"])
+
+    def test_a_warning_about_discarded_mail(self) -> None:
+        """It is turned off by an option that is set explicitly, as long as that is in force."""
+        server = Server(multiple_rcptto=True)
+        server.configure(multiple_message_receiving=False)
+        for warns in (False, True):
+            with self.subTest(warns=warns), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                with server:
+                    send(server, "1", "2")
+                    server.messages()
+                self.assertEqual(len(caught), warns)
+            server.reset()
+
+    def test_rules_made_later_use_the_new_seed_and_handlers(self) -> None:
+        def hits(server: Server) -> list[bool]:
+            rule = server.on("NOOP", probability=0.5).reply("250 hit")
+            with server, Client(server) as client:
+                replies = client.ask(*["NOOP"] * 20)
+            rule.remove()
+            return [reply == "250 hit" for reply in replies]
+
+        configured = Server()
+        configured.configure(seed=5)
+        self.assertEqual(hits(configured), hits(Server(seed=5)))
+
+        class Xtra(smtpmock.Handler):
+            verbs = ("XTRA",)
+            received = "250 Ok"
+
+        server = Server(handlers=iter([Xtra]))
+        server.configure(msg_greeting="220 new")
+        with server, Client(server) as client:
+            self.assertEqual(client.ask("HELO a.com", "XTRA"), [RECEIVED, "250 Ok"])
+
+    def test_a_configuration_changes_what_was_spelled_out_in_it(self) -> None:
+        server = Server(msg_greeting="220 old", msg_noop_received="250 old")
+        server.configure(Configuration(msg_noop_received="250 new", fail_fast=True), fail_fast=False)
+        with server, Client(server) as client:
+            self.assertEqual([client.greeting, *client.ask("x", "NOOP")], ["220 old", UNRECOGNIZED, "250 new"])
+
+    def test_loggers_and_handlers(self) -> None:
+        class Xtra(smtpmock.Handler):
+            verbs = ("RCPX",)
+            received = "250 Ok"
+
+        server, client, first = self.serve()
+        second, third = Recorder(), Recorder()
+        with self.assertRaises(ConfigurationError):
+            server.on("RCPX")
+        server.configure(logger=second, handlers=[Xtra])
+        server.on("RCPX")
+        for logger, reply in ((second, "250 Ok"), (third, UNRECOGNIZED)):
+            with Client(server) as other:
+                self.assertEqual(other.ask("HELO a.com", "RCPX")[1], reply)
+                logger.wait_for("request: RCPX")
+            server.with_logger(third)
+            server.reset()
+        with self.assertRaises(ConfigurationError):
+            server.on("RCPX")
+        client.ask("NOOP")
+        first.wait_for("request: NOOP")
+
+    def test_check_tells_what_failed_before_and_after(self) -> None:
+        def fail(message: Message) -> None:
+            raise ValueError(message.content.decode().strip())
+
+        server, client, _ = self.serve(on_message=fail)
+        client.ask(ENVELOPE[0], *SEND)
+        server.configure(fail_fast=True)
+        server.with_logger(Recorder())
+        with Client(server) as second:
+            second.ask(ENVELOPE[0], *SEND)
+        client.ask(*SEND)
+        with self.assertRaises(AssertionError) as caught:
+            server.check()
+        self.assertEqual(str(caught.exception).count("ValueError"), 3)
+        server.check()
+
+    def test_the_log(self) -> None:
+        output = io.StringIO()
+        with Server() as server, contextlib.redirect_stdout(output):
+            server.configure(log_to_stdout=True, log_server_activity=True)
+            Client(server).__exit__()
+            self.assertTrue(wait_until(lambda: "session finished" in output.getvalue()))
+            server.reset()
+            size = len(output.getvalue())
+            Client(server).__exit__()
+        self.assertEqual(len(output.getvalue()), size)
+
+    def test_url(self) -> None:
+        context = mock.Mock(spec=ssl.SSLContext)
+        self.assertEqual(Server(host="::1", port=25).url, "smtp://[::1]:25")
+        self.assertEqual(Server(host="[::1]", port=25).url, "smtp://[::1]:25")
+        self.assertEqual(Server(implicit_tls=True, ssl_context=context, port=1).url, "smtps://127.0.0.1:1")
+        with Server() as server:
+            self.assertEqual(server.url, f"smtp://127.0.0.1:{server.port}")
+
+
+class DisconnectTest(ServerCase):
+    """disconnect() ends the open sessions, and only these."""
+
+    ENDS = ((False, "<closed>"), (True, "<reset>"))
+
+    def test_what_a_session_waits_for(self) -> None:
+        for reset, end in self.ENDS:
+            for name, lines, count in (
+                ("nothing", [], 0),
+                ("a command", [ENVELOPE[0]], 1),
+                ("the rest of a line", [ENVELOPE[0]], 1),
+                ("a body", [*ENVELOPE, "DATA"], 1),
+                ("a delay", [ENVELOPE[0]], 1),
+                ("a delay before an end", [ENVELOPE[0]], 1),
+                ("silence", [ENVELOPE[0]], 1),
+            ):
+                rules = ("RSET: delay 1000", "VRFY: silence", "EXPN: delay 1000; close", "NOOP: delay 0.001")
+                with self.subTest(name, reset=reset):
+                    server, client, recorder = self.serve(*rules)
+                    client.ask(*lines)
+                    client.send({"the rest of a line": b"half", "a body": b"half\r\n"}.get(name, b""))
+                    if verb := {"a delay": "RSET", "silence": "VRFY", "a delay before an end": "EXPN"}.get(name):
+                        client.send(verb.encode() + b"\r\n")
+                        recorder.wait_for(f"request: {verb}")
+                    server.disconnect(reset)
+                    self.assertEqual(len(server.messages()), count)
+                    self.assertEqual(client.read(), end)
+                    for message in server.messages():
+                        last = {"silence": "S: <silence>", "a delay before an end": "S: <closed>"}.get(
+                            name, f"S: {end}"
+                        )
+                        self.assertTrue(message.transcript.endswith(f"\n{last}"))
+                        self.assertNotRegex(message.transcript, r"S: <\w+>\n.*$")
+                    with Client(server) as other:
+                        self.assertEqual(other.ask("NOOP"), ["250 Ok"])
+
+    def test_an_accepted_message_stays_accepted(self) -> None:
+        server, client, _ = self.serve()
+        client.ask(ENVELOPE[0], *SEND)
+        server.disconnect()
+        self.assertEqual(client.read(), "<closed>")
+        (message,) = server.messages()
+        self.assertTrue(message.is_consistent)
+        self.assertEqual(message.transcript.splitlines()[-2:], [f"S: {RECEIVED}", "S: <closed>"])
+
+    def test_many_sessions(self) -> None:
+        for reset, end in self.ENDS:
+            with contextlib.ExitStack() as stack, Server() as server:
+                clients = [stack.enter_context(Client(server)) for _ in range(20)]
+                for client in clients:
+                    client.ask(ENVELOPE[0])
+                server.disconnect(reset=reset)
+                self.assertEqual(len(server.messages()), 20)
+                self.assertEqual({client.read() for client in clients}, {end})
+                server.disconnect(reset=reset)
+
+    def test_a_client_that_closed_its_end_or_does_not_read(self) -> None:
+        for reset, _ in self.ENDS:
+            server, client, recorder = self.serve("NOOP: delay 1000", msg_rset_received="250 " + "x" * 10_000_000)
+            with self.subTest(reset=reset), Client(server) as other:
+                client.ask(ENVELOPE[0])
+                client.send(b"NOOP\r\n")
+                client.socket.shutdown(socket.SHUT_WR)
+                recorder.wait_for("request: NOOP")
+                other.ask(ENVELOPE[0])
+                other.send(b"RSET\r\n")
+                recorder.wait_for("response: 250 x")
+                server.disconnect(reset)
+                self.assertEqual(len(server.messages()), 2)
+
+    def test_a_client_that_closed_its_end_gets_a_delayed_reply(self) -> None:
+        _, client, _ = self.serve("NOOP: delay 0.02")
+        client.send(b"NOOP\r\n")
+        client.socket.shutdown(socket.SHUT_WR)
+        self.assertEqual(client.read_all(), ["250 Ok", "<closed>"])
+
+    def test_in_a_callback(self) -> None:
+        """Of two sessions at once, which do not wait for each other."""
+        both = threading.Barrier(2)
+        returned: list[Message] = []
+
+        def on_message(message: Message) -> None:
+            both.wait(TIMEOUT)
+            server.disconnect()
+            returned.append(message)
+
+        def user() -> list[str]:
+            with Client(server) as client:
+                client.ask(*ENVELOPE, "DATA")
+                client.send(b"hi\r\n.\r\n")
+                return client.read_all()
+
+        with Server(on_message=on_message) as server, mock.patch.object(smtpmock, "_PATIENCE", 10 * TIMEOUT):
+            self.assertEqual(in_threads(user, user), [["<closed>"]] * 2)
+            self.assertTrue(wait_until(lambda: len(returned) == 2))
+        self.assertEqual([message.is_consistent for message in server.messages()], [True, True])
+
+    def test_nothing_is_said_after_it(self) -> None:
+        """By a session that was held up by a callback."""
+        held, release = threading.Event(), threading.Event()
+
+        def hold(message: Message) -> None:
+            held.set()
+            release.wait(TIMEOUT)
+
+        for reset, end in self.ENDS:
+            server, client, _ = self.serve(on_message=hold)
+            with self.subTest(reset=reset), mock.patch.object(smtpmock, "_PATIENCE", 0):
+                client.ask(*ENVELOPE, "DATA")
+                client.send(b"hi\r\n.\r\nHELO b.com\r\n")
+                self.assertTrue(held.wait(TIMEOUT))
+                server.disconnect(reset)
+                release.set()
+                self.assertIn(client.read(), (end, "<closed>"))
+                stop_in_time(server)
+                self.assertEqual([message.helo_request for message in server.messages()], [ENVELOPE[0]])
+            held.clear()
+            release.clear()
+
+    @unittest.skipUnless(sys.platform == "linux", "other systems have no error for an RST after a FIN")
+    def test_no_rst_follows_a_fin(self) -> None:
+        """Not even if there is input that the server has not read."""
+        server, client, recorder = self.serve("NOOP: delay 1000")
+        client.send(b"NOOP\r\n")
+        recorder.wait_for("request: NOOP")
+        client.send(b"NOOP\r\n")
+        descriptors = os.listdir("/proc/self/fd")
+        server.disconnect()
+        self.assertTrue(wait_until(lambda: len(os.listdir("/proc/self/fd")) < len(descriptors)))
+        self.assertEqual(client.read(), "<closed>")
+        self.assertEqual(client.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), 0)
+
+    def test_a_session_that_has_ended_is_not_open(self) -> None:
+        """Though the server waits for the client's FIN."""
+        server, client, recorder = self.serve("NOOP: drop")
+        client.ask("NOOP")
+        recorder.wait_for("session finished")
+        self.assertIn("0 sessions are open", report(server))
+
+    def test_the_report_of_a_connection_without_a_command(self) -> None:
+        server, _, _ = self.serve()
+        server.disconnect()
+        self.assertRegex(report(server), "(?s)0 sessions are open.*disconnect[(][)] ended it")
+
+    def test_arguments_and_states(self) -> None:
+        server = Server()
+        server.disconnect()
+        with self.assertRaisesRegex(ConfigurationError, "reset=1: must be true or false"):
+            server.disconnect(1)  # type: ignore[arg-type]
+
+
 class GarbageTest(unittest.TestCase):
     """Bytes that no client would send, from a generator with a fixed seed."""
 
@@ -4594,7 +5021,7 @@ class CommandLineTest(unittest.TestCase):
         "int | None": ("-9", -9),
         "float": ("0.5", 0.5),
         "Collection[str]": ("a, b,,c", ["a", "b", "c"]),
-        "Any": ("u:s:t, v:", {"u": "s:t", "v": ""}),
+        "Mapping[str, str] | Callable[[str, str, str], object] | None": ("u:s:t, v:", {"u": "s:t", "v": ""}),
     }
 
     def test_every_option_has_both_flags(self) -> None:
