@@ -3208,7 +3208,8 @@ _OUTPUTS = (
 
 _QUIET = ("quiet", _FLAG, False, "do not print a line for each mail and each session without one")
 
-_Undo = Callable[[], object]  # what removes a mail from an output again
+_Undo = Callable[[], object]  # removes a mail from an output again
+_Output = Callable[[Message], _Undo | None]  # takes an accepted mail
 
 
 class _Printer:
@@ -3270,45 +3271,43 @@ class _Folder:
     def __call__(self, message: Message) -> _Undo:
         import json
 
-        mail, record = self._reserve()
+        name = self._reserve()
 
         def undo() -> None:
-            for name in (mail, self._temporary(mail), record, self._temporary(record)):
+            for path in (*self._paths(f"{name}.eml"), *self._paths(f"{name}.json")):
                 with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(self._path, name))
+                    os.unlink(path)
 
-        try:
-            self._write(record, json.dumps(message.to_dict(), indent=1).encode())
-            self._write(mail, message.as_bytes())  # last: whoever sees it finds the record as well
-        except BaseException:
-            undo()
-            raise
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(undo)
+            self._write(f"{name}.json", json.dumps(message.to_dict(), indent=1).encode())
+            self._write(f"{name}.eml", message.as_bytes())  # last: whoever sees it finds the record as well
+            on_error.pop_all()
         return undo
 
-    def _temporary(self, name: str) -> str:
-        """A name that *.eml and *.json do not match, not even in Python's glob(), which matches hidden files."""
-        return f".{name}.part"
+    def _paths(self, name: str) -> tuple[str, str]:
+        """Of the file, and of its beginning, which *.eml and *.json do not match, even if they match hidden files."""
+        return os.path.join(self._path, name), os.path.join(self._path, f".{name}.part")
 
-    def _reserve(self) -> tuple[str, str]:
-        """Names that no other process takes, either."""
+    def _reserve(self) -> str:
+        """A name that no other process takes, either."""
         with self._lock:
             while True:
                 self._number += 1
-                mail, record = f"{self._number:06d}.eml", f"{self._number:06d}.json"
+                path, part = self._paths(f"{self._number:06d}.eml")
                 with contextlib.suppress(FileExistsError):
-                    temporary = os.path.join(self._path, self._temporary(mail))
-                    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666))
-                    if not os.path.exists(os.path.join(self._path, mail)):
-                        return mail, record
-                    os.unlink(temporary)
+                    os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o666))
+                    if not os.path.exists(path):
+                        return f"{self._number:06d}"
+                    os.unlink(part)
 
     def _write(self, name: str, data: bytes) -> None:
-        temporary = os.path.join(self._path, self._temporary(name))
-        with open(temporary, "wb") as file:
+        path, part = self._paths(name)
+        with open(part, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, os.path.join(self._path, name))
+        os.replace(part, path)
 
 
 def _open_maildir(path: str) -> Callable[[Message], _Undo]:
@@ -3371,9 +3370,6 @@ def _add_rule(server: Any, text: str) -> None:
         raise ConfigurationError(f"rule {text!r}: {error}") from error
 
 
-_Outputs = tuple[Callable[[Message], None], Callable[[Message], object]]
-
-
 def _name_flag(option: str) -> str:
     """As in go-smtp-mock."""
     first, *others = option.split("_")
@@ -3419,35 +3415,26 @@ class _Narrator:
         return f'{message.mail_from or "<>"} -> {names} "{message.subject or ""}" {size / 1000:.1f} kB'
 
 
-def _open_outputs(
-    printer: _Printer,
-    narrate: Callable[[Message], None] | None,
-    json: bool = False,
-    save_dir: str = "",
-    maildir: str = "",
-) -> _Outputs:
-    """What to call with each accepted message, and with each other one."""
-    outputs: list[Callable[[Message], _Undo | None]] = []
-    for path, open_output in ((save_dir, _Folder), (maildir, _open_maildir)):
+def _open_files(**paths: str) -> list[_Output]:
+    """The outputs that keep mails in files."""
+    opened: list[_Output] = []
+    for name, open_output in (("save_dir", _Folder), ("maildir", _open_maildir)):
         try:
-            outputs += [open_output(path)] if path else []
+            opened += [open_output(paths[name])] if paths.get(name) else []
         except OSError as error:
-            raise SMTPMockError(f"cannot write to {path}: {error.strerror}") from error
+            raise SMTPMockError(f"cannot write to {paths[name]}: {error.strerror}") from error
+    return opened
 
-    def on_message(message: Message) -> None:
-        try:
-            with contextlib.ExitStack() as undo:  # a mail that one output cannot take is in none
-                for output in outputs:
-                    undo.callback(output(message) or (lambda: None))
-                if json:
-                    printer.json(message.to_dict())
-                undo.pop_all()
-        except OSError as error:
-            raise SMTPMockError(f"a mail was refused, because it cannot be saved: {error}") from error
-        if narrate is not None:
-            narrate(message)
 
-    return on_message, (lambda message: printer.json(message.to_dict())) if json else narrate or _ignore
+def _deliver(outputs: Iterable[_Output], message: Message) -> None:
+    """Give an accepted mail to all outputs. A mail that one of them cannot take is in none."""
+    try:
+        with contextlib.ExitStack() as undo:
+            for output in outputs:
+                undo.callback(output(message) or (lambda: None))
+            undo.pop_all()
+    except OSError as error:
+        raise SMTPMockError(f"a mail was refused, because it cannot be saved: {error}") from error
 
 
 def _add_flag(parser: Any, name: str, kind: _Kind, default: Any, about: str) -> None:
@@ -3549,19 +3536,23 @@ def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *
 
 def _serve(server: Server, options: dict[str, Any], *, owns_process: bool, quiet: bool, **outputs: Any) -> None:
     """Run the server until a signal comes."""
-    printer = _Printer()
-    is_narrated = not (quiet or options.get("log_to_stdout") or outputs.get("json"))
-    on_message, on_unaccepted = _open_outputs(printer, _Narrator(printer, options) if is_narrated else None, **outputs)
-    server._context = server._context._replace(on_message=on_message, on_unaccepted=on_unaccepted)
+    printer, json = _Printer(), outputs.pop("json", False)
+    tell: Callable[[Message], None] = _ignore
+    if json:
+        tell = lambda message: printer.json(message.to_dict())  # noqa: E731
+    elif not (quiet or options.get("log_to_stdout")):
+        tell = _Narrator(printer, options)
+    on_message = functools.partial(_deliver, [*_open_files(**outputs), tell])
+    server._context = server._context._replace(on_message=on_message, on_unaccepted=tell)
 
     def announce(host: str, port: int) -> None:
-        if outputs.get("json"):
+        if json:
             printer.json({"listening": {"host": host, "port": port}})
         else:
             printer(f"smtpmock: listening on {_format_address(host, port)}")
 
     # With JSON, what the server logs goes to stderr.
-    with contextlib.redirect_stdout(sys.stderr if outputs.get("json") else sys.stdout):
+    with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
         _run_until_signalled(server, announce, owns_process=owns_process)
 
 
