@@ -243,7 +243,7 @@ class Configuration(_Fields):
     log_to_stdout: bool = _option(False, _FLAG, "log to stdout, and errors to stderr")
     log_server_activity: bool = _option(False, _FLAG, "include sessions, requests and replies in that log")
     session_timeout: float = _option(30, _TIMEOUT, "seconds of silence after which a session is closed")
-    shutdown_timeout: float = _option(1, _SECONDS, "seconds that stop() gives to busy sessions")
+    shutdown_timeout: float = _option(1, _SECONDS, "seconds that a stop gives to busy sessions")
     fail_fast: bool = _option(False, _FLAG, "close a session after its first refused command")
     multiple_rcptto: bool = _option(False, _FLAG, "keep all recipients of a message, not only the last")
     multiple_message_receiving: bool = _option(False, _FLAG, "keep all messages of a session, not only the last")
@@ -261,7 +261,7 @@ class Configuration(_Fields):
     response_delay_quit: float = _delay("QUIT")
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
     extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept: SIZE, DSN, CHUNKING...")
-    auth_users: Any = _option(None, _USERS, "who can log in: user:secret,... or a function; no AUTH without it")
+    auth_users: Any = _option(None, _USERS, "who can log in, as user:secret,...; no AUTH without it")
     auth_required: bool = _option(False, _FLAG, "refuse MAIL FROM before AUTH")
     auth_requires_tls: bool = _option(False, _FLAG, "neither announce nor accept AUTH without TLS")
     ssl_context: Any = _option(None, _CONTEXT, "ssl.SSLContext with a certificate; no TLS without it")
@@ -287,7 +287,7 @@ class Configuration(_Fields):
     msg_data_received: str = _reply("354 Ready for receive message. End data with <CR><LF>.<CR><LF>", "DATA")
     msg_msg_size_is_too_big: str = _reply("552 Message exceeded max size of {msg_size_limit} bytes", "too long a body")
     msg_msg_received: str = _reply(_RECEIVED, "the message body")
-    msg_msg_failed: str = _reply("451 Local error in processing", "a command on which user code raised an exception")
+    msg_msg_failed: str = _reply("451 Local error in processing", "a command on which user code failed")
     msg_invalid_cmd_rset_sequence: str = _reply(f"{_BAD} HELO should be the first", "an early RSET")
     msg_invalid_cmd_rset_arg: str = _reply(_UNRECOGNIZED, "RSET with an argument")
     msg_rset_received: str = _reply("250 Ok", "RSET")
@@ -313,7 +313,7 @@ class Configuration(_Fields):
     msg_invalid_cmd_starttls_sequence: str = _reply(f"{_BAD} TLS is on already", "STARTTLS within TLS")
     msg_tls_required: str = _reply("530 Must issue a STARTTLS command first", "other commands, with tls_required")
     msg_session_timeout: str = _reply("421 Session timeout, closing connection", "a silence of session_timeout")
-    msg_server_shutdown: str = _reply("421 Server shutting down, closing connection", "the sessions that stop() ends")
+    msg_server_shutdown: str = _reply("421 Server shutting down, closing connection", "the sessions that a stop ends")
     msg_line_too_long: str = _reply("500 Line too long", "a command line of over 4096 bytes")
 
     _given: ClassVar[frozenset[str]] = frozenset()
@@ -3189,24 +3189,63 @@ class Server:
 
 # ------------------------------------------------------------------------------------ command line
 
-_LOG = ("log", _FLAG, False, "log to stdout, errors to stderr")
 _LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # one flag sets both
-_ABOUT = "An SMTP server for tests: it records the mail it receives, and it fails on request."
 _FILE = _Kind("a path", lambda value: isinstance(value, str), str)
+_RULES = _Kind("rules", lambda value: isinstance(value, list), lambda text: [text])
 
-_CERTIFICATE = (
-    ("tls_cert", _FILE, "", "PEM file with the certificate and its chain; turns on STARTTLS"),
-    ("tls_key", _FILE, "", "PEM file with the key, unless the other file has it"),
-)
+# The flags that are no options of a server.
+_OWN_FLAGS = {
+    "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
+    "quiet": _option(False, _FLAG, "print no line for each mail and each session without one"),
+    "json": _option(False, _FLAG, "print each mail and each session without one as a line of JSON; log to stderr"),
+    "save_dir": _option("", _FILE, "folder for each accepted mail as 000001.eml and its record as 000001.json"),
+    "maildir": _option("", _FILE, "Maildir for each accepted mail"),
+    "rule": _option([], _RULES, "make the server fail; can be repeated"),
+    "tls_cert": _option("", _FILE, "PEM file with the certificate and its chain; turns on STARTTLS"),
+    "tls_key": _option("", _FILE, "PEM file with the key, unless the other file has it"),
+    "version": _option(False, _FLAG, "print the version and exit; also -v"),
+    "help": _option(False, _FLAG, "print this and exit; also -h"),
+    "help_all": _option(False, _FLAG, "print this with the reply texts and exit"),
+}
 
-# Where mail goes, for programs that cannot ask a Server for it.
-_OUTPUTS = (
-    ("json", _FLAG, False, "print each accepted mail, and each session without one, as a line of JSON; log to stderr"),
-    ("save_dir", _FILE, "", "folder for each accepted mail as 000001.eml and its record as 000001.json"),
-    ("maildir", _FILE, "", "Maildir for each accepted mail"),
-)
+# Each flag belongs to the first group whose pattern its name matches; the last two take what is left.
+_GROUPS = {
+    "Listening": "host|port|session_timeout|shutdown_timeout",
+    "Recording": "multiple_|msg_size_limit|lenient_|save_dir|maildir",
+    "Output": "log|quiet|json|control|lint",
+    "Failing": "fail_fast|strict|blacklisted_|not_registered_|response_delay_|seed|rule",
+    "Extensions, login and TLS": "extensions|auth_|implicit_tls|tls_",
+    "Other": "(?!msg_)",
+    "Reply texts": "",
+}
+_METAVARS = {_SECONDS: "SECONDS", _TIMEOUT: "SECONDS", _NAMES: "LIST", _WORDS: "LIST", _TEXT: "TEXT", _FILE: "PATH"}
 
-_QUIET = ("quiet", _FLAG, False, "do not print a line for each mail and each session without one")
+_HELP = """\
+usage: smtpmock [FLAG]...
+
+An SMTP server for tests: it records the mail it receives, and it fails on
+request. It runs until SIGINT, SIGTERM or SIGQUIT.
+
+A value follows after = or as the next argument, items of a LIST are separated
+by commas, and -log=false turns a switch off. Each flag has a second spelling
+as in GNU programs: --multiple-rcptto is -multipleRcptto.
+
+A RULE is 'STAGE [ADDRESS]: ACTION; ...'. STAGE is connect, a command, message
+(the end of a body) or *. ACTION is reply TEXT, raw BYTES, delay SECONDS,
+trickle SECONDS, close, drop, reset or silence, or says when the rule applies:
+times=NUMBER, probability=NUMBER or after=BYTES.
+{flags}
+
+Examples:
+  smtpmock -port=2525 -log
+  smtpmock -rule 'RCPT bob@example.com: reply 550 No such user; times=2'
+  smtpmock -json -multipleRcptto -multipleMessageReceiving -saveDir=mails
+
+Exit status:
+  0  the server was stopped
+  1  it cannot listen, or cannot write its output
+  2  a flag or its value is invalid
+  3  with -lint, a client violated SMTP"""
 
 _Undo = Callable[[], object]  # removes a mail from an output again
 _Output = Callable[[Message], _Undo | None]  # takes an accepted mail
@@ -3376,13 +3415,19 @@ def _name_flag(option: str) -> str:
     return "-" + first + "".join(map(str.title, others))
 
 
+def _list_flags() -> dict[str, Any]:
+    """The declaration of each flag, by the name of its option."""
+    options = {field.name: field for field in dataclasses.fields(Configuration) if field.name not in _LOG_OPTIONS}
+    return {name: field for name, field in options.items() if field.metadata["kind"] is not _CONTEXT} | _OWN_FLAGS
+
+
 def _name_flags(text: str) -> str:
     """An error message with flags in place of the options that it is about."""
-    names = [field.name for field in dataclasses.fields(Configuration)]
-    names += [name for name, *_ in (_LOG, _QUIET, *_CERTIFICATE, *_OUTPUTS)]
-    pattern = rf"(^|needs |, |option )({'|'.join(names)})\b(?=[=:]|$)"
+    names = "|".join(["ssl_context", *_LOG_OPTIONS, *_list_flags()])
     return re.sub(
-        pattern, lambda match: match[1] + _name_flag("tls_cert" if match[2] == "ssl_context" else match[2]), text
+        rf"(^|needs |, |option )({names})\b(?=[=:]|$)",
+        lambda match: match[1] + _name_flag("tls_cert" if match[2] == "ssl_context" else match[2]),
+        text,
     )
 
 
@@ -3415,7 +3460,7 @@ class _Narrator:
         return f'{message.mail_from or "<>"} -> {names} "{message.subject or ""}" {size / 1000:.1f} kB'
 
 
-def _open_files(**paths: str) -> list[_Output]:
+def _open_files(paths: Mapping[str, Any]) -> list[_Output]:
     """The outputs that keep mails in files."""
     opened: list[_Output] = []
     for name, open_output in (("save_dir", _Folder), ("maildir", _open_maildir)):
@@ -3437,66 +3482,74 @@ def _deliver(outputs: Iterable[_Output], message: Message) -> None:
         raise SMTPMockError(f"a mail was refused, because it cannot be saved: {error}") from error
 
 
-def _add_flag(parser: Any, name: str, kind: _Kind, default: Any, about: str) -> None:
-    parser.add_argument(
-        _name_flag(name),
-        "--" + name.replace("_", "-"),
-        dest=name,
-        type=functools.partial(_read, kind),
-        default=None,
-        help=f"{about} (default: {', '.join(default) if kind is _NAMES else default})".replace("%", "%%"),
-        **({"nargs": "?", "const": True} if kind is _FLAG else {"metavar": "..."}),
-    )
+def _format_flag(name: str, field: Any) -> str:
+    import textwrap
+
+    kind, default = field.metadata["kind"], field.default
+    label = f"  {_name_flag(name)}"
+    if kind is not _FLAG:
+        label += f"={_METAVARS.get(kind, name.rpartition('_')[2].upper()) if name != 'host' else 'HOST'}"
+    about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), field.metadata["about"])
+    if default:
+        about += f" (default: {','.join(default) if kind in (_NAMES, _WORDS) else default})"
+    lines = [*([] if len(label) < 25 else [""]), *textwrap.wrap(about, 54, break_on_hyphens=False)]
+    return "\n".join(f"{label if not number else '':26}{line}".rstrip() for number, line in enumerate(lines))
 
 
-def _make_parser() -> Any:
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise ConfigurationError(message)
-
-    parser = Parser("smtpmock", description=_ABOUT, add_help=False)
-    parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
-    parser.add_argument("-v", "--version", action="store_true", help="print the version and exit")
-    for flag in (_LOG, _QUIET, *_CERTIFICATE, *_OUTPUTS):
-        _add_flag(parser, *flag)
-    about = "make the server fail, as in 'RCPT bob@example.com: reply 550 No such user; times=2'; can be repeated"
-    parser.add_argument("-rule", "--rule", dest="rules", action="append", metavar="...", help=about)
-    for field in dataclasses.fields(Configuration):
-        if field.name not in _LOG_OPTIONS and field.metadata["kind"] is not _CONTEXT:
-            _add_flag(parser, field.name, field.metadata["kind"], field.default, field.metadata["about"])
-    return parser
+def _format_help(*, everything: bool) -> str:
+    groups: dict[str, list[str]] = {title: [] for title in _GROUPS}
+    for name, field in _list_flags().items():
+        title = next(title for title, pattern in _GROUPS.items() if re.match(pattern, name))
+        groups[title].append(_format_flag(name, field))
+    if not everything:
+        del groups["Reply texts"]
+    flags = "\n".join("\n".join(["", f"{title}:", *rows]) for title, rows in groups.items())
+    return _HELP.format(flags=flags)
 
 
-def _load_certificate(certificate: str, key: str) -> Any:
+def _load_certificate(tls_cert: str = "", tls_key: str = "") -> Any:
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(certificate, key or None)
+        context.load_cert_chain(tls_cert, tls_key or None)
     except OSError as error:
-        reason = f"{error.strerror or error}"
-        raise ConfigurationError(f"tls_cert={certificate!r}, tls_key={key!r}: cannot be loaded: {reason}") from error
+        raise ConfigurationError(f"{tls_cert=}, {tls_key=}: cannot be loaded: {error.strerror or error}") from error
     return context
 
 
-def _parse_arguments(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
-    known = list(parser._option_string_actions)
-    for argument in argv:
-        flag = argument.partition("=")[0]
-        if re.match("--?[a-zA-Z]", flag) and flag not in known:
-            raise ConfigurationError(f"{flag}: there is no such flag{_suggest(flag, known)}")
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    for name, kind, *_ in (_LOG, _QUIET, *_OUTPUTS):
-        if name in given:
-            _check(name, given[name], kind)
-    if "log" in given:
-        given.update(dict.fromkeys(_LOG_OPTIONS, given.pop("log")))
-    certificate, key = given.pop("tls_cert", ""), given.pop("tls_key", "")
-    if certificate or key:
-        given["ssl_context"] = _load_certificate(certificate, key)
+def _parse_arguments(argv: Iterable[str]) -> dict[str, Any]:
+    """The values of the flags, by the names of their options."""
+    flags = _list_flags()
+    names = {"-h": "help", "-v": "version"}
+    for name in flags:
+        names |= dict.fromkeys((_name_flag(name), "-" + _name_flag(name), "--" + name.replace("_", "-")), name)
+    given: dict[str, Any] = {}
+    arguments = deque(argv)
+    while arguments:
+        spelling, equals, text = arguments.popleft().partition("=")
+        if spelling not in names:
+            raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, names)}")
+        name, kind = names[spelling], flags[names[spelling]].metadata["kind"]
+        if not equals and arguments and not re.match("--?[a-zA-Z]", arguments[0]):
+            text = arguments.popleft()
+        elif not equals and kind is not _FLAG:
+            raise ConfigurationError(f"{spelling}: needs a value")
+        value = _read(kind, text if text or equals else "true")
+        _check(name, value, kind)
+        given[name] = given.get(name, []) + value if kind is _RULES else value
     return given
+
+
+def _take_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a server among the values of the flags, which keep the others."""
+    options = {name: given.pop(name) for name in list(given) if name not in _OWN_FLAGS}
+    if "log" in given:
+        options |= dict.fromkeys(_LOG_OPTIONS, given["log"])
+    files = {name: given.pop(name) for name in ("tls_cert", "tls_key") if name in given}
+    if any(files.values()):
+        options["ssl_context"] = _load_certificate(**files)
+    return options
 
 
 def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *, owns_process: bool) -> None:
@@ -3534,15 +3587,15 @@ def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *
                 signal.signal(number, handler)
 
 
-def _serve(server: Server, options: dict[str, Any], *, owns_process: bool, quiet: bool, **outputs: Any) -> None:
+def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns_process: bool) -> None:
     """Run the server until a signal comes."""
-    printer, json = _Printer(), outputs.pop("json", False)
+    printer, json = _Printer(), own.get("json", False)
     tell: Callable[[Message], None] = _ignore
     if json:
         tell = lambda message: printer.json(message.to_dict())  # noqa: E731
-    elif not (quiet or options.get("log_to_stdout")):
+    elif not (own.get("quiet") or own.get("log")):
         tell = _Narrator(printer, options)
-    on_message = functools.partial(_deliver, [*_open_files(**outputs), tell])
+    on_message = functools.partial(_deliver, [*_open_files(own), tell])
     server._context = server._context._replace(on_message=on_message, on_unaccepted=tell)
 
     def announce(host: str, port: int) -> None:
@@ -3556,28 +3609,24 @@ def _serve(server: Server, options: dict[str, Any], *, owns_process: bool, quiet
         _run_until_signalled(server, announce, owns_process=owns_process)
 
 
-def _run_command(options: dict[str, Any], parser: Any, *, owns_process: bool) -> None:
-    asks_help, asks_version = options.pop("help"), options.pop("version")
-    if asks_version:
+def _run_command(argv: Sequence[str], *, owns_process: bool) -> None:
+    own = _parse_arguments(argv)
+    if own.get("version"):
         _Printer()(f"smtpmock: {__version__}\npython: {sys.version}")
-        return
-    if asks_help:
-        _Printer()(parser.format_help().rstrip())
-        return
-    outputs = {name: options.pop(name) for name, *_ in _OUTPUTS if name in options}
-    rules, quiet = options.pop("rules", ()), options.pop("quiet", False)
-    server = Server(**options)
-    for rule in rules:
-        _add_rule(server, rule)
-    _serve(server, options, owns_process=owns_process, quiet=quiet, **outputs)
+    elif own.get("help") or own.get("help_all"):
+        _Printer()(_format_help(everything=own.get("help_all", False)))
+    else:
+        options = _take_options(own)
+        server = Server(**options)
+        for rule in own.get("rule", ()):
+            _add_rule(server, rule)
+        _serve(server, options, own, owns_process=owns_process)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, or that of the process if argv is None. Returns the exit status."""
-    parser = _make_parser()
     try:
-        options = _parse_arguments(parser, sys.argv[1:] if argv is None else argv)
-        _run_command(options, parser, owns_process=argv is None)
+        _run_command(sys.argv[1:] if argv is None else argv, owns_process=argv is None)
     except SMTPMockError as error:
         with contextlib.suppress(OSError, AttributeError):
             sys.stderr.write(f"smtpmock: {_printable(_name_flags(str(error)))}\n")
