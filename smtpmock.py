@@ -1121,7 +1121,7 @@ class _Rules:
     def __init__(self, seed: int | None, verbs: Collection[str] = ()) -> None:
         self.verbs = verbs  # of the server's handlers
         self.newest_first: tuple[Rule, ...] = ()  # replaced, never changed; so it can be read without the lock
-        self._seed = seed
+        self.seed = seed
         self._seeded = 0  # how many rules have a generator of random numbers
         self._lock = threading.Lock()  # guards the attributes above, and the hits of the rules
 
@@ -1135,7 +1135,7 @@ class _Rules:
 
         with self._lock:
             self._seeded += 1
-            return Random(None if self._seed is None else f"{self._seed} {self._seeded}")
+            return Random(None if self.seed is None else f"{self.seed} {self._seeded}")
 
     def remove(self, rule: Rule) -> None:
         with self._lock:
@@ -2004,15 +2004,19 @@ class _Session:
                     at = len(data)
                 yield reply
 
-    def end(self, farewell: str | None = None) -> None:
-        """Record what is not yet recorded, because the connection ends. The farewell is the server's last reply."""
+    def end(self, *ending: _Request) -> None:
+        """Record what is not yet recorded, because the connection ends.
+
+        The ending is what the server adds to the dialogue, unless it has closed the session before.
+        """
         mail = self.mail
+        if mail.dialogue and mail.dialogue[-1] in _ENDINGS:
+            ending = ()
         leaves_body = mail.body is not None
         if mail.body is not None:
             self._leave_body(mail.body, "")
-        if farewell is not None:
-            mail.dialogue += (None, farewell, None, _Next.CLOSE.value)
-        if self.request is not None and (mail.entry is None or leaves_body or farewell is not None):
+        mail.dialogue += ending
+        if self.request is not None and (mail.entry is None or leaves_body or ending):
             self._publish(complete=True, annotates=not leaves_body)
         self._report_unaccepted()
 
@@ -2385,7 +2389,7 @@ _FAILURES = 100  # of callbacks, for check() to tell
 class _Log:
     """Calls a logger and survives its exceptions; without one, prints what the options ask for."""
 
-    def __init__(self, logger: Any, options: Configuration) -> None:
+    def __init__(self, logger: Any, options: Configuration, failures: deque[str]) -> None:
         for name in ("info", "warning", "error"):
             if logger is not None and not callable(getattr(logger, name, None)):
                 raise ConfigurationError(f"logger={logger!r}: must have a method {name}()")
@@ -2393,8 +2397,10 @@ class _Log:
         self._prints = options.log_to_stdout
         self.shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
         self._has_failed = False
-        self._lock = threading.Lock()  # guards the failures
-        self.failures: list[str] = []  # of callbacks, since the start or the last reset()
+        self.failures = failures  # of callbacks, since the start or the last reset(), whatever the log was then
+
+    def replace_options(self, options: Configuration) -> _Log:
+        return _Log(self._logger, options, self.failures)
 
     def activity(self, what: str, text: str | int = "") -> None:
         if self.shows_activity:
@@ -2421,9 +2427,7 @@ class _Log:
 
         kind, error, trace = sys.exc_info()
         text = "".join(traceback.format_exception_only(kind, error)).strip()  # which survives a __str__() that raises
-        with self._lock:
-            self.failures.append(f"{what}: {text}")
-            del self.failures[_FAILURES:]
+        self.failures.append(f"{what}: {text}")
         if isinstance(error, SMTPMockError):  # of an output of the command line; a traceback would say nothing more
             with contextlib.suppress(Exception):
                 print(f"smtpmock: {error}", file=sys.stderr, flush=True)
@@ -2434,8 +2438,10 @@ class _Log:
             self("error", f"{what}: {traceback.format_exc()}")
 
     def forget_failures(self) -> list[str]:
-        with self._lock:
-            failures, self.failures = self.failures, []
+        failures = []
+        with contextlib.suppress(IndexError):
+            while True:
+                failures.append(self.failures.popleft())
         return failures
 
     def _print(self, level: str, message: str) -> None:
@@ -2455,6 +2461,7 @@ _RST_ON_CLOSE = struct.pack("ii", 1, 0)  # for SO_LINGER
 
 
 def _format_address(host: str, port: int) -> str:
+    host = host.strip("[]")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -2477,16 +2484,22 @@ class _Connection(socketserver.BaseRequestHandler):
     server: _Listener
 
     def setup(self) -> None:
+        context = self.server.context  # read once, because configure() replaces it
         self.plain: socket.socket = self.request
-        self.options = self.server.context.options
-        self.log = self.server.context.log
-        self.session = _Session(self.server.context, self.client_address[:2])
+        self.options = context.options
+        self.log = context.log
+        self.session = _Session(context, self.client_address[:2])
         self.unsent = bytearray()
         self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
         self.must_linger = False  # because the server closes first
         self.ignores_input = False  # of a client that goes on sending during stop(); only an RST wakes it for sure
         self.reason = "left before any command"  # why it ended so
+        self.aborting = threading.Event()  # set when the session must end at once
+        self.recorded = threading.Event()  # set when the session has ended, and its messages are complete
+        self.ending = _Next.COMMAND  # CLOSE or RESET if disconnect() ends it
         self.server.connections.add(self)
+        if self.server.aborting.is_set():  # read after the add(); abort() does the reverse
+            self.aborting.set()
         self.log.activity("SMTP session started")
 
     def handle(self) -> None:
@@ -2504,13 +2517,16 @@ class _Connection(socketserver.BaseRequestHandler):
             self.log("warning", f"SMTP session broke off: {error}")
 
     def finish(self) -> None:
-        self.session.end()
+        self.session.end(*(None, self.ending.value) if self.ending.ends else ())
         if self.session.request is None:
             begins_tls = self.session.begins_with(b"\x16\x03")
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
         self.log.activity("SMTP session finished")
-        if self.must_linger:
+        self.recorded.set()
+        if self.ending is _Next.RESET:
+            self._reset()
+        elif self.must_linger:
             self._linger()
         self.server.connections.discard(self)
         if self.request is not self.plain:  # the listener closes the plain socket, but not this one
@@ -2522,6 +2538,8 @@ class _Connection(socketserver.BaseRequestHandler):
 
         The replies to commands that came together are sent together (RFC 2920).
         """
+        if self.aborting.is_set():
+            return False
         says = bool(reply.data) or reply.next.ends  # unless a rule only delays a body
         if request is not None and self.log.shows_activity and says:
             self.log.activity("SMTP request: ", request)
@@ -2545,8 +2563,7 @@ class _Connection(socketserver.BaseRequestHandler):
         if reply.next is _Next.TLS:
             return self._start_tls()
         if reply.next is _Next.RESET:
-            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
-            self.request.close()
+            self._reset()
         elif reply.next is _Next.SILENCE:
             self._stay_silent()
         elif reply.next is _Next.CLOSE:
@@ -2557,22 +2574,30 @@ class _Connection(socketserver.BaseRequestHandler):
                     self.request.unwrap()
         return not reply.next.ends
 
+    def _reset(self) -> None:
+        with contextlib.suppress(OSError):
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
+        self.request.close()
+
     def _pause(self, seconds: float) -> bool:
         """Wait. False if the session ends before that: by an RST, by the server or, in a stop, by the client's FIN."""
         if not hasattr(select, "poll"):
-            return not self.server.aborting.wait(seconds)
+            return not self.aborting.wait(seconds)
         deadline = time.monotonic() + seconds
         poll = select.poll()
-        hang_up = getattr(select, "POLLRDHUP", 0)  # a FIN; errors and an RST are always reported
+        hang_up = getattr(select, "POLLRDHUP", 0)  # a FIN, or shut_down(); errors and an RST are always reported
         stopping = self.server.stopping  # read once: if it changes now, the wake-up is still to come
-        poll.register(self.request, hang_up if stopping else 0)
+        poll.register(self.request, hang_up)
         if not stopping:
             poll.register(self.server.wake[1], select.POLLIN)
-        while events := poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            if self.server.aborting.is_set() or any(fd == self.request.fileno() for fd, _ in events):
+        while events := dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000)):
+            event = events.get(self.request.fileno(), 0)
+            if self.aborting.is_set() or event & ~hang_up or (event and stopping):
                 return False
-            poll.unregister(self.server.wake[1])  # stop() has begun
-            poll.modify(self.request, hang_up)
+            if not event:  # stop() has begun
+                stopping = True
+                poll.unregister(self.server.wake[1])
+            poll.modify(self.request, hang_up if stopping else 0)  # a client that sent a FIN still reads the reply
         return True
 
     def _trickle(self, reply: _Reply) -> bool:
@@ -2659,7 +2684,7 @@ class _Connection(socketserver.BaseRequestHandler):
                     raise TimeoutError
 
     def _say_goodbye(self, text: str) -> bytes:
-        self.session.end(text)
+        self.session.end(None, text, None, _Next.CLOSE.value)
         self._say(_Reply(text, _encode(text), next=_Next.CLOSE))
         return b""
 
@@ -2668,8 +2693,17 @@ class _Connection(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):  # it may have ended just now
             socket.socket.shutdown(self.request, how)  # SSLSocket.shutdown() would forget that it is within TLS
 
+    def disconnect(self, *, reset: bool) -> None:
+        """End the session with a FIN or an RST. Called by any thread."""
+        self.ending = _Next.RESET if reset else _Next.CLOSE
+        self.reason = "disconnect() ended it"
+        self.must_linger = True
+        self.aborting.set()
+        self.shut_down(socket.SHUT_RD if reset else socket.SHUT_RDWR)  # SHUT_WR would send a FIN before the RST
+
     def abort(self) -> None:
         """End the connection with an RST: a client that is still sending might wait for a minute otherwise."""
+        self.aborting.set()
         with contextlib.suppress(OSError):
             self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
         self.shut_down(socket.SHUT_RDWR)
@@ -2713,6 +2747,11 @@ class _SessionThread(_Thread):
             if len(self.listener.spare_threads) >= _SPARE_THREADS:
                 return
             self.listener.spare_threads.append(self)
+
+
+def _wait_for_all(events: Sequence[threading.Event], timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    return all(event.wait(max(0.0, deadline - time.monotonic())) for event in events)
 
 
 def _join_threads(threads: Sequence[_Thread], timeout: float) -> bool:
@@ -2859,6 +2898,20 @@ class _Listener(socketserver.ThreadingTCPServer):
         for connection in self.connections.copy():
             connection.abort()
 
+    def disconnect(self, *, reset: bool) -> None:
+        """End the open sessions, and wait until they are recorded."""
+        connections = self.connections.copy()
+        for connection in connections:
+            connection.disconnect(reset=reset)
+        thread = threading.current_thread()
+        if isinstance(thread, _SessionThread) and thread.listener is self:
+            return  # two callbacks would wait for each other's sessions
+        recorded = [connection.recorded for connection in connections]
+        if not _wait_for_all(recorded, 0.1):
+            for connection in connections:  # what waits until its client reads
+                connection.shut_down(socket.SHUT_RDWR)
+            _wait_for_all(recorded, _PATIENCE)
+
     def server_close(self) -> None:
         super().server_close()
         for sock in self.wake:
@@ -2912,6 +2965,12 @@ def _is_in_event_loop() -> bool:
     return asyncio is not None and asyncio._get_running_loop() is not None
 
 
+def _check_callback(on_message: Any) -> Callable[[Message], object]:
+    if not (on_message is None or callable(on_message)):
+        raise ConfigurationError(f"on_message={on_message!r}: must be callable")
+    return on_message or _ignore
+
+
 class Server:
     """An SMTP server that runs in threads of this process.
 
@@ -2933,27 +2992,66 @@ class Server:
     ) -> None:
         if not isinstance(configuration, Configuration | None):
             raise ConfigurationError(f"configuration={configuration!r}: must be a Configuration")
-        if not (on_message is None or callable(on_message)):
-            raise ConfigurationError(f"on_message={on_message!r}: must be callable")
         self._options = dataclasses.replace(configuration, **options) if configuration else Configuration(**options)
         self._host, self._port = self._options.host, self._options.port
         self._mailbox = _Mailbox()
-        table = _make_handlers(self._options, handlers)
+        self._handlers = tuple(handlers) if isinstance(handlers, Iterable) else handlers
+        table = _make_handlers(self._options, self._handlers)
         self._rules = _Rules(self._options.seed, table)
-        log = _Log(logger, self._options)
+        log = _Log(logger, self._options, deque(maxlen=_FAILURES))
         ends: deque[str] = deque(maxlen=_REPORTED)
         self._context = _Context(
-            self._options, table, self._mailbox, log, self._rules, on_message or _ignore, early_ends=ends
+            self._options, table, self._mailbox, log, self._rules, _check_callback(on_message), early_ends=ends
         )
-        self._explicit = options.keys() | (configuration._given if configuration else set())
+        self._explicit = frozenset(options) | (configuration._given if configuration else frozenset())
+        self._original: tuple[_Context, frozenset[str]] | None = None  # what the first configure() has replaced
         self._warned: set[int] = set()  # the messages of which a warning told that something was discarded
         self._lifecycle = threading.Lock()  # guards _listener; not held while the user's code runs
         self._listener: _Listener | None = None
 
     def with_logger(self, logger: Any) -> Server:
         """Log to this Logger or logging.Logger from the next start() on; None is the default one."""
-        self._context = self._context._replace(log=_Log(logger, self._options))
+        self._context = self._context._replace(log=_Log(logger, self._options, self._context.log.failures))
         return self
+
+    def configure(self, **options: Any) -> None:
+        """Change these options, and on_message, for the sessions that begin from now on; open ones keep theirs.
+
+        The rest stays as it is; logger and handlers cannot be changed, nor can host and port. An invalid option is a
+        ConfigurationError, and changes nothing. reset() goes back to what the server was made with.
+        """
+        for name in ("host", "port"):
+            if name in options:
+                raise ConfigurationError(f"{name}={options[name]!r}: cannot be changed by configure()")
+        original = self._context
+        on_message = _check_callback(options.pop("on_message", original.on_message))
+        configuration = dataclasses.replace(original.options, **options)
+        table = _make_handlers(configuration, self._handlers)
+        self._original = self._original or (original, self._explicit)
+        self._use(
+            original._replace(options=configuration, handlers=table, on_message=on_message),
+            self._explicit | options.keys(),
+        )
+
+    def _use(self, context: _Context, explicit: frozenset[str]) -> None:
+        """Have this context for the sessions that begin from now on."""
+        self._options, self._explicit = context.options, explicit
+        self._rules.seed, self._rules.verbs = context.options.seed, context.handlers
+        log = self._context.log.replace_options(context.options)
+        with self._lifecycle:
+            self._context = context._replace(log=log)
+            if self._listener is not None:
+                self._listener.context = self._context
+
+    def disconnect(self, reset: bool = False) -> None:
+        """End all open sessions at once, with a FIN or an RST. New clients can connect.
+
+        All sessions are recorded when it returns; but it does not wait in the thread of a session, as in on_message.
+        """
+        _check("reset", reset, _FLAG)
+        listener = self._listener
+        if listener is not None:
+            listener.disconnect(reset=reset)
 
     def start(self) -> Server:
         """Listen. Clients can connect when it returns.
@@ -3040,6 +3138,12 @@ class Server:
         return self._port
 
     @property
+    def url(self) -> str:
+        """As in smtp://127.0.0.1:2525; smtps:// with implicit_tls."""
+        scheme = "smtps" if self._options.implicit_tls else "smtp"
+        return f"{scheme}://{_format_address(self._host, self._port)}"
+
+    @property
     def is_running(self) -> bool:
         return self._listener is not None
 
@@ -3107,7 +3211,9 @@ class Server:
         self._rules.clear()
 
     def reset(self) -> None:
-        """Remove all messages and all rules, and forget failed callbacks, for the next test."""
+        """Remove all messages and all rules, forget failed callbacks, and undo configure(), for the next test."""
+        if self._original is not None:
+            self._use(*self._original)
         self._rules.clear()
         self._context.log.forget_failures()
         self._mailbox.messages(purge=True)

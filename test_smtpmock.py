@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -104,7 +105,7 @@ class Memory:
             configuration,
             smtpmock._make_handlers(configuration, handlers),
             self._mailbox,
-            smtpmock._Log(self.recorder, configuration),
+            smtpmock._Log(self.recorder, configuration, collections.deque()),
             self._rules,
             on_message,
             on_unaccepted,
@@ -156,7 +157,7 @@ class Memory:
 
     def end(self, farewell: str | None = None) -> None:
         """The connection ends."""
-        self._session.end(farewell)
+        self._session.end(*() if farewell is None else (None, farewell, None, "<closed>"))
 
     @property
     def is_in_body(self) -> bool:
@@ -3611,6 +3612,261 @@ class SessionTest(ServerCase):
 
 
 # ------------------------------------------------------------------------------------------- abuse
+
+
+class ConfigureTest(ServerCase):
+    """configure(), reset() after it, and url."""
+
+    def test_sessions_that_begin_later_have_the_new_options(self) -> None:
+        server, open_client, _ = self.serve(msg_noop_received="250 old", fail_fast=True)
+        server.configure(msg_greeting="220 new", msg_noop_received="250 new")
+        with Client(server) as client:
+            self.assertEqual((open_client.ask("NOOP"), client.greeting), (["250 old"], "220 new"))
+            self.assertEqual([*client.ask("NOOP", "nonsense"), client.read()], ["250 new", UNRECOGNIZED, "<closed>"])
+
+    def test_a_server_that_is_not_running(self) -> None:
+        server = Server(msg_greeting="220 old")
+        server.configure(msg_greeting="220 new", shutdown_timeout=0)
+        with server, Client(server) as client:
+            self.assertEqual(client.greeting, "220 new")
+
+    def test_a_bad_option_changes_nothing(self) -> None:
+        server, _, _ = self.serve(msg_greeting="220 old")
+        for options, text in (
+            ({"host": "::1"}, "host='::1': cannot be changed by configure()"),
+            ({"port": 0}, "port=0: cannot be changed by configure()"),
+            ({"fail_fsat": True}, "fail_fsat=True: there is no such option; did you mean fail_fast?"),
+            ({"fail_fast": 1}, "fail_fast=1: must be true or false"),
+            ({"tls_required": True}, "tls_required=True: needs ssl_context"),
+            ({"on_message": 1}, "on_message=1: must be callable"),
+        ):
+            with self.subTest(text):
+                with self.assertRaises(ConfigurationError) as caught:
+                    server.configure(msg_greeting="220 new", **options)
+                self.assertEqual(str(caught.exception), text)
+                with Client(server) as client:
+                    self.assertEqual(client.greeting, "220 old")
+
+    def test_options_are_validated_with_those_of_before(self) -> None:
+        server = Server(auth_users={"user": "secret"}, auth_required=True)
+        with self.assertRaisesRegex(ConfigurationError, "auth_required=True: needs auth_users"):
+            server.configure(auth_users=None)
+        server.configure(auth_users=None, auth_required=False)
+
+    def test_on_message(self) -> None:
+        given: list[str] = []
+        with Server(on_message=lambda message: given.append("old")) as server:
+            send(server, "1")
+            server.configure(on_message=lambda message: given.append("new"))
+            send(server, "2")
+            server.configure(fail_fast=True)
+            send(server, "3")
+            server.configure(on_message=None)
+            send(server, "4")
+            server.reset()
+            send(server, "5")
+        self.assertEqual(given, ["old", "new", "new", "old"])
+
+    def test_reset_goes_back(self) -> None:
+        server, _, _ = self.serve(msg_greeting="220 old", msg_noop_received="250 old")
+        for _ in range(2):
+            server.configure(msg_greeting="220 new")
+            server.configure(msg_noop_received="250 new", extensions=["VRFY"])
+            server.reset()
+            with Client(server) as client:
+                self.assertEqual([client.greeting, *client.ask("NOOP")], ["220 old", "250 old"])
+
+    def test_a_warning_about_discarded_mail(self) -> None:
+        """It is turned off by an option that is set explicitly, as long as that is in force."""
+        server = Server(multiple_rcptto=True)
+        server.configure(multiple_message_receiving=False)
+        for warns in (False, True):
+            with self.subTest(warns=warns), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                with server:
+                    send(server, "1", "2")
+                    server.messages()
+                self.assertEqual(len(caught), warns)
+            server.reset()
+
+    def test_rules_made_later_use_the_new_seed_and_handlers(self) -> None:
+        def hits(server: Server) -> list[bool]:
+            rule = server.on("NOOP", probability=0.5).reply("250 hit")
+            with server, Client(server) as client:
+                replies = client.ask(*["NOOP"] * 20)
+            rule.remove()
+            return [reply == "250 hit" for reply in replies]
+
+        configured = Server()
+        configured.configure(seed=5)
+        self.assertEqual(hits(configured), hits(Server(seed=5)))
+
+        class Xtra(smtpmock.Handler):
+            verbs = ("XTRA",)
+            received = "250 Ok"
+
+        server = Server(handlers=iter([Xtra]))
+        server.configure(msg_greeting="220 new")
+        with server, Client(server) as client:
+            self.assertEqual(client.ask("HELO a.com", "XTRA"), [RECEIVED, "250 Ok"])
+
+    def test_check_tells_what_failed_before_and_after(self) -> None:
+        def fail(message: Message) -> None:
+            raise ValueError(message.content.decode().strip())
+
+        server, client, _ = self.serve(on_message=fail)
+        client.ask(ENVELOPE[0], *SEND)
+        server.configure(fail_fast=True)
+        server.with_logger(Recorder())
+        with Client(server) as second:
+            second.ask(ENVELOPE[0], *SEND)
+        client.ask(*SEND)
+        with self.assertRaises(AssertionError) as caught:
+            server.check()
+        self.assertEqual(str(caught.exception).count("ValueError"), 3)
+        server.check()
+
+    def test_the_log(self) -> None:
+        output = io.StringIO()
+        with Server() as server, contextlib.redirect_stdout(output):
+            server.configure(log_to_stdout=True, log_server_activity=True)
+            Client(server).__exit__()
+            self.assertTrue(wait_until(lambda: "session finished" in output.getvalue()))
+            server.reset()
+            size = len(output.getvalue())
+            Client(server).__exit__()
+        self.assertEqual(len(output.getvalue()), size)
+
+    def test_url(self) -> None:
+        context = mock.Mock(spec=ssl.SSLContext)
+        self.assertEqual(Server(host="::1", port=25).url, "smtp://[::1]:25")
+        self.assertEqual(Server(host="[::1]", port=25).url, "smtp://[::1]:25")
+        self.assertEqual(Server(implicit_tls=True, ssl_context=context, port=1).url, "smtps://127.0.0.1:1")
+        with Server() as server:
+            self.assertEqual(server.url, f"smtp://127.0.0.1:{server.port}")
+
+
+class DisconnectTest(ServerCase):
+    """disconnect() ends the open sessions, and only these."""
+
+    ENDS = ((False, "<closed>"), (True, "<reset>"))
+
+    def test_what_a_session_waits_for(self) -> None:
+        for reset, end in self.ENDS:
+            for name, lines, count in (
+                ("nothing", [], 0),
+                ("a command", [ENVELOPE[0]], 1),
+                ("the rest of a line", [ENVELOPE[0]], 1),
+                ("a body", [*ENVELOPE, "DATA"], 1),
+                ("a delay", [ENVELOPE[0]], 1),
+                ("silence", [ENVELOPE[0]], 1),
+            ):
+                rules = ("RSET: delay 1000", "VRFY: silence", "NOOP: delay 0.001")
+                with self.subTest(name, reset=reset):
+                    server, client, recorder = self.serve(*rules)
+                    client.ask(*lines)
+                    client.send({"the rest of a line": b"half", "a body": b"half\r\n"}.get(name, b""))
+                    if verb := {"a delay": "RSET", "silence": "VRFY"}.get(name):
+                        client.send(verb.encode() + b"\r\n")
+                        recorder.wait_for(f"request: {verb}")
+                    server.disconnect(reset)
+                    self.assertEqual(len(server.messages()), count)
+                    self.assertEqual(client.read(), end)
+                    if lines and name != "silence":
+                        self.assertEqual(server.messages()[0].transcript.splitlines()[-1], f"S: {end}")
+                    with Client(server) as other:
+                        self.assertEqual(other.ask("NOOP"), ["250 Ok"])
+
+    def test_an_accepted_message_stays_accepted(self) -> None:
+        server, client, _ = self.serve()
+        client.ask(ENVELOPE[0], *SEND)
+        server.disconnect()
+        self.assertEqual(client.read(), "<closed>")
+        (message,) = server.messages()
+        self.assertTrue(message.is_consistent)
+        self.assertEqual(message.transcript.splitlines()[-2:], [f"S: {RECEIVED}", "S: <closed>"])
+
+    def test_many_sessions(self) -> None:
+        for reset, end in self.ENDS:
+            with contextlib.ExitStack() as stack, Server() as server:
+                clients = [stack.enter_context(Client(server)) for _ in range(20)]
+                for client in clients:
+                    client.ask(ENVELOPE[0])
+                server.disconnect(reset=reset)
+                self.assertEqual(len(server.messages()), 20)
+                self.assertEqual({client.read() for client in clients}, {end})
+                server.disconnect(reset=reset)
+
+    def test_a_client_that_closed_its_end_or_does_not_read(self) -> None:
+        for reset, _ in self.ENDS:
+            server, client, recorder = self.serve("NOOP: delay 1000", msg_rset_received="250 " + "x" * 10_000_000)
+            with self.subTest(reset=reset), Client(server) as other:
+                client.ask(ENVELOPE[0])
+                client.send(b"NOOP\r\n")
+                client.socket.shutdown(socket.SHUT_WR)
+                recorder.wait_for("request: NOOP")
+                other.ask(ENVELOPE[0])
+                other.send(b"RSET\r\n")
+                recorder.wait_for("response: 250 x")
+                server.disconnect(reset)
+                self.assertEqual(len(server.messages()), 2)
+
+    def test_a_client_that_closed_its_end_gets_a_delayed_reply(self) -> None:
+        _, client, _ = self.serve("NOOP: delay 0.02")
+        client.send(b"NOOP\r\n")
+        client.socket.shutdown(socket.SHUT_WR)
+        self.assertEqual(client.read_all(), ["250 Ok", "<closed>"])
+
+    def test_in_a_callback(self) -> None:
+        """Of two sessions at once, which do not wait for each other."""
+        both = threading.Barrier(2)
+
+        def on_message(message: Message) -> None:
+            both.wait(TIMEOUT)
+            server.disconnect()
+
+        def user() -> list[str]:
+            with Client(server) as client:
+                client.ask(*ENVELOPE, "DATA")
+                client.send(b"hi\r\n.\r\n")
+                return client.read_all()
+
+        with Server(on_message=on_message) as server, mock.patch.object(smtpmock, "_PATIENCE", 10 * TIMEOUT):
+            self.assertEqual(in_threads(user, user), [["<closed>"]] * 2)
+        self.assertEqual([message.is_consistent for message in server.messages()], [True, True])
+
+    def test_nothing_is_said_after_it(self) -> None:
+        """By a session that was held up by a callback."""
+        held, release = threading.Event(), threading.Event()
+
+        def hold(message: Message) -> None:
+            held.set()
+            release.wait(TIMEOUT)
+
+        for reset, end in self.ENDS:
+            server, client, _ = self.serve(on_message=hold)
+            with self.subTest(reset=reset), mock.patch.object(smtpmock, "_PATIENCE", 0):
+                client.ask(*ENVELOPE, "DATA")
+                client.send(b"hi\r\n.\r\nHELO b.com\r\n")
+                self.assertTrue(held.wait(TIMEOUT))
+                server.disconnect(reset)
+                release.set()
+                self.assertIn(client.read(), (end, "<closed>"))
+                stop_in_time(server)
+                self.assertEqual([message.helo_request for message in server.messages()], [ENVELOPE[0]])
+            held.clear()
+            release.clear()
+
+    def test_the_report_of_a_connection_without_a_command(self) -> None:
+        server, _, _ = self.serve()
+        server.disconnect()
+        self.assertIn("disconnect() ended it", report(server))
+
+    def test_arguments_and_states(self) -> None:
+        server = Server()
+        server.disconnect()
+        with self.assertRaisesRegex(ConfigurationError, "reset=1: must be true or false"):
+            server.disconnect(1)  # type: ignore[arg-type]
 
 
 class GarbageTest(unittest.TestCase):
