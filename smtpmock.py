@@ -3303,7 +3303,10 @@ _RULES = _Kind("rules", lambda value: isinstance(value, list), lambda text: [tex
 _OWN_FLAGS = {
     "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
     "quiet": _option(False, _FLAG, "print no line for each mail and each session without one"),
-    "json": _option(False, _FLAG, "print each mail and each session without one as a line of JSON; log to stderr"),
+    "json": _option(
+        False, _FLAG, "print each mail, each session without one, and errors as lines of JSON; log to stderr"
+    ),
+    "control": _option(False, _FLAG, "like -json, and obey commands from stdin; its end stops the server"),
     "save_dir": _option("", _FILE, "folder for each accepted mail as 000001.eml and its record as 000001.json"),
     "maildir": _option("", _FILE, "Maildir for each accepted mail"),
     "rule": _option([], _RULES, "make the server fail; can be repeated"),
@@ -3340,12 +3343,16 @@ A RULE is 'STAGE [ADDRESS]: ACTION; ...'. STAGE is connect, a command, message
 (the end of a body) or *. ACTION is reply TEXT, raw BYTES, delay SECONDS,
 trickle SECONDS, close, drop, reset or silence, or says when the rule applies:
 times=NUMBER, probability=NUMBER or after=BYTES.
+
+With -control, each line of stdin is a command: rule RULE, clear (all rules),
+configure FLAG..., disconnect, disconnect reset, purge (the messages), reset
+(messages, rules and options), check, or stop. An event on stdout answers it.
 {flags}
 
 Examples:
   smtpmock -port=2525 -log
   smtpmock -rule 'RCPT bob@example.com: reply 550 No such user; times=2'
-  smtpmock -json -multipleRcptto -multipleMessageReceiving -saveDir=mails
+  smtpmock -control -multipleRcptto -multipleMessageReceiving
 
 Exit status:
   0  the server was stopped
@@ -3389,10 +3396,10 @@ class _Printer:
             self._is_torn = True
             data = data[written:]
 
-    def json(self, value: object) -> None:
+    def event(self, event: str, /, **values: object) -> None:
         import json
 
-        self(json.dumps(value))
+        self(json.dumps({"event": event, **values}))
 
 
 def _make_folder(path: str) -> None:
@@ -3508,9 +3515,12 @@ def _add_rule(server: Any, text: str) -> None:
         actions = [_read_action(name, "".join(value)) for name, *value in parts if name not in _CONDITIONS]
         if not actions:
             raise ConfigurationError("it has no action")
-        rule = server.on(match[1], match[2], **conditions)
-        for name, arguments in actions:
-            getattr(rule, name)(*arguments)
+        with contextlib.ExitStack() as on_error:
+            rule = server.on(match[1], match[2], **conditions)
+            on_error.callback(rule.remove)
+            for name, arguments in actions:
+                getattr(rule, name)(*arguments)
+            on_error.pop_all()
     except ConfigurationError as error:
         raise ConfigurationError(f"rule {text!r}: {error}") from error
 
@@ -3658,13 +3668,69 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *, owns_process: bool) -> None:
-    """Start the server, and stop it at the first signal; a second one aborts the sessions."""
-    import signal
+def _read_options(arguments: Iterable[str]) -> dict[str, Any]:
+    """The options of a running server."""
+    given = _parse_arguments(arguments)
+    options = _take_options(given)
+    for name in given.keys() - {"log"}:
+        raise ConfigurationError(f"{_name_flag(name)}: cannot be changed while the server runs")
+    return options
 
-    def stop() -> None:
-        server.stop()
-        waker.send(b"\0")
+
+# The commands of -control, beside stop and those that have an argument.
+_COMMANDS: dict[str, Callable[[Server], object]] = {
+    "clear": Server.clear_rules,
+    "reset": Server.reset,
+    "purge": lambda server: server._mailbox.messages(purge=True),
+    "check": Server.check,
+    "disconnect": lambda server: server.disconnect(),
+    "disconnect reset": lambda server: server.disconnect(reset=True),
+}
+
+
+def _obey(server: Server, command: str) -> None:
+    """Obey a line of -control, in which \\n stands for a line break."""
+    name, _, rest = command.replace("\\n", "\n").partition(" ")
+    if name == "rule":
+        _add_rule(server, rest)
+    elif name == "configure":
+        import shlex
+
+        server.configure(**_read_options(shlex.split(rest)))
+    elif " ".join(command.split()) in _COMMANDS:
+        _COMMANDS[" ".join(command.split())](server)
+    else:
+        allowed = ", ".join(("rule RULE", "configure FLAG...", *_COMMANDS))
+        raise ConfigurationError(f"{command!r}: must be {allowed} or stop")
+
+
+def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> None:
+    """Obey and answer each line, until one is stop, they end, or nobody reads the answers."""
+    for line in lines:
+        command = line.decode("utf-8", "backslashreplace").strip()
+        if command == "stop":
+            return
+        if command:
+            try:
+                _obey(server, command)
+            except (SMTPMockError, AssertionError, ValueError) as error:  # check() raises the second, shlex the third
+                printer.event("error", command=command, error=_name_flags(str(error)))
+            else:
+                printer.event("done", command=command, messages=len(server._mailbox.messages(purge=False)))
+
+
+def _open_stdin() -> Any:
+    try:
+        # Unbuffered: a thread that waits in a buffered read would hold a lock that Python needs to exit.
+        return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
+    except (OSError, AttributeError) as error:  # it is no file, or was closed from the start
+        raise SMTPMockError(f"cannot read from stdin: {getattr(error, 'strerror', None) or 'it is closed'}") from error
+
+
+@contextlib.contextmanager
+def _catch_signals(*, owns_process: bool) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A pair of sockets: the first receives a byte for each signal, and the bytes that are sent to the second."""
+    import signal
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGQUIT") if hasattr(signal, name)]
     wakened, waker = socket.socketpair()
@@ -3677,42 +3743,83 @@ def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *
         if owns_process:  # when it ends, a late signal must not change its exit status
             previous = [signal.SIG_IGN for _ in numbers]
         try:
-            server._start(announce)
-            listener = server._listener
-            wakened.recv(1)
-            stopper = threading.Thread(target=stop)
-            stopper.start()
-            if wakened.recv(1) != b"\0" and listener is not None:
-                listener.abort()
-            stopper.join()
+            yield wakened, waker
         finally:
-            with contextlib.suppress(ServerStateError):  # after an exception, it may still run
-                server.stop()
             signal.set_wakeup_fd(previous_waker)
             for number, handler in zip(numbers, previous, strict=True):
                 signal.signal(number, handler)
 
 
+def _run(
+    server: Server, announce: Callable[[str, int], None], control: Callable[[], None] | None, *, owns_process: bool
+) -> None:
+    """Run the server until a signal comes or control() returns; a second signal aborts the sessions."""
+    with _catch_signals(owns_process=owns_process) as (wakened, waker):
+
+        def stop() -> None:
+            with contextlib.suppress(ServerStateError, OSError):  # another thread stopped it, and _run() may be over
+                server.stop()
+                waker.send(b"\0")
+
+        def obey() -> None:
+            try:
+                with contextlib.suppress(SMTPMockError):  # an answer could not be written
+                    control()  # type: ignore[misc]
+            finally:
+                stop()
+
+        stoppers: list[threading.Thread] = []
+        try:
+            server._start(announce)
+            listener = server._listener
+            if control is not None:
+                threading.Thread(target=obey, daemon=True).start()
+            while wakened.recv(1) != b"\0":
+                if stoppers and listener is not None:
+                    listener.abort()
+                else:
+                    stoppers.append(threading.Thread(target=stop))
+                    stoppers[-1].start()
+            for stopper in stoppers:
+                stopper.join()
+        finally:
+            with contextlib.suppress(ServerStateError):  # after an exception, it may still run
+                server.stop()
+
+
 def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns_process: bool) -> None:
-    """Run the server until a signal comes."""
-    printer, json = _Printer(), own.get("json", False)
+    """Run the server until something stops it. With JSON, what it logs goes to stderr."""
+    printer, has_events = _Printer(), own.get("json") or own.get("control")
     tell: Callable[[Message], None] = _ignore
-    if json:
-        tell = lambda message: printer.json(message.to_dict())  # noqa: E731
+    if has_events:
+        tell = lambda message: printer.event("message", **message.to_dict())  # noqa: E731
     elif not (own.get("quiet") or own.get("log")):
         tell = _Narrator(printer, options)
-    on_message = functools.partial(_deliver, [*_open_files(own), tell])
+    outputs = [*_open_files(own), tell]
+    control = functools.partial(_obey_lines, server, printer, _open_stdin()) if own.get("control") else None
+
+    def on_message(message: Message) -> None:
+        try:
+            _deliver(outputs, message)
+        except SMTPMockError as error:
+            if has_events:
+                with contextlib.suppress(SMTPMockError):  # it may be stdout that takes no more
+                    printer.event("error", error=str(error))
+            raise
+
     server._context = server._context._replace(on_message=on_message, on_unaccepted=tell)
 
     def announce(host: str, port: int) -> None:
-        if json:
-            printer.json({"listening": {"host": host, "port": port}})
+        if has_events:
+            printer.event("listening", host=host, port=port, url=server.url)
         else:
             printer(f"smtpmock: listening on {_format_address(host, port)}")
 
-    # With JSON, what the server logs goes to stderr.
-    with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
-        _run_until_signalled(server, announce, owns_process=owns_process)
+    with contextlib.redirect_stdout(sys.stderr if has_events else sys.stdout):
+        _run(server, announce, control, owns_process=owns_process)
+    if has_events:
+        with contextlib.suppress(SMTPMockError):  # its reader may have gone first
+            printer.event("done", command="stop", messages=len(server._mailbox.messages(purge=False)))
 
 
 def _run_command(argv: Sequence[str], *, owns_process: bool) -> None:
@@ -3731,11 +3838,16 @@ def _run_command(argv: Sequence[str], *, owns_process: bool) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, or that of the process if argv is None. Returns the exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        _run_command(sys.argv[1:] if argv is None else argv, owns_process=argv is None)
+        _run_command(arguments, owns_process=argv is None)
     except SMTPMockError as error:
+        text = _printable(_name_flags(str(error)))
         with contextlib.suppress(OSError, AttributeError):
-            sys.stderr.write(f"smtpmock: {_printable(_name_flags(str(error)))}\n")
+            sys.stderr.write(f"smtpmock: {text}\n")
+        if any(re.fullmatch("--?(json|control)(=true|=1)?", argument) for argument in arguments):
+            with contextlib.suppress(SMTPMockError):
+                _Printer().event("error", error=text)
         return 2 if isinstance(error, ConfigurationError) else 1
     finally:
         if argv is None:

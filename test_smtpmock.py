@@ -4217,7 +4217,7 @@ def parse_flags(*argv: str) -> Any:
     """The options of the server that the command line would start."""
     with mock.patch.object(smtpmock, "Server", side_effect=smtpmock.SMTPMockError("not today")) as made:
         status, out, err = call_main(*argv)
-    assert (status, out, err) == (1, "", "smtpmock: not today\n"), (status, out, err)
+    assert (status, err) == (1, "smtpmock: not today\n"), (status, out, err)
     return made.call_args.kwargs
 
 
@@ -4572,8 +4572,10 @@ class OutputTest(ProcessCase):
 
     def test_json(self) -> None:
         process = self.start("-json", "-log")
-        listening = json.loads(process.stdout.readline())["listening"]
-        self.assertEqual(listening["host"], "127.0.0.1")
+        listening = json.loads(process.stdout.readline())
+        url = f"smtp://127.0.0.1:{listening['port']}"
+        expected = {"event": "listening", "host": "127.0.0.1", "port": listening["port"], "url": url}
+        self.assertEqual(listening, expected)
         send(listening["port"], b"Subject: one\r\n\r\n\xff", b"Subject: two")
         with Smtp(listening["port"]) as client:
             client.ehlo("a.com")
@@ -4582,16 +4584,17 @@ class OutputTest(ProcessCase):
         lines = [json.loads(process.stdout.readline()) for _ in range(3)]
         process.terminate()
         out, err = process.communicate(timeout=TIMEOUT)
-        self.assertEqual((out, process.returncode), ("", 0))
+        self.assertEqual(json.loads(out), {"event": "done", "command": "stop", "messages": 2})
+        self.assertEqual(process.returncode, 0)
         self.assertIn("SMTP request: message binary data portion", err)
-        expected = [("one", True, 1), ("two", True, 2), (None, False, 3)]
-        self.assertEqual([(line["subject"], line["is_consistent"], line["id"]) for line in lines], expected)
+        seen = [(line["event"], line["subject"], line["is_consistent"], line["id"]) for line in lines]
+        self.assertEqual(seen, [("message", "one", True, 1), ("message", "two", True, 2), ("message", None, False, 3)])
         self.assertEqual((lines[0]["content_encoding"], lines[1]["content"]), ("base64", "Subject: two\r\n"))
         self.assertTrue(lines[2]["transcript"].endswith("S: 221 Closing connection\nS: <closed>"))
 
     def test_json_to_nobody(self) -> None:
         process = self.start("-json")
-        port = json.loads(process.stdout.readline())["listening"]["port"]
+        port = json.loads(process.stdout.readline())["port"]
         process.stdout.close()
         with self.assertRaises(smtplib.SMTPDataError) as caught:
             send(port, b"hi")
@@ -4671,6 +4674,230 @@ class OutputTest(ProcessCase):
         for path in self.folder.iterdir():
             path.unlink()
         return subjects
+
+
+# Commands that change nothing, and what is said about them.
+BAD_COMMANDS = """
+foo                                     => 'foo': must be rule RULE, configure FLAG..., clear, reset, purge, check, {MORE}
+clear all                               => 'clear all': must be rule RULE, configure FLAG..., clear, reset, {MORE}
+stop now                                => 'stop now': must be {MORE}
+rule                                    => rule '': must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'
+rule RCPT: reply 450; delay soon        => rule 'RCPT: reply 450; delay soon': delay='soon': must be a number of {MORE}
+rule RCPT: reply 450; rply 451          => rule 'RCPT: reply 450; rply 451': 'rply' must be {MORE}
+configure -msgRcpttoReceived="450       => No closing quotation
+configure -failFast -port=1             => -port=1: cannot be changed {MORE}
+configure -failFast -json               => -json: cannot be changed while the server runs
+configure -failFast -tlsCert=/dev/null  => -tlsCert='/dev/null', -tlsKey='': cannot be loaded: {MORE}
+configure -failFst                      => -failFst: there is no such flag; did you mean -failFast?
+configure stray                         => stray: there is no such flag
+configure -implicitTls                  => -implicitTls=True: needs -tlsCert
+disconnect resett                       => 'disconnect resett': must be {MORE}
+"""
+
+
+class ControlTest(ProcessCase):
+    """The command line obeys its stdin, and tells in events what happens."""
+
+    def setUp(self) -> None:
+        self.server = self.start("-control", "-multipleMessageReceiving", stdin=subprocess.PIPE)
+        self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.reader = threading.Thread(target=self.read_lines)
+        self.reader.start()
+        self.addCleanup(self.reader.join, TIMEOUT)  # after the process has been killed
+        self.addCleanup(self.server.kill)
+        self.listening = self.read()
+
+    def read_lines(self) -> None:
+        for line in self.server.stdout:
+            self.lines.put(line)
+
+    def read(self) -> Any:
+        """The next event."""
+        return json.loads(self.lines.get(timeout=TIMEOUT))
+
+    def write(self, text: str) -> None:
+        self.server.stdin.write(text)
+        self.server.stdin.flush()
+
+    def ask(self, command: str) -> Any:
+        """The answer to a command, without its echo."""
+        self.write(command + "\n")
+        answer = self.read()
+        self.assertEqual(answer.pop("command"), command)
+        return answer
+
+    def obey(self, command: str, messages: int = 0) -> None:
+        self.assertEqual(self.ask(command), {"event": "done", "messages": messages})
+
+    def connect(self) -> Smtp:
+        client = Smtp(self.listening["port"])
+        self.addCleanup(client.close)
+        client.ehlo("a.com")
+        return client
+
+    def try_recipient(self) -> tuple[int, bytes]:
+        with Smtp(self.listening["port"]) as client:
+            client.ehlo("a.com")
+            client.mail("a@a.com")
+            reply = client.rcpt("b@b.com")
+        self.assertEqual(self.read()["event"], "message")
+        return reply
+
+    def test_rules(self) -> None:
+        self.obey("rule RCPT: reply 450 later; times=2")
+        self.assertEqual(self.try_recipient(), (450, b"later"))
+        self.obey("rule VRFY b@b.com: reply 252-so\\n252 so", messages=1)
+        client = self.connect()
+        self.assertEqual(client.docmd("VRFY", "<b@b.com>"), (252, b"so\nso"))
+        client.mail("a@a.com")
+        self.assertEqual([client.rcpt("b@b.com")[0] for _ in range(2)], [450, 250])
+        client.close()
+        self.assertEqual(self.read()["event"], "message")
+        self.obey("check", messages=2)
+        self.obey("rule RSET: close", messages=2)
+        self.assertEqual(self.ask("check"), {"event": "error", "error": "<Rule for RSET: 0 hits> was never hit"})
+        self.obey("clear", messages=2)
+        self.obey("check", messages=2)
+
+    def test_configure(self) -> None:
+        client = self.connect()
+        self.obey('configure -failFast --msg-rcptto-received=\'250 \u00fc "q"\' -msgNoopReceived "250-a\\n250 b"')
+        self.assertEqual(client.noop(), (250, b"Ok"))  # the options of its session are as they were
+        self.assertEqual(self.connect().noop(), (250, b"a\nb"))
+        self.assertEqual(self.try_recipient(), (250, '\u00fc "q"'.encode()))
+        other = self.connect()
+        self.assertEqual(other.docmd("FOO")[0], 502)
+        self.assertRaises(smtplib.SMTPServerDisconnected, other.noop)
+
+    def test_purge_and_reset(self) -> None:
+        self.obey("configure -msgRcpttoReceived='250 mine'")
+        self.obey("rule RCPT: reply 450 later; times=2")
+        self.assertEqual(self.try_recipient()[1], b"later")
+        self.obey("purge")
+        self.assertEqual([self.try_recipient()[1] for _ in range(2)], [b"later", b"mine"])
+        self.obey("rule RCPT: reply 450 later", messages=2)
+        self.obey("reset")
+        self.assertEqual(self.try_recipient()[1], b"Received")
+
+    def test_disconnect(self) -> None:
+        for command, error in {"disconnect": "", "disconnect reset": "reset by peer"}.items():
+            client = self.connect()
+            self.write(f"{command}\n")
+            with self.assertRaisesRegex(smtplib.SMTPServerDisconnected, error):
+                client.getreply()
+            self.assertEqual(sorted(self.read()["event"] for _ in range(2)), ["done", "message"])
+
+    def test_bad_commands(self) -> None:
+        for row in BAD_COMMANDS.strip().splitlines():
+            command, error = (part.strip() for part in row.split(" => "))
+            pattern = ".+".join(map(re.escape, error.split("{MORE}")))
+            with self.subTest(command):
+                answer = self.ask(command)
+                self.assertEqual(answer["event"], "error")
+                self.assertRegex(answer["error"], rf"\A{pattern}\Z")
+                self.obey("check")  # no rule without an action is left
+        client = self.connect()
+        self.assertEqual(client.docmd("FOO")[0], 502)
+        client.mail("a@a.com")
+        self.assertEqual(client.rcpt("b@b.com"), (250, b"Received"))
+
+    def assert_stops(self) -> None:
+        """The server says its last, and ends well."""
+        self.assertEqual(self.read(), {"event": "done", "command": "stop", "messages": 0})
+        self.assertEqual(self.server.wait(TIMEOUT), 0)
+        self.reader.join(TIMEOUT)
+        self.assertTrue(self.lines.empty())
+
+    def test_stop(self) -> None:
+        client = Smtp(self.listening["port"])
+        self.write(" stop \nclear\n")
+        self.assert_stops()
+        self.assertEqual(client.getreply()[0], 421)
+        client.close()
+
+    def test_the_end_of_stdin(self) -> None:
+        self.server.stdin.close()
+        self.server.stdin = None
+        self.assert_stops()
+
+    def test_a_signal(self) -> None:
+        self.server.send_signal(signal.SIGTERM)
+        self.assert_stops()
+
+    def test_a_stdin_that_cannot_be_read(self) -> None:
+        command = f"exec {shlex.quote(sys.executable)} -m smtpmock -control <&-"
+        done = subprocess.run(
+            command, shell=True, cwd=HERE, timeout=TIMEOUT, capture_output=True, text=True, check=False
+        )
+        error = "cannot read from stdin: it is closed"
+        self.assertEqual((done.returncode, done.stderr), (1, f"smtpmock: {error}\n"))
+        self.assertEqual(json.loads(done.stdout), {"event": "error", "error": error})
+
+    def test_errors_at_the_start(self) -> None:
+        for flag in ("-json", "--json=true", "-control"):
+            for argv, status, error in (
+                (["-port=x"], 2, "-port='x': must be an integer from 0 to 65535"),
+                (["-rule", "x"], 2, "rule 'x': must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'"),
+                (["-saveDir=/dev/null/x"], 1, "cannot write to /dev/null/x: Not a directory"),
+            ):
+                done, out, err = call_main(*argv, flag)
+                self.assertEqual((done, err), (status, f"smtpmock: {error}\n"))
+                self.assertEqual(json.loads(out), {"event": "error", "error": error})
+
+
+class LostOutputTest(ProcessCase):
+    """What a program is told when its output cannot be written."""
+
+    def test_a_mail_that_cannot_be_saved(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "mails")
+            process = self.start("-json", f"-saveDir={path}")
+            port = json.loads(process.stdout.readline())["port"]
+            shutil.rmtree(path)
+            self.assertRaises(smtplib.SMTPDataError, send, port, "hi")
+            error = json.loads(process.stdout.readline())
+            self.assertEqual(error["event"], "error")
+            self.assertIn("a mail was refused, because it cannot be saved: ", error["error"])
+
+    def test_answers_that_nobody_reads(self) -> None:
+        process = self.start("-control", stdin=subprocess.PIPE)
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.write("clear\n")
+        process.stdin.flush()
+        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (0, ""))
+        process.stdout = None
+
+
+@unittest.skipUnless(threading.current_thread() is threading.main_thread(), "signals reach the main thread only")
+class ControlInProcessTest(unittest.TestCase):
+    """-control, in this process."""
+
+    def test_it_obeys(self) -> None:
+        commands = [
+            "rule RCPT: reply 450 later",
+            "clear",
+            "rule x",
+            "configure -failFast",
+            "reset",
+            "disconnect",
+            "check",
+        ]
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write("\n".join(commands).encode() + b"\n\xff\n\nstop\nfoo\n")
+            stdin.seek(0)
+            with mock.patch("sys.stdin", stdin):
+                status, out, err = call_main("-control")
+        events = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual([event.get("command") for event in events], [None, *commands, "\\xff", "stop"])
+        names = ["listening", "done", "done", "error", "done", "done", "done", "done", "error", "done"]
+        self.assertEqual([event["event"] for event in events], names)
+
+    def test_a_stdin_without_a_file(self) -> None:
+        with mock.patch("sys.stdin", io.StringIO("stop\n")):
+            status, _, err = call_main("-control")
+        self.assertEqual((status, err), (1, "smtpmock: cannot read from stdin: it is closed\n"))
 
 
 # ---------------------------------------------------------------------------- what a failing test is told
