@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     import datetime
     from email.message import EmailMessage
 
-__version__ = "0.1.0"
+__version__ = "3.0.0"
 
 __all__ = [
     "Action",
