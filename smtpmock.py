@@ -3367,7 +3367,8 @@ _Output = Callable[[Message], _Undo | None]  # takes an accepted mail
 class _Printer:
     """Prints whole lines to what is stdout now, from any thread. It keeps no line that it could not write."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_events: bool = False) -> None:
+        self.has_events = has_events
         self._out = sys.stdout
         self._lock = threading.Lock()  # guards the stream
         self._is_torn = False  # whether a part of the last line was written
@@ -3397,9 +3398,11 @@ class _Printer:
             data = data[written:]
 
     def event(self, event: str, /, **values: object) -> None:
-        import json
+        """Print it as JSON, if a program is to read it."""
+        if self.has_events:
+            import json
 
-        self(json.dumps({"event": event, **values}))
+            self(json.dumps({"event": event, **values}))
 
 
 def _make_folder(path: str) -> None:
@@ -3587,7 +3590,7 @@ def _open_files(paths: Mapping[str, Any]) -> list[_Output]:
     return opened
 
 
-def _deliver(outputs: Iterable[_Output], message: Message) -> None:
+def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) -> None:
     """Give an accepted mail to all outputs. A mail that one of them cannot take is in none."""
     try:
         with contextlib.ExitStack() as undo:
@@ -3595,7 +3598,9 @@ def _deliver(outputs: Iterable[_Output], message: Message) -> None:
                 undo.callback(output(message) or (lambda: None))
             undo.pop_all()
     except OSError as error:
-        raise SMTPMockError(f"a mail was refused, because it cannot be saved: {error}") from error
+        text = f"a mail was refused, because it cannot be saved: {error}"
+        printer.event("error", error=text)
+        raise SMTPMockError(text) from error
 
 
 def _format_flag(name: str, field: Any) -> str:
@@ -3668,13 +3673,14 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _read_options(arguments: Iterable[str]) -> dict[str, Any]:
-    """The options of a running server."""
-    given = _parse_arguments(arguments)
+def _configure(server: Server, flags: str) -> None:
+    import shlex
+
+    given = _parse_arguments(shlex.split(flags))
     options = _take_options(given)
     for name in given.keys() - {"log"}:
         raise ConfigurationError(f"{_name_flag(name)}: cannot be changed while the server runs")
-    return options
+    server.configure(**options)
 
 
 # The commands of -control, beside stop and those that have an argument.
@@ -3694,9 +3700,7 @@ def _obey(server: Server, command: str) -> None:
     if name == "rule":
         _add_rule(server, rest)
     elif name == "configure":
-        import shlex
-
-        server.configure(**_read_options(shlex.split(rest)))
+        _configure(server, rest)
     elif " ".join(command.split()) in _COMMANDS:
         _COMMANDS[" ".join(command.split())](server)
     else:
@@ -3750,38 +3754,31 @@ def _catch_signals(*, owns_process: bool) -> Iterator[tuple[socket.socket, socke
                 signal.signal(number, handler)
 
 
-def _run(
-    server: Server, announce: Callable[[str, int], None], control: Callable[[], None] | None, *, owns_process: bool
-) -> None:
-    """Run the server until a signal comes or control() returns; a second signal aborts the sessions."""
+def _run(server: Server, announce: Callable[[str, int], None], control: Any, *, owns_process: bool) -> None:
+    """Run the server until a signal comes or control() returns; a signal after that aborts the sessions."""
     with _catch_signals(owns_process=owns_process) as (wakened, waker):
 
-        def stop() -> None:
-            with contextlib.suppress(ServerStateError, OSError):  # another thread stopped it, and _run() may be over
-                server.stop()
-                waker.send(b"\0")
-
-        def obey() -> None:
+        def call(function: Callable[[], None], byte: bytes) -> None:
             try:
                 with contextlib.suppress(SMTPMockError):  # an answer could not be written
-                    control()  # type: ignore[misc]
+                    function()
             finally:
-                stop()
+                with contextlib.suppress(OSError):  # _run() has returned
+                    waker.send(byte)
 
-        stoppers: list[threading.Thread] = []
+        controller = threading.Thread(target=call, args=(control, b"\xff"), daemon=True)
+        stopper = threading.Thread(target=call, args=(server.stop, b"\0"))
         try:
             server._start(announce)
             listener = server._listener
             if control is not None:
-                threading.Thread(target=obey, daemon=True).start()
-            while wakened.recv(1) != b"\0":
-                if stoppers and listener is not None:
+                controller.start()
+            wakened.recv(1)
+            stopper.start()
+            while (byte := wakened.recv(1)) != b"\0":
+                if byte != b"\xff" and listener is not None:
                     listener.abort()
-                else:
-                    stoppers.append(threading.Thread(target=stop))
-                    stoppers[-1].start()
-            for stopper in stoppers:
-                stopper.join()
+            stopper.join()
         finally:
             with contextlib.suppress(ServerStateError):  # after an exception, it may still run
                 server.stop()
@@ -3789,37 +3786,25 @@ def _run(
 
 def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns_process: bool) -> None:
     """Run the server until something stops it. With JSON, what it logs goes to stderr."""
-    printer, has_events = _Printer(), own.get("json") or own.get("control")
+    printer = _Printer(has_events=own.get("json", False) or own.get("control", False))
     tell: Callable[[Message], None] = _ignore
-    if has_events:
+    if printer.has_events:
         tell = lambda message: printer.event("message", **message.to_dict())  # noqa: E731
     elif not (own.get("quiet") or own.get("log")):
         tell = _Narrator(printer, options)
-    outputs = [*_open_files(own), tell]
+    on_message = functools.partial(_deliver, [*_open_files(own), tell], printer)
+    server._context = server._context._replace(on_message=on_message, on_unaccepted=tell)
     control = functools.partial(_obey_lines, server, printer, _open_stdin()) if own.get("control") else None
 
-    def on_message(message: Message) -> None:
-        try:
-            _deliver(outputs, message)
-        except SMTPMockError as error:
-            if has_events:
-                with contextlib.suppress(SMTPMockError):  # it may be stdout that takes no more
-                    printer.event("error", error=str(error))
-            raise
-
-    server._context = server._context._replace(on_message=on_message, on_unaccepted=tell)
-
     def announce(host: str, port: int) -> None:
-        if has_events:
-            printer.event("listening", host=host, port=port, url=server.url)
-        else:
+        printer.event("listening", host=host, port=port, url=server.url)
+        if not printer.has_events:
             printer(f"smtpmock: listening on {_format_address(host, port)}")
 
-    with contextlib.redirect_stdout(sys.stderr if has_events else sys.stdout):
+    with contextlib.redirect_stdout(sys.stderr if printer.has_events else sys.stdout):
         _run(server, announce, control, owns_process=owns_process)
-    if has_events:
-        with contextlib.suppress(SMTPMockError):  # its reader may have gone first
-            printer.event("done", command="stop", messages=len(server._mailbox.messages(purge=False)))
+    with contextlib.suppress(SMTPMockError):  # its reader may have gone first
+        printer.event("done", command="stop", messages=len(server._mailbox.messages(purge=False)))
 
 
 def _run_command(argv: Sequence[str], *, owns_process: bool) -> None:
@@ -3845,9 +3830,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = _printable(_name_flags(str(error)))
         with contextlib.suppress(OSError, AttributeError):
             sys.stderr.write(f"smtpmock: {text}\n")
-        if any(re.fullmatch("--?(json|control)(=true|=1)?", argument) for argument in arguments):
-            with contextlib.suppress(SMTPMockError):
-                _Printer().event("error", error=text)
+        with contextlib.suppress(SMTPMockError):
+            has_events = any(re.fullmatch("--?(json|control)(=true|=1)?", argument) for argument in arguments)
+            _Printer(has_events=has_events).event("error", error=text)
         return 2 if isinstance(error, ConfigurationError) else 1
     finally:
         if argv is None:
