@@ -3639,19 +3639,30 @@ def _load_certificate(tls_cert: str = "", tls_key: str = "") -> Any:
     return context
 
 
+def _spell(name: str) -> tuple[str, ...]:
+    """The flag as in go-smtp-mock, with a second hyphen, and as in GNU programs."""
+    return _name_flag(name), "-" + _name_flag(name), "--" + name.replace("_", "-")
+
+
+def _find_flag(spelling: str, names: Iterable[str]) -> str:
+    """The name of the option that the flag sets."""
+    name = re.sub("-|(?=[A-Z])", "_", spelling.lstrip("-")).lower()
+    name = {"-h": "help", "-v": "version"}.get(spelling, name)
+    if name in names and spelling in ("-h", "-v", *_spell(name)):
+        return name
+    known = [flag for name in names for flag in _spell(name)]  # made only now, because it takes a while
+    raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, known)}")
+
+
 def _parse_arguments(argv: Iterable[str]) -> dict[str, Any]:
     """The values of the flags, by the names of their options."""
     flags = _list_flags()
-    names = {"-h": "help", "-v": "version"}
-    for name in flags:
-        names |= dict.fromkeys((_name_flag(name), "-" + _name_flag(name), "--" + name.replace("_", "-")), name)
     given: dict[str, Any] = {}
     arguments = deque(argv)
     while arguments:
         spelling, equals, text = arguments.popleft().partition("=")
-        if spelling not in names:
-            raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, names)}")
-        name, kind = names[spelling], flags[names[spelling]].metadata["kind"]
+        name = _find_flag(spelling, flags)
+        kind = flags[name].metadata["kind"]
         if not equals and arguments and not re.match("--?[a-zA-Z]", arguments[0]):
             text = arguments.popleft()
         elif not equals and kind is not _FLAG:

@@ -4232,6 +4232,7 @@ BAD_FLAGS = """
 -prot=1              -prot: there is no such flag; did you mean -port?
 --multiple-rcpto     --multiple-rcpto: there is no such flag; did you mean --multiple-rcptto?
 -port                -port: needs a value
+-failfast            -failfast: there is no such flag; did you mean -failFast?
 -rule                -rule: needs a value
 stray                stray: there is no such flag
 -multiple-rcptto     -multiple-rcptto: there is no such flag; did you mean --multiple-rcptto?
@@ -4286,6 +4287,7 @@ class CommandLineTest(unittest.TestCase):
             for flag in flags(name):
                 for text, value in {"": True, "=true": True, "=1": True, "=False": False, "=0": False}.items():
                     self.assertEqual(parse_flags(flag + text, "-port=1"), {**dict.fromkeys(fields, value), "port": 1})
+        self.assertEqual(call_main("-port", "-log"), (2, "", "smtpmock: -port: needs a value\n"))
         expected = {"msg_noop_received": "", "blacklisted_helo_domains": []}
         self.assertEqual(parse_flags("-msgNoopReceived=", "-blacklistedHeloDomains="), expected)
 
