@@ -3736,8 +3736,8 @@ def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> No
 
 def _open_stdin() -> Any:
     try:
-        # Unbuffered: a thread that waits in a buffered read would hold a lock that Python needs to exit.
-        return open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)
+        # A file of its own: Python aborts at its exit if a thread waits in a read of sys.stdin.
+        return open(sys.stdin.fileno(), "rb", closefd=False)
     except (OSError, AttributeError) as error:  # it is no file, or was closed from the start
         raise SMTPMockError(f"cannot read from stdin: {getattr(error, 'strerror', None) or 'it is closed'}") from error
 

@@ -4232,7 +4232,7 @@ BAD_FLAGS = """
 -prot=1              -prot: there is no such flag; did you mean -port?
 --multiple-rcpto     --multiple-rcpto: there is no such flag; did you mean --multiple-rcptto?
 -port                -port: needs a value
--failfast            -failfast: there is no such flag; did you mean -failFast?
+-failfast            -failfast: there is no such flag; did you mean --fail-fast?
 -rule                -rule: needs a value
 stray                stray: there is no such flag
 -multiple-rcptto     -multiple-rcptto: there is no such flag; did you mean --multiple-rcptto?
@@ -4845,6 +4845,26 @@ class ControlTest(ProcessCase):
                 done, out, err = call_main(*argv, flag)
                 self.assertEqual((done, err), (status, f"smtpmock: {error}\n"))
                 self.assertEqual(json.loads(out), {"event": "error", "error": error})
+
+
+class ControlAndSignalTest(ProcessCase):
+    """A program that stops the server, and ends."""
+
+    def test_the_end_of_stdin_is_no_second_signal(self) -> None:
+        process = self.start(
+            "-control", "-log", "-responseDelayNoop=0.5", f"-shutdownTimeout={10 * TIMEOUT}", stdin=subprocess.PIPE
+        )  # fmt: skip
+        with contextlib.closing(Smtp(json.loads(process.stdout.readline())["port"])) as client:
+            client.putcmd("noop")
+            while "request: noop" not in process.stderr.readline():
+                self.assertIsNone(process.poll())
+            process.send_signal(signal.SIGTERM)
+            while "shutdown mode" not in process.stderr.readline():
+                self.assertIsNone(process.poll())
+            process.stdin.close()
+            process.stdin = None
+            self.assertEqual(client.getreply(), (250, b"Ok"))
+        self.assertEqual(process.wait(TIMEOUT), 0)
 
 
 class LostOutputTest(ProcessCase):
