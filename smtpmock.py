@@ -3644,7 +3644,7 @@ def _spell(name: str) -> tuple[str, ...]:
     return _name_flag(name), "-" + _name_flag(name), "--" + name.replace("_", "-")
 
 
-def _find_flag(spelling: str, names: Iterable[str]) -> str:
+def _find_flag(spelling: str, names: Collection[str]) -> str:
     """The name of the option that the flag sets."""
     name = re.sub("-|(?=[A-Z])", "_", spelling.lstrip("-")).lower()
     name = {"-h": "help", "-v": "version"}.get(spelling, name)
@@ -3665,9 +3665,11 @@ def _parse_arguments(argv: Iterable[str]) -> dict[str, Any]:
         kind = flags[name].metadata["kind"]
         if not equals and arguments and not re.match("--?[a-zA-Z]", arguments[0]):
             text = arguments.popleft()
-        elif not equals and kind is not _FLAG:
+        elif not equals and kind is _FLAG:
+            text = "true"
+        elif not equals:
             raise ConfigurationError(f"{spelling}: needs a value")
-        value = _read(kind, text if text or equals else "true")
+        value = _read(kind, text)
         _check(name, value, kind)
         given[name] = given.get(name, []) + value if kind is _RULES else value
     return given

@@ -4290,6 +4290,7 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(call_main("-port", "-log"), (2, "", "smtpmock: -port: needs a value\n"))
         expected = {"msg_noop_received": "", "blacklisted_helo_domains": []}
         self.assertEqual(parse_flags("-msgNoopReceived=", "-blacklistedHeloDomains="), expected)
+        self.assertEqual(parse_flags("-msgNoopReceived", "", "-blacklistedHeloDomains", ""), expected)
 
     def test_version(self) -> None:
         for flag in ("-v", "--version"):
