@@ -59,7 +59,7 @@ if TYPE_CHECKING:
 
     _P = ParamSpec("_P")
 
-__version__ = "0.1.0"
+__version__ = "3.0.0"
 
 __all__ = [
     "Action",
@@ -340,7 +340,7 @@ class Configuration(_Fields):
     log_to_stdout: bool = _option(False, _FLAG, "log to stdout, and errors to stderr")
     log_server_activity: bool = _option(False, _FLAG, "include sessions, requests and replies in that log")
     session_timeout: float = _option(30, _TIMEOUT, "seconds of silence after which a session is closed")
-    shutdown_timeout: float = _option(1, _SECONDS, "seconds that stop() gives to busy sessions")
+    shutdown_timeout: float = _option(1, _SECONDS, "seconds that a stop gives to busy sessions")
     fail_fast: bool = _option(False, _FLAG, "close a session after its first refused command")
     multiple_rcptto: bool = _option(False, _FLAG, "keep all recipients of a message, not only the last")
     multiple_message_receiving: bool = _option(False, _FLAG, "keep all messages of a session, not only the last")
@@ -362,7 +362,7 @@ class Configuration(_Fields):
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
     extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept: SIZE, DSN, CHUNKING...")
     auth_users: Mapping[str, str] | Callable[[str, str, str], object] | None = _option(
-        None, _USERS, "who can log in: user:secret,... or a function; no AUTH without it"
+        None, _USERS, "who can log in, as user:secret,...; no AUTH without it"
     )
     auth_mechanisms: Collection[str] = _option(_AUTH_MECHANISMS, _WORDS, "AUTH mechanisms to announce and accept")
     auth_required: bool = _option(False, _FLAG, "refuse the commands of a mail before AUTH")
@@ -391,7 +391,7 @@ class Configuration(_Fields):
     msg_msg_size_is_too_big: str = _reply("552 Message exceeded max size of {msg_size_limit} bytes", "too long a body")
     msg_msg_received: str = _reply(_RECEIVED, "the message body")
     msg_violation: str = _reply("550 5.6.0 {violation}", "a mail with violations, with strict")
-    msg_msg_failed: str = _reply("451 Local error in processing", "a command on which user code raised an exception")
+    msg_msg_failed: str = _reply("451 Local error in processing", "a command on which user code failed")
     msg_invalid_cmd_rset_sequence: str = _reply(f"{_BAD} HELO should be the first", "an early RSET")
     msg_invalid_cmd_rset_arg: str = _reply(_UNRECOGNIZED, "RSET with an argument")
     msg_rset_received: str = _reply("250 Ok", "RSET")
@@ -417,7 +417,7 @@ class Configuration(_Fields):
     msg_invalid_cmd_starttls_sequence: str = _reply(f"{_BAD} TLS is on already", "STARTTLS within TLS")
     msg_tls_required: str = _reply("530 Must issue a STARTTLS command first", "other commands, with tls_required")
     msg_session_timeout: str = _reply("421 Session timeout, closing connection", "a silence of session_timeout")
-    msg_server_shutdown: str = _reply("421 Server shutting down, closing connection", "the sessions that stop() ends")
+    msg_server_shutdown: str = _reply("421 Server shutting down, closing connection", "the sessions that a stop ends")
     msg_line_too_long: str = _reply("500 Line too long", "a command line of over 4096 bytes")
 
     def __post_init__(self) -> None:
@@ -3779,34 +3779,81 @@ class Server:
 
 # ------------------------------------------------------------------------------------ command line
 
-_LOG = ("log", _FLAG, False, "log to stdout, errors to stderr")
 _LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # one flag sets both
-_ABOUT = "An SMTP server for tests: it records the mail it receives, and it fails on request."
 _FILE = _Kind("a path", lambda value: isinstance(value, str), str)
+_RULES = _Kind("rules", lambda value: isinstance(value, list), lambda text: [text])
 
-_CERTIFICATE = (
-    ("tls_cert", _FILE, "", "PEM file with the certificate and its chain; turns on STARTTLS"),
-    ("tls_key", _FILE, "", "PEM file with the key, unless the other file has it"),
-)
+# The flags that are no options of a server.
+_OWN_FLAGS = {
+    "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
+    "quiet": _option(False, _FLAG, "print no line for each mail and each session without one"),
+    "lint": _option(False, _FLAG, "print what clients do wrong on stderr; status 3 after an error"),
+    "json": _option(
+        False, _FLAG, "print each mail, each session without one, and errors as lines of JSON; log to stderr"
+    ),
+    "control": _option(False, _FLAG, "like -json, and obey commands from stdin; its end stops the server"),
+    "save_dir": _option("", _FILE, "folder for each accepted mail as 000001.eml and its record as 000001.json"),
+    "maildir": _option("", _FILE, "Maildir for each accepted mail"),
+    "rule": _option([], _RULES, "make the server fail; can be repeated"),
+    "tls_cert": _option("", _FILE, "PEM file with the certificate and its chain; turns on STARTTLS"),
+    "tls_key": _option("", _FILE, "PEM file with the key, unless the other file has it"),
+    "version": _option(False, _FLAG, "print the version and exit; also -v"),
+    "help": _option(False, _FLAG, "print this and exit; also -h"),
+    "help_all": _option(False, _FLAG, "print this with the reply texts and exit"),
+}
 
-# Where mail goes, for programs that cannot ask a Server for it.
-_OUTPUTS = (
-    ("json", _FLAG, False, "print each accepted mail, and each session without one, as a line of JSON; log to stderr"),
-    ("save_dir", _FILE, "", "folder for each accepted mail as 000001.eml and its record as 000001.json"),
-    ("maildir", _FILE, "", "Maildir for each accepted mail"),
-)
+# Each flag belongs to the first group whose pattern its name matches; the last two take what is left.
+_GROUPS = {
+    "Listening": "host|port|session_timeout|shutdown_timeout",
+    "Recording": "multiple_|msg_size_limit|lenient_|save_dir|maildir",
+    "Output": "log|quiet|json|control|lint",
+    "Failing": "fail_fast|strict|blacklisted_|not_registered_|response_delay_|seed|rule",
+    "Extensions, login and TLS": "extensions|auth_|implicit_tls|tls_",
+    "Other": "(?!msg_)",
+    "Reply texts": "",
+}
+_METAVARS = {_SECONDS: "SECONDS", _TIMEOUT: "SECONDS", _NAMES: "LIST", _WORDS: "LIST", _TEXT: "TEXT", _FILE: "PATH"}
 
-_QUIET = ("quiet", _FLAG, False, "do not print a line for each mail and each session without one")
+_HELP = """\
+usage: smtpmock [FLAG]...
 
-_LINT = ("lint", _FLAG, False, "print on stderr what clients do wrong; exit with status 3 after an error")
+An SMTP server for tests: it records the mail it receives, and it fails on
+request. It runs until SIGINT, SIGTERM or SIGQUIT.
 
-_Undo = Callable[[], object]  # what removes a mail from an output again
+A value follows after = or as the next argument, items of a LIST are separated
+by commas, and -log=false turns a switch off. Each flag has a second spelling
+as in GNU programs: --multiple-rcptto is -multipleRcptto.
+
+A RULE is 'STAGE [ADDRESS]: ACTION; ...'. STAGE is connect, a command, message
+(the end of a body) or *. ACTION is reply TEXT, raw BYTES, delay SECONDS,
+trickle SECONDS, close, drop, reset or silence, or says when the rule applies:
+times=NUMBER, probability=NUMBER or after=BYTES.
+
+With -control, each line of stdin is a command: rule RULE, clear (all rules),
+configure FLAG..., disconnect, disconnect reset, purge (the messages), reset
+(messages, rules and options), check, or stop. An event on stdout answers it.
+{flags}
+
+Examples:
+  smtpmock -port=2525 -log
+  smtpmock -rule 'RCPT bob@example.com: reply 550 No such user; times=2'
+  smtpmock -control -multipleRcptto -multipleMessageReceiving
+
+Exit status:
+  0  the server was stopped
+  1  it cannot listen, or cannot write its output
+  2  a flag or its value is invalid
+  3  with -lint, a client violated SMTP"""
+
+_Undo = Callable[[], object]  # removes a mail from an output again
+_Output = Callable[[Message], _Undo | None]  # takes an accepted mail
 
 
 class _Printer:
     """Prints whole lines to what is stdout now, from any thread. It keeps no line that it could not write."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_events: bool = False) -> None:
+        self.has_events = has_events
         self._out = sys.stdout
         self._lock = threading.Lock()  # guards the stream
         self._is_torn = False  # whether a part of the last line was written
@@ -3835,10 +3882,12 @@ class _Printer:
             self._is_torn = True
             data = data[written:]
 
-    def json(self, value: object) -> None:
-        import json
+    def event(self, event: str, /, **values: object) -> None:
+        """Print it as JSON, if a program is to read it."""
+        if self.has_events:
+            import json
 
-        self(json.dumps(value))
+            self(json.dumps({"event": event, **values}))
 
 
 def _make_folder(path: str) -> None:
@@ -3862,45 +3911,43 @@ class _Folder:
     def __call__(self, message: Message) -> _Undo:
         import json
 
-        mail, record = self._reserve()
+        name = self._reserve()
 
         def undo() -> None:
-            for name in (mail, self._temporary(mail), record, self._temporary(record)):
+            for path in (*self._paths(f"{name}.eml"), *self._paths(f"{name}.json")):
                 with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(self._path, name))
+                    os.unlink(path)
 
-        try:
-            self._write(record, json.dumps(message.to_dict(), indent=1).encode())
-            self._write(mail, message.as_bytes())  # last: whoever sees it finds the record as well
-        except BaseException:
-            undo()
-            raise
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(undo)
+            self._write(f"{name}.json", json.dumps(message.to_dict(), indent=1).encode())
+            self._write(f"{name}.eml", message.as_bytes())  # last: whoever sees it finds the record as well
+            on_error.pop_all()
         return undo
 
-    def _temporary(self, name: str) -> str:
-        """A name that *.eml and *.json do not match, not even in Python's glob(), which matches hidden files."""
-        return f".{name}.part"
+    def _paths(self, name: str) -> tuple[str, str]:
+        """Of the file, and of its beginning, which *.eml and *.json do not match, even if they match hidden files."""
+        return os.path.join(self._path, name), os.path.join(self._path, f".{name}.part")
 
-    def _reserve(self) -> tuple[str, str]:
-        """Names that no other process takes, either."""
+    def _reserve(self) -> str:
+        """A name that no other process takes, either."""
         with self._lock:
             while True:
                 self._number += 1
-                mail, record = f"{self._number:06d}.eml", f"{self._number:06d}.json"
+                path, part = self._paths(f"{self._number:06d}.eml")
                 with contextlib.suppress(FileExistsError):
-                    temporary = os.path.join(self._path, self._temporary(mail))
-                    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666))
-                    if not os.path.exists(os.path.join(self._path, mail)):
-                        return mail, record
-                    os.unlink(temporary)
+                    os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o666))
+                    if not os.path.exists(path):
+                        return f"{self._number:06d}"
+                    os.unlink(part)
 
     def _write(self, name: str, data: bytes) -> None:
-        temporary = os.path.join(self._path, self._temporary(name))
-        with open(temporary, "wb") as file:
+        path, part = self._paths(name)
+        with open(part, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, os.path.join(self._path, name))
+        os.replace(part, path)
 
 
 def _open_maildir(path: str) -> Callable[[Message], _Undo]:
@@ -3956,14 +4003,14 @@ def _add_rule(server: Any, text: str) -> None:
         actions = [_read_action(name, "".join(value)) for name, *value in parts if name not in _CONDITIONS]
         if not actions:
             raise ConfigurationError("it has no action")
-        rule = server.on(match[1], match[2], **conditions)
-        for name, arguments in actions:
-            getattr(rule, name)(*arguments)
+        with contextlib.ExitStack() as on_error:
+            rule = server.on(match[1], match[2], **conditions)
+            on_error.callback(rule.remove)
+            for name, arguments in actions:
+                getattr(rule, name)(*arguments)
+            on_error.pop_all()
     except ConfigurationError as error:
         raise ConfigurationError(f"rule {text!r}: {error}") from error
-
-
-_Outputs = tuple[Callable[[Message], None], Callable[[Message], object]]
 
 
 def _name_flag(option: str) -> str:
@@ -3972,13 +4019,19 @@ def _name_flag(option: str) -> str:
     return "-" + first + "".join(map(str.title, others))
 
 
+def _list_flags() -> dict[str, Any]:
+    """The declaration of each flag, by the name of its option."""
+    options = {field.name: field for field in dataclasses.fields(Configuration) if field.name not in _LOG_OPTIONS}
+    return {name: field for name, field in options.items() if field.metadata["kind"] is not _CONTEXT} | _OWN_FLAGS
+
+
 def _name_flags(text: str) -> str:
     """An error message with flags in place of the options that it is about."""
-    names = [field.name for field in dataclasses.fields(Configuration)]
-    names += [name for name, *_ in (_LOG, _QUIET, _LINT, *_CERTIFICATE, *_OUTPUTS)]
-    pattern = rf"(^|needs |, |option )({'|'.join(names)})\b(?=[=:]|$)"
+    names = "|".join(["ssl_context", *_LOG_OPTIONS, *_list_flags()])
     return re.sub(
-        pattern, lambda match: match[1] + _name_flag("tls_cert" if match[2] == "ssl_context" else match[2]), text
+        rf"(^|needs |, |option )({names})\b(?=[=:]|$)",
+        lambda match: match[1] + _name_flag("tls_cert" if match[2] == "ssl_context" else match[2]),
+        text,
     )
 
 
@@ -4012,7 +4065,7 @@ class _Narrator:
 
 
 class _Linter:
-    """Prints violations and warnings, each once for a session."""
+    """Prints violations and warnings on stderr, each once for a session."""
 
     def __init__(self) -> None:
         self.has_found_error = False
@@ -4023,111 +4076,179 @@ class _Linter:
             if (message.peer, found) not in self._printed:
                 self._printed.add((message.peer, found))
                 self.has_found_error = self.has_found_error or found.severity == "error"
-                with contextlib.suppress(OSError, ValueError):  # that nobody reads this is no reason to refuse a mail
-                    text = f"smtpmock: message {message.id}: {found.severity}: {found}\n"
-                    sys.stderr.write(text)
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody has to read it
+                    sys.stderr.write(f"smtpmock: message {message.id}: {found.severity}: {found}\n")
 
 
-def _open_outputs(
-    printer: _Printer,
-    narrate: Callable[[Message], None] | None,
-    json: bool = False,
-    save_dir: str = "",
-    maildir: str = "",
-) -> _Outputs:
-    """What to call with each accepted message, and with each other one."""
-    outputs: list[Callable[[Message], _Undo | None]] = []
-    for path, open_output in ((save_dir, _Folder), (maildir, _open_maildir)):
+def _open_files(paths: Mapping[str, Any]) -> list[_Output]:
+    """The outputs that keep mails in files."""
+    opened: list[_Output] = []
+    for name, open_output in (("save_dir", _Folder), ("maildir", _open_maildir)):
         try:
-            outputs += [open_output(path)] if path else []
+            opened += [open_output(paths[name])] if paths.get(name) else []
         except OSError as error:
-            raise SMTPMockError(f"cannot write to {path}: {error.strerror}") from error
-
-    def on_message(message: Message) -> None:
-        try:
-            with contextlib.ExitStack() as undo:  # a mail that one output cannot take is in none
-                for output in outputs:
-                    undo.callback(output(message) or (lambda: None))
-                if json:
-                    printer.json(message.to_dict())
-                undo.pop_all()
-        except OSError as error:
-            raise SMTPMockError(f"a mail was refused, because it cannot be saved: {error}") from error
-        if narrate is not None:
-            narrate(message)
-
-    return on_message, (lambda message: printer.json(message.to_dict())) if json else narrate or _ignore
+            raise SMTPMockError(f"cannot write to {paths[name]}: {error.strerror}") from error
+    return opened
 
 
-def _add_flag(parser: Any, name: str, kind: _Kind, default: Any, about: str) -> None:
-    parser.add_argument(
-        _name_flag(name),
-        "--" + name.replace("_", "-"),
-        dest=name,
-        type=functools.partial(_read, kind),
-        default=None,
-        help=f"{about} (default: {', '.join(default) if kind is _NAMES else default})".replace("%", "%%"),
-        **({"nargs": "?", "const": True} if kind is _FLAG else {"metavar": "..."}),
-    )
+def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) -> None:
+    """Give an accepted mail to all outputs. A mail that one of them cannot take is in none."""
+    try:
+        with contextlib.ExitStack() as undo:
+            for output in outputs:
+                undo.callback(output(message) or (lambda: None))
+            undo.pop_all()
+    except OSError as error:
+        text = f"a mail was refused, because it cannot be saved: {error}"
+        printer.event("error", error=text)
+        raise SMTPMockError(text) from error
 
 
-def _make_parser() -> Any:
-    import argparse
+def _format_flag(name: str, field: Any) -> str:
+    import textwrap
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            raise ConfigurationError(message)
-
-    parser = Parser("smtpmock", description=_ABOUT, add_help=False)
-    parser.add_argument("-h", "--help", action="store_true", help="print this and exit")
-    parser.add_argument("-v", "--version", action="store_true", help="print the version and exit")
-    for flag in (_LOG, _QUIET, _LINT, *_CERTIFICATE, *_OUTPUTS):
-        _add_flag(parser, *flag)
-    about = "make the server fail, as in 'RCPT bob@example.com: reply 550 No such user; times=2'; can be repeated"
-    parser.add_argument("-rule", "--rule", dest="rules", action="append", metavar="...", help=about)
-    for field in dataclasses.fields(Configuration):
-        if field.name not in _LOG_OPTIONS and field.metadata["kind"] is not _CONTEXT:
-            _add_flag(parser, field.name, field.metadata["kind"], field.default, field.metadata["about"])
-    return parser
+    kind, default = field.metadata["kind"], field.default
+    label = f"  {_name_flag(name)}"
+    if kind is not _FLAG:
+        label += f"={_METAVARS.get(kind, name.rpartition('_')[2].upper()) if name != 'host' else 'HOST'}"
+    about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), field.metadata["about"])
+    if default:
+        about += f" (default: {','.join(default) if kind in (_NAMES, _WORDS) else default})"
+    lines = [*([] if len(label) < 25 else [""]), *textwrap.wrap(about, 54, break_on_hyphens=False)]
+    return "\n".join(f"{label if not number else '':26}{line}".rstrip() for number, line in enumerate(lines))
 
 
-def _load_certificate(certificate: str, key: str) -> Any:
+def _format_help(*, everything: bool) -> str:
+    groups: dict[str, list[str]] = {title: [] for title in _GROUPS}
+    for name, field in _list_flags().items():
+        title = next(title for title, pattern in _GROUPS.items() if re.match(pattern, name))
+        groups[title].append(_format_flag(name, field))
+    if not everything:
+        del groups["Reply texts"]
+    flags = "\n".join("\n".join(["", f"{title}:", *rows]) for title, rows in groups.items())
+    return _HELP.format(flags=flags)
+
+
+def _load_certificate(tls_cert: str = "", tls_key: str = "") -> Any:
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(certificate, key or None)
+        context.load_cert_chain(tls_cert, tls_key or None)
     except OSError as error:
-        reason = f"{error.strerror or error}"
-        raise ConfigurationError(f"tls_cert={certificate!r}, tls_key={key!r}: cannot be loaded: {reason}") from error
+        raise ConfigurationError(f"{tls_cert=}, {tls_key=}: cannot be loaded: {error.strerror or error}") from error
     return context
 
 
-def _parse_arguments(parser: Any, argv: Sequence[str]) -> dict[str, Any]:
-    known = list(parser._option_string_actions)
-    for argument in argv:
-        flag = argument.partition("=")[0]
-        if re.match("--?[a-zA-Z]", flag) and flag not in known:
-            raise ConfigurationError(f"{flag}: there is no such flag{_suggest(flag, known)}")
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    for name, kind, *_ in (_LOG, _QUIET, _LINT, *_OUTPUTS):
-        if name in given:
-            _check(name, given[name], kind)
-    if "log" in given:
-        given.update(dict.fromkeys(_LOG_OPTIONS, given.pop("log")))
-    certificate, key = given.pop("tls_cert", ""), given.pop("tls_key", "")
-    if certificate or key:
-        given["ssl_context"] = _load_certificate(certificate, key)
+def _spell(name: str) -> tuple[str, ...]:
+    """The flag as in go-smtp-mock, with a second hyphen, and as in GNU programs."""
+    return _name_flag(name), "-" + _name_flag(name), "--" + name.replace("_", "-")
+
+
+def _find_flag(spelling: str, names: Collection[str]) -> str:
+    """The name of the option that the flag sets."""
+    name = re.sub("-|(?=[A-Z])", "_", spelling.lstrip("-")).lower()
+    name = {"-h": "help", "-v": "version"}.get(spelling, name)
+    if name in names and spelling in ("-h", "-v", *_spell(name)):
+        return name
+    known = [flag for name in names for flag in _spell(name)]  # made only now, because it takes a while
+    raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, known)}")
+
+
+def _parse_arguments(argv: Iterable[str]) -> dict[str, Any]:
+    """The values of the flags, by the names of their options."""
+    flags = _list_flags()
+    given: dict[str, Any] = {}
+    arguments = deque(argv)
+    while arguments:
+        spelling, equals, text = arguments.popleft().partition("=")
+        name = _find_flag(spelling, flags)
+        kind = flags[name].metadata["kind"]
+        if not equals and arguments and not re.match("--?[a-zA-Z]", arguments[0]):
+            text = arguments.popleft()
+        elif not equals and kind is _FLAG:
+            text = "true"
+        elif not equals:
+            raise ConfigurationError(f"{spelling}: needs a value")
+        value = _read(kind, text)
+        _check(name, value, kind)
+        given[name] = given.get(name, []) + value if kind is _RULES else value
     return given
 
 
-def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *, owns_process: bool) -> None:
-    """Start the server, and stop it at the first signal; a second one aborts the sessions."""
-    import signal
+def _take_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a server among the values of the flags, which keep the others."""
+    options = {name: given.pop(name) for name in list(given) if name not in _OWN_FLAGS}
+    if "log" in given:
+        options |= dict.fromkeys(_LOG_OPTIONS, given["log"])
+    files = {name: given.pop(name) for name in ("tls_cert", "tls_key") if name in given}
+    if any(files.values()):
+        options["ssl_context"] = _load_certificate(**files)
+    return options
 
-    def stop() -> None:
-        server.stop()
-        waker.send(b"\0")
+
+def _configure(server: Server, flags: str) -> None:
+    import shlex
+
+    given = _parse_arguments(shlex.split(flags))
+    options = _take_options(given)
+    for name in given.keys() - {"log"}:
+        raise ConfigurationError(f"{_name_flag(name)}: cannot be changed while the server runs")
+    server.configure(**options)
+
+
+# The commands of -control, beside stop and those that have an argument.
+_COMMANDS: dict[str, Callable[[Server], object]] = {
+    "clear": Server.clear_rules,
+    "reset": Server.reset,
+    "purge": lambda server: server._mailbox.messages(purge=True),
+    "check": Server.check,
+    "disconnect": lambda server: server.disconnect(),
+    "disconnect reset": lambda server: server.disconnect(reset=True),
+}
+
+
+def _obey(server: Server, command: str) -> None:
+    """Obey a line of -control, in which \\n stands for a line break."""
+    name, _, rest = command.replace("\\n", "\n").partition(" ")
+    if name == "rule":
+        _add_rule(server, rest)
+    elif name == "configure":
+        _configure(server, rest)
+    elif " ".join(command.split()) in _COMMANDS:
+        _COMMANDS[" ".join(command.split())](server)
+    else:
+        allowed = ", ".join(("rule RULE", "configure FLAG...", *_COMMANDS))
+        raise ConfigurationError(f"{command!r}: must be {allowed} or stop")
+
+
+def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> None:
+    """Obey and answer each line, until one is stop, they end, or nobody reads the answers."""
+    for line in lines:
+        command = line.decode("utf-8", "backslashreplace").strip()
+        if command == "stop":
+            return
+        if command:
+            try:
+                _obey(server, command)
+            except (SMTPMockError, AssertionError, ValueError) as error:  # check() raises the second, shlex the third
+                printer.event("error", command=command, error=_name_flags(str(error)))
+            else:
+                printer.event("done", command=command, messages=len(server._mailbox.messages(purge=False)))
+
+
+def _open_stdin() -> Any:
+    try:
+        # A file of its own: Python aborts at its exit if a thread waits in a read of sys.stdin.
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    except (OSError, AttributeError) as error:  # it is no file, or was closed from the start
+        raise SMTPMockError(f"cannot read from stdin: {getattr(error, 'strerror', None) or 'it is closed'}") from error
+
+
+@contextlib.contextmanager
+def _catch_signals(*, owns_process: bool) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A pair of sockets: the first receives a byte for each signal, and the bytes that are sent to the second."""
+    import signal
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGQUIT") if hasattr(signal, name)]
     wakened, waker = socket.socketpair()
@@ -4140,79 +4261,100 @@ def _run_until_signalled(server: Server, announce: Callable[[str, int], None], *
         if owns_process:  # when it ends, a late signal must not change its exit status
             previous = [signal.SIG_IGN for _ in numbers]
         try:
-            server._start(announce)
-            listener = server._listener
-            wakened.recv(1)
-            stopper = threading.Thread(target=stop)
-            stopper.start()
-            if wakened.recv(1) != b"\0" and listener is not None:
-                listener.abort()
-            stopper.join()
+            yield wakened, waker
         finally:
-            with contextlib.suppress(ServerStateError):  # after an exception, it may still run
-                server.stop()
             signal.set_wakeup_fd(previous_waker)
             for number, handler in zip(numbers, previous, strict=True):
                 signal.signal(number, handler)
 
 
-def _serve(
-    server: Server, options: dict[str, Any], *, owns_process: bool, quiet: bool, lint: bool, **outputs: Any
-) -> int:
-    """Run the server until a signal comes. Returns the exit status."""
-    printer = _Printer()
-    is_narrated = not (quiet or options.get("log_to_stdout") or outputs.get("json"))
-    on_message, on_unaccepted = _open_outputs(printer, _Narrator(printer, options) if is_narrated else None, **outputs)
-    linter = _Linter() if lint else _ignore
+def _run(server: Server, announce: Callable[[str, int], None], control: Any, *, owns_process: bool) -> None:
+    """Run the server until a signal comes or control() returns; a signal after that aborts the sessions."""
+    with _catch_signals(owns_process=owns_process) as (wakened, waker):
 
-    def record(message: Message, output: Callable[[Message], object]) -> None:
-        output(message)
-        linter(message)
+        def call(function: Callable[[], None], byte: bytes) -> None:
+            try:
+                with contextlib.suppress(SMTPMockError):  # an answer could not be written
+                    function()
+            finally:
+                with contextlib.suppress(OSError):  # _run() has returned
+                    waker.send(byte)
 
+        controller = threading.Thread(target=call, args=(control, b"\xff"), daemon=True)
+        stopper = threading.Thread(target=call, args=(server.stop, b"\0"))
+        try:
+            server._start(announce)
+            listener = server._listener
+            if control is not None:
+                controller.start()
+            wakened.recv(1)
+            stopper.start()
+            while (byte := wakened.recv(1)) != b"\0":
+                if byte != b"\xff" and listener is not None:
+                    listener.abort()
+            stopper.join()
+        finally:
+            with contextlib.suppress(ServerStateError):  # after an exception, it may still run
+                server.stop()
+
+
+def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns_process: bool) -> int:
+    """Run the server until something stops it, and return the exit status. With JSON, what it logs goes to stderr."""
+    printer = _Printer(has_events=own.get("json", False) or own.get("control", False))
+    linter, tellers = _Linter(), list[Callable[[Message], None]]()
+    if printer.has_events:
+        tellers.append(lambda message: printer.event("message", **message.to_dict()))
+    elif not (own.get("quiet") or own.get("log")):
+        tellers.append(_Narrator(printer, options))
+    if own.get("lint"):
+        tellers.append(linter)
     server._context = server._context._replace(
-        on_message=functools.partial(record, output=on_message),
-        on_unaccepted=functools.partial(record, output=on_unaccepted),
+        on_message=functools.partial(_deliver, [*_open_files(own), *tellers], printer),
+        on_unaccepted=lambda message: [tell(message) for tell in tellers],
     )
+    control = functools.partial(_obey_lines, server, printer, _open_stdin()) if own.get("control") else None
 
     def announce(host: str, port: int) -> None:
-        if outputs.get("json"):
-            printer.json({"listening": {"host": host, "port": port}})
-        else:
+        printer.event("listening", host=host, port=port, url=server.url)
+        if not printer.has_events:
             printer(f"smtpmock: listening on {_format_address(host, port)}")
 
-    # With JSON, what the server logs goes to stderr.
-    with contextlib.redirect_stdout(sys.stderr if outputs.get("json") else sys.stdout):
-        _run_until_signalled(server, announce, owns_process=owns_process)
-        for message in server.messages() if lint else ():  # for what came after the mail
-            linter(message)
-    return 3 * getattr(linter, "has_found_error", False)
+    with contextlib.redirect_stdout(sys.stderr if printer.has_events else sys.stdout):
+        _run(server, announce, control, owns_process=owns_process)
+    for message in server._mailbox.messages(purge=False) if own.get("lint") else ():  # and what came after the mail
+        linter(message)
+    with contextlib.suppress(SMTPMockError):  # its reader may have gone first
+        printer.event("done", command="stop", messages=len(server._mailbox.messages(purge=False)))
+    return 3 if linter.has_found_error else 0
 
 
-def _run_command(options: dict[str, Any], parser: Any, *, owns_process: bool) -> int:
-    asks_help, asks_version = options.pop("help"), options.pop("version")
-    if asks_version:
+def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
+    own = _parse_arguments(argv)
+    if own.get("version"):
         _Printer()(f"smtpmock: {__version__}\npython: {sys.version}")
-        return 0
-    if asks_help:
-        _Printer()(parser.format_help().rstrip())
-        return 0
-    outputs = {name: options.pop(name) for name, *_ in _OUTPUTS if name in options}
-    rules, quiet, lint = options.pop("rules", ()), options.pop("quiet", False), options.pop("lint", False)
-    server = Server(**options)
-    for rule in rules:
-        _add_rule(server, rule)
-    return _serve(server, options, owns_process=owns_process, quiet=quiet, lint=lint, **outputs)
+    elif own.get("help") or own.get("help_all"):
+        _Printer()(_format_help(everything=own.get("help_all", False)))
+    else:
+        options = _take_options(own)
+        server = Server(**options)
+        for rule in own.get("rule", ()):
+            _add_rule(server, rule)
+        return _serve(server, options, own, owns_process=owns_process)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, or that of the process if argv is None. Returns the exit status."""
-    parser = _make_parser()
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        options = _parse_arguments(parser, sys.argv[1:] if argv is None else argv)
-        return _run_command(options, parser, owns_process=argv is None)
+        return _run_command(arguments, owns_process=argv is None)
     except SMTPMockError as error:
+        text = _printable(_name_flags(str(error)))
         with contextlib.suppress(OSError, AttributeError):
-            sys.stderr.write(f"smtpmock: {_printable(_name_flags(str(error)))}\n")
+            sys.stderr.write(f"smtpmock: {text}\n")
+        with contextlib.suppress(SMTPMockError):
+            has_events = any(re.fullmatch("--?(json|control)(=true|=1)?", argument) for argument in arguments)
+            _Printer(has_events=has_events).event("error", error=text)
         return 2 if isinstance(error, ConfigurationError) else 1
     finally:
         if argv is None:

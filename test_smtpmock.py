@@ -4962,16 +4962,17 @@ class LoggingTest(unittest.TestCase):
 # ------------------------------------------------------------------------------------ command line
 
 
-def flags(name: str) -> tuple[str, str]:
-    """An option's flag, as in go-smtp-mock and as GNU programs have it."""
-    return "-" + re.sub("_(.)", lambda match: match[1].upper(), name), "--" + name.replace("_", "-")
+def flags(name: str) -> tuple[str, str, str]:
+    """An option's flag, as in go-smtp-mock, with a second hyphen, and as GNU programs have it."""
+    flag = "-" + re.sub("_(.)", lambda match: match[1].upper(), name)
+    return flag, "-" + flag, "--" + name.replace("_", "-")
 
 
 def parse_flags(*argv: str) -> Any:
     """The options of the server that the command line would start."""
     with mock.patch.object(smtpmock, "Server", side_effect=smtpmock.SMTPMockError("not today")) as made:
         status, out, err = call_main(*argv)
-    assert (status, out, err) == (1, "", "smtpmock: not today\n"), (status, out, err)
+    assert (status, err) == (1, "smtpmock: not today\n"), (status, out, err)
     return made.call_args.kwargs
 
 
@@ -4985,8 +4986,11 @@ BAD_FLAGS = """
 -json=maybe          -json='maybe': must be true or false
 -prot=1              -prot: there is no such flag; did you mean -port?
 --multiple-rcpto     --multiple-rcpto: there is no such flag; did you mean --multiple-rcptto?
--port                argument -port/--port: expected one argument
-stray                unrecognized arguments: stray
+-port                -port: needs a value
+-failfast            -failfast: there is no such flag; did you mean --fail-fast?
+-rule                -rule: needs a value
+stray                stray: there is no such flag
+-multiple-rcptto     -multiple-rcptto: there is no such flag; did you mean --multiple-rcptto?
 -sessionTimeout=nan  -sessionTimeout=nan: must be a number of seconds from 0.001 to 1000000
 """
 BAD_FOLDERS = """
@@ -5024,7 +5028,7 @@ class CommandLineTest(unittest.TestCase):
         "Mapping[str, str] | Callable[[str, str, str], object] | None": ("u:s:t, v:", {"u": "s:t", "v": ""}),
     }
 
-    def test_every_option_has_both_flags(self) -> None:
+    def test_every_option_has_its_flags(self) -> None:
         for field in dataclasses.fields(Configuration):
             if not field.name.startswith("log_") and field.name != "ssl_context":
                 text, value = self.VALUES[str(field.type)]
@@ -5038,24 +5042,15 @@ class CommandLineTest(unittest.TestCase):
             for flag in flags(name):
                 for text, value in {"": True, "=true": True, "=1": True, "=False": False, "=0": False}.items():
                     self.assertEqual(parse_flags(flag + text, "-port=1"), {**dict.fromkeys(fields, value), "port": 1})
+        self.assertEqual(call_main("-port", "-log"), (2, "", "smtpmock: -port: needs a value\n"))
         expected = {"msg_noop_received": "", "blacklisted_helo_domains": []}
         self.assertEqual(parse_flags("-msgNoopReceived=", "-blacklistedHeloDomains="), expected)
+        self.assertEqual(parse_flags("-msgNoopReceived", "", "-blacklistedHeloDomains", ""), expected)
 
     def test_version(self) -> None:
         for flag in ("-v", "--version"):
             status, out, err = call_main(flag, "-port=1")
             self.assertEqual((status, out.splitlines()[0], err), (0, f"smtpmock: {smtpmock.__version__}", ""))
-
-    def test_help(self) -> None:
-        for flag in ("-h", "--help"):
-            status, out, err = call_main(flag)
-            self.assertEqual((status, err), (0, ""))
-            text = " ".join(out.split())
-            self.assertIn("-log", text)
-            for field in dataclasses.fields(Configuration):
-                if not field.name.startswith("log_") and field.name != "ssl_context":
-                    self.assertIn(flags(field.name)[0], text)
-                    self.assertIn(field.metadata["about"], text)
 
     def test_errors(self) -> None:
         for rows, status in ((BAD_FLAGS, 2), (BAD_FOLDERS, 1)):
@@ -5092,8 +5087,7 @@ class CommandLineTest(unittest.TestCase):
 
             user = threading.Thread(target=self.use, args=(lines, second))
             handler = signal.getsignal(signal.SIGTERM)
-            no_descriptor = mock.Mock(side_effect=io.UnsupportedOperation)  # argparse of Python 3.14 asks
-            with contextlib.redirect_stdout(mock.Mock(encoding="utf-8", write=write, fileno=no_descriptor)):
+            with contextlib.redirect_stdout(mock.Mock(encoding="utf-8", write=write)):
                 user.start()
                 delays = [f"-responseDelayRset={10 * TIMEOUT}", f"-shutdownTimeout={10 * TIMEOUT}"]
                 rules = ["-rule", "VRFY: reply 252 one", "--rule=EXPN: reply 252 two"]
@@ -5118,6 +5112,73 @@ class CommandLineTest(unittest.TestCase):
             with contextlib.suppress(smtplib.SMTPException):
                 client.getreply()
             client.close()
+
+
+class HelpTest(unittest.TestCase):
+    """-h, which is a page, and -helpAll."""
+
+    def read(self, flag: str) -> str:
+        status, out, err = call_main(flag)
+        self.assertEqual((status, err), (0, ""))
+        return out
+
+    def read_groups(self, flag: str) -> dict[str, str]:
+        """The text of each group, by its title."""
+        return {
+            title: " ".join(text.split()) for title, text in re.findall(r"(?m)^(\S.*):\n((?:  .*\n)+)", self.read(flag))
+        }
+
+    def test_it_is_a_page(self) -> None:
+        for flag in ("-h", "-help", "--help"):
+            text = self.read(flag)
+            self.assertLessEqual(len(text.splitlines()), 120)
+            self.assertEqual(text, self.read("-h"))
+        for flag in ("-h", "-helpAll"):
+            self.assertEqual(
+                [line for line in self.read(flag).splitlines() if len(line) > 80 or line != line.rstrip()], []
+            )
+            self.assertNotRegex(
+                self.read(flag), r"(?i:python)|\(\)|\b(None|True|False|str|int|bool|exception|function)\b"
+            )
+
+    def test_groups(self) -> None:
+        groups = self.read_groups("-h")
+        titles = ["Listening", "Recording", "Output", "Failing", "Extensions, login and TLS"]
+        self.assertEqual(list(groups), [*titles, "Other", "Examples", "Exit status"])
+        self.assertEqual(list(self.read_groups("--help-all")), [*list(groups)[:6], "Reply texts", *list(groups)[6:]])
+        for title, line in {
+            "Listening": "-port=PORT port to listen on; 0 takes a free one -sessionTimeout=SECONDS seconds of silence",
+            "Recording": "-msgSizeLimit=LIMIT largest message body, in bytes (default: 10485760)",
+            "Output": "-log log to stdout",
+            "Failing": "-responseDelayHelo=SECONDS seconds before",
+            "Extensions, login and TLS": "-tlsCert=PATH PEM file",
+        }.items():
+            self.assertIn(line, groups[title])
+        self.assertEqual(self.read("-h").count("\n  smtpmock "), 3)
+        self.assertEqual(re.findall(r"\b\d ", groups["Exit status"]), ["0 ", "1 ", "2 ", "3 "])
+
+    def test_the_examples_work(self) -> None:
+        for example in re.findall("(?m)^  smtpmock (.*)", self.read("-h")):
+            with self.subTest(example):
+                parse_flags(*shlex.split(example))
+
+    def test_every_option_is_in_one_group(self) -> None:
+        groups = self.read_groups("-helpAll")
+        text = " ".join(text for title, text in groups.items() if title != "Examples")
+        for field in dataclasses.fields(Configuration):
+            if not field.name.startswith("log_") and field.name != "ssl_context":
+                about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: flags(match[0])[0], field.metadata["about"])
+                with self.subTest(field.name):
+                    self.assertEqual(
+                        len(re.findall(rf"(?<!\S){flags(field.name)[0]}(=[A-Z]+)? {re.escape(about)}", text)), 1
+                    )
+
+    def test_an_option_of_no_group_is_there(self) -> None:
+        metadata = Configuration.__dataclass_fields__["fail_fast"].metadata
+        for name, title, flag in (("new_thing", "Other", "-h"), ("msg_new_thing", "Reply texts", "-helpAll")):
+            field = types.SimpleNamespace(name=name, default=False, metadata=metadata)
+            with mock.patch("dataclasses.fields", return_value=[field]):
+                self.assertIn(flags(name)[0] + " ", self.read_groups(flag)[title] + " ")
 
 
 class ProcessTest(ProcessCase):
@@ -5269,8 +5330,10 @@ class OutputTest(ProcessCase):
 
     def test_json(self) -> None:
         process = self.start("-json", "-log")
-        listening = json.loads(process.stdout.readline())["listening"]
-        self.assertEqual(listening["host"], "127.0.0.1")
+        listening = json.loads(process.stdout.readline())
+        url = f"smtp://127.0.0.1:{listening['port']}"
+        expected = {"event": "listening", "host": "127.0.0.1", "port": listening["port"], "url": url}
+        self.assertEqual(listening, expected)
         send(listening["port"], b"Subject: one\r\n\r\n\xff", b"Subject: two")
         with Smtp(listening["port"]) as client:
             client.ehlo("a.com")
@@ -5279,16 +5342,17 @@ class OutputTest(ProcessCase):
         lines = [json.loads(process.stdout.readline()) for _ in range(3)]
         process.terminate()
         out, err = process.communicate(timeout=TIMEOUT)
-        self.assertEqual((out, process.returncode), ("", 0))
+        self.assertEqual(json.loads(out), {"event": "done", "command": "stop", "messages": 2})
+        self.assertEqual(process.returncode, 0)
         self.assertIn("SMTP request: message binary data portion", err)
-        expected = [("one", True, 1), ("two", True, 2), (None, False, 3)]
-        self.assertEqual([(line["subject"], line["is_consistent"], line["id"]) for line in lines], expected)
+        seen = [(line["event"], line["subject"], line["is_consistent"], line["id"]) for line in lines]
+        self.assertEqual(seen, [("message", "one", True, 1), ("message", "two", True, 2), ("message", None, False, 3)])
         self.assertEqual((lines[0]["content_encoding"], lines[1]["content"]), ("base64", "Subject: two\r\n"))
         self.assertTrue(lines[2]["transcript"].endswith("S: 221 Closing connection\nS: <closed>"))
 
     def test_json_to_nobody(self) -> None:
         process = self.start("-json")
-        port = json.loads(process.stdout.readline())["listening"]["port"]
+        port = json.loads(process.stdout.readline())["port"]
         process.stdout.close()
         with self.assertRaises(smtplib.SMTPDataError) as caught:
             send(port, b"hi")
@@ -5368,6 +5432,250 @@ class OutputTest(ProcessCase):
         for path in self.folder.iterdir():
             path.unlink()
         return subjects
+
+
+# Commands that change nothing, and what is said about them.
+BAD_COMMANDS = """
+foo                                     => 'foo': must be rule RULE, configure FLAG..., clear, reset, purge, check, {MORE}
+clear all                               => 'clear all': must be rule RULE, configure FLAG..., clear, reset, {MORE}
+stop now                                => 'stop now': must be {MORE}
+rule                                    => rule '': must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'
+rule RCPT: reply 450; delay soon        => rule 'RCPT: reply 450; delay soon': delay='soon': must be a number of {MORE}
+rule RCPT: reply 450; rply 451          => rule 'RCPT: reply 450; rply 451': 'rply' must be {MORE}
+configure -msgRcpttoReceived="450       => No closing quotation
+configure -failFast -port=1             => -port=1: cannot be changed {MORE}
+configure -failFast -json               => -json: cannot be changed while the server runs
+configure -failFast -tlsCert=/dev/null  => -tlsCert='/dev/null', -tlsKey='': cannot be loaded: {MORE}
+configure -failFst                      => -failFst: there is no such flag; did you mean -failFast?
+configure stray                         => stray: there is no such flag
+configure -implicitTls                  => -implicitTls=True: needs -tlsCert
+disconnect resett                       => 'disconnect resett': must be {MORE}
+"""
+
+
+class ControlTest(ProcessCase):
+    """The command line obeys its stdin, and tells in events what happens."""
+
+    def setUp(self) -> None:
+        self.server = self.start("-control", "-multipleMessageReceiving", stdin=subprocess.PIPE)
+        self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.reader = threading.Thread(target=self.read_lines)
+        self.reader.start()
+        self.addCleanup(self.reader.join, TIMEOUT)  # after the process has been killed
+        self.addCleanup(self.server.kill)
+        self.listening = self.read()
+
+    def read_lines(self) -> None:
+        for line in self.server.stdout:
+            self.lines.put(line)
+
+    def read(self) -> Any:
+        """The next event."""
+        return json.loads(self.lines.get(timeout=TIMEOUT))
+
+    def write(self, text: str) -> None:
+        self.server.stdin.write(text)
+        self.server.stdin.flush()
+
+    def ask(self, command: str) -> Any:
+        """The answer to a command, without its echo."""
+        self.write(command + "\n")
+        answer = self.read()
+        self.assertEqual(answer.pop("command"), command)
+        return answer
+
+    def obey(self, command: str, messages: int = 0) -> None:
+        self.assertEqual(self.ask(command), {"event": "done", "messages": messages})
+
+    def connect(self) -> Smtp:
+        client = Smtp(self.listening["port"])
+        self.addCleanup(client.close)
+        client.ehlo("a.com")
+        return client
+
+    def try_recipient(self) -> tuple[int, bytes]:
+        with Smtp(self.listening["port"]) as client:
+            client.ehlo("a.com")
+            client.mail("a@a.com")
+            reply = client.rcpt("b@b.com")
+        self.assertEqual(self.read()["event"], "message")
+        return reply
+
+    def test_rules(self) -> None:
+        self.obey("rule RCPT: reply 450 later; times=2")
+        self.assertEqual(self.try_recipient(), (450, b"later"))
+        self.obey("rule VRFY b@b.com: reply 252-so\\n252 so", messages=1)
+        client = self.connect()
+        self.assertEqual(client.docmd("VRFY", "<b@b.com>"), (252, b"so\nso"))
+        client.mail("a@a.com")
+        self.assertEqual([client.rcpt("b@b.com")[0] for _ in range(2)], [450, 250])
+        client.close()
+        self.assertEqual(self.read()["event"], "message")
+        self.obey("check", messages=2)
+        self.obey("rule RSET: close", messages=2)
+        self.assertEqual(self.ask("check"), {"event": "error", "error": "<Rule for RSET: 0 hits> was never hit"})
+        self.obey("clear", messages=2)
+        self.obey("check", messages=2)
+
+    def test_configure(self) -> None:
+        client = self.connect()
+        self.obey('configure -failFast --msg-rcptto-received=\'250 \u00fc "q"\' -msgNoopReceived "250-a\\n250 b"')
+        self.assertEqual(client.noop(), (250, b"Ok"))  # the options of its session are as they were
+        self.assertEqual(self.connect().noop(), (250, b"a\nb"))
+        self.assertEqual(self.try_recipient(), (250, '\u00fc "q"'.encode()))
+        other = self.connect()
+        self.assertEqual(other.docmd("FOO")[0], 502)
+        self.assertRaises(smtplib.SMTPServerDisconnected, other.noop)
+
+    def test_purge_and_reset(self) -> None:
+        self.obey("configure -msgRcpttoReceived='250 mine'")
+        self.obey("rule RCPT: reply 450 later; times=2")
+        self.assertEqual(self.try_recipient()[1], b"later")
+        self.obey("purge")
+        self.assertEqual([self.try_recipient()[1] for _ in range(2)], [b"later", b"mine"])
+        self.obey("rule RCPT: reply 450 later", messages=2)
+        self.obey("reset")
+        self.assertEqual(self.try_recipient()[1], b"Received")
+
+    def test_disconnect(self) -> None:
+        for command, error in {"disconnect": "", "disconnect reset": "reset by peer"}.items():
+            client = self.connect()
+            self.write(f"{command}\n")
+            with self.assertRaisesRegex(smtplib.SMTPServerDisconnected, error):
+                client.getreply()
+            self.assertEqual(sorted(self.read()["event"] for _ in range(2)), ["done", "message"])
+
+    def test_bad_commands(self) -> None:
+        for row in BAD_COMMANDS.strip().splitlines():
+            command, error = (part.strip() for part in row.split(" => "))
+            pattern = ".+".join(map(re.escape, error.split("{MORE}")))
+            with self.subTest(command):
+                answer = self.ask(command)
+                self.assertEqual(answer["event"], "error")
+                self.assertRegex(answer["error"], rf"\A{pattern}\Z")
+                self.obey("check")  # no rule without an action is left
+        client = self.connect()
+        self.assertEqual(client.docmd("FOO")[0], 502)
+        client.mail("a@a.com")
+        self.assertEqual(client.rcpt("b@b.com"), (250, b"Received"))
+
+    def assert_stops(self) -> None:
+        """The server says its last, and ends well."""
+        self.assertEqual(self.read(), {"event": "done", "command": "stop", "messages": 0})
+        self.assertEqual(self.server.wait(TIMEOUT), 0)
+        self.reader.join(TIMEOUT)
+        self.assertTrue(self.lines.empty())
+
+    def test_stop(self) -> None:
+        client = Smtp(self.listening["port"])
+        self.write(" stop \nclear\n")
+        self.assert_stops()
+        self.assertEqual(client.getreply()[0], 421)
+        client.close()
+
+    def test_the_end_of_stdin(self) -> None:
+        self.server.stdin.close()
+        self.server.stdin = None
+        self.assert_stops()
+
+    def test_a_signal(self) -> None:
+        self.server.send_signal(signal.SIGTERM)
+        self.assert_stops()
+
+    def test_a_stdin_that_cannot_be_read(self) -> None:
+        command = f"exec {shlex.quote(sys.executable)} -m smtpmock -control <&-"
+        done = subprocess.run(
+            command, shell=True, cwd=HERE, timeout=TIMEOUT, capture_output=True, text=True, check=False
+        )
+        error = "cannot read from stdin: it is closed"
+        self.assertEqual((done.returncode, done.stderr), (1, f"smtpmock: {error}\n"))
+        self.assertEqual(json.loads(done.stdout), {"event": "error", "error": error})
+
+    def test_errors_at_the_start(self) -> None:
+        for flag in ("-json", "--json=true", "-control"):
+            for argv, status, error in (
+                (["-port=x"], 2, "-port='x': must be an integer from 0 to 65535"),
+                (["-rule", "x"], 2, "rule 'x': must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'"),
+                (["-saveDir=/dev/null/x"], 1, "cannot write to /dev/null/x: Not a directory"),
+            ):
+                done, out, err = call_main(*argv, flag)
+                self.assertEqual((done, err), (status, f"smtpmock: {error}\n"))
+                self.assertEqual(json.loads(out), {"event": "error", "error": error})
+
+
+class ControlAndSignalTest(ProcessCase):
+    """A program that stops the server, and ends."""
+
+    def test_the_end_of_stdin_is_no_second_signal(self) -> None:
+        process = self.start(
+            "-control", "-log", "-responseDelayNoop=0.5", f"-shutdownTimeout={10 * TIMEOUT}", stdin=subprocess.PIPE
+        )  # fmt: skip
+        with contextlib.closing(Smtp(json.loads(process.stdout.readline())["port"])) as client:
+            client.putcmd("noop")
+            while "request: noop" not in process.stderr.readline():
+                self.assertIsNone(process.poll())
+            process.send_signal(signal.SIGTERM)
+            while "shutdown mode" not in process.stderr.readline():
+                self.assertIsNone(process.poll())
+            process.stdin.close()
+            process.stdin = None
+            self.assertEqual(client.getreply(), (250, b"Ok"))
+        self.assertEqual(process.wait(TIMEOUT), 0)
+
+
+class LostOutputTest(ProcessCase):
+    """What a program is told when its output cannot be written."""
+
+    def test_a_mail_that_cannot_be_saved(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "mails")
+            process = self.start("-json", f"-saveDir={path}")
+            port = json.loads(process.stdout.readline())["port"]
+            shutil.rmtree(path)
+            self.assertRaises(smtplib.SMTPDataError, send, port, "hi")
+            error = json.loads(process.stdout.readline())
+            self.assertEqual(error["event"], "error")
+            self.assertIn("a mail was refused, because it cannot be saved: ", error["error"])
+
+    def test_answers_that_nobody_reads(self) -> None:
+        process = self.start("-control", stdin=subprocess.PIPE)
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.write("clear\n")
+        process.stdin.flush()
+        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (0, ""))
+        process.stdout = None
+
+
+@unittest.skipUnless(threading.current_thread() is threading.main_thread(), "signals reach the main thread only")
+class ControlInProcessTest(unittest.TestCase):
+    """-control, in this process."""
+
+    def test_it_obeys(self) -> None:
+        commands = [
+            "rule RCPT: reply 450 later",
+            "clear",
+            "rule x",
+            "configure -failFast",
+            "reset",
+            "disconnect",
+            "check",
+        ]
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write("\n".join(commands).encode() + b"\n\xff\n\nstop\nfoo\n")
+            stdin.seek(0)
+            with mock.patch("sys.stdin", stdin):
+                status, out, err = call_main("-control")
+        events = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual([event.get("command") for event in events], [None, *commands, "\\xff", "stop"])
+        names = ["listening", "done", "done", "error", "done", "done", "done", "done", "error", "done"]
+        self.assertEqual([event["event"] for event in events], names)
+
+    def test_a_stdin_without_a_file(self) -> None:
+        with mock.patch("sys.stdin", io.StringIO("stop\n")):
+            status, _, err = call_main("-control")
+        self.assertEqual((status, err), (1, "smtpmock: cannot read from stdin: it is closed\n"))
 
 
 # ---------------------------------------------------------------------------- what a failing test is told
