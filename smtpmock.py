@@ -3004,12 +3004,12 @@ class _Connection(socketserver.BaseRequestHandler):
         self.must_linger = False  # because the server closes first
         self.ignores_input = False  # of a client that goes on sending during stop(); only an RST wakes it for sure
         self.reason = "left before any command"  # why it ended so
-        self.aborting = threading.Event()  # set when the session must end at once
-        self.recorded = threading.Event()  # set when the session has ended, and its messages are complete
+        self.is_aborting = False  # must end at once
+        self.is_recorded = False  # has ended, and its messages are complete
         self.ending = _Next.COMMAND  # CLOSE or RESET if disconnect() ends it
         self.server.connections.add(self)
         if self.server.aborting.is_set():  # read after the add(); abort() does the reverse
-            self.aborting.set()
+            self.is_aborting = True
         self.log.activity("SMTP session started")
 
     def handle(self) -> None:
@@ -3030,7 +3030,9 @@ class _Connection(socketserver.BaseRequestHandler):
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
             reason = "disconnect() ended it" if self.ending.ends else reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
-        self.recorded.set()
+        with self.server.changed:
+            self.is_recorded = True
+            self.server.changed.notify_all()
         self.log.activity("SMTP session finished")
         if self.ending is _Next.RESET:
             self._reset()
@@ -3043,7 +3045,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def _say(self, reply: _Reply, request: _Request = None) -> bool:
         """Log, wait and send. Returns whether the session goes on."""
-        if self.aborting.is_set():
+        if self.is_aborting:
             return False
         is_logged = self.log.shows_activity and (reply.data or reply.next.ends)  # unless a rule only delays a body
         if is_logged and request is not None:
@@ -3093,7 +3095,8 @@ class _Connection(socketserver.BaseRequestHandler):
     def _pause(self, seconds: float) -> bool:
         """Wait. False if the session ends before that: by an RST, by the server or, in a stop, by the client's FIN."""
         if not hasattr(select, "poll"):
-            return not self.aborting.wait(seconds)
+            with self.server.changed:
+                return not self.server.changed.wait_for(lambda: self.is_aborting, seconds)
         deadline = time.monotonic() + seconds
         poll = select.poll()
         hang_up = getattr(select, "POLLRDHUP", 0)  # a FIN, or shut_down(); errors and an RST are always reported
@@ -3103,7 +3106,7 @@ class _Connection(socketserver.BaseRequestHandler):
             poll.register(self.server.wake[1], select.POLLIN)
         while events := dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000)):
             event = events.get(self.request.fileno(), 0)
-            if self.aborting.is_set() or event & ~hang_up or (event and stopping):
+            if self.is_aborting or event & ~hang_up or (event and stopping):
                 return False
             if not event:  # stop() has begun
                 stopping = True
@@ -3207,7 +3210,7 @@ class _Connection(socketserver.BaseRequestHandler):
         """End the session with a FIN or an RST. Called by any thread."""
         self.ending = _Next.RESET if reset else _Next.CLOSE
         self.must_linger = True
-        self.aborting.set()
+        self.is_aborting = True
         self.shut_down(socket.SHUT_RD if reset else socket.SHUT_RDWR)  # SHUT_WR would send a FIN before the RST
 
 
@@ -3248,19 +3251,14 @@ class _SessionThread(_Thread):
             self.listener.spare_threads.append(self)
 
 
-def _wait_for_all(events: Sequence[threading.Event], timeout: float) -> bool:
-    deadline = time.monotonic() + timeout
-    return all(event.wait(max(0.0, deadline - time.monotonic())) for event in events)
-
-
 def _join_threads(threads: Sequence[_Thread], timeout: float) -> bool:
     """Wait for the threads, without the present one, in which a callback may have called stop(). False on timeout."""
+    deadline = time.monotonic() + timeout
     others = [thread for thread in threads if thread is not threading.current_thread()]
-    have_ended = _wait_for_all([thread.ended for thread in others], timeout)
     for thread in others:
-        if thread.ended.is_set():
+        if thread.ended.wait(max(0.0, deadline - time.monotonic())):
             thread.join()
-    return have_ended
+    return all(thread.ended.is_set() for thread in others)
 
 
 # The listeners whose sockets a forked child has to close.
@@ -3284,6 +3282,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.aborting = threading.Event()  # set when the sessions that still go on must end at once
         self.closing = threading.RLock()  # held by the thread that opens or closes
         self.thread = _Thread("smtpmock listener", self.serve_forever)
+        self.changed = threading.Condition()  # notified when a session is recorded or must end; guards is_recorded
         self.has_shortage = False  # of descriptors or threads; it is logged once
         self.wake: tuple[socket.socket, ...] = ()  # a byte is sent to the first when the server stops
         try:
@@ -3392,10 +3391,12 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.aborting.set()
         for connection in self.connections.copy():
             # By an RST: a client that is still sending might wait for a minute otherwise.
-            connection.aborting.set()
+            connection.is_aborting = True
             with contextlib.suppress(OSError):
                 connection.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
             connection.shut_down(socket.SHUT_RDWR)
+        with self.changed:
+            self.changed.notify_all()
 
     def disconnect(self, *, reset: bool) -> None:
         """End the open sessions, and wait until they are recorded."""
@@ -3403,13 +3404,14 @@ class _Listener(socketserver.ThreadingTCPServer):
         for connection in connections:
             connection.disconnect(reset=reset)
         thread = threading.current_thread()
-        if isinstance(thread, _SessionThread) and thread.listener is self:
-            return  # two callbacks would wait for each other's sessions
-        recorded = [connection.recorded for connection in connections]
-        if not _wait_for_all(recorded, 0.1):
+        waits = not (isinstance(thread, _SessionThread) and thread.listener is self)  # or callbacks would deadlock
+        with self.changed:
+            self.changed.notify_all()
+            if not waits or self.changed.wait_for(lambda: all(c.is_recorded for c in connections), 0.1):
+                return
             for connection in connections:  # what waits until its client reads
                 connection.shut_down(socket.SHUT_RDWR)
-            _wait_for_all(recorded, _PATIENCE)
+            self.changed.wait_for(lambda: all(c.is_recorded for c in connections), _PATIENCE)
 
     def server_close(self) -> None:
         for sock in (self.socket, *self.wake):
@@ -3763,7 +3765,7 @@ class Server:
         for message in messages[-_REPORTED:]:
             yield f"  {message!r}, subject {message.subject!r}"
         listener = self._listener
-        connections = [] if listener is None else [c for c in listener.connections.copy() if not c.recorded.is_set()]
+        connections = [] if listener is None else [c for c in listener.connections.copy() if not c.is_recorded]
         yield f"{len(connections)} sessions are open{':' if connections else ''}"
         for connection in connections[:_REPORTED]:
             session = connection.session

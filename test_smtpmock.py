@@ -31,6 +31,7 @@ import pydoc
 import queue
 import random
 import re
+import select
 import selectors
 import shlex
 import shutil
@@ -2610,8 +2611,8 @@ class SignatureTest(unittest.TestCase):
             self.assertRegex(documentation, rf"(?m)^ *{field.name}: {re.escape(field.metadata['about'])}$")
         for shown in (Configuration, Server, Server.configure):
             text = pydoc.plain(pydoc.render_doc(shown))
-            self.assertIn("msg_line_too_long: 'str' = '500 Line too long'", text)
-        self.assertIn("on_message: 'Callable[[Message], object] | None' = None", text)
+            self.assertRegex(text, "msg_line_too_long: '?str'? = '500 Line too long'")  # 3.15 shows no quotes
+        self.assertRegex(text, r"on_message: '?Callable\[\[Message\], object\] \| None'? = None")
 
     def test_repr_shows_what_differs(self) -> None:
         expected = "Configuration(host='::1', fail_fast=True)"
@@ -4603,6 +4604,16 @@ class DisconnectTest(ServerCase):
         self.assertTrue(wait_until(lambda: len(os.listdir("/proc/self/fd")) < len(descriptors)))
         self.assertEqual(client.read(), "<closed>")
         self.assertEqual(client.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), 0)
+
+    def test_a_delay_on_a_system_without_poll(self) -> None:
+        with mock.patch.dict(vars(select)):
+            vars(select).pop("poll", None)
+            for end in (Server.disconnect, Server.stop):
+                server, client, recorder = self.serve("NOOP: delay 1000", shutdown_timeout=0)
+                client.send(b"NOOP\r\n")
+                recorder.wait_for("request: NOOP")
+                end(server)
+                self.assertEqual((client.read(), len(server.messages())), ("<closed>", 1))
 
     def test_a_session_that_has_ended_is_not_open(self) -> None:
         """Though the server waits for the client's FIN."""
