@@ -3376,7 +3376,8 @@ class Server:
 def _list_sessions(server: Server) -> list[Message | str]:
     """The recorded messages, and descriptions of the open sessions and of the connections that ended early."""
     listener = server._listener
-    mails = [] if listener is None else [connection.session.mail for connection in listener.connections.copy()]
+    connections = () if listener is None else listener.connections.copy()
+    mails = [connection.session.mail for connection in connections if not connection.recorded.is_set()]
     dialogues = ["\n".join(_format_dialogue(mail.dialogue[:])) for mail in mails if mail.entry is None]
     return [
         *server._mailbox.messages(purge=False),

@@ -5209,6 +5209,7 @@ class PytestTest(unittest.TestCase):
             client = Client(self.server)
             self.addCleanup(client.__exit__)
             client.ask("EHLO open.example.com")
+            self.assertEqual(self.sections(mock.Mock(), "call"), [])  # of a test without the fixture
             (section,) = self.sections(item, "call")
             message, session = section.split("\n\n")
             lines = message.splitlines()
@@ -5218,18 +5219,20 @@ class PytestTest(unittest.TestCase):
             self.assertEqual(self.sections(item, "call"), [])  # nothing happened since
             self.plugin.pytest_runtest_makereport(item, mock.Mock(excinfo=None))  # of a phase that passed
             item.add_report_section.assert_not_called()
-            self.assertEqual(self.sections(mock.Mock(), "call"), [])  # without the fixture
         (section,) = self.sections(item, "teardown")
         self.assertTrue(section.startswith(message))
         self.assertTrue(section.endswith("S: 250 Received\nS: <closed>"))
 
     def test_a_report_of_many_sessions_and_of_none(self) -> None:
+        for _ in range(2):
+            with self.run_test() as item:
+                self.assertEqual(self.sections(item, "call"), ["no session"])
         with self.run_test() as item:
-            self.assertEqual(self.sections(item, "call"), ["no session"])
             send(self.server, *map(str, range(20)))
-            Client(self.server).__exit__()
-            self.server.disconnect()
-            sections = self.sections(item, "call")[0].split("\n\n")
+            self.server.on("connect").reply("421 Busy").close()
+            with Client(self.server) as client:
+                self.assertEqual(client.read(), "<closed>")  # by the server; the client's end is open
+                sections = self.sections(item, "call")[0].split("\n\n")
             self.assertEqual((len(sections), sections[0]), (11, "21 messages or sessions, the last 10:"))
             self.assertRegex(sections[-1], "^a connection ended early: ")
         with self.run_test() as item:
