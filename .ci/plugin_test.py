@@ -99,6 +99,40 @@ def test_a_mark_configures_the_server_for_one_test(run: Any) -> None:
     )
 
 
+def test_marks_with_tls(run: Any, pytester: Any) -> None:
+    tests = MODULE.with_name("test_smtpmock.py").read_text(encoding="utf-8")
+    pytester.path.joinpath("server.pem").write_text(tests.partition('CERTIFICATE = """')[2].partition('"""')[0])
+    run(
+        """
+        import ssl
+
+        CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        CONTEXT.load_cert_chain("server.pem")
+        CLIENT = ssl.create_default_context(cafile="server.pem")
+
+        @pytest.mark.smtp_server(ssl_context=CONTEXT)
+        class TestTls:
+            def test_starttls(self, smtp_server):
+                with connect(smtp_server) as client:
+                    client.starttls(context=CLIENT)
+                    client.sendmail("a@example.com", ["b@example.com"], "Hello")
+                assert smtp_server.message().tls
+
+            @pytest.mark.smtp_server(implicit_tls=True)  # which needs the option of the class
+            def test_implicit(self, smtp_server):
+                with smtplib.SMTP_SSL(smtp_server.host, smtp_server.port, timeout=10, context=CLIENT) as client:
+                    client.sendmail("a@example.com", ["b@example.com"], "Hello")
+                assert smtp_server.message().tls
+
+        def test_plain(smtp_server):
+            with connect(smtp_server) as client:
+                client.ehlo()
+                assert not client.has_extn("starttls")
+        """,
+        passed=3,
+    )
+
+
 def test_a_bad_mark_fails_its_test_alone(run: Any) -> None:
     report = run(
         """
