@@ -19,7 +19,10 @@ One module, standard library only, one thread per connection. It reads from top 
     mailbox         the list of recorded messages
     logger          the Logger protocol and the default logger
     server          the connection, the listener, and Server, which owns the listener
+    pytest          the plugin
     command line    python -m smtpmock
+
+PYTEST_DONT_REWRITE: it has no assertions, and pytest would warn if a test imported it before the plugin.
 
 MIT licence, https://opensource.org/licenses/MIT. Copyright 2026 the smtpmock authors.
 """
@@ -3702,6 +3705,7 @@ class Server:
             self._use(self._made_with)
         self._rules.clear()
         self._context.log.forget_failures()
+        self._context.early_ends.clear()
         self._mailbox.messages(purge=True)
 
     def check(self) -> None:
@@ -3777,6 +3781,105 @@ class Server:
     def __repr__(self) -> str:
         state = "" if self._listener else ", not running"
         return f"<smtpmock.Server on {_format_address(self._host, self._port)}{state}>"
+
+
+# ------------------------------------------------------------------------------------------ pytest
+
+
+def _list_sessions(server: Server) -> list[Message | str]:
+    """The recorded messages, and descriptions of the open sessions and of the connections that ended early."""
+    listener = server._listener
+    connections = () if listener is None else listener.connections.copy()
+    mails = [connection.session.mail for connection in connections if not connection.recorded.is_set()]
+    dialogues = ["\n".join(_format_dialogue(mail.dialogue[:])) for mail in mails if mail.entry is None]
+    return [
+        *server._mailbox.messages(purge=False),
+        *(f"a session is open:\n{dialogue}" for dialogue in dialogues),
+        *(f"a connection ended early: {end}" for end in list(server._context.early_ends)),
+    ]
+
+
+def _describe_session(session: Message | str) -> str:
+    if isinstance(session, str):
+        return session
+    faults = [*getattr(session, "violations", []), *getattr(session, "warnings", [])]
+    return "\n".join([repr(session), session.transcript, *map(str, faults)])
+
+
+def _describe_sessions(sessions: Sequence[Message | str]) -> str:
+    parts = [f"{len(sessions)} messages or sessions, the last {_REPORTED}:"] if len(sessions) > _REPORTED else []
+    return "\n\n".join([*parts, *map(_describe_session, sessions[-_REPORTED:])]) or "no session"
+
+
+def _shared_smtp_server() -> Iterator[Server]:
+    """The server behind smtp_server, for fixtures with a larger scope that need its host and port."""
+    with Server(multiple_rcptto=True, multiple_message_receiving=True) as server:
+        yield server
+
+
+class _PytestPlugin:
+    """A fixture and hooks, and what they know of the present test."""
+
+    server: Server
+
+    def __init__(self) -> None:
+        self.test: Any = None  # the last one with the fixture
+        self.sessions: list[Message | str] = []  # of that test, after its end
+        self.shown = ""  # the last section of its report
+
+    def smtp_server(self, request: Any, shared_smtp_server: Server) -> Iterator[Server]:
+        """A running smtpmock.Server without messages and rules, which keeps all mails and recipients.
+
+        @pytest.mark.smtp_server(fail_fast=True) sets options for a test. At the end of a test that passed,
+        check() is called. The report of a test that failed shows the sessions.
+        """
+        server = self.server = shared_smtp_server
+        if not server.is_running:  # the last test stopped it
+            server.start()
+        server.reset()
+        options: dict[str, Any] = {}
+        for mark in reversed([*request.node.iter_markers("smtp_server")]):  # the nearest comes last
+            if mark.args:
+                raise ConfigurationError(f"pytest.mark.smtp_server: {mark.args[0]!r} must be an option by its name")
+            options |= mark.kwargs
+        server.configure(**options)
+        self.test, self.sessions, self.shown = request.node, [], ""
+        yield server
+        server.disconnect()
+        self.sessions = _list_sessions(server)
+        server.reset()
+
+    def check(self, item: Any) -> None:
+        """Runs after a test that passed."""
+        __tracebackhide__ = True
+        if item is self.test:
+            self.server.check()
+
+    def report(self, item: Any, call: Any) -> None:
+        if call.excinfo is not None and item is self.test:
+            text = _describe_sessions(self.sessions or _list_sessions(self.server))
+            if text != self.shown:
+                item.add_report_section(call.when, "smtp_server", text)
+            self.shown = text
+
+
+def pytest_configure(config: Any) -> None:
+    """For pytest, which finds it by the entry point of the package, or by pytest_plugins = ["smtpmock"]."""
+    import types
+
+    pytest = __import__("pytest")  # mypy knows it only where it is installed
+    text = "smtp_server(**options): options of smtpmock.Server that the fixture smtp_server has in this test"
+    config.addinivalue_line("markers", text)
+    # pytest takes the fixtures of a session from modules, and from instances only with a warning.
+    plugin, functions = _PytestPlugin(), types.ModuleType(f"{__name__}.pytest")
+    vars(functions).update(
+        shared_smtp_server=pytest.fixture(scope="session")(_shared_smtp_server),
+        smtp_server=pytest.fixture(plugin.smtp_server),
+        pytest_runtest_call=plugin.check,
+        pytest_runtest_makereport=plugin.report,
+    )
+    pytest.hookimpl(trylast=True)(_PytestPlugin.check)  # after the test itself
+    config.pluginmanager.register(functions)
 
 
 # ------------------------------------------------------------------------------------ command line

@@ -6036,7 +6036,7 @@ class ModuleTest(ProcessCase):
     def test_what_it_offers(self) -> None:
         public = {name for name, value in vars(smtpmock).items() if getattr(value, "__module__", "") == "smtpmock"}
         public = {name for name in public if not name.startswith("_")}
-        self.assertEqual(public, set(smtpmock.__all__))
+        self.assertEqual(public, {*smtpmock.__all__, "pytest_configure"})
         for name in public:
             self.assertTrue(getattr(smtpmock, name).__doc__, name)
 
@@ -6050,6 +6050,156 @@ class ModuleTest(ProcessCase):
             for name in ast.walk(node):
                 if isinstance(name, ast.Name) and id(name) not in annotations and getattr(node, "name", "") != "main":
                     self.assertGreaterEqual(name.lineno, defined.get(name.id, 0), f"{name.id} in line {name.lineno}")
+
+
+class PytestTest(unittest.TestCase):
+    """The plugin, called as pytest calls it. What needs pytest itself is in .ci/plugin_test.py."""
+
+    def setUp(self) -> None:
+        def decorate(function: Any = None, **_: object) -> Any:
+            return function or decorate
+
+        config = mock.Mock()
+        with mock.patch.dict(sys.modules, pytest=mock.Mock(fixture=decorate, hookimpl=decorate)):
+            smtpmock.pytest_configure(config)
+        self.config = config
+        self.plugin = config.pluginmanager.register.call_args.args[0]
+        shared = contextlib.contextmanager(self.plugin.shared_smtp_server)()
+        self.server: Server = shared.__enter__()
+        self.addCleanup(shared.__exit__, None, None, None)
+
+    @contextlib.contextmanager
+    def run_test(self, *marks: Any) -> Iterator[Any]:
+        """A test that has the fixture."""
+        item = mock.Mock(iter_markers=lambda name: iter(marks))
+        with contextlib.contextmanager(self.plugin.smtp_server)(mock.Mock(node=item), self.server) as server:
+            self.assertIs(server, self.server)
+            yield item
+
+    def mark(self, *arguments: Any, **options: Any) -> Any:
+        return mock.Mock(args=arguments, kwargs=options)
+
+    def sections(self, item: Any, when: str) -> list[str]:
+        """What the report of this phase of a failed test gets."""
+        item.add_report_section.reset_mock()
+        self.plugin.pytest_runtest_makereport(item, mock.Mock(when=when))
+        added = [call.args for call in item.add_report_section.call_args_list]
+        self.assertEqual([section[:2] for section in added], [(when, "smtp_server")] * len(added))
+        return [section[2] for section in added]
+
+    def test_each_test_has_the_server_to_itself(self) -> None:
+        before = self.server.port
+        for _ in range(2):
+            with self.run_test():
+                self.assertEqual((self.server.port, self.server.messages()), (before, []))
+                self.server.on("NOOP").reply("250 rule")
+                send(self.server, "first", "second")
+                leftover = Client(self.server)
+                self.assertEqual(leftover.ask(*ENVELOPE, "RCPT TO:<c@b.com>", "NOOP")[-1], "250 rule")
+                self.assertEqual([message.content for message in self.server.messages()], [b"first\r\n", b"second\r\n"])
+            with leftover:
+                self.assertEqual(leftover.read(), "<closed>")
+            self.assertEqual(self.server.messages(), [])
+
+    def test_a_stopped_server_is_started_again(self) -> None:
+        with self.run_test():
+            self.server.stop()
+        with self.run_test(), Client(self.server) as client:
+            self.assertEqual(client.greeting, "220 Welcome")
+
+    def test_marks(self) -> None:
+        (kind, line), _ = self.config.addinivalue_line.call_args
+        self.assertEqual((kind, line.partition(":")[0]), ("markers", "smtp_server(**options)"))
+        near, far = self.mark(msg_greeting="220 near"), self.mark(msg_greeting="220 far", fail_fast=True)
+        with self.run_test(near, far), Client(self.server) as client:
+            self.assertEqual(
+                [client.greeting, *client.ask("FOO"), client.read()], ["220 near", UNRECOGNIZED, "<closed>"]
+            )
+        for mark, text in (
+            (self.mark(multiple_rcpto=True), "multiple_rcpto=True: .* did you mean multiple_rcptto"),
+            (self.mark(port=25), "port=25: "),
+            (self.mark("fail_fast"), "'fail_fast' must be an option by its name"),
+        ):
+            with self.subTest(text), self.assertRaisesRegex(ConfigurationError, text), self.run_test(mark):
+                pass
+        with self.run_test(), Client(self.server) as client:
+            self.assertEqual([client.greeting, *client.ask("FOO", "NOOP")], ["220 Welcome", UNRECOGNIZED, "250 Ok"])
+
+    def test_check(self) -> None:
+        with self.run_test() as item:
+            self.server.on("VRFY").reply("252 Perhaps")
+            self.plugin.pytest_runtest_call(mock.Mock())  # a test without the fixture
+            with self.assertRaisesRegex(AssertionError, "VRFY.* was never hit"):
+                self.plugin.pytest_runtest_call(item)
+        with self.run_test() as item:
+            self.plugin.pytest_runtest_call(item)
+
+    def test_the_report_of_a_failed_test(self) -> None:
+        with self.run_test() as item:
+            send(self.server, "hi")
+            client = Client(self.server)
+            self.addCleanup(client.__exit__)
+            client.ask("EHLO open.example.com")
+            self.assertEqual(self.sections(mock.Mock(), "call"), [])  # of a test without the fixture
+            (section,) = self.sections(item, "call")
+            message, session = section.split("\n\n")
+            lines = message.splitlines()
+            self.assertEqual(lines[0], repr(self.server.messages()[0]))
+            self.assertIn("C: <4 bytes>", lines)
+            self.assertEqual(session, "a session is open:\nS: 220 Welcome\nC: EHLO open.example.com\nS: 250 Received")
+            self.assertEqual(self.sections(item, "call"), [])  # nothing happened since
+            self.plugin.pytest_runtest_makereport(item, mock.Mock(excinfo=None))  # of a phase that passed
+            item.add_report_section.assert_not_called()
+        (section,) = self.sections(item, "teardown")
+        self.assertTrue(section.startswith(message))
+        self.assertTrue(section.endswith("S: 250 Received\nS: <closed>"))
+
+    def test_a_report_of_many_sessions_and_of_none(self) -> None:
+        for _ in range(2):
+            with self.run_test() as item:
+                self.assertEqual(self.sections(item, "call"), ["no session"])
+        with self.run_test() as item:
+            send(self.server, *map(str, range(20)))
+            self.server.on("connect").reply("421 Busy").close()
+            with Client(self.server) as client:
+                self.assertEqual(client.read(), "<closed>")  # by the server; the client's end is open
+                sections = self.sections(item, "call")[0].split("\n\n")
+            self.assertEqual((len(sections), sections[0]), (11, "21 messages or sessions, the last 10:"))
+            self.assertRegex(sections[-1], "^a connection ended early: ")
+        with self.run_test() as item:
+            self.assertEqual(self.sections(item, "call"), ["no session"])
+
+    def test_what_the_client_did_wrong_is_in_the_report(self) -> None:
+        with (
+            self.run_test() as item,
+            mock.patch.multiple(Message, create=True, violations=["a violation"], warnings=["a warning"]),
+        ):
+            send(self.server, "hi")
+            self.assertEqual(self.sections(item, "call")[0].splitlines()[-2:], ["a violation", "a warning"])
+
+
+class PackageTest(ProcessCase):
+    """The package that pyproject.toml makes of the module."""
+
+    def setUp(self) -> None:
+        self.project = (HERE / "pyproject.toml").read_text(encoding="utf-8")
+
+    def test_it_runs_and_is_typed(self) -> None:
+        files = dict(re.findall(r'^"(.+)" = "(smtpmock/.+)"$', self.project, re.MULTILINE))
+        self.assertEqual(sorted(files.values()), ["smtpmock/__init__.py", "smtpmock/__main__.py", "smtpmock/py.typed"])
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "smtpmock").mkdir()
+            for source, target in files.items():
+                shutil.copy(HERE / source, Path(folder, target))
+            said = self.finish(self.launch("-W", "error", "-m", "smtpmock", "-v", cwd=folder))
+            self.assertEqual(said.splitlines()[0], f"smtpmock: {smtpmock.__version__}")
+
+    def test_what_it_says_of_the_module(self) -> None:
+        description = re.search('^description = "(.*)"$', self.project, re.MULTILINE)
+        assert description is not None
+        self.assertEqual(description[1], (smtpmock.__doc__ or "").splitlines()[0])
+        self.assertIn('[project.scripts]\nsmtpmock = "smtpmock:main"\n', self.project)
+        self.assertIn('[project.entry-points.pytest11]\nsmtpmock = "smtpmock"\n', self.project)
 
 
 class ReadmeTest(ProcessCase):

@@ -1,0 +1,3 @@
+import smtpmock
+
+raise SystemExit(smtpmock.main())
