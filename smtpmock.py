@@ -3722,10 +3722,14 @@ class Server:
         if faults:
             raise AssertionError("\n".join(faults))
 
+    def _list_connections(self) -> list[_Connection]:
+        """Those of the sessions that go on."""
+        listener = self._listener
+        return [] if listener is None else [c for c in listener.connections.copy() if not c.is_recorded]
+
     def _list_requests(self) -> list[str]:
         """The commands of the last messages and of the open sessions."""
-        listener = self._listener
-        connections = [] if listener is None else list(listener.connections.copy())[:_REPORTED]
+        connections = self._list_connections()[:_REPORTED]
         dialogues = [message._dialogue[: message._said] for message in self._mailbox.messages(purge=False)[-100:]]
         dialogues += [connection.session.mail.dialogue[:] for connection in connections]
         return [said for dialogue in dialogues for said in dialogue[::2] if isinstance(said, str)]
@@ -3768,8 +3772,7 @@ class Server:
             yield "  ..."
         for message in messages[-_REPORTED:]:
             yield f"  {message!r}, subject {message.subject!r}"
-        listener = self._listener
-        connections = [] if listener is None else [c for c in listener.connections.copy() if not c.is_recorded]
+        connections = self._list_connections()
         yield f"{len(connections)} sessions are open{':' if connections else ''}"
         for connection in connections[:_REPORTED]:
             session = connection.session
@@ -3788,9 +3791,7 @@ class Server:
 
 def _list_sessions(server: Server) -> list[Message | str]:
     """The recorded messages, and descriptions of the open sessions and of the connections that ended early."""
-    listener = server._listener
-    connections = () if listener is None else listener.connections.copy()
-    mails = [connection.session.mail for connection in connections if not connection.recorded.is_set()]
+    mails = [connection.session.mail for connection in server._list_connections()]
     dialogues = ["\n".join(_format_dialogue(mail.dialogue[:])) for mail in mails if mail.entry is None]
     return [
         *server._mailbox.messages(purge=False),
@@ -3802,8 +3803,7 @@ def _list_sessions(server: Server) -> list[Message | str]:
 def _describe_session(session: Message | str) -> str:
     if isinstance(session, str):
         return session
-    faults = [*getattr(session, "violations", []), *getattr(session, "warnings", [])]
-    return "\n".join([repr(session), session.transcript, *map(str, faults)])
+    return "\n".join([repr(session), session.transcript, *map(str, session.violations + session.warnings)])
 
 
 def _describe_sessions(sessions: Sequence[Message | str]) -> str:

@@ -6219,8 +6219,9 @@ class ReadmeTest(ProcessCase):
             self.run_python(example, "-W", "error", folder=folder)
 
     def test_python_examples(self) -> None:
-        pytest = types.ModuleType("pytest")
-        vars(pytest)["fixture"] = lambda function=None, **_: function or (lambda function: function)
+        pytest: Any = types.ModuleType("pytest")
+        pytest.raises = self.assertRaises
+        pytest.mark = mock.Mock(smtp_server=lambda **options: lambda test: vars(test).update(options=options) or test)
         for example in self.blocks("python"):
             with self.subTest(example), mock.patch.dict(sys.modules, pytest=pytest):
                 space: dict[str, Any] = {"__name__": "readme"}
@@ -6229,7 +6230,7 @@ class ReadmeTest(ProcessCase):
                     self.run_tests_of(space)
 
     def run_tests_of(self, space: dict[str, Any]) -> None:
-        """What an example defines: unittest's classes, and pytest's functions with a fixture."""
+        """What an example defines: unittest's classes, and pytest's functions with the fixture."""
         for name, value in list(space.items()):
             if isinstance(value, type) and issubclass(value, unittest.TestCase):
                 result = unittest.TestResult()
@@ -6237,16 +6238,9 @@ class ReadmeTest(ProcessCase):
                 self.assertEqual((result.errors, result.failures), ([], []))
                 self.assertGreater(result.testsRun, 0)
             elif name.startswith("test_"):
-                with contextlib.ExitStack() as stack:
-                    value(*self.fixtures(value, space, stack))
-
-    def fixtures(self, function: Any, space: dict[str, Any], stack: contextlib.ExitStack) -> Iterator[Any]:
-        """The values of its parameters, which functions of these names yield or return, as in pytest."""
-        for name in inspect.signature(function).parameters:
-            value = space[name](*self.fixtures(space[name], space, stack))
-            if inspect.isgenerator(value):
-                stack.callback(next, value, None)
-            yield next(value) if inspect.isgenerator(value) else value
+                options = {"multiple_rcptto": True, "multiple_message_receiving": True, **getattr(value, "options", {})}
+                with Server(**options) as server:
+                    value(server)
 
     def test_examples_that_need_other_packages(self) -> None:
         for example in self.blocks("py"):
