@@ -586,6 +586,9 @@ _PARAMETERS = {
     "ENVID": ("MAIL", "DSN", f"{_XTEXT}{{1,100}}"),
     "NOTIFY": ("RCPT", "DSN", "NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*"),
     "ORCPT": ("RCPT", "DSN", f"[A-Z0-9-]+;{_XTEXT}+"),
+    "BY": ("MAIL", "DELIVERBY", "[^?]*"),  # RFC 2852
+    "HOLDFOR": ("MAIL", "FUTURERELEASE", "[^?]*"),  # RFC 4865
+    "HOLDUNTIL": ("MAIL", "FUTURERELEASE", "[^?]*"),
 }
 
 
@@ -608,7 +611,7 @@ class _FaultyLine(str):
 class _FaultyBody(int):
     """The size of a body, with such faults."""
 
-    undotted = ""  # the first line that began with a single dot
+    faults: tuple[tuple[str, str], ...] = ()  # codes of violations, each with its line
     is_partial = False  # whether the session ended before the body
 
 
@@ -709,7 +712,9 @@ _VIOLATIONS = {
 }
 
 # The verbs of all RFCs, and what this module calls the other things that a client sends.
-_VERBS = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY EXPN HELP STARTTLS AUTH ETRN ATRN TURN BURL SEND SOML SAML"
+_VERBS = (
+    "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY EXPN HELP STARTTLS AUTH ETRN ATRN TURN BURL SEND SOML SAML LHLO"
+)
 _REQUESTS = (*_VERBS.split(), "answer", "message")
 _KEYWORDS = {"STARTTLS": "STARTTLS", "AUTH": "AUTH", "BDAT": "CHUNKING", "ETRN": "ETRN", "ATRN": "ATRN", "BURL": "BURL"}
 _HELLO, _PATHS, _IN_CLEAR = ("EHLO", "HELO"), ("MAIL", "RCPT"), ("PLAIN", "LOGIN")
@@ -719,12 +724,16 @@ _LAST_OF_GROUP = ("EHLO", "DATA", "NOOP", "QUIT", "VRFY", "EXPN", "TURN", "AUTH"
 # The strict grammar of RFC 5321 section 4.1.2, where the server's own is tolerant.
 _HOST = rf"{_LABEL}(?:\.{_LABEL})*"
 _IPV4 = r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}"
-_STRICT_DOMAIN = re.compile(rf"(?!{_IPV4}$){_HOST}|\[(?:{_IPV4}|[A-Za-z0-9-]+:[!-Z^-~]+)\]")
+_STRICT_DOMAIN = re.compile(rf"(?=[ -~]*$)(?!{_IPV4}$){_HOST}")  # ASCII, RFC 6531 section 3.7.1
 _STRICT_MAILBOX = rf"<(?:@[^<>: ]+:)?(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_HOST}|\[[^\[\]]+\])>"
 _STRICT_COMMAND = re.compile(
     rf"(?:MAIL FROM:(?:<>|{_STRICT_MAILBOX})|RCPT TO:(?:<postmaster>|{_STRICT_MAILBOX}))(?: .*)?", re.IGNORECASE
 )
-_LONG_PATH = re.compile("<?(?!<).{65,}@|.{257}")
+
+
+def _is_too_long(path: str) -> bool:
+    local = path.strip("<>").rpartition(":")[2].rpartition("@")[0]  # without a source route
+    return max(len(text.encode("utf-8", "surrogateescape")) - most for text, most in ((local, 64), (path, 256))) > 0
 
 
 class _Client:
@@ -736,12 +745,12 @@ class _Client:
     recipients: list[str] = []  # accepted since
     announced: dict[str, list[str]] = {}  # extensions, each with its words
     is_greeted = is_in_mail = is_challenged = has_begun_tls = was_told_421 = False
-    was_refused_data = ignores_refusal = False
+    was_refused_data = ignores_refusal = has_chunks = False
     is_ahead = is_blind = False  # sent before the last reply, and allowed to be (RFC 2920)
 
     def read(self, request: _Request, reply: _Request) -> None:
         self.reply = str(reply or "")
-        self.line = request if isinstance(request, str) else getattr(request, "undotted", "")
+        self.line = request if isinstance(request, str) else ""
         verb, _, argument = self.line.replace("\t", " ").partition(" ")
         self.verb = "answer" if self.is_challenged else verb.upper() if verb.isascii() else ""
         if not isinstance(request, str):
@@ -757,7 +766,7 @@ class _Client:
         self.has_more = isinstance(reply, _EarlyReply)
         self._read_faults(getattr(request, "faults", ()))
 
-    def _read_faults(self, faults: tuple[str, ...]) -> None:
+    def _read_faults(self, faults: tuple[Any, ...]) -> None:
         # Extensions allow longer lines: parameters do, and RFC 4954 section 4 for an answer to a challenge.
         is_long = self.line != "***" if self.verb == "answer" else not self.given or len(self.line) > 1010
         self.faults = [fault for fault in faults if fault != "long-command" or is_long]
@@ -780,6 +789,7 @@ class _Client:
             for line in self.reply.upper().replace("AUTH=", "AUTH ").splitlines()[1:]:
                 name, *words = line[4:].split() or [""]
                 self.announced.setdefault(name, []).extend(words)
+        self.has_chunks = accepted == "BDAT" or (self.has_chunks and accepted == "")
         if accepted == "MAIL":
             self.is_in_mail, self.parameters, self.recipients = True, self.given, []
         elif accepted == "RCPT" and self.is_in_mail:
@@ -794,25 +804,28 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_Client], object]]
     ("data-before-354", ("DATA",), lambda it: it.sends_mail_early),
     ("pipelining", (), lambda it: it.has_more and not (it.may_pipeline or it.sends_mail_early)),
     ("pipelining-order", _LAST_OF_GROUP, lambda it: it.has_more and it.may_pipeline and not it.may_go_on),
-    ("unknown-command", (), lambda it: it.is_unknown and it.reply[:1] == "5"),
+    ("unknown-command", (), lambda it: it.is_unknown and it.reply[:1] == "5" and it.verb not in it.announced),
     ("no-hello", ("MAIL",), lambda it: not (it.is_greeted or it.has_begun_tls or it.is_blind)),
-    ("hello-invalid", _HELLO, lambda it: not _STRICT_DOMAIN.fullmatch(it.argument)),
+    (
+        "hello-invalid",
+        _HELLO,
+        lambda it: not (_STRICT_DOMAIN.fullmatch(it.argument) or _is_address_literal(it.argument)),
+    ),
     ("hello-not-fqdn", _HELLO, lambda it: re.fullmatch(_LABEL, it.argument)),
     ("unannounced-command", tuple(_KEYWORDS), lambda it: _KEYWORDS[it.verb] not in it.announced),
     ("unannounced-mechanism", ("AUTH",), lambda it: it.mechanism not in it.announced.get("AUTH", it.mechanism)),
     ("auth-in-clear", ("AUTH",), lambda it: it.mechanism in _IN_CLEAR and "STARTTLS" in it.announced),
     ("superfluous-argument", ("DATA", "RSET", "QUIT", "STARTTLS"), lambda it: it.argument),
     ("bad-sequence", ("AUTH",), lambda it: it.is_in_mail),
+    ("bad-sequence", ("DATA",), lambda it: it.has_chunks or it.parameters.get("BODY") == "BINARYMIME"),  # RFC 3030
     ("bad-sequence", ("RCPT",), lambda it: not (it.is_in_mail or it.is_blind)),
     ("nested-mail", ("MAIL",), lambda it: it.is_in_mail and not it.is_blind),
-    ("path-syntax", _PATHS, lambda it: not _STRICT_COMMAND.fullmatch(it.line)),
-    ("path-too-long", _PATHS, lambda it: _LONG_PATH.match(it.path)),
+    ("path-syntax", _PATHS, lambda it: not (_STRICT_COMMAND.fullmatch(it.line) and it.line.isprintable())),
+    ("path-too-long", _PATHS, lambda it: _is_too_long(it.path)),
     ("unannounced-parameter", _PATHS, lambda it: it.needed.difference(it.announced)),
     ("undeclared-utf8", ("MAIL",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.given),
     ("undeclared-utf8", ("RCPT",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.parameters),
     ("no-recipient", ("DATA", "BDAT"), lambda it: not ((it.is_in_mail and it.recipients) or it.is_blind)),
-    ("unstuffed-dot", ("message",), lambda it: it.line and it.line[1:2] not in ("\r", "\n")),
-    ("false-end", ("message",), lambda it: it.line[1:2] in ("\r", "\n")),
 )
 
 _Findings = Iterator[tuple[str, str]]  # codes, each with its line
@@ -825,7 +838,7 @@ def _check_dialogue(dialogue: list[_Request], client: _Client) -> _Findings:
             continue
         client.read(request, reply)
         if client.verb != "greeting":
-            yield from ((fault, client.line) for fault in client.faults)
+            yield from ((fault, client.line) if isinstance(fault, str) else fault for fault in client.faults)
             for code, verbs, is_wrong in _DIALOGUE_CHECKS:
                 if (not verbs or client.verb in verbs) and is_wrong(client):
                     yield code, client.line
@@ -838,7 +851,7 @@ def _check_dialogue(dialogue: list[_Request], client: _Client) -> _Findings:
 _HEAD_END = re.compile(rb"\A\r\n(?=[ \t])|\n(?![!-9;-~]+:|[ \t])")
 _NOT_ASCII = re.compile(rb"[^\0-\x7f]")
 _NOT_QUOTED = re.compile(  # lines of 77 and 78 are let through, because CPython's `email` makes them
-    rb"\n[^\r\n]{79}|=(?![0-9A-Fa-f]{2}|[ \t]*(?:\r?\n|\Z))|[^\t\r\n -~]"
+    rb"\n[^\r\n]{79}|=(?![0-9A-Fa-f]{2}|[ \t]*(?:\r?\n|\Z))|[^= \t\r\n][ \t]+\r?\n|[^\t\r\n -~]"
 )
 _CONTENT_CHECKS = {
     "bare-lf": re.compile(rb"\n(?<!\r\n)"),
@@ -859,12 +872,12 @@ def _find_line(pattern: re.Pattern[bytes], data: bytes) -> Iterator[str]:
     match = pattern.search(data)
     if match is not None:
         start = data.rfind(b"\n", 0, match.end() - 1) + 1
-        yield _decode(data[start : start + 200].partition(b"\n")[0])
+        yield _decode(data[start : start + 200].partition(b"\n")[0].rstrip(b"\r"))
 
 
 def _check_content(content: bytes, client: _Client, is_counted: bool) -> _Findings:
     data, kind, size = b"\r\n" + content, client.parameters.get("BODY"), client.parameters.get("SIZE", "")
-    for code, pattern in _CONTENT_CHECKS.items() if kind != "BINARYMIME" else ():
+    for code, pattern in _CONTENT_CHECKS.items() if not (is_counted and kind == "BINARYMIME") else ():
         if code != "false-end" or not is_counted:
             yield from ((code, line) for line in _find_line(pattern, data))
     if re.fullmatch("[0-9]{1,20}", size) and len(content) > int(size) + 2:  # some do not count the last CRLF
@@ -872,7 +885,7 @@ def _check_content(content: bytes, client: _Client, is_counted: bool) -> _Findin
     end = _HEAD_END.search(data)
     head, body = (data[: end.end()], data[end.end() :]) if end else (data, b"")
     if not re.match(rb"\r?\n|\Z", body):
-        yield "header-syntax", _decode(body[:200].partition(b"\n")[0])
+        yield "header-syntax", _decode(body[:200].partition(b"\n")[0].rstrip(b"\r"))
     if "SMTPUTF8" not in client.parameters:
         yield from (("header-raw", line) for line in _find_line(_NOT_ASCII, head))
     if "8BITMIME" not in client.announced or kind not in ("8BITMIME", "BINARYMIME"):
@@ -886,14 +899,16 @@ _SINGULAR_HEADERS = (*_ADDRESS_HEADERS, "date", "bcc", "message-id", "in-reply-t
 _BOUNDARY_DEFECTS = ("NoBoundaryInMultipartDefect", "StartBoundaryNotFoundDefect", "CloseBoundaryNotFoundDefect")
 _NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
 _ENCODED_WORD = re.compile(r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?=")
-_MESSAGE_ID = re.compile(r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*(?:\([^()]*\)\s*)?")
+_COMMENT = re.compile(r"\([^()]*\)")
+_MESSAGE_ID = re.compile(r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*")
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _DATE = re.compile(
-    r"\s*(?:(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?(?:0?[1-9]|[12][0-9]|3[01])\s+"
-    r"(?:Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec)\s+[0-9]{4}\s+"
-    r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{4}\s*(?:\([^()]*\)\s*)*"
+    r"\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{4})\s+"
+    r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{2}[0-5][0-9]\s*",
+    re.IGNORECASE,
 )
-
-_HEADER_LIMIT = 10000  # characters, beyond which headers are not taken apart: `email` takes the square of the length
+# Longer headers are not taken apart, because `email` takes the square of their length.
+_HEADER_LIMIT, _MIME_HEADER_LIMIT = 10000, 2000
 
 
 @functools.cache
@@ -904,7 +919,7 @@ def _make_email_policy() -> Any:
     class Policy(EmailPolicy):
         def header_fetch_parse(self, name: str, value: str) -> Any:
             try:
-                if name.lower().startswith("content-") and len(value) > _HEADER_LIMIT:
+                if name.lower().startswith("content-") and len(value) > _MIME_HEADER_LIMIT:
                     raise ValueError("it is too long")
                 return super().header_fetch_parse(name, value)
             except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
@@ -926,6 +941,24 @@ def _parse_header(name: str, value: str) -> tuple[Any, bool]:
     text = _ENCODED_WORD.sub("x", value)  # encoded words have a check of their own
     header = _make_email_policy().header_fetch_parse(name, text.rstrip("; \t\r\n") if name == _TYPE else text)
     return header, any(isinstance(defect, InvalidHeaderDefect) for defect in header.defects)
+
+
+def _strip_comments(value: str) -> str:
+    for _ in range(4):  # which may be nested; without a limit, this might take the square of the length
+        value = _COMMENT.sub(" ", value)
+    return value
+
+
+def _is_bad_date(value: str) -> bool:
+    import datetime
+
+    match = _DATE.fullmatch(_strip_comments(value))
+    try:
+        assert match is not None
+        date = datetime.date(int(match[4]), _MONTHS.index(match[3].lower()) + 1, int(match[2]))
+    except (AssertionError, ValueError):
+        return True
+    return match[1] is not None and match[1].title() != date.strftime("%a")
 
 
 def _has_no_address(value: str) -> bool:
@@ -956,14 +989,14 @@ def _is_bad_word(match: re.Match[str]) -> bool:
     encoding = {"b": "base64", "q": "quoted-printable"}.get(kind.lower())
     if encoding is None or not text.isascii() or not re.fullmatch(r"\S+", text) or around.strip("( \t\r\n)"):
         return True
-    data = text.encode()
+    data = text.encode() + b"x" * (encoding != "base64")  # which would make a = at the end of a word wrong
     return bool(_ENCODINGS[encoding][1].search(data)) or not _can_decode(data, encoding, charset.partition("*")[0])
 
 
 # A code, the headers that it is about (none: all but those of MIME), and when a value is wrong.
 _HEADER_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[str], object]], ...] = (
-    ("bad-date", ("date",), lambda value: not _DATE.fullmatch(value)),
-    ("bad-message-id", ("message-id",), lambda value: not _MESSAGE_ID.fullmatch(value)),
+    ("bad-date", ("date",), _is_bad_date),
+    ("bad-message-id", ("message-id",), lambda value: not _MESSAGE_ID.fullmatch(_strip_comments(value))),
     ("bad-address", _ADDRESS_HEADERS, _has_no_address),
     ("encoded-word", (), lambda value: any(map(_is_bad_word, _ENCODED_WORD.finditer(value)))),
     # CPython's `email` makes words of 76.
@@ -993,25 +1026,31 @@ def _check_header_set(first: dict[str, str], client: _Client) -> _Findings:
         yield "no-message-id", ""
     if "mime-version" not in first:
         yield from [("no-mime-version", f"{name}: {first[name]}") for name in _MIME if name in first][:1]
-    bcc = _parse_header("bcc", first.get("bcc", ""))[0]
-    hidden = [address.addr_spec.lower() for address in getattr(bcc, "addresses", ())]
+    from email.utils import getaddresses
+
+    hidden = [address.lower() for _, address in getaddresses([first.get("bcc", ""), first.get("resent-bcc", "")])]
+    hidden = [address for address in hidden if address]
     if not set(hidden).issuperset(client.recipients):  # else this is the copy for the hidden ones
         yield from (("bcc-disclosed", address) for address in hidden)
 
 
-def _check_part(part: Any, first: dict[str, str], client: _Client) -> _Findings:
-    encoding = first.get(_ENCODING, "7bit").strip().lower()
+def _check_part(part: Any, first: dict[str, str], client: _Client, *, is_mail: bool) -> _Findings:
+    encoding = _strip_comments(first.get(_ENCODING, "7bit")).strip().lower()
     kind = _parse_header(_TYPE, first.get(_TYPE, "text/plain"))[0]
     name, parameters = getattr(kind, "content_type", "text"), getattr(kind, "params", {})
-    is_composite = part.is_multipart() or name.startswith("multipart/")
+    is_composite = name.startswith("multipart/") or name in ("message/rfc822", "message/partial")
     allowed = ["7bit", "8bit"] if is_composite else [*_ENCODINGS, "8bit"]
     allowed += ["binary"] if client.parameters.get("BODY") == "BINARYMIME" else []
     if encoding not in allowed and not encoding.startswith("x-"):  # RFC 2045 section 6.3 allows private ones
         yield "bad-encoding", f"Content-Transfer-Encoding: {encoding}"
     defects = {type(defect).__name__ for defect in part.defects}
+    if not is_mail and "MissingHeaderBodySeparatorDefect" in defects:
+        yield "header-syntax", f"Content-Type: {first.get(_TYPE)}"
+    if not is_mail and "SMTPUTF8" not in client.parameters:
+        yield from (("header-raw", f"{name}: {value}") for name, value in first.items() if not value.isascii())
     if len(parameters.get("boundary", "")) > 70 or defects.intersection(_BOUNDARY_DEFECTS):
         yield "bad-boundary", f"Content-Type: {first.get(_TYPE)}"
-    if is_composite:
+    if is_composite or part.is_multipart():
         return
     data = b"\r\n" + str(part._payload).encode("utf-8", "surrogateescape")  # get_payload() would decode it
     code, pattern = _ENCODINGS.get(encoding, ("", _NOT_ASCII))
@@ -1034,7 +1073,7 @@ def _check_mail(message: Message, client: _Client) -> _Findings:
         first = {name.lower(): value for name, value in reversed(fields)}
         yield from _check_header_set(first, client) if is_mail else ()
         yield from _check_headers(fields)
-        yield from _check_part(part, first, client)
+        yield from _check_part(part, first, client, is_mail=is_mail)
         if part.is_multipart() and part.get_content_maintype() == "multipart":  # others wrote a mail within the mail
             parts += reversed(part.get_payload())
 
@@ -1045,10 +1084,15 @@ def _find_violations(message: Message) -> list[Violation]:
     if dialogue[3:4] == [_TRUNCATED]:  # what was announced is not known any more
         return []
     found = [*_check_dialogue(dialogue, client)]
-    if body is not None and body.value is not None and not getattr(body.request, "is_partial", False):
+    # RFC 2920 section 3.1 has a client end a mail without recipients that was asked for all the same with a lone dot.
+    is_complete = body is not None and body.value is not None and not getattr(body.request, "is_partial", False)
+    if body is not None and is_complete and (body.value or client.recipients):
         found += _check_content(body.value, client, message.data_request[:4].upper() == "BDAT")
         found += _check_mail(message, client)
-    lines = ((code, line[:200].encode("utf-8", "backslashreplace").decode()[:200]) for code, line in found)
+    lines = (
+        (code, line[:200].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")[:200])
+        for code, line in found
+    )
     return [
         Violation(code, *_VIOLATIONS[code], line)
         for code, line in dict.fromkeys(lines)
@@ -2020,7 +2064,10 @@ class _EndOfBody(Handler):
     def refuse(self, session: _Session, value: Any) -> str | None:
         body = session.mail.body
         violations = session.message(body.size, value).violations if self.options.strict and body else []
-        return self.options.msg_violation.replace("{violation}", str(violations[0])) if violations else None
+        if not violations:
+            return None
+        text = str(violations[0]).encode("ascii", "backslashreplace").decode()
+        return self.options.msg_violation.replace("{violation}", text[:400])  # RFC 5321 section 4.5.3.1.5
 
     def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
         reply = super()._run(session, stage, request, argument)
@@ -2264,6 +2311,13 @@ class _Unknown(Handler):
     bad_argument = "msg_invalid_cmd"
     _before_tls = True
 
+    def _start(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+        # What follows an AUTH that was refused may be the answer to a challenge that was not sent.
+        before = str(session.mail.dialogue[-2:-1])[2:].upper()
+        if verb.startswith("AUTH") or before.startswith(("AUTH", "***")):
+            request = _hide(request, f"{request[:5]} ***" if verb.startswith("AUTH") else "***")
+        return super()._start(session, verb, request, argument)
+
 
 class _TooLong(_Unknown):
     """A command line that was too long to keep."""
@@ -2316,6 +2370,7 @@ _AUTH_LINE_LIMIT = 12288  # where lines may hold tokens; RFC 4954 section 4
 
 # Only CRLF ends a line: if a bare LF did, a mail could smuggle in another one (RFC 5321 section 4.1.1.4).
 _END_OF_DATA = b"\r\n.\r\n"
+_DOT_FAULTS = {"unstuffed-dot": rb"\r\n(\.[^.\r\n][^\r\n]{0,199})", "false-end": rb"\r\n(\.)[\r\n]"}
 _DIALOGUE_LIMIT = 20000  # requests and replies in a transcript; an endless session must not fill the memory
 _TRUNCATED = "<truncated>"
 
@@ -2377,12 +2432,12 @@ class _Body:
         return bytes(memoryview(raw)[2:]) if self._is_kept and len(raw) - 2 <= self._limit else None
 
     def find_faults(self, content: bytes) -> None:
-        """Keep with the size the first line whose dot was not doubled."""
+        """Keep with the size the first line whose dot was not doubled, and the first that is nothing but a dot."""
         # Each dot that was doubled has left one.
         if self.size - len(content) != content.count(b"\r\n.") + content.startswith(b"."):
-            found = re.search(rb"\r\n(\.(?:[\r\n]|[^.][^\r\n]{0,200}))", self._raw)
+            found = [(code, re.search(pattern, self._raw)) for code, pattern in _DOT_FAULTS.items()]
             self.size = _FaultyBody(self.size)
-            self.size.undotted = _decode(found[1]) if found else ""
+            self.size.faults = tuple((code, _decode(match[1])) for code, match in found if match)
 
 
 class _Mail:
@@ -2434,6 +2489,7 @@ class _Context(NamedTuple):
     rules: _Rules
     on_message: Callable[[Message], object] = _ignore  # called with each accepted message, before the reply to it
     on_unaccepted: Callable[[Message], object] = _ignore  # called with each other message at the end of its session
+    on_erase: Callable[[Message], object] = _ignore  # called with a message before a refused mail is erased from it
     early_ends: deque[str] = deque(maxlen=10)  # connections that ended before any command, and why
 
 
@@ -2758,6 +2814,13 @@ class _Session:
         mail = self.mail
         if mail.steps.keys().isdisjoint(steps) or (mail.entry is not None and self._keeps_messages):
             return
+        if (
+            self.context.on_erase is not _ignore
+            and "msg" in steps
+            and "msg" in mail.steps
+            and not mail.steps["msg"].accepted
+        ):
+            self._call(self.context.on_erase, self._make_message())
         for step in steps:
             mail.steps.pop(step, None)
         mail.accepted_steps.difference_update(steps)
@@ -4170,16 +4233,16 @@ class _Narrator:
 
 
 class _Linter:
-    """Prints violations and warnings on stderr, each once for a session."""
+    """Prints violations and warnings on stderr, each once for a message."""
 
     def __init__(self) -> None:
         self.has_found_error = False
-        self._printed: set[tuple[tuple[str, int], Violation]] = set()
+        self._printed: set[tuple[int, Violation]] = set()
 
     def __call__(self, message: Message) -> None:
         for found in (*message.violations, *message.warnings):
-            if (message.peer, found) not in self._printed:
-                self._printed.add((message.peer, found))
+            if (message.id, found) not in self._printed:
+                self._printed.add((message.id, found))
                 self.has_found_error = self.has_found_error or found.severity == "error"
                 with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody has to read it
                     sys.stderr.write(f"smtpmock: message {message.id}: {found.severity}: {found}\n")
@@ -4416,6 +4479,7 @@ def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns
     server._context = server._context._replace(
         on_message=functools.partial(_deliver, [*_open_files(own), *tellers], printer),
         on_unaccepted=lambda message: [tell(message) for tell in tellers],
+        on_erase=linter if own.get("lint") else _ignore,
     )
     control = functools.partial(_obey_lines, server, printer, _open_stdin()) if own.get("control") else None
 

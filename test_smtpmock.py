@@ -1334,6 +1334,23 @@ bad-base64 x3: ENVELOPE | HEAD | MIXED | | --x | CTE: base64 | | Hello! | --x | 
 wrong-charset x3: ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 |
     CTE: quoted-printable | | =FC | --x | Content-Type: text/html; charset=nothing | | Hello |
     --x | CTE: base64 | | w7w= | --x-- | END
+clean: ENVELOPE | Date: (c) fri, 21 nov 1997 09:55 -0600 (a (b) c) | FROM | Message-ID: (c) <a@b.c> (c (d)) (e) | | END
+clean: ENVELOPE | HEAD | MIME | CTE: base64 (c) | | YQ== | END
+clean: ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/global-headers | CTE: base64 | | YQ== | --x-- | END
+clean: HELLO | MAIL | RCPT TO:<@{a*40}.example.com,@{b*40}.example.com:b@example.com> | QUIT
+clean: LHLO a.example.com | QUIT
+bad-date: ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | FROM | ID | | END
+bad-date: ENVELOPE | Date: 31 Feb 2025 09:55:06 -0600 | FROM | ID | | END
+bad-date: ENVELOPE | Date: 21 Nov 1997 09:55:06 +0099 | FROM | ID | | END
+hello-invalid x3: EHLO bücher.example | EHLO [999.1.1.1] | EHLO [foo:bar] | QUIT
+path-syntax: HELLO | R:MAIL FROM:<a\x01b@example.com>\r\n | QUIT
+path-too-long, undeclared-utf8: HELLO | MAIL FROM:<{ü*40}@example.com> | QUIT
+unstuffed-dot, false-end, bare-lf: ENVELOPE | HEAD | | .foo | R:.\nbar\r\n | END
+bad-quoted-printable: ENVELOPE | HEAD | MIME | CTE: quoted-printable | | trailing{SP} | END
+encoded-word: ENVELOPE | HEAD | Subject: =?utf-8?q?caf=?= | | END
+header-syntax: ENVELOPE | HEAD | MIXED | | --x | hi there | --x-- | END
+8bit-unannounced, header-raw: ENVELOPE | HEAD | MIXED | | --x | Content-Type: image/png; name="ä" | | --x-- | END
+unknown-command x2: HELLO | AUTH=PLAIN c2VjcmV0 | FOO | QUIT
 == SIZE
 -- extensions=["SIZE"]
 clean: HELLO | MAIL FROM:<a@example.com> SIZE=117 | RCPT | DATA | HEAD | | Hello | END
@@ -1448,6 +1465,20 @@ auth-in-clear x2: HELLO | AUTH PLAIN AHUAcAA= | auth login | dQ== | cA== | QUIT
 == a sender refused
 -- blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
 bad-sequence, no-recipient: ENVELOPE | QUIT
+== DELIVERBY, FUTURERELEASE and XCLIENT
+-- extensions=["DELIVERBY", "FUTURERELEASE 100 100", "XCLIENT"]
+clean: HELLO | MAIL FROM:<a@example.com> BY=120;R HOLDFOR=120 | XCLIENT NAME=a | QUIT
+== BINARYMIME
+-- extensions=["CHUNKING", "BINARYMIME", "8BITMIME"]
+clean: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT |
+    R:BDAT 164 LAST\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nMessage-ID: <1@example.com>\r\nMIME-Version: 1.0\r\nContent-Transfer-Encoding: binary\r\n\r\n\0\n\xff\r\n |
+    QUIT
+bad-sequence, bare-lf: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | DATA | HEAD | | R:a\n\r\n | END
+bad-sequence: HELLO | MAIL | RCPT | R:BDAT 3\r\nabc | DATA | QUIT
+== no recipient, and a lone dot
+-- not_registered_emails=["b@example.com"]
+-- rule: DATA: reply 354 Go on
+no-recipient: HELLO | MAIL | RCPT | DATA | END
 == SIZE and an extension of its own
 -- extensions=["SIZE", "FOO"]
 unannounced-parameter x4: HELLO | MAIL FROM:<a@example.com> SIZE=10 BODY=8BITMIME |
@@ -1521,7 +1552,7 @@ class ViolationTest(ServerCase):
         tried = 0
         for row, options, expected, pieces in self.rows():
             if (
-                "ssl_context" in options
+                not {"ssl_context", "rules"}.isdisjoint(options)
                 or max(map(len, pieces)) > 200
                 or any(b"\r\n" in piece[:-2] for piece in pieces)
             ):
@@ -1573,6 +1604,16 @@ class ViolationTest(ServerCase):
             [found.code for found in message.violations], ["bare-lf", "pipelining", "pipelining", "bare-lf"]
         )
         self.assertNotIn(secret, pickle.dumps(message).decode("latin-1"))
+        for lines in (
+            [f"AUTH PLAIN {secret}", secret],  # a login in two lines by mistake
+            ["AUTH LOGIN", secret, secret, "*"],
+            ["AUTH NTLM", secret, "EHLO a.com"],
+            [f"AUTH=PLAIN {secret}", f"AUTH: PLAIN {secret}"],
+        ):
+            for options in ({}, dict[str, Any](auth_users={"u": "q"})):
+                with self.subTest(lines, options=options):
+                    message = Memory("EHLO a.com", *lines, **options).message()
+                    self.assertNotIn(secret, pickle.dumps(message).decode("latin-1") + repr(message.to_dict()))
 
     def test_tolerated(self) -> None:
         message = Memory("EHLO a", "FOO", tolerated=("unknown-command", "hello-not-fqdn")).message()
@@ -1602,6 +1643,8 @@ class ViolationTest(ServerCase):
                 memory = Memory(*ENVELOPE, "DATA", strict=True, **options)
                 self.assertEqual(memory.feed(content)[0][: len(reply)], reply)
                 self.assertEqual(memory.message().is_consistent, reply[0] == "2")
+        memory = Memory(*ENVELOPE, "FOO" * 300 + "ä", "DATA", strict=True, tolerated=["long-command"])
+        self.assertLess(len(memory.feed(mail)[0]), 512)
         commands = Memory(*ENVELOPE, "FOO", "DATA", strict=True)  # commands are answered as ever
         self.assertEqual(commands.feed(mail)[0][:25], "550 5.6.0 unknown-command")
 
@@ -5976,6 +6019,15 @@ class NarrationTest(ProcessCase):
         self.assertEqual(self.lint("-lint", tolerated)[0], 0)
         self.assertEqual(self.lint("-quiet"), (0, ""))
 
+    def test_lint_of_a_refused_mail(self) -> None:
+        """Though the client gives it up, which erases it."""
+        process = self.start("-lint", "-strict", "-quiet")
+        with self.assertRaises(smtplib.SMTPDataError):
+            send(self.port(process), "From: a@a.com")
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=TIMEOUT)
+        self.assertEqual((process.returncode, errors.count("header-missing")), (3, 1))
+
     def test_a_mail_that_cannot_be_saved(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "mails")
@@ -6219,17 +6271,18 @@ class ReadmeTest(ProcessCase):
             self.run_python(example, "-W", "error", folder=folder)
 
     def test_python_examples(self) -> None:
+        options: dict[str, Any] = {"multiple_rcptto": True, "multiple_message_receiving": True}
         pytest: Any = types.ModuleType("pytest")
         pytest.raises = self.assertRaises
-        pytest.mark = mock.Mock(smtp_server=lambda **options: lambda test: vars(test).update(options=options) or test)
+        pytest.mark = mock.Mock(smtp_server=lambda **given: options.update(given) or (lambda test: test))
         for example in self.blocks("python"):
             with self.subTest(example), mock.patch.dict(sys.modules, pytest=pytest):
                 space: dict[str, Any] = {"__name__": "readme"}
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                     exec(compile(example, "README.md", "exec"), space)
-                    self.run_tests_of(space)
+                    self.run_tests_of(space, options)
 
-    def run_tests_of(self, space: dict[str, Any]) -> None:
+    def run_tests_of(self, space: dict[str, Any], options: dict[str, Any]) -> None:
         """What an example defines: unittest's classes, and pytest's functions with the fixture."""
         for name, value in list(space.items()):
             if isinstance(value, type) and issubclass(value, unittest.TestCase):
@@ -6238,7 +6291,6 @@ class ReadmeTest(ProcessCase):
                 self.assertEqual((result.errors, result.failures), ([], []))
                 self.assertGreater(result.testsRun, 0)
             elif name.startswith("test_"):
-                options = {"multiple_rcptto": True, "multiple_message_receiving": True, **getattr(value, "options", {})}
                 with Server(**options) as server:
                     value(server)
 
