@@ -123,7 +123,7 @@ class _Kind(NamedTuple):
 
     allowed: str  # completes the sentence "must be ..." of an error message
     accepts: Callable[[Any], bool]
-    parse: Callable[[str], Any]  # reads the text of a command line; may raise KeyError or ValueError
+    parse: Callable[[str], Any] = str  # reads the text of a command line; may raise KeyError or ValueError
 
 
 def _number(least: float, most: float, *types: type[float]) -> Callable[[Any], bool]:
@@ -153,26 +153,19 @@ _COUNT = _Kind("an integer from 0 up", _number(0, float("inf"), int), int)
 _SEED = _Kind("an integer", _number(float("-inf"), float("inf"), int), int)
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool), lambda text: _FLAGS[text.lower()])
-_TEXT = _Kind("a string without lone surrogates", _is_text, str)
+_TEXT = _Kind("a string without lone surrogates", _is_text)
 _NAMES = _Kind("a list of strings", _are_names, lambda text: [name.strip() for name in text.split(",") if name.strip()])
 _WORDS = _Kind("a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse)
-_CONTEXT = _Kind("an ssl.SSLContext", lambda value: hasattr(value, "wrap_socket"), str)
-_HANDLERS = _Kind("a list of subclasses of Handler", lambda value: isinstance(value, Iterable), str)
-_CALLBACK = _Kind("callable", callable, str)
+_CONTEXT = _Kind("an ssl.SSLContext", lambda value: hasattr(value, "wrap_socket"))
+_HANDLERS = _Kind("a list of subclasses of Handler", lambda value: isinstance(value, Iterable))
+_CALLABLE = _Kind("callable", callable)
 _LOGGER = _Kind(
     "a logger with methods info(), warning() and error()",
     lambda value: all(callable(getattr(value, name, None)) for name in ("info", "warning", "error")),
-    str,
 )
-
-
-def _are_users(value: object) -> bool:
-    return callable(value) or (isinstance(value, Mapping) and _are_names([*value, *value.values()]))
-
-
 _USERS = _Kind(
     "a mapping of users to secrets, user:secret,... or a function of the mechanism, user and secret",
-    _are_users,
+    lambda value: callable(value) or (isinstance(value, Mapping) and _are_names([*value, *value.values()])),
     lambda text: dict(pair.split(":", 1) for pair in _NAMES.parse(text)),
 )
 
@@ -442,7 +435,7 @@ class Configuration(_Fields):
                 raise ConfigurationError(f"{name}=True: needs {other}")
 
 
-_CONFIGURATION = _Kind("a Configuration", lambda value: isinstance(value, Configuration), str)
+_CONFIGURATION = _Kind("a Configuration", lambda value: isinstance(value, Configuration))
 
 
 @_fields(frozen=True)
@@ -452,7 +445,7 @@ class _ServerOptions(Configuration):
     configuration: Configuration | None = _option(None, _CONFIGURATION, "the options that are not given by name")
     _: dataclasses.KW_ONLY
     logger: Logger | logging.Logger | None = _option(None, _LOGGER, "what replaces the default log")
-    on_message: Callable[[Message], object] | None = _option(None, _CALLBACK, "called with each accepted message")
+    on_message: Callable[[Message], object] | None = _option(None, _CALLABLE, "called with each accepted message")
     handlers: Iterable[type[Handler]] = _option((), _HANDLERS, "verbs of your own, or in place of the built-in ones")
 
 
@@ -1506,14 +1499,13 @@ class Message:
 _STAGES = ("connect", "message", "*")
 _PROBABILITY = _Kind("a number from 0 to 1", _number(0, 1, int, float), float)
 _TIMES = _Kind("an integer from 1 up", _number(1, float("inf"), int), int)
-_CALLABLE = _Kind("callable", callable, str)
 _BYTES = _Kind(
     "bytes",
     lambda value: isinstance(value, bytes),
     lambda text: text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode("latin-1"),
 )
 _THEN = {"close": _Next.CLOSE, "drop": _Next.CLOSE, "reset": _Next.RESET, "silence": _Next.SILENCE}
-_ENDING = _Kind(f"one of {', '.join(_THEN)}", lambda value: isinstance(value, str) and value in _THEN, str)
+_ENDING = _Kind(f"one of {', '.join(_THEN)}", lambda value: isinstance(value, str) and value in _THEN)
 
 # The four aspects of a reply that rules decide: str or bytes to say, seconds, seconds, a _Next.
 _ASPECTS = ("said", "delay", "trickle", "then")
@@ -1626,7 +1618,7 @@ class Rule:
         A text that begins with 4 or 5 refuses the command. With any other text, it takes effect.
         """
         for text in texts or [()]:
-            _check("reply", text, _Kind("one string or more", lambda text: text is None or _is_text(text), str))
+            _check("reply", text, _Kind("one string or more", lambda text: text is None or _is_text(text)))
         base = {name: value for name, value in self._uses[0].items() if name != "raw"}
         self._uses = tuple({**base, "reply": text} for text in texts)
         return self
@@ -3948,7 +3940,7 @@ def pytest_configure(config: Any) -> None:
 # ------------------------------------------------------------------------------------ command line
 
 _LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # one flag sets both
-_FILE = _Kind("a path", lambda value: isinstance(value, str), str)
+_FILE = _Kind("a path", lambda value: isinstance(value, str))
 _RULES = _Kind("rules", lambda value: isinstance(value, list), lambda text: [text])
 
 # The flags that are no options of a server.
