@@ -186,14 +186,6 @@ def _option(default: Any, kind: _Kind, about: str) -> Any:
     return dataclasses.field(default=default, metadata={"kind": kind, "about": about})
 
 
-def _names(about: str) -> Any:
-    return _option(frozenset(), _NAMES, about)
-
-
-def _delay(before: str) -> Any:
-    return _option(0, _SECONDS, f"seconds before the reply to {before}")
-
-
 def _reply(default: str, to: str) -> Any:
     return _option(default, _TEXT, f"reply to {to}")
 
@@ -340,19 +332,19 @@ class Configuration(_Fields):
     fail_fast: bool = _option(False, _FLAG, "close a session after its first refused command")
     multiple_rcptto: bool = _option(False, _FLAG, "keep all recipients of a message, not only the last")
     multiple_message_receiving: bool = _option(False, _FLAG, "keep all messages of a session, not only the last")
-    blacklisted_helo_domains: Collection[str] = _names("domains that HELO and EHLO refuse")
-    blacklisted_mailfrom_emails: Collection[str] = _names("addresses that MAIL FROM refuses")
-    blacklisted_rcptto_emails: Collection[str] = _names("addresses that RCPT TO refuses")
-    not_registered_emails: Collection[str] = _names("addresses that RCPT TO refuses as unknown")
+    blacklisted_helo_domains: Collection[str] = _option(frozenset(), _NAMES, "domains that HELO and EHLO refuse")
+    blacklisted_mailfrom_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that MAIL FROM refuses")
+    blacklisted_rcptto_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that RCPT TO refuses")
+    not_registered_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that RCPT TO refuses as unknown")
     lenient_addresses: bool = _option(False, _FLAG, "also accept names such as root, a@srv_1.example.com, 0123456789")
-    response_delay_helo: float = _delay("HELO and EHLO")
-    response_delay_mailfrom: float = _delay("MAIL FROM")
-    response_delay_rcptto: float = _delay("RCPT TO")
-    response_delay_data: float = _delay("DATA and BDAT")
-    response_delay_message: float = _delay("the message body")
-    response_delay_rset: float = _delay("RSET")
-    response_delay_noop: float = _delay("NOOP")
-    response_delay_quit: float = _delay("QUIT")
+    response_delay_helo: float = _option(0, _SECONDS, "seconds before the reply to HELO and EHLO")
+    response_delay_mailfrom: float = _option(0, _SECONDS, "seconds before the reply to MAIL FROM")
+    response_delay_rcptto: float = _option(0, _SECONDS, "seconds before the reply to RCPT TO")
+    response_delay_data: float = _option(0, _SECONDS, "seconds before the reply to DATA and BDAT")
+    response_delay_message: float = _option(0, _SECONDS, "seconds before the reply to the message body")
+    response_delay_rset: float = _option(0, _SECONDS, "seconds before the reply to RSET")
+    response_delay_noop: float = _option(0, _SECONDS, "seconds before the reply to NOOP")
+    response_delay_quit: float = _option(0, _SECONDS, "seconds before the reply to QUIT")
     tolerated: Collection[str] = _option((), _WORDS, "codes of violations and warnings that are not reported")
     strict: bool = _option(False, _FLAG, "refuse a mail with violations at its end")
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
