@@ -124,6 +124,7 @@ class _Kind(NamedTuple):
     allowed: str  # completes the sentence "must be ..." of an error message
     accepts: Callable[[Any], bool]
     parse: Callable[[str], Any] = str  # reads the text of a command line; may raise KeyError or ValueError
+    normalise: Callable[[Any], Any] = lambda value: value  # once, because each command looks at the options
 
 
 def _number(least: float, most: float, *types: type[float]) -> Callable[[Any], bool]:
@@ -154,10 +155,15 @@ _SEED = _Kind("an integer", _number(float("-inf"), float("inf"), int), int)
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _FLAG = _Kind("true or false", lambda value: isinstance(value, bool), lambda text: _FLAGS[text.lower()])
 _TEXT = _Kind("a string without lone surrogates", _is_text)
-_NAMES = _Kind("a list of strings", _are_names, lambda text: [name.strip() for name in text.split(",") if name.strip()])
-_WORDS = _Kind("a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse)
+_NAMES = _Kind(
+    "a list of strings",
+    _are_names,
+    lambda text: [name.strip() for name in text.split(",") if name.strip()],
+    lambda names: frozenset(map(_fold, names)),
+)
+_WORDS = _Kind("a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse, tuple)
 _CONTEXT = _Kind("an ssl.SSLContext", lambda value: hasattr(value, "wrap_socket"))
-_HANDLERS = _Kind("a list of subclasses of Handler", lambda value: isinstance(value, Iterable))
+_HANDLERS = _Kind("a list of subclasses of Handler", lambda value: isinstance(value, Iterable), normalise=tuple)
 _CALLABLE = _Kind("callable", callable)
 _LOGGER = _Kind(
     "a logger with methods info(), warning() and error()",
@@ -218,12 +224,16 @@ class _Fields:
         for name, value in fields.items():
             if name not in known:
                 others = "" if len(known) > 9 else f"; there are {', '.join(known)}"
-                what = f"there is no such option{_suggest(name, known) or others}"
-                raise ConfigurationError(f"{name}={value!r}: {what}")
+                raise ConfigurationError(f"{name}={value!r}: there is no such option{_suggest(name, known) or others}")
         positional = [field.name for field in dataclasses.fields(self) if not field.kw_only][: len(values)]
         if len(values) > len(positional) or not fields.keys().isdisjoint(positional):
             raise TypeError(f"{type(self).__name__}() has too many positional arguments: {values!r}")
         vars(self).update(zip(positional, values, strict=True), **fields)
+        for field in dataclasses.fields(self):
+            given, kind = getattr(self, field.name), field.metadata["kind"]
+            if given is not field.default:
+                _check(field.name, given, kind)
+                vars(self)[field.name] = kind.normalise(given)
         self.__post_init__()
 
     def __post_init__(self) -> None: ...
@@ -283,8 +293,8 @@ if not TYPE_CHECKING:  # which is told that it is dataclasses.dataclass
         def declare(cls: type) -> type:
             cls = dataclasses.dataclass(init=False, repr=False, eq=False, **options)(cls)
             cls.__init__ = _takes(cls)(types.FunctionType(_Fields.__init__.__code__, globals()))
-            fields = [field for field in dataclasses.fields(cls) if field.metadata]
-            cls.__doc__ = (cls.__doc__ or "") + "".join(f"\n    {f.name}: {f.metadata['about']}" for f in fields)
+            for field in dataclasses.fields(cls):
+                cls.__doc__ = f"{cls.__doc__}\n    {field.name}: {field.metadata['about']}"
             return cls
 
         return declare
@@ -409,15 +419,6 @@ class Configuration(_Fields):
     msg_line_too_long: str = _reply("500 Line too long", "a command line of over 4096 bytes")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not field.default:
-                kind = field.metadata["kind"]
-                _check(field.name, value, kind)
-                if kind is _NAMES:  # normalised once, because each command looks them up
-                    vars(self)[field.name] = frozenset(map(_fold, value))
-                elif kind in (_WORDS, _HANDLERS):
-                    vars(self)[field.name] = tuple(value)
         for extension in self.extensions:
             _check_extension(extension.split()[0].upper())
         _check_choices("tolerated", self.tolerated, _VIOLATIONS)
@@ -1502,9 +1503,6 @@ _ENDING = _Kind(f"one of {', '.join(_THEN)}", lambda value: isinstance(value, st
 # The four aspects of a reply that rules decide: str or bytes to say, seconds, seconds, a _Next.
 _ASPECTS = ("said", "delay", "trickle", "then")
 
-# The fields of an Action.
-_ACTIONS = {"reply": _TEXT, "raw": _BYTES, "delay": _SECONDS, "trickle": _SECONDS, "then": _ENDING}
-
 
 def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The aspects of a reply that these fields of an Action set. A reply of None is the normal one."""
@@ -1522,19 +1520,14 @@ def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
 class Action(_Fields):
     """What a rule does. A field that is None leaves its aspect of the reply as it is without the rule."""
 
-    reply: str | None = None
-    raw: bytes | None = None  #: sent in place of a reply
-    delay: float | None = None  #: seconds before the reply
-    trickle: float | None = None  #: seconds between two bytes of the reply
-    then: str | None = None  #: close, or without a reply: drop, reset, silence
+    reply: str | None = _option(None, _TEXT, "the text of the reply")
+    raw: bytes | None = _option(None, _BYTES, "bytes in place of the reply")
+    delay: float | None = _option(None, _SECONDS, "seconds before the reply")
+    trickle: float | None = _option(None, _SECONDS, "seconds between two bytes of the reply")
+    then: str | None = _option(None, _ENDING, "close, or without a reply: drop, reset or silence")
 
-    def __post_init__(self) -> None:
-        for name, kind in _ACTIONS.items():
-            if getattr(self, name) is not None:
-                _check(name, getattr(self, name), kind)
 
-    def _aspects(self) -> dict[str, Any]:
-        return _find_aspects({name: value for name, value in vars(self).items() if value is not None})
+_ACTIONS = {field.name: field.metadata["kind"] for field in dataclasses.fields(Action)}
 
 
 _VERBS = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT AUTH STARTTLS"
@@ -1749,7 +1742,7 @@ class _Rules:
                     action = Action(result) if result is None or isinstance(result, str) else result
                     if not isinstance(action, Action):
                         raise TypeError(f"a rule returned {result!r}: must be None, a reply or an Action")
-                    aspects = aspects | action._aspects()
+                    aspects = aspects | _find_aspects(action._find_changes())
                 found |= {name: value for name, value in aspects.items() if name in missing}
         return found
 
