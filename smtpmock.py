@@ -201,7 +201,6 @@ _UNAVAILABLE = "421 Service not available"
 _BAD = "503 Bad sequence of commands."
 _UNRECOGNIZED = "502 Command unrecognized. Available commands: HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT"
 
-
 # Options that have no effect without another one.
 _NEEDED = {
     "auth_required": "auth_users",
@@ -209,7 +208,6 @@ _NEEDED = {
     "implicit_tls": "ssl_context",
     "tls_required": "ssl_context",
 }
-
 
 _T = TypeVar("_T")
 
@@ -243,8 +241,8 @@ class _Fields:
 
     def _find_changes(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
+        fields = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {name: value for name, (value, default) in fields.items() if value != default}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Fields) and (type(self), self._find_changes()) == (type(other), other._find_changes())
@@ -258,27 +256,18 @@ class _Fields:
 
 
 def _takes(options: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
-    """Have a method show the fields of a dataclass as its parameters, to type checkers and to inspect.signature().
-
-    That looks at __wrapped__, here a function that is never called. A __signature__ would need the module inspect,
-    which is slow to import.
-    """
+    """Have a method show the fields of a dataclass as its parameters, to type checkers and to inspect.signature()."""
+    # That looks at __wrapped__, here never called. A __signature__ would need the module inspect, slow to import.
 
     def declare(method: Any) -> Any:
-        cls: Any = options
-        fields: list[Any] = sorted(dataclasses.fields(cls), key=lambda field: bool(field.kw_only))
+        fields = sorted(vars(options)["__dataclass_fields__"].values(), key=operator.attrgetter("kw_only"))
         names = ("self", *(field.name for field in fields))
-        count = 1 + [field.kw_only for field in fields].count(False)
-        code = method.__code__.replace(
-            co_argcount=count,
-            co_kwonlyargcount=len(names) - count,
-            co_varnames=names,
-            co_nlocals=len(names),
-            co_flags=3,
-        )
+        count = 1 + sum(not field.kw_only for field in fields)
+        code = method.__code__.replace(co_varnames=names, co_nlocals=len(names), co_flags=3)
+        code = code.replace(co_argcount=count, co_kwonlyargcount=len(names) - count)
         shown = types.FunctionType(code, {}, None, tuple(field.default for field in fields[: count - 1]))
         shown.__kwdefaults__ = {field.name: field.default for field in fields}
-        shown.__annotations__ = {**{field.name: field.type for field in fields}, "return": None}
+        shown.__annotations__ = {field.name: field.type for field in fields} | {"return": None}
         method.__wrapped__ = shown
         return method
 
@@ -293,19 +282,15 @@ if not TYPE_CHECKING:  # which is told that it is dataclasses.dataclass
         def declare(cls: type) -> type:
             cls = dataclasses.dataclass(init=False, repr=False, eq=False, **options)(cls)
             cls.__init__ = _takes(cls)(types.FunctionType(_Fields.__init__.__code__, globals()))
-            for field in dataclasses.fields(cls):
-                cls.__doc__ = f"{cls.__doc__}\n    {field.name}: {field.metadata['about']}"
+            about = [f"{field.name}: {field.metadata['about']}" for field in dataclasses.fields(cls)]
+            cls.__doc__ = "\n    ".join([cls.__doc__ or "", *about])
             return cls
 
         return declare
 
 
-_EXTENSIONS = (
-    "SIZE 8BITMIME SMTPUTF8 PIPELINING DSN CHUNKING BINARYMIME ENHANCEDSTATUSCODES DELIVERBY REQUIRETLS LIMITS"
-)
-_EXTENSIONS += " ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE NO-SOLICITING"
-
-
+_EXTENSIONS = "SIZE 8BITMIME SMTPUTF8 PIPELINING DSN CHUNKING BINARYMIME ENHANCEDSTATUSCODES DELIVERBY REQUIRETLS"
+_EXTENSIONS += " LIMITS ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE NO-SOLICITING"
 _AUTH_MECHANISMS = ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2")
 
 
