@@ -1171,19 +1171,6 @@ class Attachment(NamedTuple):
     content: bytes
 
 
-def _parse_email(data: bytes) -> Any:
-    from email.errors import MessageDefect
-    from email.parser import BytesParser
-
-    parser = BytesParser(policy=_make_email_policy())
-    try:
-        return parser.parsebytes(data)
-    except RecursionError:
-        mail = parser.parsebytes(data, headersonly=True)
-        mail.defects.append(MessageDefect("parts are nested too deeply"))
-        return mail
-
-
 def _decode_part(part: Any) -> bytes:
     if not part.is_multipart():
         return bytes(part.get_payload(decode=True))
@@ -1230,12 +1217,14 @@ def _jsonify_bytes(data: bytes) -> dict[str, str]:
         return {"content": base64.b64encode(data).decode(), "content_encoding": "base64"}
 
 
-def _escape_surrogates(value: Any) -> Any:
-    """The value with escapes in place of the surrogates that stand for bytes: few readers of JSON accept those."""
+def _jsonify(value: Any) -> Any:
+    """The value for JSON, with escapes in place of the surrogates that stand for bytes: few readers accept those."""
+    if isinstance(value, Violation):
+        value = value._asdict()
     if isinstance(value, dict):
-        return {_escape_surrogates(name): _escape_surrogates(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_escape_surrogates(item) for item in value]
+        return {_jsonify(name): _jsonify(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonify(item) for item in value]
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
@@ -1272,6 +1261,8 @@ class Message:
     _said: int
     _start: int
     _tolerated: Collection[str]
+    _findings = functools.cached_property(_find_violations)
+    _parts = functools.cached_property[tuple[dict[str, str], list[Attachment]]](lambda self: _split_parts(self.email))
 
     def __init__(
         self, mail: _Mail, peer: tuple[str, int], stamp: tuple[int, float], tolerated: Collection[str] = ()
@@ -1401,8 +1392,16 @@ class Message:
     @functools.cached_property
     def email(self) -> EmailMessage:
         """as_bytes() parsed. Faults are in the `defects` of its parts; they raise nothing."""
-        mail: EmailMessage = _parse_email(self.as_bytes())
-        return mail
+        from email.errors import MessageDefect
+        from email.parser import BytesParser
+
+        parser: BytesParser[EmailMessage] = BytesParser(policy=_make_email_policy())
+        try:
+            return parser.parsebytes(self.as_bytes())
+        except RecursionError:
+            mail = parser.parsebytes(self.as_bytes(), headersonly=True)
+            mail.defects.append(MessageDefect("parts are nested too deeply"))
+            return mail
 
     @property
     def subject(self) -> str | None:
@@ -1425,10 +1424,6 @@ class Message:
         """All other parts, including the images of an HTML page."""
         return self._parts[1].copy()
 
-    @functools.cached_property
-    def _parts(self) -> tuple[dict[str, str], list[Attachment]]:
-        return _split_parts(self.email)
-
     @property
     def violations(self) -> list[Violation]:
         """What the client did wrong up to and with this mail; empty for a correct client."""
@@ -1439,26 +1434,19 @@ class Message:
         """What most servers tolerate, or what an RFC only advises against."""
         return [violation for violation in self._findings if violation.severity == "warning"]
 
-    @functools.cached_property
-    def _findings(self) -> list[Violation]:
-        return _find_violations(self)
-
     def to_dict(self) -> dict[str, Any]:
         """Every attribute as values for JSON. `content` is text if it is UTF-8, else base64: see `content_encoding`."""
         names = [name for name, field in vars(Message).items() if isinstance(field, _StepField) and name != "content"]
         names += ["id", "esmtp", "rcpt_tos", "rcptto", "is_consistent", "received_header"]
-        names += ["mailfrom_parameters", "rcptto_parameters"]
-        values = {name: getattr(self, name) for name in (*names, "subject", "text", "html", "transcript")}
-        values["refusals"] = [list(pair) for pair in self.refusals]
-        values["violations"] = [violation._asdict() for violation in self.violations]
-        values["warnings"] = [violation._asdict() for violation in self.warnings]
-        values["peer"], values["tls"] = list(self.peer), list(self.tls) if self.tls else None
+        names += ["mailfrom_parameters", "rcptto_parameters", "subject", "text", "html", "transcript"]
+        names += ["refusals", "violations", "warnings", "peer"]
+        values = {name: getattr(self, name) for name in names}
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
-        values["rcptto_request_response"] = [list(pair) for pair in self.rcptto_request_response]
-        values["headers"] = [[name, str(value)] for name, value in self.email.items()]
+        values["rcptto_request_response"] = self.rcptto_request_response
+        values["headers"] = [(name, str(value)) for name, value in self.email.items()]
         values["defects"] = [f"{type(fault).__name__}: {fault}" for part in self.email.walk() for fault in part.defects]
         values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
-        return dict(_escape_surrogates(values | _jsonify_bytes(self.content)))
+        return dict(_jsonify(values | _jsonify_bytes(self.content)))
 
     def __repr__(self) -> str:
         replies = [said for said in self._dialogue[1 : self._said : 2] if said is not None and said not in _ENDINGS]
