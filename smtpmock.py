@@ -683,10 +683,8 @@ _VIOLATIONS = {
 }
 
 # The verbs of all RFCs, and what this module calls the other things that a client sends.
-_VERBS = (
-    "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY EXPN HELP STARTTLS AUTH ETRN ATRN TURN BURL SEND SOML SAML LHLO"
-)
-_REQUESTS = (*_VERBS.split(), "answer", "message")
+_VERBS = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY EXPN HELP STARTTLS AUTH ETRN ATRN TURN BURL SEND SOML SAML"
+_REQUESTS = (*_VERBS.split(), "LHLO", "answer", "message")
 _KEYWORDS = {"STARTTLS": "STARTTLS", "AUTH": "AUTH", "BDAT": "CHUNKING", "ETRN": "ETRN", "ATRN": "ATRN", "BURL": "BURL"}
 _HELLO, _PATHS, _IN_CLEAR = ("EHLO", "HELO"), ("MAIL", "RCPT"), ("PLAIN", "LOGIN")
 # The last of a pipelined group: RFC 2920 section 3.1, RFC 3207 section 4, RFC 4954 section 4.
@@ -1462,7 +1460,6 @@ class Message:
 
 # ------------------------------------------------------------------------------------------- rules
 
-_STAGES = ("connect", "message", "*")
 _PROBABILITY = _Kind("a number from 0 to 1", _number(0, 1, int, float), float)
 _TIMES = _Kind("an integer from 1 up", _number(1, float("inf"), int), int)
 _BYTES = _Kind(
@@ -1503,12 +1500,11 @@ class Action(_Fields):
 _ACTIONS = {field.name: field.metadata["kind"] for field in dataclasses.fields(Action)}
 
 
-_VERBS = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT AUTH STARTTLS"
+_STAGES = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT AUTH STARTTLS connect message"
 
 # What people write for a stage, and what it is called here. Other verbs are allowed if they are not nearly these.
-_STAGE_NAMES = {stage.upper(): stage for stage in ("connect", "message", *_VERBS.split())}
+_STAGE_NAMES = {stage.upper(): stage for stage in _STAGES.split()}
 _STAGE_NAMES |= {"MAILFROM": "MAIL", "RCPTTO": "RCPT", "BODY": "message", "END": "message", "CONNECTION": "connect"}
-_OTHER_VERBS = "VRFY EXPN HELP ETRN TURN SEND SOML SAML"
 
 
 def _parse_stage(name: object, verbs: Collection[str]) -> str:
@@ -1518,8 +1514,8 @@ def _parse_stage(name: object, verbs: Collection[str]) -> str:
     words = name.replace(":", " ").split() if isinstance(name, str) else []
     if not words or len(words) > 2 or (words[1:] and words[1].upper() not in ("FROM", "TO")):
         raise ConfigurationError(f"stage={name!r}: must be connect, message, * or a verb such as RCPT")
-    stage = words[0].lower() if words[0].lower() in _STAGES else words[0].upper()
-    if stage in (*_STAGES, *_STAGE_NAMES.values(), *verbs, *_OTHER_VERBS.split()):
+    stage = words[0].lower() if words[0].lower() in ("connect", "message") else words[0].upper()
+    if stage in ("*", *_STAGE_NAMES.values(), *verbs, *_VERBS.split()):
         return stage
     if near := difflib.get_close_matches(stage, _STAGE_NAMES, n=1, cutoff=0.7):  # the rule would never apply
         raise ConfigurationError(f"stage={name!r}: there is no such stage; did you mean {_STAGE_NAMES[near[0]]}?")
@@ -1642,9 +1638,6 @@ class Rule:
             return {}, None
         self.hits += counts
         return aspects, function
-
-    def _has_action(self) -> bool:
-        return self._function is not None or any(self._uses)
 
     def _find_nearest(self, requests: Sequence[str]) -> str:
         """The request that this rule was perhaps meant for, as the end of a sentence."""
@@ -3727,7 +3720,7 @@ class Server:
         faults = self._context.log.forget_failures()
         requests: list[str] | None = None
         for rule in reversed(self._rules.newest_first):
-            if not rule._has_action():
+            if rule._function is None and not any(rule._uses):
                 faults.append(f"{rule!r} has no action")
             elif not rule.hits:
                 requests = self._list_requests() if requests is None else requests
