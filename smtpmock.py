@@ -3461,13 +3461,8 @@ _REPORTED = 10  # messages and sessions in the text of a WaitTimeoutError
 def _check_wait(count: object, timeout: object, where: object) -> None:
     _check("count", count, _COUNT)
     _check("timeout", timeout, _SECONDS)
-    if not (where is None or callable(where)):
-        raise ConfigurationError(f"where={where!r}: must be callable")
-
-
-def _is_in_event_loop() -> bool:
-    asyncio: Any = sys.modules.get("asyncio")
-    return asyncio is not None and asyncio._get_running_loop() is not None
+    if where is not None:
+        _check("where", where, _CALLABLE)
 
 
 def _join_options(configuration: Configuration | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -3657,7 +3652,8 @@ class Server:
         )
         if len(found) != 1:
             what = "accepted messages" if where is None else "matching accepted messages"
-            raise self._explain_timeout(f"{len(found)} {what} where there should be 1", found)
+            text = f"{len(found)} {what} where there should be 1"
+            raise WaitTimeoutError("\n  ".join([text, *self._report()]), found)
         return self._warn(found)[0]
 
     def _warn(self, messages: list[Message]) -> list[Message]:
@@ -3762,16 +3758,13 @@ class Server:
         if not enough:
             what = "messages" if where is None else "matching messages"
             text = f"{len(messages)} of {count} {what} came in {timeout:g} seconds"
-            raise self._explain_timeout(text, messages)
+            raise WaitTimeoutError("\n  ".join([text, *self._report()]), messages)
         return messages
-
-    def _explain_timeout(self, text: str, messages: list[Message]) -> WaitTimeoutError:
-        return WaitTimeoutError("\n  ".join([text, *self._report()]), messages)
 
     def _report(self) -> Iterator[str]:
         """What helps someone whose wait timed out."""
-        messages = self._mailbox.messages(purge=False)
-        if _is_in_event_loop():
+        messages, asyncio = self._mailbox.messages(purge=False), sys.modules.get("asyncio")
+        if asyncio is not None and asyncio._get_running_loop() is not None:
             yield "this wait blocks the asyncio event loop of its thread: use await asyncio.to_thread(...)"
         yield f"{len(messages)} are recorded{':' if messages else ''}"
         if len(messages) > _REPORTED:
@@ -3806,15 +3799,12 @@ def _list_sessions(server: Server) -> list[Message | str]:
     ]
 
 
-def _describe_session(session: Message | str) -> str:
-    if isinstance(session, str):
-        return session
-    return "\n".join([repr(session), session.transcript, *map(str, session.violations + session.warnings)])
-
-
 def _describe_sessions(sessions: Sequence[Message | str]) -> str:
     parts = [f"{len(sessions)} messages or sessions, the last {_REPORTED}:"] if len(sessions) > _REPORTED else []
-    return "\n\n".join([*parts, *map(_describe_session, sessions[-_REPORTED:])]) or "no session"
+    for item in sessions[-_REPORTED:]:
+        lines = [] if isinstance(item, str) else [item.transcript, *map(str, item.violations + item.warnings)]
+        parts.append("\n".join([str(item), *lines]))
+    return "\n\n".join(parts) or "no session"
 
 
 def _shared_smtp_server() -> Iterator[Server]:
@@ -3871,8 +3861,6 @@ class _PytestPlugin:
 
 def pytest_configure(config: Any) -> None:
     """For pytest, which finds it by the entry point of the package, or by pytest_plugins = ["smtpmock"]."""
-    import types
-
     pytest = __import__("pytest")  # mypy knows it only where it is installed
     text = "smtp_server(**options): options of smtpmock.Server that the fixture smtp_server has in this test"
     config.addinivalue_line("markers", text)
