@@ -4147,7 +4147,9 @@ class _Narrator:
         with contextlib.suppress(SMTPMockError, OSError):  # that nobody reads this is no reason to refuse the mail
             word, colour, text = "ended", 0, "without a mail"
             if message.msg:
-                word, colour, text = "accepted", 32, self._describe(message)
+                route = f"{message.mail_from or '<>'} -> {', '.join(message.rcpt_tos)}"
+                text = f'{route} "{message.subject or ""}" {len(message.content) / 1000:.1f} kB'
+                word, colour = "accepted", 32
             elif message.refusals:
                 word, colour, text = "refused", 31, message.refusals[0][1]
             word = f"\x1b[{colour}m{word}\x1b[0m" if self._colours else word
@@ -4156,11 +4158,6 @@ class _Narrator:
                 if option not in self._options and option not in self._warned:
                     self._warned.add(option)
                     print(f"smtpmock: {discarded}; {_name_flag(option)} keeps them all", file=sys.stderr, flush=True)
-
-    def _describe(self, message: Message) -> str:
-        size = len(message.content)
-        names = ", ".join(message.rcpt_tos)
-        return f'{message.mail_from or "<>"} -> {names} "{message.subject or ""}" {size / 1000:.1f} kB'
 
 
 class _Linter:
@@ -4207,9 +4204,8 @@ def _format_flag(name: str, field: Any) -> str:
     import textwrap
 
     kind, default = field.metadata["kind"], field.default
-    label = f"  {_name_flag(name)}"
-    if kind is not _FLAG:
-        label += f"={_METAVARS.get(kind, name.rpartition('_')[2].upper()) if name != 'host' else 'HOST'}"
+    metavar = _METAVARS.get(kind, name.rpartition("_")[2].upper()) if name != "host" else "HOST"
+    label = f"  {_name_flag(name)}" + f"={metavar}" * (kind is not _FLAG)
     about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), field.metadata["about"])
     if default:
         about += f" (default: {','.join(default) if kind in (_NAMES, _WORDS) else default})"
@@ -4457,17 +4453,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             _Printer(has_events=has_events).event("error", error=text)
         return 2 if isinstance(error, ConfigurationError) else 1
     finally:
-        if argv is None:
-            _flush_stdout()
-
-
-def _flush_stdout() -> None:
-    try:
-        sys.stdout.flush()
-    except AttributeError:  # it was closed before Python started
-        pass
-    except OSError:  # at exit, Python would try again and print a traceback
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if argv is None and sys.stdout is not None:  # it is None if it was closed before Python started
+            try:
+                sys.stdout.flush()
+            except OSError:  # at exit, Python would try again and print a traceback
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
