@@ -300,15 +300,6 @@ def _check_choices(option: str, names: Iterable[str], known: Collection[str], fo
             raise ConfigurationError(f"{option}: {name} is unknown{_suggest(fold(name), known)}")
 
 
-def _check_extension(name: str) -> None:
-    known = _EXTENSIONS.split()
-    option = {"AUTH": "auth_users", "STARTTLS": "ssl_context"}.get(name)
-    if option is not None:
-        raise ConfigurationError(f"extensions: {name} is announced with the option {option}")
-    if name not in known and not name.startswith("X") and (hint := _suggest(name, known, 0.7)):
-        raise ConfigurationError(f"extensions: {name} is unknown{hint}")
-
-
 @_fields(frozen=True, kw_only=True)
 class Configuration(_Fields):
     """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
@@ -404,8 +395,12 @@ class Configuration(_Fields):
     msg_line_too_long: str = _reply("500 Line too long", "a command line of over 4096 bytes")
 
     def __post_init__(self) -> None:
-        for extension in self.extensions:
-            _check_extension(extension.split()[0].upper())
+        known = _EXTENSIONS.split()
+        for name in (extension.split()[0].upper() for extension in self.extensions):
+            if option := {"AUTH": "auth_users", "STARTTLS": "ssl_context"}.get(name):
+                raise ConfigurationError(f"extensions: {name} is announced with the option {option}")
+            if name not in known and not name.startswith("X") and (hint := _suggest(name, known, 0.7)):
+                raise ConfigurationError(f"extensions: {name} is unknown{hint}")
         _check_choices("tolerated", self.tolerated, _VIOLATIONS)
         _check_choices("auth_mechanisms", self.auth_mechanisms, _AUTH_MECHANISMS, str.upper)
         for name, other in _NEEDED.items():
@@ -573,11 +568,6 @@ class _FaultyLine(str):
 
     faults: tuple[str, ...] = ()  # codes of violations
 
-    def replace_text(self, text: str) -> _FaultyLine:
-        line = _FaultyLine(text)
-        line.faults = self.faults
-        return line
-
 
 class _FaultyBody(int):
     """The size of a body, with such faults."""
@@ -593,9 +583,15 @@ class _EarlyReply(str):
 _mark_early = functools.lru_cache(maxsize=512)(_EarlyReply)
 
 
+def _add_faults(request: str, faults: tuple[str, ...]) -> str:
+    line = _FaultyLine(request)
+    line.faults = faults
+    return line if faults else request
+
+
 def _hide(request: str, text: str) -> str:
     """This text in place of the request, which may be a secret."""
-    return request.replace_text(text) if isinstance(request, _FaultyLine) else text
+    return _add_faults(text, getattr(request, "faults", ()))
 
 
 def _find_faults(request: str, line: bytes) -> str:
@@ -608,9 +604,7 @@ def _find_faults(request: str, line: bytes) -> str:
         "command-space": text.strip(b" \t") != text,
         "long-command": len(line) >= 512,  # and the LF
     }
-    faulty = _FaultyLine(request)
-    faulty.faults = tuple(code for code, is_wrong in faults.items() if is_wrong)
-    return faulty if faulty.faults else request
+    return _add_faults(request, tuple(code for code, is_wrong in faults.items() if is_wrong))
 
 
 class Violation(NamedTuple):
@@ -693,7 +687,7 @@ _LAST_OF_GROUP = ("EHLO", "DATA", "NOOP", "QUIT", "VRFY", "EXPN", "TURN", "AUTH"
 # The strict grammar of RFC 5321 section 4.1.2, where the server's own is tolerant.
 _HOST = rf"{_LABEL}(?:\.{_LABEL})*"
 _IPV4 = r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}"
-_STRICT_DOMAIN = re.compile(rf"(?=[ -~]*$)(?!{_IPV4}$){_HOST}")  # ASCII, RFC 6531 section 3.7.1
+_STRICT_NAME = re.compile(rf"(?=[ -~]*$)(?!{_IPV4}$){_HOST}")  # ASCII, RFC 6531 section 3.7.1
 _STRICT_MAILBOX = rf"<(?:@[^<>: ]+:)?(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_HOST}|\[[^\[\]]+\])>"
 _STRICT_COMMAND = re.compile(
     rf"(?:MAIL FROM:(?:<>|{_STRICT_MAILBOX})|RCPT TO:(?:<postmaster>|{_STRICT_MAILBOX}))(?: .*)?", re.IGNORECASE
@@ -775,11 +769,7 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_Client], object]]
     ("pipelining-order", _LAST_OF_GROUP, lambda it: it.has_more and it.may_pipeline and not it.may_go_on),
     ("unknown-command", (), lambda it: it.is_unknown and it.reply[:1] == "5" and it.verb not in it.announced),
     ("no-hello", ("MAIL",), lambda it: not (it.is_greeted or it.has_begun_tls or it.is_blind)),
-    (
-        "hello-invalid",
-        _HELLO,
-        lambda it: not (_STRICT_DOMAIN.fullmatch(it.argument) or _is_address_literal(it.argument)),
-    ),
+    ("hello-invalid", _HELLO, lambda it: not (_STRICT_NAME.fullmatch(it.argument) or _is_address_literal(it.argument))),
     ("hello-not-fqdn", _HELLO, lambda it: re.fullmatch(_LABEL, it.argument)),
     ("unannounced-command", tuple(_KEYWORDS), lambda it: _KEYWORDS[it.verb] not in it.announced),
     ("unannounced-mechanism", ("AUTH",), lambda it: it.mechanism not in it.announced.get("AUTH", it.mechanism)),
@@ -1058,15 +1048,12 @@ def _find_violations(message: Message) -> list[Violation]:
     if body is not None and is_complete and (body.value or client.recipients):
         found += _check_content(body.value, client, message.data_request[:4].upper() == "BDAT")
         found += _check_mail(message, client)
-    lines = (
-        (code, line[:200].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")[:200])
-        for code, line in found
-    )
-    return [
-        Violation(code, *_VIOLATIONS[code], line)
-        for code, line in dict.fromkeys(lines)
-        if code not in message._tolerated
-    ]
+    violations: dict[Violation, None] = {}
+    for code, line in found:
+        if code not in message._tolerated:
+            text = line[:200].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")[:200]
+            violations[Violation(code, *_VIOLATIONS[code], text)] = None
+    return list(violations)
 
 
 # ----------------------------------------------------------------------------------------- records
@@ -3590,8 +3577,7 @@ class Server:
                 raise ServerStateError(f"{self!r} cannot stop: it is not running")
             is_first, listener.stopping = not listener.stopping, True
         if is_first:
-            text = "SMTP mock server is in the shutdown mode and won't accept new connections"
-            self._context.log("warning", text)
+            self._context.log("warning", "SMTP mock server is in the shutdown mode and won't accept new connections")
         self._discard(listener, self._options.shutdown_timeout)
 
     def _discard(self, listener: _Listener, timeout: float) -> None:
@@ -3625,8 +3611,7 @@ class Server:
     @property
     def url(self) -> str:
         """As in smtp://127.0.0.1:2525; smtps:// with implicit_tls."""
-        scheme = "smtps" if self._options.implicit_tls else "smtp"
-        return f"{scheme}://{_format_address(self._host, self._port)}"
+        return f"smtp{'s' * self._options.implicit_tls}://{_format_address(self._host, self._port)}"
 
     @property
     def is_running(self) -> bool:
