@@ -453,6 +453,9 @@ _MAILBOX = rf"{_LOCAL_PART}@(?:{_DOTTED}|[lL][oO][cC][aA][lL][hH][oO][sS][tT]|{_
 _ROUTE = rf"(?:@{_DOTTED}(?:,@{_DOTTED})*:)?"
 _PATH = re.compile(rf"([^\"<>@]*<{_ROUTE})?({_MAILBOX})(>)?")
 
+# Up to the > that is not quoted or, without a <, up to the white space that is not quoted.
+_PATH_END = re.compile(r'(?=[^"]*<)(?:"(?:[^"\\]|\\.)*"|[^">])*>|(?:"(?:[^"\\]|\\.)*"|[^" ])*')
+
 # With lenient_addresses: labels may have underscores or be numbers, a final dot is allowed, and an address needs no
 # domain. They are compiled when they are first used.
 _LENIENT_LABEL = rf"(?:{_ALNUM}|[_-])+"
@@ -504,10 +507,6 @@ class _Address(str):
     """An address that came with parameters (RFC 5321 section 4.1.2)."""
 
     parameters: dict[str, str]  # names in upper case; a duplicate gets "?", which is never valid, so it is refused
-
-
-# Up to the > that is not quoted or, without a <, up to the white space that is not quoted.
-_PATH_END = re.compile(r'(?=[^"]*<)(?:"(?:[^"\\]|\\.)*"|[^">])*>|(?:"(?:[^"\\]|\\.)*"|[^" ])*')
 
 
 def _parse_parameters(text: str, parse: Callable[[str], str | None]) -> str | None:
@@ -1073,6 +1072,7 @@ class _Next(enum.Enum):
 
 
 _ENDINGS = [state.value for state in _Next if state.ends]
+_Request = str | int | None  # a client's line, the size of its body, or None where the server speaks unasked
 
 
 class _AuthResult(NamedTuple):
@@ -1096,10 +1096,6 @@ class _Reply(NamedTuple):
 
 def _encode(text: str) -> bytes:
     return text.replace("\r\n", "\n").replace("\n", "\r\n").encode("utf-8", "surrogateescape") + b"\r\n"
-
-
-# A client's line, the size of its body, or None where the server speaks unasked.
-_Request = str | int | None
 
 
 class _Exchange(NamedTuple):
@@ -1485,8 +1481,6 @@ class Action(_Fields):
 
 
 _ACTIONS = {field.name: field.metadata["kind"] for field in dataclasses.fields(Action)}
-
-
 _STAGES = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT AUTH STARTTLS connect message"
 
 # What people write for a stage, and what it is called here. Other verbs are allowed if they are not nearly these.
@@ -2762,7 +2756,6 @@ class _Session:
 
 # ----------------------------------------------------------------------------------------- mailbox
 
-
 _Where = Callable[[Message], object]
 
 
@@ -2827,8 +2820,7 @@ class _Mailbox:
         with self._lock:
             if not entry.is_purged:
                 entry.message = message
-                if self._waiters:
-                    self._show(entry)
+                self._show(entry)
             return not entry.is_purged
 
     def _show(self, entry: _Entry) -> None:
@@ -2897,9 +2889,6 @@ class Logger(Protocol):
     def error(self, message: str, /) -> None: ...  # failed starts, refused clients, exceptions in user code
 
 
-_FAILURES = 100  # of callbacks, for check() to tell
-
-
 class _Log:
     """Calls a logger and survives its exceptions; without one, prints what the options ask for."""
 
@@ -2965,6 +2954,7 @@ class _Log:
 
 _LINGER = 2.0  # seconds that a client has to close its end after the server has closed its own
 _RST_ON_CLOSE = struct.pack("ii", 1, 0)  # for SO_LINGER
+_REPORTED = 10  # messages and sessions in the text of a WaitTimeoutError
 
 
 def _format_address(host: str, port: int) -> str:
@@ -3442,9 +3432,6 @@ def _bind(context: _Context) -> _Listener:
     raise failure
 
 
-_REPORTED = 10  # messages and sessions in the text of a WaitTimeoutError
-
-
 def _check_wait(count: object, timeout: object, where: object) -> None:
     _check("count", count, _COUNT)
     _check("timeout", timeout, _SECONDS)
@@ -3474,7 +3461,7 @@ class Server:
         self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
         self._host, self._port = given.host, given.port
         self._mailbox, self._rules = _Mailbox(), _Rules(given.seed)
-        log = _Log(None, given, deque(maxlen=_FAILURES))
+        log = _Log(None, given, deque(maxlen=100))  # failures for check() to tell
         self._context = _Context(
             given, {}, self._mailbox, log, self._rules, given.on_message or _ignore, early_ends=deque(maxlen=_REPORTED)
         )
@@ -3866,6 +3853,7 @@ def pytest_configure(config: Any) -> None:
 _LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # one flag sets both
 _FILE = _Kind("a path", lambda value: isinstance(value, str))
 _RULES = _Kind("rules", lambda value: isinstance(value, list), lambda text: [text])
+_CONDITIONS = {"times": _TIMES, "probability": _PROBABILITY, "after": _COUNT}
 
 # The flags that are no options of a server.
 _OWN_FLAGS = {
@@ -4058,9 +4046,6 @@ def _read(kind: _Kind, text: str) -> Any:
         return kind.parse(text)
     except (KeyError, ValueError):
         return text  # _check() will say what is wrong with it
-
-
-_CONDITIONS = {"times": _TIMES, "probability": _PROBABILITY, "after": _COUNT}
 
 
 def _read_action(name: str, argument: str) -> tuple[str, list[Any]]:
