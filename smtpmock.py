@@ -1246,7 +1246,7 @@ class Message:
     _parts = functools.cached_property[tuple[dict[str, str], list[Attachment]]](lambda self: _split_parts(self.email))
 
     def __init__(
-        self, mail: _Mail, peer: tuple[str, int], stamp: tuple[int, float], tolerated: Collection[str] = ()
+        self, mail: _Mail, peer: tuple[str, int], stamp: tuple[int, float], tolerated: Collection[str]
     ) -> None:
         # The session goes on appending to the lists, so their present lengths are kept with them.
         fields = self.__dict__  # because __setattr__() allows nothing
@@ -1458,10 +1458,8 @@ _ASPECTS = ("said", "delay", "trickle", "then")
 
 
 def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The aspects of a reply that these fields of an Action set. A reply of None is the normal one."""
-    aspects = {name: fields[name] for name in ("delay", "trickle") if name in fields}
-    if "reply" in fields or "raw" in fields:
-        aspects["said"] = fields["raw"] if "raw" in fields else fields["reply"]
+    """The aspects of a reply that these fields of an Action set. A reply of None is the normal one; raw comes last."""
+    aspects = {"said" if name in ("reply", "raw") else name: value for name, value in fields.items()}
     if "then" in fields:
         aspects["then"] = _THEN[fields["then"]]
         if fields["then"] != "close":
