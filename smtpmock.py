@@ -1169,26 +1169,6 @@ def _decode_text(part: Any) -> str:
     return data.decode("utf-8", "replace")
 
 
-def _split_parts(mail: Any) -> tuple[dict[str, str], list[Attachment]]:
-    """The first text of each type, and all other parts."""
-    texts: dict[str, str] = {}
-    attachments: list[Attachment] = []
-    parts = [mail]
-    while parts:
-        part = parts.pop()
-        kind, name = part.get_content_type(), part.get_filename()
-        if part.get_content_maintype() == "multipart":
-            if part.is_multipart():
-                parts.extend(reversed(part.get_payload()))
-                continue
-            kind = "text/plain"  # because its boundary never came
-        if kind in ("text/plain", "text/html") and kind not in texts and name is None and not part.is_attachment():
-            texts[kind] = _decode_text(part)
-        else:
-            attachments.append(Attachment(name, kind, _decode_part(part)))
-    return texts, attachments
-
-
 def _jsonify_bytes(data: bytes) -> dict[str, str]:
     import base64
 
@@ -1243,7 +1223,6 @@ class Message:
     _start: int
     _tolerated: Collection[str]
     _findings = functools.cached_property(_find_violations)
-    _parts = functools.cached_property[tuple[dict[str, str], list[Attachment]]](lambda self: _split_parts(self.email))
 
     def __init__(
         self, mail: _Mail, peer: tuple[str, int], stamp: tuple[int, float], tolerated: Collection[str]
@@ -1404,6 +1383,26 @@ class Message:
     def attachments(self) -> list[Attachment]:
         """All other parts, including the images of an HTML page."""
         return self._parts[1].copy()
+
+    @functools.cached_property
+    def _parts(self) -> tuple[dict[str, str], list[Attachment]]:
+        """The first text of each type, and all other parts."""
+        texts: dict[str, str] = {}
+        attachments: list[Attachment] = []
+        parts: list[Any] = [self.email]
+        while parts:
+            part = parts.pop()
+            kind, name = part.get_content_type(), part.get_filename()
+            if part.get_content_maintype() == "multipart":
+                if part.is_multipart():
+                    parts.extend(reversed(part.get_payload()))
+                    continue
+                kind = "text/plain"  # because its boundary never appeared
+            if kind in ("text/plain", "text/html") and kind not in texts and name is None and not part.is_attachment():
+                texts[kind] = _decode_text(part)
+            else:
+                attachments.append(Attachment(name, kind, _decode_part(part)))
+        return texts, attachments
 
     @property
     def violations(self) -> list[Violation]:
@@ -3758,25 +3757,6 @@ class Server:
 # ------------------------------------------------------------------------------------------ pytest
 
 
-def _list_sessions(server: Server) -> list[Message | str]:
-    """The recorded messages, and descriptions of the open sessions and of the connections that ended early."""
-    mails = [connection.session.mail for connection in server._list_connections()]
-    dialogues = ["\n".join(_format_dialogue(mail.dialogue[:])) for mail in mails if mail.entry is None]
-    return [
-        *server._mailbox.messages(purge=False),
-        *(f"a session is open:\n{dialogue}" for dialogue in dialogues),
-        *(f"a connection ended early: {end}" for end in list(server._context.early_ends)),
-    ]
-
-
-def _describe_sessions(sessions: Sequence[Message | str]) -> str:
-    parts = [f"{len(sessions)} messages or sessions, the last {_REPORTED}:"] if len(sessions) > _REPORTED else []
-    for item in sessions[-_REPORTED:]:
-        lines = [] if isinstance(item, str) else [item.transcript, *map(str, item.violations + item.warnings)]
-        parts.append("\n".join([str(item), *lines]))
-    return "\n\n".join(parts) or "no session"
-
-
 def _shared_smtp_server() -> Iterator[Server]:
     """The server behind smtp_server, for fixtures with a larger scope that need its host and port."""
     with Server(multiple_rcptto=True, multiple_message_receiving=True) as server:
@@ -3812,7 +3792,7 @@ class _PytestPlugin:
         self.test, self.sessions, self.shown = request.node, [], ""
         yield server
         server.disconnect()
-        self.sessions = _list_sessions(server)
+        self.sessions = self._list_sessions()
         server.reset()
 
     def check(self, item: Any) -> None:
@@ -3823,10 +3803,27 @@ class _PytestPlugin:
 
     def report(self, item: Any, call: Any) -> None:
         if call.excinfo is not None and item is self.test:
-            text = _describe_sessions(self.sessions or _list_sessions(self.server))
+            text = self._describe(self.sessions or self._list_sessions())
             if text != self.shown:
                 item.add_report_section(call.when, "smtp_server", text)
             self.shown = text
+
+    def _list_sessions(self) -> list[Message | str]:
+        """The recorded messages, and descriptions of the open sessions and of the connections that ended early."""
+        mails = [connection.session.mail for connection in self.server._list_connections()]
+        dialogues = ["\n".join(_format_dialogue(mail.dialogue[:])) for mail in mails if mail.entry is None]
+        return [
+            *self.server._mailbox.messages(purge=False),
+            *(f"a session is open:\n{dialogue}" for dialogue in dialogues),
+            *(f"a connection ended early: {end}" for end in list(self.server._context.early_ends)),
+        ]
+
+    def _describe(self, sessions: Sequence[Message | str]) -> str:
+        parts = [f"{len(sessions)} messages or sessions, the last {_REPORTED}:"] if len(sessions) > _REPORTED else []
+        for item in sessions[-_REPORTED:]:
+            lines = [] if isinstance(item, str) else [item.transcript, *map(str, item.violations + item.warnings)]
+            parts.append("\n".join([str(item), *lines]))
+        return "\n\n".join(parts) or "no session"
 
 
 def pytest_configure(config: Any) -> None:
