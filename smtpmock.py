@@ -3510,10 +3510,7 @@ class Server:
             listener.disconnect(reset=reset)
 
     def start(self) -> Server:
-        """Listen. Clients can connect when it returns.
-
-        Raises ServerStateError if the server is running, ServerStartError if it cannot listen on the host and port.
-        """
+        """Listen; clients can connect when it returns. Raises ServerStateError or ServerStartError."""
         return self._start(lambda host, port: None)
 
     def _start(self, announce: Callable[[str, int], None]) -> Server:
@@ -3610,10 +3607,7 @@ class Server:
         return self._warn(self._mailbox.messages(purge=True))
 
     def message(self, where: _Where | None = None, timeout: float = 0.0) -> Message:
-        """The one accepted mail for which where(message) is true, waiting timeout seconds for it.
-
-        Raises WaitTimeoutError if there is none or more than one, and whatever where() raises.
-        """
+        """The one accepted mail for which where(message) is true; WaitTimeoutError if none comes, or several."""
         __tracebackhide__ = True  # of pytest
         _check_wait(1, timeout, where)
         _, found = self._mailbox.wait(
@@ -3706,10 +3700,7 @@ class Server:
         return [said for dialogue in dialogues for said in dialogue[::2] if isinstance(said, str)]
 
     def wait_for_messages(self, count: int, timeout: float = 5.0, where: _Where | None = None) -> list[Message]:
-        """Wait for count messages for which where(message) is true, and return all of these.
-
-        Raises WaitTimeoutError after timeout seconds, and whatever where() raises.
-        """
+        """Wait for count messages for which where(message) is true. Returns them all, or raises WaitTimeoutError."""
         __tracebackhide__ = True  # of pytest
         return self._warn(self._wait(count, timeout, where, purge=False))
 
