@@ -277,7 +277,7 @@ def _takes(options: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable
 if not TYPE_CHECKING:  # which is told that it is dataclasses.dataclass
 
     def _fields(**options: Any) -> Callable[[type], type]:
-        """Make a dataclass with the methods of _Fields. To have them generated would take longer than all else here."""
+        """Make a dataclass with the methods of _Fields. Generating them would take longer than everything else here."""
 
         def declare(cls: type) -> type:
             cls = dataclasses.dataclass(init=False, repr=False, eq=False, **options)(cls)
@@ -305,7 +305,7 @@ class Configuration(_Fields):
     """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
 
     Times are in seconds and may have fractions. A reply may be any text, with or without a code. Each
-    newline in it makes another line of the reply, and {msg_size_limit} stands for that option. A text
+    newline in it starts another line of the reply, and {msg_size_limit} stands for that option. A text
     that begins with 4 or 5 refuses the command, whichever option it is.
     """
 
@@ -865,7 +865,7 @@ _DATE = re.compile(
     r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{2}[0-5][0-9]\s*",
     re.IGNORECASE,
 )
-# Longer headers are not taken apart, because `email` takes the square of their length.
+# Longer headers are not parsed, because the time that `email` takes grows with the square of their length.
 _HEADER_LIMIT, _MIME_HEADER_LIMIT = 10000, 2000
 
 
@@ -889,7 +889,7 @@ def _make_email_policy() -> Any:
     return Policy()
 
 
-@functools.lru_cache(maxsize=64)  # addresses are asked for twice
+@functools.lru_cache(maxsize=64)  # addresses are parsed twice
 def _parse_header(name: str, value: str) -> tuple[Any, bool]:
     """The header as `email` parses it, without encoded words, and whether it is malformed."""
     from email.errors import InvalidHeaderDefect
@@ -902,7 +902,7 @@ def _parse_header(name: str, value: str) -> tuple[Any, bool]:
 
 
 def _strip_comments(value: str) -> str:
-    for _ in range(4):  # which may be nested; without a limit, this might take the square of the length
+    for _ in range(4):  # they may be nested; with no limit, the time could grow with the square of the length
         value = _COMMENT.sub(" ", value)
     return value
 
@@ -965,7 +965,7 @@ _HEADER_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[str], object]], ...]
 
 
 def _check_headers(fields: list[tuple[str, str]]) -> _Findings:
-    """Of headers with the same name, the first is looked at."""
+    """Of several headers with the same name, only the first is checked."""
     seen: set[str] = set()
     for name, value in fields:
         key = name.lower()
@@ -978,7 +978,7 @@ def _check_headers(fields: list[tuple[str, str]]) -> _Findings:
 
 
 def _check_header_set(first: dict[str, str], client: _Client) -> _Findings:
-    """What must be there, and what must not."""
+    """Which headers must be there, and which must not."""
     yield from (("header-missing", name) for name in ("Date", "From") if name.lower() not in first)
     if "message-id" not in first:
         yield "no-message-id", ""
@@ -1032,7 +1032,7 @@ def _check_mail(message: Message, client: _Client) -> _Findings:
         yield from _check_header_set(first, client) if is_mail else ()
         yield from _check_headers(fields)
         yield from _check_part(part, first, client, is_mail=is_mail)
-        if part.is_multipart() and part.get_content_maintype() == "multipart":  # others wrote a mail within the mail
+        if part.is_multipart() and part.get_content_maintype() == "multipart":  # a mail within the mail is by others
             parts += reversed(part.get_payload())
 
 
@@ -1042,7 +1042,7 @@ def _find_violations(message: Message) -> list[Violation]:
     if dialogue[3:4] == [_TRUNCATED]:  # what was announced is not known any more
         return []
     found = [*_check_dialogue(dialogue, client)]
-    # RFC 2920 section 3.1 has a client end a mail without recipients that was asked for all the same with a lone dot.
+    # A client that got a 354 although it has no recipient must send a lone dot (RFC 2920 section 3.1).
     is_complete = body is not None and body.value is not None and not getattr(body.request, "is_partial", False)
     if body is not None and is_complete and (body.value or client.recipients):
         found += _check_content(body.value, client, message.data_request[:4].upper() == "BDAT")
@@ -1539,7 +1539,7 @@ class Rule:
             raise ConfigurationError(f"after={after!r}: is for the stage message, not for {self._stage}")
         self._times, self._probability, self._after = times, probability, after
         self._random = rules.make_random() if probability < 1 else None
-        # Fields of an Action, for each use and the last ones from then on. Replaced, never changed.
+        # Fields of an Action for each use; the last ones stay in force. Replaced, never changed.
         self._uses: tuple[dict[str, Any], ...] = ({},)
         self._function: _Function | None = None
         rules.add(self)
@@ -1564,7 +1564,7 @@ class Rule:
         return self._add("delay", seconds)
 
     def trickle(self, seconds: float) -> Rule:
-        """Send the reply byte by byte, with so many seconds between two bytes."""
+        """Send the reply byte by byte, with this many seconds between two bytes."""
         return self._add("trickle", seconds)
 
     def close(self) -> Rule:
@@ -2767,7 +2767,7 @@ class _Entry:
 
 
 class _Waiter:
-    """What a waiting thread has found, and what it has still to look at."""
+    """What a waiting thread has found, and what it still has to look at."""
 
     def __init__(self, entries: Iterable[_Entry]) -> None:
         self.unseen = dict.fromkeys(entries)  # new, or changed since it was looked at
@@ -3462,7 +3462,7 @@ class Server:
         self._context = _Context(
             given, {}, self._mailbox, log, self._rules, given.on_message or _ignore, early_ends=deque(maxlen=_REPORTED)
         )
-        self._warned: set[int] = set()  # the messages of which a warning told that something was discarded
+        self._warned: set[int] = set()  # the messages about which a warning was given
         self._lifecycle = threading.Lock()  # guards _listener; not held while the user's code runs
         self._listener: _Listener | None = None
         self._use(given)
@@ -3562,7 +3562,7 @@ class Server:
         self._discard(listener, self._options.shutdown_timeout)
 
     def _discard(self, listener: _Listener, timeout: float) -> None:
-        """Close the listener. The first thread that has finished this says so."""
+        """Close the listener. The first thread to finish this logs it."""
         is_forced = listener.close(timeout)
         with self._lifecycle:
             is_first = is_forced is not None and self._listener is listener
@@ -3581,7 +3581,7 @@ class Server:
 
     @property
     def host(self) -> str:
-        """As configured; from start() on as a client takes it, without the brackets of [::1]."""
+        """As configured; from start() on without the brackets of [::1], as clients expect it."""
         return self._host
 
     @property
@@ -3652,8 +3652,8 @@ class Server:
 
         stage is connect, a verb, message (the end of a body), or * for all. match is an address or a domain
         (at DATA and message, of a recipient), a compiled pattern that is searched in the line, or a function of the
-        line; at message, the line is the body. The rule applies `times` times (None is without end), each time with
-        this probability, and with `after` when so many bytes of the body have arrived. Rules add up: each aspect
+        line; at message, the line is the body. The rule applies `times` times (None: without end), each time with
+        this probability, and with `after` once that many bytes of the body have arrived. Rules add up: each aspect
         of a reply comes from the newest rule that sets it. Raises ConfigurationError for an invalid argument.
         """
         if unknown:
@@ -3688,7 +3688,7 @@ class Server:
             raise AssertionError("\n".join(faults))
 
     def _list_connections(self) -> list[_Connection]:
-        """Those of the sessions that go on."""
+        """The connections whose sessions are still open."""
         listener = self._listener
         return [] if listener is None else [c for c in listener.connections.copy() if not c.is_recorded]
 
@@ -3988,7 +3988,7 @@ class _Folder:
         return os.path.join(self._path, name), os.path.join(self._path, f".{name}.part")
 
     def _reserve(self) -> str:
-        """A name that no other process takes, either."""
+        """A name that no other thread or process takes."""
         with self._lock:
             while True:
                 self._number += 1
@@ -4013,8 +4013,7 @@ def _open_maildir(path: str) -> Callable[[Message], _Undo]:
 
     for name in ("tmp", "cur", "new"):
         _make_folder(os.path.join(path, name))
-    maildir = mailbox.Maildir(path)
-    lock = threading.Lock()  # a Maildir is not made for threads
+    maildir, lock = mailbox.Maildir(path), threading.Lock()  # a Maildir is not made for threads
 
     def remove(key: str) -> None:
         with lock:
@@ -4228,7 +4227,7 @@ def _parse_arguments(argv: Iterable[str]) -> dict[str, Any]:
 
 
 def _take_options(given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a server among the values of the flags, which keep the others."""
+    """Take the options of a server out of the values of the flags."""
     options = {name: given.pop(name) for name in list(given) if name not in _OWN_FLAGS}
     if "log" in given:
         options |= dict.fromkeys(_LOG_OPTIONS, given["log"])
