@@ -807,6 +807,7 @@ def _check_dialogue(dialogue: list[_Request], client: _Client) -> _Findings:
 
 # Patterns for a mail or a body with a CRLF before it. Most begin with a byte, which is found fast.
 _HEAD_END = re.compile(rb"\A\r\n(?=[ \t])|\n(?![!-9;-~]+:|[ \t])")
+_NO_BODY = re.compile(rb"\A(?!\r?\n).")  # it must be empty, or begin with the empty line
 _NOT_ASCII = re.compile(rb"[^\0-\x7f]")
 _NOT_QUOTED = re.compile(  # lines of 77 and 78 are let through, because CPython's `email` makes them
     rb"\n[^\r\n]{79}|=(?![0-9A-Fa-f]{2}|[ \t]*(?:\r?\n|\Z))|[^= \t\r\n][ \t]+\r?\n|[^\t\r\n -~]"
@@ -825,30 +826,29 @@ _ENCODINGS = {
 }
 
 
-def _find_line(pattern: re.Pattern[bytes], data: bytes) -> Iterator[str]:
+def _find_line(code: str, pattern: re.Pattern[bytes], data: bytes) -> _Findings:
     """The line of the first match, if there is one."""
     match = pattern.search(data)
     if match is not None:
         start = data.rfind(b"\n", 0, match.end() - 1) + 1
-        yield _decode(data[start : start + 200].partition(b"\n")[0].rstrip(b"\r"))
+        yield code, _decode(data[start : start + 200].partition(b"\n")[0].rstrip(b"\r"))
 
 
 def _check_content(content: bytes, client: _Client, is_counted: bool) -> _Findings:
     data, kind, size = b"\r\n" + content, client.parameters.get("BODY"), client.parameters.get("SIZE", "")
     for code, pattern in _CONTENT_CHECKS.items() if not (is_counted and kind == "BINARYMIME") else ():
         if code != "false-end" or not is_counted:
-            yield from ((code, line) for line in _find_line(pattern, data))
+            yield from _find_line(code, pattern, data)
     if re.fullmatch("[0-9]{1,20}", size) and len(content) > int(size) + 2:  # some do not count the last CRLF
         yield "size-understated", f"SIZE={size} for {len(content)} bytes"
     end = _HEAD_END.search(data)
     head, body = (data[: end.end()], data[end.end() :]) if end else (data, b"")
-    if not re.match(rb"\r?\n|\Z", body):
-        yield "header-syntax", _decode(body[:200].partition(b"\n")[0].rstrip(b"\r"))
+    yield from _find_line("header-syntax", _NO_BODY, body)
     if "SMTPUTF8" not in client.parameters:
-        yield from (("header-raw", line) for line in _find_line(_NOT_ASCII, head))
+        yield from _find_line("header-raw", _NOT_ASCII, head)
     if "8BITMIME" not in client.announced or kind not in ("8BITMIME", "BINARYMIME"):
         code = "8bit-undeclared" if "8BITMIME" in client.announced else "8bit-unannounced"
-        yield from ((code, line) for line in _find_line(_NOT_ASCII, body))
+        yield from _find_line(code, _NOT_ASCII, body)
 
 
 _TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
@@ -1012,12 +1012,12 @@ def _check_part(part: Any, first: dict[str, str], client: _Client, *, is_mail: b
         return
     data = b"\r\n" + str(part._payload).encode("utf-8", "surrogateescape")  # get_payload() would decode it
     code, pattern = _ENCODINGS.get(encoding, ("", _NOT_ASCII))
-    lines = list(_find_line(pattern, data)) if code else []
-    if not lines and not _can_decode(data, encoding):
-        lines = [encoding]
-    yield from ((code, line) for line in lines)
+    found = list(_find_line(code, pattern, data)) if code else []
+    if not found and not _can_decode(data, encoding):
+        found = [(code, encoding)]
+    yield from found
     charset = parameters.get("charset", "us-ascii" if name == "text/plain" else None)
-    if not lines and name.startswith("text/") and not _can_decode(data, encoding, charset):
+    if not found and name.startswith("text/") and not _can_decode(data, encoding, charset):
         yield "wrong-charset", f"charset={charset}"
 
 
@@ -3729,16 +3729,14 @@ class Server:
         yield f"{len(messages)} are recorded{':' if messages else ''}"
         if len(messages) > _REPORTED:
             yield "  ..."
-        for message in messages[-_REPORTED:]:
-            yield f"  {message!r}, subject {message.subject!r}"
+        yield from (f"  {message!r}, subject {message.subject!r}" for message in messages[-_REPORTED:])
         connections = self._list_connections()
         yield f"{len(connections)} sessions are open{':' if connections else ''}"
         for connection in connections[:_REPORTED]:
             session = connection.session
             dialogue = " / ".join(_format_dialogue(session.mail.dialogue[-2:]))
             yield f"  {_format_address(*session.peer)}: {dialogue}"
-        for end in list(self._context.early_ends):
-            yield f"a connection ended early: {end}"
+        yield from (f"a connection ended early: {end}" for end in list(self._context.early_ends))
 
     def __repr__(self) -> str:
         state = "" if self._listener else ", not running"
