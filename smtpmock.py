@@ -200,6 +200,9 @@ _RECEIVED = "250 Received"
 _UNAVAILABLE = "421 Service not available"
 _BAD = "503 Bad sequence of commands."
 _UNRECOGNIZED = "502 Command unrecognized. Available commands: HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT"
+_EXTENSIONS = "SIZE 8BITMIME SMTPUTF8 PIPELINING DSN CHUNKING BINARYMIME ENHANCEDSTATUSCODES DELIVERBY REQUIRETLS"
+_EXTENSIONS += " LIMITS ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE NO-SOLICITING"
+_AUTH_MECHANISMS = ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2")
 
 # Options that have no effect without another one.
 _NEEDED = {
@@ -287,11 +290,6 @@ if not TYPE_CHECKING:  # which is told that it is dataclasses.dataclass
             return cls
 
         return declare
-
-
-_EXTENSIONS = "SIZE 8BITMIME SMTPUTF8 PIPELINING DSN CHUNKING BINARYMIME ENHANCEDSTATUSCODES DELIVERBY REQUIRETLS"
-_EXTENSIONS += " LIMITS ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE NO-SOLICITING"
-_AUTH_MECHANISMS = ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2")
 
 
 def _check_choices(option: str, names: Iterable[str], known: Collection[str], fold: Callable[[str], str] = str) -> None:
@@ -825,6 +823,23 @@ _ENCODINGS = {
     "quoted-printable": ("bad-quoted-printable", _NOT_QUOTED),
 }
 
+_TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
+_ADDRESS_HEADERS = ("from", "sender", "reply-to", "to", "cc")
+_SINGULAR_HEADERS = (*_ADDRESS_HEADERS, "date", "bcc", "message-id", "in-reply-to", "references", "subject")
+_BOUNDARY_DEFECTS = ("NoBoundaryInMultipartDefect", "StartBoundaryNotFoundDefect", "CloseBoundaryNotFoundDefect")
+_NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
+_ENCODED_WORD = re.compile(r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?=")
+_COMMENT = re.compile(r"\([^()]*\)")
+_MESSAGE_ID = re.compile(r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*")
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_DATE = re.compile(
+    r"\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{4})\s+"
+    r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{2}[0-5][0-9]\s*",
+    re.IGNORECASE,
+)
+# Longer headers are not parsed, because the time that `email` takes grows with the square of their length.
+_HEADER_LIMIT, _MIME_HEADER_LIMIT = 10000, 2000
+
 
 def _find_line(code: str, pattern: re.Pattern[bytes], data: bytes) -> _Findings:
     """The line of the first match, if there is one."""
@@ -849,24 +864,6 @@ def _check_content(content: bytes, client: _Client, is_counted: bool) -> _Findin
     if "8BITMIME" not in client.announced or kind not in ("8BITMIME", "BINARYMIME"):
         code = "8bit-undeclared" if "8BITMIME" in client.announced else "8bit-unannounced"
         yield from _find_line(code, _NOT_ASCII, body)
-
-
-_TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
-_ADDRESS_HEADERS = ("from", "sender", "reply-to", "to", "cc")
-_SINGULAR_HEADERS = (*_ADDRESS_HEADERS, "date", "bcc", "message-id", "in-reply-to", "references", "subject")
-_BOUNDARY_DEFECTS = ("NoBoundaryInMultipartDefect", "StartBoundaryNotFoundDefect", "CloseBoundaryNotFoundDefect")
-_NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
-_ENCODED_WORD = re.compile(r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?=")
-_COMMENT = re.compile(r"\([^()]*\)")
-_MESSAGE_ID = re.compile(r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*")
-_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_DATE = re.compile(
-    r"\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{4})\s+"
-    r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{2}[0-5][0-9]\s*",
-    re.IGNORECASE,
-)
-# Longer headers are not parsed, because the time that `email` takes grows with the square of their length.
-_HEADER_LIMIT, _MIME_HEADER_LIMIT = 10000, 2000
 
 
 @functools.cache
@@ -1442,6 +1439,9 @@ class Message:
 
 # ------------------------------------------------------------------------------------------- rules
 
+_Match = Callable[[str], object] | str | re.Pattern[str] | None
+_Function = Callable[[str, Message], Any]
+
 _PROBABILITY = _Kind("a number from 0 to 1", _number(0, 1, int, float), float)
 _TIMES = _Kind("an integer from 1 up", _number(1, float("inf"), int), int)
 _BYTES = _Kind(
@@ -1506,10 +1506,6 @@ def _check_match(match: str) -> None:
         raise ConfigurationError(f"match={match!r}: a domain has no @; did you mean {match[1:]!r}?")
     if re.search(r"\\[.dwsDWS]|\.[*+]|^\^|\$$|^\*", match):
         raise ConfigurationError(f"match={match!r}: looks like a pattern; did you mean re.compile({match!r})?")
-
-
-_Match = Callable[[str], object] | str | re.Pattern[str] | None
-_Function = Callable[[str, Message], Any]
 
 
 class Rule:
