@@ -3816,10 +3816,12 @@ class ResourceTest(ServerCase, ProcessCase):
     def test_an_exit_with_a_running_server(self) -> None:
         """One with a session in a delay, and one that waits for a command."""
         code = """
-            import smtplib, smtpmock
+            import socket, smtpmock
             server = smtpmock.Server(response_delay_noop=100).start()
-            clients = [smtplib.SMTP(server.host, server.port, timeout=10) for _ in range(2)]
-            clients[0].putcmd("noop")
+            clients = [socket.create_connection((server.host, server.port), 10) for _ in range(2)]
+            for client in clients:
+                client.recv(100)
+            clients[0].sendall(b"NOOP\\r\\n")
             print("end")
         """
         self.assertEqual(self.run_python(code), "end\n")
