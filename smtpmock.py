@@ -705,7 +705,8 @@ class Message:
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the record, without what was parsed from it and cached."""
         cached = ("transcript", "received_header", "email", "_parts")
-        return {name: value for name, value in vars(self).items() if name not in cached}
+        values = vars(self).copy()  # at once: another thread may cache something meanwhile
+        return {name: value for name, value in values.items() if name not in cached}
 
     @property
     def rcptto_request_response(self) -> list[tuple[str, str]]:
@@ -1009,7 +1010,8 @@ class Rule:
             raise ConfigurationError(f"after={after!r}: is for the stage message, not for {self._stage}")
         self._times, self._probability, self._after = times, probability, after
         self._random = rules.make_random() if probability < 1 else None
-        # Fields of an Action, for each use and the last ones from then on. Replaced, never changed.
+        # Fields of an Action, for each use and the last ones from then on. Only the methods set this and the function,
+        # and they replace them, so that sessions can read them without the lock.
         self._uses: tuple[dict[str, Any], ...] = ({},)
         self._function: Callable[[str, Message], Any] | None = None
         rules.add(self)
@@ -1214,7 +1216,7 @@ class Handler:
         self.options = options
         self._extensions = _name_extensions(options)
         self._refused = [(getattr(options, values), text) for values, text in self._lists if getattr(options, values)]
-        self._replies: dict[str, _Reply] = {}
+        self._replies: dict[str, _Reply] = {}  # made when first needed; two sessions may make the same one
         self._accepting = self._make_reply(self.received)
         if options.tls_required and not self._before_tls:
             self.needs = ("tls", *self.needs)
@@ -1882,7 +1884,11 @@ class _Body:
 
 
 class _Mail:
-    """What belongs to the mail in progress. The next mail of the session gets another one of these."""
+    """What belongs to the mail in progress. The next mail of the session gets another one of these.
+
+    Only the session's thread changes it. Messages and reports read the lists from other threads: these only grow,
+    or are replaced.
+    """
 
     def __init__(self) -> None:
         self.steps: dict[str, _Exchange] = {}
@@ -2250,14 +2256,15 @@ class _Entry:
     __slots__ = ("is_purged", "message")
 
     def __init__(self, message: Message) -> None:
-        self.message = message
-        self.is_purged = False
+        self.message = message  # replaced with the lock of the mailbox, and read without it
+        self.is_purged = False  # likewise; whoever acts on it looks again with the lock
 
 
 class _Waiter:
     """What a waiting thread has found, and what it has still to look at."""
 
     def __init__(self, entries: Iterable[_Entry]) -> None:
+        # The lock of the mailbox guards the first two; only the waiting thread uses the third.
         self.unseen = dict.fromkeys(entries)  # new, or changed since it was looked at
         self.missing = 0  # it is not woken for fewer
         self.matching: dict[_Entry, Message] = {}
@@ -2391,7 +2398,7 @@ class _Log:
         self._logger = logger
         self._prints = options.log_to_stdout
         self.shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
-        self._has_failed = False
+        self._has_failed = False  # not guarded: at worst, two threads say so
         self._lock = threading.Lock()  # guards the failures
         self.failures: list[str] = []  # of callbacks, since the start or the last reset()
 
@@ -2480,6 +2487,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.plain: socket.socket = self.request
         self.options = self.server.context.options
         self.log = self.server.context.log
+        # Only the session's thread sets these. stop() reads is_idle and request; reports read the session.
         self.session = _Session(self.server.context, self.client_address[:2])
         self.unsent = bytearray()
         self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
@@ -2742,13 +2750,13 @@ class _Listener(socketserver.ThreadingTCPServer):
         super().__init__(address, _Connection, bind_and_activate=False)
         self.context = context
         self.connections: set[_Connection] = set()  # the open ones; add, discard and copy are atomic
-        self.spare_threads: list[_SessionThread] = []  # only the listener's thread takes from it
-        self.was_opened = False
-        self.stopping = False
+        self.spare_threads: list[_SessionThread] = []  # they add themselves; only the listener's thread takes from it
+        self.was_opened = False  # guarded by closing
+        self.stopping = False  # never becomes False again, so any thread may set it
         self.aborting = threading.Event()  # set when the sessions that still go on must end at once
         self.closing = threading.RLock()  # held by the thread that opens or closes
         self.thread = _Thread("smtpmock listener", self.serve_forever)
-        self.has_shortage = False  # of descriptors or threads; it is logged once
+        self.has_shortage = False  # of descriptors or threads; it is logged once, by the listener's thread
         self.wake: tuple[socket.socket, ...] = ()  # a byte is sent to the first when the server stops
         try:
             self.wake = socket.socketpair()
@@ -2937,17 +2945,18 @@ class Server:
         if not (on_message is None or callable(on_message)):
             raise ConfigurationError(f"on_message={on_message!r}: must be callable")
         self._options = dataclasses.replace(configuration, **options) if configuration else Configuration(**options)
-        self._host, self._port = self._options.host, self._options.port
+        self._host, self._port = self._options.host, self._options.port  # set by start(), which runs in one thread only
         self._mailbox = _Mailbox()
         table = _make_handlers(self._options, handlers)
         self._rules = _Rules(self._options.seed, table)
         log = _Log(logger, self._options)
-        self._context = _Context(
+        self._context = _Context(  # replaced, never changed
             self._options, table, self._mailbox, log, self._rules, on_message or _ignore, early_ends=[]
         )
         self._explicit = options.keys() | (configuration._given if configuration else set())
-        self._warned: set[int] = set()  # the messages of which a warning told that something was discarded
-        self._lifecycle = threading.Lock()  # guards _listener; not held while the user's code runs
+        # The messages of which a warning told that something was discarded; two threads may both warn of one.
+        self._warned: set[int] = set()
+        self._lifecycle = threading.Lock()  # guards changes of _listener; not held while the user's code runs
         self._listener: _Listener | None = None
 
     def with_logger(self, logger: Any) -> Server:
@@ -3396,7 +3405,7 @@ class _Narrator:
     def __init__(self, printer: _Printer, options: dict[str, Any]) -> None:
         self._printer = printer
         self._options = options
-        self._warned: set[str] = set()  # options that keep what was discarded
+        self._warned: set[str] = set()  # options that keep what was discarded; at worst, two sessions tell of one
         self._colours = "NO_COLOR" not in os.environ and hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
 
     def __call__(self, message: Message) -> None:

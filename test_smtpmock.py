@@ -1804,6 +1804,22 @@ body
         self.assertEqual((text["content"], text["content_encoding"]), ("Subject: hi\r\n\r\né\r\n", "utf-8"))
 
 
+class SharedMessageTest(unittest.TestCase):
+    """A message in two threads."""
+
+    def test_copies_while_it_is_parsed(self) -> None:
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+        original = Memory(*ENVELOPE, "DATA", "Subject: hi", "", "body", ".").message()
+        for _ in range(30):
+            message = copy.copy(original)
+            parser = threading.Thread(target=message.to_dict)
+            parser.start()
+            while parser.is_alive():
+                self.assertEqual(copy.copy(message).content, original.content)
+            parser.join()
+
+
 class TranscriptTest(unittest.TestCase):
     """The dialogue of a message as text."""
 
