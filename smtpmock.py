@@ -41,6 +41,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
@@ -1936,7 +1937,7 @@ class _Context(NamedTuple):
     rules: _Rules
     on_message: Callable[[Message], object] = _ignore  # called with each accepted message, before the reply to it
     on_unaccepted: Callable[[Message], object] = _ignore  # called with each other message at the end of its session
-    early_ends: list[str] = []  # connections that ended before any command, and why; each use of it is atomic
+    early_ends: deque[str] = deque(maxlen=10)  # connections that ended before any command, and why
 
 
 # A session is in one state, which is the method that takes the next bytes. It returns where it stopped and
@@ -2456,7 +2457,6 @@ class _Log:
 
 # ------------------------------------------------------------------------------------------ server
 
-_REPORTED = 10  # messages and sessions in the text of a WaitTimeoutError
 _LINGER = 2.0  # seconds that a client has to close its end after the server has closed its own
 _RST_ON_CLOSE = struct.pack("ii", 1, 0)  # for SO_LINGER
 
@@ -2516,9 +2516,7 @@ class _Connection(socketserver.BaseRequestHandler):
         if self.session.request is None:
             begins_tls = self.session.begins_with(b"\x16\x03")
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
-            ends = self.server.context.early_ends
-            ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
-            del ends[:-_REPORTED]
+            self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
         self.log.activity("SMTP session finished")
         if self.must_linger:
             self._linger()
@@ -2907,6 +2905,7 @@ def _bind(context: _Context) -> _Listener:
 
 
 _Where = Callable[[Message], object]
+_REPORTED = 10  # messages and sessions in the text of a WaitTimeoutError
 
 
 def _check_wait(count: object, timeout: object, where: object) -> None:
@@ -2950,8 +2949,9 @@ class Server:
         table = _make_handlers(self._options, handlers)
         self._rules = _Rules(self._options.seed, table)
         log = _Log(logger, self._options)
+        ends: deque[str] = deque(maxlen=_REPORTED)
         self._context = _Context(  # replaced, never changed
-            self._options, table, self._mailbox, log, self._rules, on_message or _ignore, early_ends=[]
+            self._options, table, self._mailbox, log, self._rules, on_message or _ignore, early_ends=ends
         )
         self._explicit = options.keys() | (configuration._given if configuration else set())
         # The messages of which a warning told that something was discarded; two threads may both warn of one.
@@ -3188,8 +3188,10 @@ class Server:
             session = connection.session
             dialogue = " / ".join(_format_dialogue(session.mail.dialogue[-2:]))
             yield f"  {_format_address(*session.peer)}: {dialogue}"
-        for end in self._context.early_ends[-_REPORTED:]:
-            yield f"a connection ended early: {end}"
+        ends = self._context.early_ends
+        # Without a GIL, an iterator raises RuntimeError if a session appends meanwhile, and the length may be one more.
+        for index in range(min(len(ends), _REPORTED)):
+            yield f"a connection ended early: {ends[index]}"
 
     def __repr__(self) -> str:
         state = "" if self._listener else ", not running"
