@@ -7,6 +7,7 @@ its own, and all run at the same time:
 
     purging     64 senders, every second one with TLS, some of which leave within a mail; threads that wait and purge
     waiting     senders that wait for their own mail among those of the others
+    contest     threads that purge the same mails at the same moment
     rules       groups of sessions that use up rules with `times`, which are added and removed all the time
     restarts    a server that starts and stops, by one thread or two, under clients that go on connecting
     changes     configure() and reset() while sessions begin
@@ -343,6 +344,45 @@ class Waiting(Part):
         check(not left, "a purged mail is there", left)
 
 
+class Contest(Part):
+    """Threads that purge the same mails at the same moment."""
+
+    members = 4
+
+    def jobs(self) -> list[Callable[[random.Random], None]]:
+        barrier = threading.Barrier(self.members, timeout=TIMEOUT)
+        found = [Tally() for _ in range(self.members)]
+        shared: dict[str, Any] = {}
+
+        def prepare(turn: int, client: Client) -> None:
+            shared["is over"] = bool(self.stop)
+            for number in range(self.members):
+                client.send(f"d0.{turn}.{number}")
+                self.told.tokens.append(f"d0.{turn}.{number}")
+
+        def compete(member: int, rand: random.Random) -> None:
+            with Client(self.server) as client:
+                client.ask("EHLO a.example.com")
+                for turn in range(10**9):
+                    if member == 0:
+                        prepare(turn, client)
+                    barrier.wait()
+                    is_over = shared["is over"]
+                    with contextlib.suppress(smtpmock.WaitTimeoutError):
+                        purge = self.server.wait_for_messages_and_purge
+                        messages = self.server.messages_and_purge() if turn % 5 == member else purge(1, 0)
+                        found[member].tokens += map(check_message, messages)
+                    barrier.wait()
+                    if member == 0:
+                        right = [f"d0.{turn}.{number}" for number in range(self.members)]
+                        tokens = [tally.tokens.pop() for tally in found for _ in tally.tokens[:]]
+                        check(sorted(tokens) == right, "not each mail was purged once", (right, tokens))
+                    if is_over:
+                        return
+
+        return [functools.partial(compete, member) for member in range(self.members)]
+
+
 class Rules(Part):
     members = 4  # of a group
     commands = 20  # that each of them sends to meet the rule
@@ -380,7 +420,7 @@ class Rules(Part):
             check(set(replies) <= {text, "250 Received"}, "the reply of another rule", replies)
             refusals[member] = replies.count(text)
 
-        def run(member: int, rand: random.Random) -> None:
+        def use_up(member: int, rand: random.Random) -> None:
             with Client(self.server) as client:
                 client.ask("EHLO a.example.com")
                 for turn in range(10**9):
@@ -404,7 +444,7 @@ class Rules(Part):
                     client.ask("RSET")
                     barrier.wait()
 
-        return [lambda rand, member=member: run(member, rand) for member in range(self.members)]  # type: ignore[misc]
+        return [functools.partial(use_up, member) for member in range(self.members)]
 
 
 class Restarts(Part):
@@ -565,7 +605,7 @@ def main() -> int:
     faulthandler.dump_traceback_later(seconds + 4 * TIMEOUT, exit=True)
     descriptors = count_descriptors()
     stop = Stop(seconds)
-    parts: list[Part] = [part(stop, seed) for part in (Purging, Waiting, Rules, Restarts, Changes)]
+    parts: list[Part] = [part(stop, seed) for part in (Purging, Waiting, Contest, Rules, Restarts, Changes)]
     run(parts)
     for part in parts:
         done = ", ".join(f"{count} {name}" for name, count in part.figures.items() if count)
