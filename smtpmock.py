@@ -1318,7 +1318,8 @@ class Message:
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the record, without what was parsed from it and cached."""
         cached = ("transcript", "received_header", "email", "_parts", "_findings")
-        return {name: value for name, value in vars(self).items() if name not in cached}
+        values = vars(self).copy()  # at once: another thread may cache something meanwhile
+        return {name: value for name, value in values.items() if name not in cached}
 
     @property
     def rcptto_request_response(self) -> list[tuple[str, str]]:
@@ -1615,7 +1616,8 @@ class Rule:
             raise ConfigurationError(f"after={after!r}: is for the stage message, not for {self._stage}")
         self._times, self._probability, self._after = times, probability, after
         self._random = rules.make_random() if probability < 1 else None
-        # Fields of an Action, for each use and the last ones from then on. Replaced, never changed.
+        # Fields of an Action, for each use and the last ones from then on. Only the methods set this and the function,
+        # and they replace them, so that sessions can read them without the lock.
         self._uses: tuple[dict[str, Any], ...] = ({},)
         self._function: _Function | None = None
         rules.add(self)
@@ -2441,7 +2443,11 @@ class _Body:
 
 
 class _Mail:
-    """What belongs to the mail in progress. The next mail of the session gets another one of these."""
+    """What belongs to the mail in progress. The next mail of the session gets another one of these.
+
+    Only the session's thread changes it. Messages and reports read the lists from other threads: these only grow,
+    or are replaced.
+    """
 
     def __init__(self) -> None:
         self.steps: dict[str, _Exchange] = {}
@@ -2842,14 +2848,15 @@ class _Entry:
     __slots__ = ("is_purged", "message")
 
     def __init__(self, message: Message) -> None:
-        self.message = message
-        self.is_purged = False
+        self.message = message  # replaced with the lock of the mailbox, and read without it
+        self.is_purged = False  # likewise; whoever acts on it looks again with the lock
 
 
 class _Waiter:
     """What a waiting thread has found, and what it has still to look at."""
 
     def __init__(self, entries: Iterable[_Entry]) -> None:
+        # The lock of the mailbox guards the first two; only the waiting thread uses the third.
         self.unseen = dict.fromkeys(entries)  # new, or changed since it was looked at
         self.missing = 0  # it is not woken for fewer
         self.matching: dict[_Entry, Message] = {}
@@ -2977,7 +2984,7 @@ class _Log:
         self._logger = logger
         self._prints = options.log_to_stdout
         self.shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
-        self._has_failed = False
+        self._has_failed = False  # not guarded: at worst, two threads say so
         self.failures = failures  # of callbacks, since the start or the last reset(), whatever the log was then
 
     def activity(self, what: str, text: str | int = "") -> None:
@@ -3064,6 +3071,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.plain: socket.socket = self.request
         self.options = context.options
         self.log = context.log
+        # Only the session's thread sets these, and disconnect() ending. stop() reads is_idle and request.
         self.session = _Session(context, self.client_address[:2])
         self.unsent = bytearray()
         self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
@@ -3342,14 +3350,14 @@ class _Listener(socketserver.ThreadingTCPServer):
         super().__init__(address, _Connection, bind_and_activate=False)
         self.context = context
         self.connections: set[_Connection] = set()  # the open ones; add, discard and copy are atomic
-        self.spare_threads: list[_SessionThread] = []  # only the listener's thread takes from it
-        self.was_opened = False
-        self.stopping = False
+        self.spare_threads: list[_SessionThread] = []  # they add themselves; only the listener's thread takes from it
+        self.was_opened = False  # guarded by closing
+        self.stopping = False  # never becomes False again, so any thread may set it
         self.aborting = threading.Event()  # set when the sessions that still go on must end at once
         self.closing = threading.RLock()  # held by the thread that opens or closes
         self.thread = _Thread("smtpmock listener", self.serve_forever)
         self.changed = threading.Condition()  # notified when a session is recorded or must end; guards is_recorded
-        self.has_shortage = False  # of descriptors or threads; it is logged once
+        self.has_shortage = False  # of descriptors or threads; it is logged once, by the listener's thread
         self.wake: tuple[socket.socket, ...] = ()  # a byte is sent to the first when the server stops
         try:
             self.wake = socket.socketpair()
@@ -3547,14 +3555,17 @@ class Server:
     @_takes(_ServerOptions)
     def __init__(self, configuration: Configuration | None = None, **options: Any) -> None:
         self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
-        self._host, self._port = given.host, given.port
+        self._host, self._port = given.host, given.port  # set by start(), which runs in one thread only
         self._mailbox, self._rules = _Mailbox(), _Rules(given.seed)
         log = _Log(None, given, deque(maxlen=_FAILURES))
-        self._context = _Context(
+        self._context = _Context(  # replaced, never changed
             given, {}, self._mailbox, log, self._rules, given.on_message or _ignore, early_ends=deque(maxlen=_REPORTED)
         )
-        self._warned: set[int] = set()  # the messages of which a warning told that something was discarded
-        self._lifecycle = threading.Lock()  # guards _listener; not held while the user's code runs
+        # The messages of which a warning told that something was discarded; two threads may both warn of one.
+        self._warned: set[int] = set()
+        self._lifecycle = (
+            threading.Lock()
+        )  # guards changes of _listener and _context; not held while the user's code runs
         self._listener: _Listener | None = None
         self._use(given)
 
@@ -3841,8 +3852,11 @@ class Server:
             session = connection.session
             dialogue = " / ".join(_format_dialogue(session.mail.dialogue[-2:]))
             yield f"  {_format_address(*session.peer)}: {dialogue}"
-        for end in list(self._context.early_ends):
-            yield f"a connection ended early: {end}"
+        yield from self._list_early_ends()
+
+    def _list_early_ends(self) -> list[str]:
+        ends = self._context.early_ends  # read by index, because other threads may append meanwhile
+        return [f"a connection ended early: {ends[index]}" for index in range(min(len(ends), _REPORTED))]
 
     def __repr__(self) -> str:
         state = "" if self._listener else ", not running"
@@ -3859,7 +3873,7 @@ def _list_sessions(server: Server) -> list[Message | str]:
     return [
         *server._mailbox.messages(purge=False),
         *(f"a session is open:\n{dialogue}" for dialogue in dialogues),
-        *(f"a connection ended early: {end}" for end in list(server._context.early_ends)),
+        *server._list_early_ends(),
     ]
 
 
@@ -4209,7 +4223,7 @@ class _Narrator:
     def __init__(self, printer: _Printer, options: dict[str, Any]) -> None:
         self._printer = printer
         self._options = options
-        self._warned: set[str] = set()  # options that keep what was discarded
+        self._warned: set[str] = set()  # options that keep what was discarded; at worst, two sessions tell of one
         self._colours = "NO_COLOR" not in os.environ and hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
 
     def __call__(self, message: Message) -> None:
