@@ -565,14 +565,6 @@ def _decode(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def _parse_command(line: bytes) -> tuple[str, str, str]:
-    """Split a line into the stripped line, the verb in upper case, and the argument (RFC 5321 section 4.1.1)."""
-    request = _decode(line.strip())
-    verb, _, argument = (request.replace("\t", " ") if "\t" in request else request).partition(" ")
-    # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
-    return request, verb.upper() if verb.isascii() else "", argument
-
-
 _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 section 4
 
 # The command, the extension and the pattern of each parameter. Any other is the extension of its name, with any value.
@@ -640,6 +632,22 @@ def _find_faults(request: str, line: bytes) -> str:
     faulty = _FaultyLine(request)
     faulty.faults = tuple(code for code, is_wrong in faults.items() if is_wrong)
     return faulty if faulty.faults else request
+
+
+def _parse_command(line: bytes) -> tuple[str, str, str]:
+    """Split a line into the stripped line, the verb in upper case, and the argument (RFC 5321 section 4.1.1)."""
+    request = _decode(line.strip())
+    # Nothing was stripped but the CR.
+    if not (len(request) == len(line) - 1 < 511 and line[-1] == 13 and request.isprintable()):
+        request = _find_faults(request, line)
+    verb, _, argument = (request.replace("\t", " ") if "\t" in request else request).partition(" ")
+    # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
+    return request, verb.upper() if verb.isascii() else "", argument.strip()
+
+
+# Clients repeat many lines. Those of other commands may hold a secret, which must not be kept.
+_parse_again = functools.lru_cache(maxsize=512)(_parse_command)
+_WITHOUT_SECRETS = frozenset((b"EHLO", b"HELO", b"MAIL", b"RCPT", b"DATA", b"RSET", b"NOOP", b"QUIT"))
 
 
 class Violation(NamedTuple):
@@ -2609,18 +2617,15 @@ class _Session:
         if end < 0:
             return self._take_part_of_line(data, at)
         line = data[at:end]
-        request, verb, argument = _parse_command(line)
+        request, verb, argument = (_parse_again if line[:4] in _WITHOUT_SECRETS else _parse_command)(line)
         self.has_more = end + 1 < len(data)
-        # Nothing was stripped but the CR.
-        if not (len(request) == len(line) - 1 < 511 and line[-1] == 13 and request.isprintable()):
-            request = _find_faults(request, line)
         handler = self.handlers.get(verb) or self.handlers["unknown"]
         keyword = handler._keyword
         if keyword:
             if argument[: len(keyword)].upper() != keyword:
                 handler = self.handlers["unknown"]
-            argument = argument[len(keyword) :]
-        return end + 1, handler._start(self, verb, request, argument.strip())
+            argument = argument[len(keyword) :].lstrip()
+        return end + 1, handler._start(self, verb, request, argument)
 
     def _take_answer(self, data: bytes, at: int, run: Callable[[str], _Reply]) -> tuple[int, _Reply | None]:
         end = data.find(b"\n", at, at + self._line_limit)
@@ -3104,9 +3109,10 @@ class _Connection(socketserver.BaseRequestHandler):
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
             reason = "disconnect() ended it" if self.ending.ends else reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
-        with self.server.changed:
-            self.is_recorded = True
-            self.server.changed.notify_all()
+        self.is_recorded = True
+        if self.ending.ends:  # read after is_recorded is set; disconnect() does the reverse
+            with self.server.changed:
+                self.server.changed.notify_all()
         self.log.activity("SMTP session finished")
         if self.ending is _Next.RESET:
             self._reset()
@@ -3356,7 +3362,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.aborting = threading.Event()  # set when the sessions that still go on must end at once
         self.closing = threading.RLock()  # held by the thread that opens or closes
         self.thread = _Thread("smtpmock listener", self.serve_forever)
-        self.changed = threading.Condition()  # notified when a session is recorded or must end; guards is_recorded
+        self.changed = threading.Condition()  # notified when a session is recorded or must end
         self.has_shortage = False  # of descriptors or threads; it is logged once, by the listener's thread
         self.wake: tuple[socket.socket, ...] = ()  # a byte is sent to the first when the server stops
         try:
