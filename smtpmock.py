@@ -642,7 +642,7 @@ def _parse_command(line: bytes) -> tuple[str, str, str]:
         request = _find_faults(request, line)
     verb, _, argument = (request.replace("\t", " ") if "\t" in request else request).partition(" ")
     # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
-    return request, verb.upper() if verb.isascii() else "", argument.strip()
+    return request, verb.upper() if verb.isascii() else "", argument
 
 
 # Clients repeat many lines. Those of other commands may hold a secret, which must not be kept.
@@ -2624,8 +2624,8 @@ class _Session:
         if keyword:
             if argument[: len(keyword)].upper() != keyword:
                 handler = self.handlers["unknown"]
-            argument = argument[len(keyword) :].lstrip()
-        return end + 1, handler._start(self, verb, request, argument)
+            argument = argument[len(keyword) :]
+        return end + 1, handler._start(self, verb, request, argument.strip())
 
     def _take_answer(self, data: bytes, at: int, run: Callable[[str], _Reply]) -> tuple[int, _Reply | None]:
         end = data.find(b"\n", at, at + self._line_limit)
