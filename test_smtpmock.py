@@ -3776,6 +3776,7 @@ class TlsTest(ProcessCase):
                 with Client(server, greets=False) as begins, self.connect_ssl(server) as client:
                     client.ehlo()
                     self.assertEqual(server.url, f"smtps://127.0.0.1:{server.port}")
+                    self.assertTrue(wait_until(lambda: "2 sessions are open" in report(server)))
                     server.disconnect(reset=reset)
                     self.assertEqual([message.helo for message in server.messages()], [True])
                     self.assertRegex(report(server), "(?s)0 sessions are open.*disconnect[(][)] ended it")
