@@ -528,14 +528,6 @@ def _decode(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def _parse_command(line: bytes) -> tuple[str, str, str]:
-    """Split a line into the stripped line, the verb in upper case, and the argument (RFC 5321 section 4.1.1)."""
-    request = _decode(line.strip())
-    verb, _, argument = (request.replace("\t", " ") if "\t" in request else request).partition(" ")
-    # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
-    return request, verb.upper() if verb.isascii() else "", argument
-
-
 _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 section 4
 
 # The command, the extension and the pattern of each parameter. Any other is the extension of its name, with any value.
@@ -602,6 +594,22 @@ def _find_faults(request: str, line: bytes) -> str:
         "long-command": len(line) >= 512,  # and the LF
     }
     return _add_faults(request, tuple(code for code, is_wrong in faults.items() if is_wrong))
+
+
+def _parse_command(line: bytes) -> tuple[str, str, str]:
+    """Split a line into the stripped line, the verb in upper case, and the argument (RFC 5321 section 4.1.1)."""
+    request = _decode(line.strip())
+    # Nothing was stripped but the CR.
+    if not (len(request) == len(line) - 1 < 511 and line[-1] == 13 and request.isprintable()):
+        request = _find_faults(request, line)
+    verb, _, argument = (request.replace("\t", " ") if "\t" in request else request).partition(" ")
+    # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
+    return request, verb.upper() if verb.isascii() else "", argument
+
+
+# Clients repeat many lines. Those of other commands may hold a secret, which must not be kept.
+_parse_again = functools.lru_cache(maxsize=512)(_parse_command)
+_WITHOUT_SECRETS = frozenset((b"EHLO", b"HELO", b"MAIL", b"RCPT", b"DATA", b"RSET", b"NOOP", b"QUIT"))
 
 
 class Violation(NamedTuple):
@@ -1237,7 +1245,8 @@ class Message:
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the record, without what was parsed from it and cached."""
         cached = ("transcript", "received_header", "email", "_parts", "_findings")
-        return {name: value for name, value in vars(self).items() if name not in cached}
+        values = vars(self).copy()  # at once: another thread may cache something meanwhile
+        return {name: value for name, value in values.items() if name not in cached}
 
     @property
     def rcptto_request_response(self) -> list[tuple[str, str]]:
@@ -1535,7 +1544,8 @@ class Rule:
             raise ConfigurationError(f"after={after!r}: is for the stage message, not for {self._stage}")
         self._times, self._probability, self._after = times, probability, after
         self._random = rules.make_random() if probability < 1 else None
-        # Fields of an Action for each use; the last ones stay in force. Replaced, never changed.
+        # Fields of an Action for each use; the last ones stay in force. Only the methods set this and the function,
+        # and they replace them, so that sessions can read them without the lock.
         self._uses: tuple[dict[str, Any], ...] = ({},)
         self._function: _Function | None = None
         rules.add(self)
@@ -2358,7 +2368,11 @@ class _Body:
 
 
 class _Mail:
-    """What belongs to the mail in progress. The next mail of the session gets another one of these."""
+    """What belongs to the mail in progress. The next mail of the session gets another one of these.
+
+    Only the session's thread changes it. Messages and reports read the lists from other threads: these only grow,
+    or are replaced.
+    """
 
     def __init__(self) -> None:
         self.steps: dict[str, _Exchange] = {}
@@ -2520,11 +2534,8 @@ class _Session:
         if end < 0:
             return self._take_part_of_line(data, at)
         line = data[at:end]
-        request, verb, argument = _parse_command(line)
+        request, verb, argument = (_parse_again if line[:4] in _WITHOUT_SECRETS else _parse_command)(line)
         self.has_more = end + 1 < len(data)
-        # Nothing was stripped but the CR.
-        if not (len(request) == len(line) - 1 < 511 and line[-1] == 13 and request.isprintable()):
-            request = _find_faults(request, line)
         handler = self.handlers.get(verb) or self.handlers["unknown"]
         keyword = handler._keyword
         if keyword:
@@ -2758,14 +2769,15 @@ class _Entry:
     __slots__ = ("is_purged", "message")
 
     def __init__(self, message: Message) -> None:
-        self.message = message
-        self.is_purged = False
+        self.message = message  # replaced with the lock of the mailbox, and read without it
+        self.is_purged = False  # likewise; whoever acts on it looks again with the lock
 
 
 class _Waiter:
     """What a waiting thread has found, and what it still has to look at."""
 
     def __init__(self, entries: Iterable[_Entry]) -> None:
+        # The lock of the mailbox guards the first two; only the waiting thread uses the third.
         self.unseen = dict.fromkeys(entries)  # new, or changed since it was looked at
         self.missing = 0  # it is not woken for fewer
         self.matching: dict[_Entry, Message] = {}
@@ -2889,7 +2901,7 @@ class _Log:
         self._logger = logger
         self._prints = options.log_to_stdout
         self.shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
-        self._has_failed = False
+        self._has_failed = False  # not guarded: at worst, two threads say so
         self.failures = failures  # of callbacks, since the start or the last reset(), whatever the log was then
 
     def activity(self, what: str, text: str | int = "") -> None:
@@ -2977,6 +2989,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.plain: socket.socket = self.request
         self.options = context.options
         self.log = context.log
+        # Only the session's thread sets these, and disconnect() ending. stop() reads is_idle and request.
         self.session = _Session(context, self.client_address[:2])
         self.unsent = bytearray()
         self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
@@ -3009,9 +3022,10 @@ class _Connection(socketserver.BaseRequestHandler):
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
             reason = "disconnect() ended it" if self.ending.ends else reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
-        with self.server.changed:
-            self.is_recorded = True
-            self.server.changed.notify_all()
+        self.is_recorded = True
+        if self.ending.ends:  # read after is_recorded is set; disconnect() does the reverse
+            with self.server.changed:
+                self.server.changed.notify_all()
         self.log.activity("SMTP session finished")
         if self.ending is _Next.RESET:
             self._reset()
@@ -3255,14 +3269,14 @@ class _Listener(socketserver.ThreadingTCPServer):
         super().__init__(address, _Connection, bind_and_activate=False)
         self.context = context
         self.connections: set[_Connection] = set()  # the open ones; add, discard and copy are atomic
-        self.spare_threads: list[_SessionThread] = []  # only the listener's thread takes from it
-        self.was_opened = False
-        self.stopping = False
+        self.spare_threads: list[_SessionThread] = []  # they add themselves; only the listener's thread takes from it
+        self.was_opened = False  # guarded by closing
+        self.stopping = False  # never becomes False again, so any thread may set it
         self.aborting = threading.Event()  # set when the sessions that still go on must end at once
         self.closing = threading.RLock()  # held by the thread that opens or closes
         self.thread = _Thread("smtpmock listener", self.serve_forever)
-        self.changed = threading.Condition()  # notified when a session is recorded or must end; guards is_recorded
-        self.has_shortage = False  # of descriptors or threads; it is logged once
+        self.changed = threading.Condition()  # notified when a session is recorded or must end
+        self.has_shortage = False  # of descriptors or threads; it is logged once, by the listener's thread
         self.wake: tuple[socket.socket, ...] = ()  # a byte is sent to the first when the server stops
         try:
             self.wake = socket.socketpair()
@@ -3452,14 +3466,15 @@ class Server:
     @_takes(_ServerOptions)
     def __init__(self, configuration: Configuration | None = None, **options: Any) -> None:
         self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
-        self._host, self._port = given.host, given.port
+        self._host, self._port = given.host, given.port  # set by start(), which runs in one thread only
         self._mailbox, self._rules = _Mailbox(), _Rules(given.seed)
         log = _Log(None, given, deque(maxlen=100))  # failures for check() to tell
-        self._context = _Context(
+        self._context = _Context(  # replaced, never changed
             given, {}, self._mailbox, log, self._rules, given.on_message or _ignore, early_ends=deque(maxlen=_REPORTED)
         )
-        self._warned: set[int] = set()  # the messages about which a warning was given
-        self._lifecycle = threading.Lock()  # guards _listener; not held while the user's code runs
+        self._warned: set[int] = set()  # the messages about which a warning was given; two threads may both warn of one
+        # Guards changes of _listener and _context; not held while the user's code runs.
+        self._lifecycle = threading.Lock()
         self._listener: _Listener | None = None
         self._use(given)
 
@@ -3732,7 +3747,11 @@ class Server:
             session = connection.session
             dialogue = " / ".join(_format_dialogue(session.mail.dialogue[-2:]))
             yield f"  {_format_address(*session.peer)}: {dialogue}"
-        yield from (f"a connection ended early: {end}" for end in list(self._context.early_ends))
+        yield from self._list_early_ends()
+
+    def _list_early_ends(self) -> list[str]:
+        ends = self._context.early_ends  # read by index, because other threads may append meanwhile
+        return [f"a connection ended early: {ends[index]}" for index in range(min(len(ends), _REPORTED))]
 
     def __repr__(self) -> str:
         state = "" if self._listener else ", not running"
@@ -3800,7 +3819,7 @@ class _PytestPlugin:
         return [
             *self.server._mailbox.messages(purge=False),
             *(f"a session is open:\n{dialogue}" for dialogue in dialogues),
-            *(f"a connection ended early: {end}" for end in list(self.server._context.early_ends)),
+            *self.server._list_early_ends(),
         ]
 
     def _describe(self, sessions: Sequence[Message | str]) -> str:
@@ -4089,7 +4108,7 @@ class _Narrator:
     def __init__(self, printer: _Printer, options: dict[str, Any]) -> None:
         self._printer = printer
         self._options = options
-        self._warned: set[str] = set()  # options that keep what was discarded
+        self._warned: set[str] = set()  # options that keep what was discarded; at worst, two sessions tell of one
         self._colours = "NO_COLOR" not in os.environ and hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
 
     def __call__(self, message: Message) -> None:

@@ -2330,6 +2330,22 @@ body
         self.assertEqual((text["content"], text["content_encoding"]), ("Subject: hi\r\n\r\né\r\n", "utf-8"))
 
 
+class SharedMessageTest(unittest.TestCase):
+    """A message in two threads."""
+
+    def test_copies_while_it_is_parsed(self) -> None:
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+        original = Memory(*ENVELOPE, "DATA", "Subject: hi", "", "body", ".").message()
+        for _ in range(30):
+            message = copy.copy(original)
+            parser = threading.Thread(target=message.to_dict)
+            parser.start()
+            while parser.is_alive():
+                self.assertEqual(copy.copy(message).content, original.content)
+            parser.join()
+
+
 class TranscriptTest(unittest.TestCase):
     """The dialogue of a message as text."""
 
@@ -3760,6 +3776,7 @@ class TlsTest(ProcessCase):
                 with Client(server, greets=False) as begins, self.connect_ssl(server) as client:
                     client.ehlo()
                     self.assertEqual(server.url, f"smtps://127.0.0.1:{server.port}")
+                    self.assertTrue(wait_until(lambda: "2 sessions are open" in report(server)))
                     server.disconnect(reset=reset)
                     self.assertEqual([message.helo for message in server.messages()], [True])
                     self.assertRegex(report(server), "(?s)0 sessions are open.*disconnect[(][)] ended it")
@@ -4881,10 +4898,12 @@ class ResourceTest(ServerCase, ProcessCase):
     def test_an_exit_with_a_running_server(self) -> None:
         """One with a session in a delay, and one that waits for a command."""
         code = """
-            import smtplib, smtpmock
+            import socket, smtpmock
             server = smtpmock.Server(response_delay_noop=100).start()
-            clients = [smtplib.SMTP(server.host, server.port, timeout=10) for _ in range(2)]
-            clients[0].putcmd("noop")
+            clients = [socket.create_connection((server.host, server.port), 10) for _ in range(2)]
+            for client in clients:
+                client.recv(100)
+            clients[0].sendall(b"NOOP\\r\\n")
             print("end")
         """
         self.assertEqual(self.run_python(code), "end\n")
