@@ -4192,17 +4192,6 @@ def _format_help(*, everything: bool) -> str:
     return _HELP.format(flags=flags)
 
 
-def _load_certificate(tls_cert: str = "", tls_key: str = "") -> Any:
-    import ssl
-
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(tls_cert, tls_key or None)
-    except OSError as error:
-        raise ConfigurationError(f"{tls_cert=}, {tls_key=}: cannot be loaded: {error.strerror or error}") from error
-    return context
-
-
 def _spell(name: str) -> tuple[str, ...]:
     """The flag as in go-smtp-mock, with a second hyphen, and as in GNU programs."""
     return _name_flag(name), "-" + _name_flag(name), "--" + name.replace("_", "-")
@@ -4244,20 +4233,16 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
     options = {name: given.pop(name) for name in list(given) if name not in _OWN_FLAGS}
     if "log" in given:
         options |= dict.fromkeys(_LOG_OPTIONS, given["log"])
-    files = {name: given.pop(name) for name in ("tls_cert", "tls_key") if name in given}
-    if any(files.values()):
-        options["ssl_context"] = _load_certificate(**files)
+    tls_cert, tls_key = given.pop("tls_cert", ""), given.pop("tls_key", "")
+    if tls_cert or tls_key:
+        import ssl
+
+        options["ssl_context"] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            options["ssl_context"].load_cert_chain(tls_cert, tls_key or None)
+        except OSError as error:
+            raise ConfigurationError(f"{tls_cert=}, {tls_key=}: cannot be loaded: {error.strerror or error}") from error
     return options
-
-
-def _configure(server: Server, flags: str) -> None:
-    import shlex
-
-    given = _parse_arguments(shlex.split(flags))
-    options = _take_options(given)
-    for name in given.keys() - {"log"}:
-        raise ConfigurationError(f"{_name_flag(name)}: cannot be changed while the server runs")
-    server.configure(**options)
 
 
 # The commands of -control, beside stop and those that have an argument.
@@ -4277,7 +4262,13 @@ def _obey(server: Server, command: str) -> None:
     if name == "rule":
         _add_rule(server, rest)
     elif name == "configure":
-        _configure(server, rest)
+        import shlex
+
+        given = _parse_arguments(shlex.split(rest))
+        options = _take_options(given)
+        for flag in given.keys() - {"log"}:
+            raise ConfigurationError(f"{_name_flag(flag)}: cannot be changed while the server runs")
+        server.configure(**options)
     elif " ".join(command.split()) in _COMMANDS:
         _COMMANDS[" ".join(command.split())](server)
     else:
