@@ -418,15 +418,17 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
     + a prefix                    the options and lines of an entry of another table, or of this one
     # a heading                   for the reader only
 
-    or else one for the user of the table. Empty lines at the end of an entry do not count.
+    or else one for the user of the table. Options, rules and a prefix can stand beside the title. Empty lines at the
+    end of an entry do not count.
     """
     table: dict[str, Entry] = {}
     for part in re.split("^== ", text, flags=re.MULTILINE)[1:]:
-        title, *lines = re.sub("^# .*\n?", "", part, flags=re.MULTILINE).rstrip().split("\n")
+        head, *lines = re.sub("^# .*\n?", "", part, flags=re.MULTILINE).rstrip().split("\n")
+        title, *beside = re.split("  (?=-- |[+] )", head)
         assert title not in table, title
         entry = table[title] = Entry({}, [])
         options = []
-        for line in map(read_line, lines):
+        for line in map(read_line, [*beside, *lines]):
             if line.startswith("-- rule: "):
                 entry.options.setdefault("rules", []).append(line[9:])
             elif line.startswith("-- "):
@@ -450,30 +452,24 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
 PREFIXES = read_table(r"""
 == hello
 C: EHLO example.com           S: 250 Received
-== sender
-+ hello
+== sender  + hello
 C: MAIL FROM:<a@example.com>  S: 250 Received
-== envelope
-+ sender
+== envelope  + sender
 C: RCPT TO:<b@example.com>    S: 250 Received
-== in body
-+ envelope
+== in body  + envelope
 C: DATA                       S: {READY}
-== chunking
--- extensions=["CHUNKING"]
+== chunking  -- extensions=["CHUNKING"]
 C: EHLO example.com           S: 250-Received  S: 250 CHUNKING
 C: MAIL FROM:<a@example.com>  S: 250 Received
 C: RCPT TO:<b@example.com>    S: 250 Received
-== login
--- auth_users={"alice": "sécret", "bob": ""}
+== login  -- auth_users={"alice": "sécret", "bob": ""}
 C: EHLO example.com           S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
 """)
 
 DIALOGUES = read_table(
     r"""
 # ---- Mails
-== a mail
-+ in body
+== a mail  + in body
 C: Subject: hi
 C:
 C: body
@@ -488,12 +484,7 @@ R: Ehlo\texample.com\r\n        S: 250 Received
 R: quit \n                      S: 221 Closing connection  S: <closed>
 == pipelining
 R: EHLO example.com\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\nhi\r\n.\r\nRSET\r\nQUIT\r\n
-S: 250 Received
-S: 250 Received
-S: 250 Received
-S: {READY}
-S: 250 Received
-S: 250 Ok
+S: 250 Received  S: 250 Received  S: 250 Received  S: {READY}  S: 250 Received  S: 250 Ok
 S: 221 Closing connection  S: <closed>
 == a command is not answered before its end
 R: NOOP
@@ -502,16 +493,12 @@ R: \nNO  S: 250 Ok
 R: OP\n  S: 250 Ok
 == nothing is answered after QUIT
 R: QUIT\r\nNOOP\r\n  S: 221 Closing connection  S: <closed>
-== after an accepted message the next one begins
--- multiple_message_receiving=True
-+ in body
+== after an accepted message the next one begins  -- multiple_message_receiving=True  + in body
 C: .                          S: 250 Received
 C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
 C: MAIL FROM:<a@example.com>  S: 250 Received
-== the same after RSET
--- multiple_message_receiving=True
-+ in body
+== the same after RSET  -- multiple_message_receiving=True  + in body
 C: .     S: 250 Received
 C: RSET  S: 250 Ok
 C: DATA  S: 503 Bad sequence of commands. DATA should be used after RCPT TO
@@ -529,30 +516,23 @@ C: MAIL FROM:nonsense  S: 503 Bad sequence of commands. MAIL FROM should be used
 C: RCPT TO:nonsense    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
 C: DATA x              S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: RSET x              S: 503 Bad sequence of commands. HELO should be the first
-== RSET drops the envelope, not HELO
-+ envelope
+== RSET drops the envelope, not HELO  + envelope
 C: RSET                       S: 250 Ok
 C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
 C: MAIL FROM:<a@example.com>  S: 250 Received
-== a repeated HELO drops the envelope
-+ envelope
+== a repeated HELO drops the envelope  + envelope
 C: HELO example.org  S: 250 Received
 C: DATA              S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== a refused HELO takes the one before with it
-+ hello
+== a refused HELO takes the one before with it  + hello
 C: HELO                       S: 501 HELO requires domain address or valid address literal
 C: MAIL FROM:<a@example.com>  S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
-== a refused recipient takes the one before with it
-+ envelope
+== a refused recipient takes the one before with it  + envelope
 C: RCPT TO:<bad>  S: 501 RCPT TO requires valid email address
 C: DATA           S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== a refused recipient among several
--- multiple_rcptto=True
-+ envelope
+== a refused recipient among several  -- multiple_rcptto=True  + envelope
 C: RCPT TO:<bad>  S: 501 RCPT TO requires valid email address
 C: DATA           S: {READY}
-== NOOP changes nothing, and another body may follow for the same envelope
-+ envelope
+== NOOP changes nothing, and another body may follow for the same envelope  + envelope
 C: NOOP  S: 250 Ok
 C: DATA  S: {READY}
 C: .     S: 250 Received
@@ -597,8 +577,7 @@ C: unknown                     S: {UNRECOGNIZED}
 C: quıt                        S: {UNRECOGNIZED}
 R: \x00\xff\xfe\r\n            S: {UNRECOGNIZED}
 C: NOOP                        S: 250 Ok
-== commands and a parameter of extensions, where there are none
-+ hello
+== commands and a parameter of extensions, where there are none  + hello
 C: AUTH PLAIN AGEAYg==         S: {UNRECOGNIZED}
 C: STARTTLS                    S: {UNRECOGNIZED}
 C: BDAT 1                      S: {UNRECOGNIZED}
@@ -617,35 +596,26 @@ C: RCPT TO: Nobody <nobody@A.com>  S: 550 User not found
 C: RCPT TO:<somebody@a.com>        S: 250 Received
 
 # ---- Fail fast
-== fail fast: a bad argument
--- fail_fast=True
+== fail fast: a bad argument  -- fail_fast=True
 C: HELO a..com  S: 501 HELO requires domain address or valid address literal  S: <closed>
-== fail fast: a bad sequence
--- fail_fast=True
+== fail fast: a bad sequence  -- fail_fast=True
 C: DATA  S: 503 Bad sequence of commands. DATA should be used after RCPT TO  S: <closed>
-== fail fast: an unknown command
--- fail_fast=True
+== fail fast: an unknown command  -- fail_fast=True
 C: FOO  S: {UNRECOGNIZED}  S: <closed>
 == fail fast: an unknown recipient among several
 -- fail_fast=True, multiple_rcptto=True, not_registered_emails=["c@example.com"]
 + envelope
 C: RCPT TO:<c@example.com>  S: 550 User not found  S: <closed>
-== fail fast: a body that is too long
--- fail_fast=True, msg_size_limit=3
-+ in body
+== fail fast: a body that is too long  -- fail_fast=True, msg_size_limit=3  + in body
 C: body
 C: .  S: 552 Message exceeded max size of 3 bytes  S: <closed>
-== fail fast: a line that is too long
--- fail_fast=True
+== fail fast: a line that is too long  -- fail_fast=True
 C: NOOP {x*4096}  S: 500 Line too long  S: <closed>
-== fail fast: a rule
--- fail_fast=True
--- rule: NOOP: reply 450 no
+== fail fast: a rule  -- fail_fast=True  -- rule: NOOP: reply 450 no
 C: NOOP  S: 450 no  S: <closed>
 
 # ---- Bodies and lines, and how long they may be
-== only CRLF around the dot ends a body, but a bare LF ends DATA
-+ in body
+== only CRLF around the dot ends a body, but a bare LF ends DATA  + in body
 R: a\n.\nQUIT\n
 R: b\r\n.\nNOOP\r\n
 R: c\n.\r\nNOOP\r\n
@@ -654,18 +624,14 @@ R: \r\n.\r\n  S: 250 Received
 C: NOOP       S: 250 Ok
 R: DATA\n     S: {READY}
 C: .          S: 250 Received
-== the size limit is inclusive, without stuffed dots and the last one
--- msg_size_limit=10
-+ in body
+== the size limit is inclusive, without stuffed dots and the last one  -- msg_size_limit=10  + in body
 C: ..3456789
 C: .     S: 250 Received
 C: DATA  S: {READY}
 C: 123456789
 C: .     S: 552 Message exceeded max size of 10 bytes
 C: NOOP  S: 250 Ok
-== a long body is read to its end
--- msg_size_limit=10
-+ in body
+== a long body is read to its end  -- msg_size_limit=10  + in body
 C: {x*5000}
 C: QUIT
 C: NOOP
@@ -696,9 +662,7 @@ C: .                          S: 299 got it
 C: MAIL FROM:<a@example.com>  S: 450 later
 C: RCPT TO:<b@example.com>    S: 250 fine
 C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== DATA that is refused by its text is not followed by a body
--- msg_data_received="554 no"
-+ envelope
+== DATA that is refused by its text is not followed by a body  -- msg_data_received="554 no"  + envelope
 C: DATA  S: 554 no
 C: NOOP  S: 250 Ok
 
@@ -707,38 +671,29 @@ C: NOOP  S: 250 Ok
 -- extensions=["SIZE", "8BITMIME", "dsn", "LIMITS X=1"], msg_size_limit=99
 C: EHLO a.com  S: 250-Received  S: 250-SIZE 99  S: 250-8BITMIME  S: 250-dsn  S: 250 LIMITS X=1
 C: HELO a.com  S: 250 Received
-== extensions after a text of several lines
--- extensions=["DSN"], msg_helo_received="250-one\n250 two"
+== extensions after a text of several lines  -- extensions=["DSN"], msg_helo_received="250-one\n250 two"
 C: EHLO a.com  S: 250-one  S: 250-two  S: 250 DSN
-== no extensions, a text as it is
--- msg_helo_received="250-odd\n251 two"
+== no extensions, a text as it is  -- msg_helo_received="250-odd\n251 two"
 C: EHLO a.com  S: 250-odd  S: 251 two
-== no extensions after a refusal
--- extensions=["DSN"], msg_helo_received="550 no"
+== no extensions after a refusal  -- extensions=["DSN"], msg_helo_received="550 no"
 C: EHLO a.com  S: 550 no
-== AUTH and STARTTLS are announced last
--- extensions=["DSN"], auth_users={}, ssl_context=True
+== AUTH and STARTTLS are announced last  -- extensions=["DSN"], auth_users={}, ssl_context=True
 C: EHLO a.com  S: 250-Received  S: 250-DSN  S: 250-STARTTLS  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
-== a parameter of an extension that is not announced
--- extensions=["8BITMIME"]
+== a parameter of an extension that is not announced  -- extensions=["8BITMIME"]
 C: EHLO a.com                           S: 250-Received  S: 250 8BITMIME
 C: MAIL FROM:<a@a.com> SIZE=1           S: 555 Parameter not recognized or not implemented
 C: MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 555 Parameter not recognized or not implemented
-== BODY=BINARYMIME
--- extensions=["BINARYMIME", "CHUNKING"]
+== BODY=BINARYMIME  -- extensions=["BINARYMIME", "CHUNKING"]
 C: EHLO a.com                           S: 250-Received  S: 250-BINARYMIME  S: 250 CHUNKING
 C: MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 250 Received
-== a parameter after HELO
--- extensions=["SIZE"]
+== a parameter after HELO  -- extensions=["SIZE"]
 C: HELO a.com                  S: 250 Received
 C: MAIL FROM:<a@a.com> SIZE=1  S: 555 Parameter not recognized or not implemented
-== a declared size
--- extensions=["SIZE"], msg_size_limit=5
+== a declared size  -- extensions=["SIZE"], msg_size_limit=5
 C: EHLO a.com                  S: 250-Received  S: 250 SIZE 5
 C: MAIL FROM:<a@a.com> SIZE=6  S: 552 Message exceeded max size of 5 bytes
 C: MAIL FROM:<a@a.com> SIZE=5  S: 250 Received
-== addresses that are not ASCII
--- extensions=["SMTPUTF8"]
+== addresses that are not ASCII  -- extensions=["SMTPUTF8"]
 C: EHLO example.com  S: 250-Received  S: 250 SMTPUTF8
 C: MAIL FROM:<дядя@пример.рф>           S: 501 MAIL FROM requires valid email address
 C: MAIL FROM:<a@a.com>                  S: 250 Received
@@ -750,91 +705,65 @@ R: MAIL FROM:<क\xe2\x80\x8dष@a.com> SMTPUTF8\r\n      S: 250 Received
 R: MAIL FROM:<क\xf0\xbf\xbf\xbdष@a.com> SMTPUTF8\r\n  S: 250 Received
 R: MAIL FROM:<क\xc2\x85ष@a.com> SMTPUTF8\r\n          S: 501 MAIL FROM requires valid email address
 R: MAIL FROM:<क\xe2\x80\x83ष@a.com> SMTPUTF8\r\n      S: 501 MAIL FROM requires valid email address
-== addresses that are not ASCII, where that is no extension
--- extensions=["DSN"]
+== addresses that are not ASCII, where that is no extension  -- extensions=["DSN"]
 C: EHLO a.com                  S: 250-Received  S: 250 DSN
 C: MAIL FROM:<дядя@пример.рф>  S: 250 Received
 
 # ---- CHUNKING
-== a body in chunks
-+ chunking
+== a body in chunks  + chunking
 R: BDAT 4\r\nhi\r\n    S: 250 Received
 R: bdat 2 last\r\n.\n  S: 250 Received
 C: NOOP                S: 250 Ok
-== chunks in one piece, the last without a byte
-+ chunking
-R: BDAT 1\r\nhBDAT 1\r\niBDAT 0 LAST\r\nNOOP\r\n  S: 250 Received
-S: 250 Received
-S: 250 Received
-S: 250 Ok
-== a chunk out of sequence is consumed
--- extensions=["CHUNKING"]
+== chunks in one piece, the last without a byte  + chunking
+R: BDAT 1\r\nhBDAT 1\r\niBDAT 0 LAST\r\nNOOP\r\n  S: 250 Received  S: 250 Received  S: 250 Received  S: 250 Ok
+== a chunk out of sequence is consumed  -- extensions=["CHUNKING"]
 R: BDAT 6\r\nNOOP\r\nNOOP\r\nBDAT 6 LAST\r\nQUIT\r\nRSET\r\n
-S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-S: 250 Ok
+S: 503 Bad sequence of commands. DATA should be used after RCPT TO  S: 250 Ok
 S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 S: 503 Bad sequence of commands. HELO should be the first
-== DATA after a chunk
-+ chunking
+== DATA after a chunk  + chunking
 R: BDAT 2\r\nhi  S: 250 Received
 C: DATA          S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: BDAT 0 LAST   S: 250 Received
-== a chunk that is too long
--- msg_size_limit=5
-+ chunking
+== a chunk that is too long  -- msg_size_limit=5  + chunking
 R: BDAT 6 LAST\r\n123456  S: 552 Message exceeded max size of 5 bytes
 C: NOOP                   S: 250 Ok
-== chunks that are too long together
--- msg_size_limit=5
-+ chunking
-R: BDAT 5\r\n12345BDAT 1\r\n1BDAT 0 LAST\r\n  S: 250 Received
-S: 552 Message exceeded max size of 5 bytes
+== chunks that are too long together  -- msg_size_limit=5  + chunking
+R: BDAT 5\r\n12345BDAT 1\r\n1BDAT 0 LAST\r\n  S: 250 Received  S: 552 Message exceeded max size of 5 bytes
 S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== chunks without a size
-+ chunking
+== chunks without a size  + chunking
 C: BDAT               S: 501 BDAT requires a size in bytes
 C: BDAT x             S: 501 BDAT requires a size in bytes
 C: BDAT 1 x           S: 501 BDAT requires a size in bytes
 C: BDAT -1            S: 501 BDAT requires a size in bytes
 C: BDAT 1 LAST x      S: 501 BDAT requires a size in bytes
 R: BDAT 2 LAST\r\nhi  S: 250 Received
-== rule: a chunk is refused
--- rule: BDAT: reply 451 not now; times=1
-+ chunking
+== rule: a chunk is refused  -- rule: BDAT: reply 451 not now; times=1  + chunking
 R: BDAT 6\r\nNOOP\r\n  S: 451 not now
 C: BDAT 0 LAST         S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== rule: a body in chunks is refused
--- rule: message: reply 452 full
-+ chunking
+== rule: a body in chunks is refused  -- rule: message: reply 452 full  + chunking
 R: BDAT 2\r\nhi  S: 250 Received
 C: BDAT 0 LAST   S: 452 full
 
 # ---- AUTH
-== PLAIN
-+ login
+== PLAIN  + login
 C: AUTH PLAIN {b64 \0alice\0sécret}  S: 235 Authentication succeeded
-== PLAIN, without an initial response, for another identity
-+ login
+== PLAIN, without an initial response, for another identity  + login
 C: auth plain                    S: 334{SP}
 C: {b64 authzid\0alice\0sécret}  S: 235 Authentication succeeded
-== LOGIN
-+ login
+== LOGIN  + login
 C: AUTH LOGIN    S: 334 VXNlcm5hbWU6
 C: {b64 alice}   S: 334 UGFzc3dvcmQ6
 C: {b64 sécret}  S: 235 Authentication succeeded
-== LOGIN, with an initial response
-+ login
+== LOGIN, with an initial response  + login
 C: Auth Login {b64 alice}  S: 334 UGFzc3dvcmQ6
 C: {b64 sécret}            S: 235 Authentication succeeded
-== XOAUTH2
-+ login
+== XOAUTH2  + login
 C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
-== XOAUTH2, without an initial response
-+ login
+== XOAUTH2, without an initial response  + login
 C: AUTH xoauth2                              S: 334{SP}
 C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
-== a wrong secret, a wrong user, an unknown mechanism
-+ login
+== a wrong secret, a wrong user, an unknown mechanism  + login
 C: AUTH GSSAPI                      S: 504 Unrecognized authentication type
 C: AUTH                             S: 504 Unrecognized authentication type
 C: AUTH PLAIN {b64 \0alice\0wrong}  S: 535 Authentication credentials invalid
@@ -842,8 +771,7 @@ C: AUTH PLAIN {b64 \0nobody\0}      S: 535 Authentication credentials invalid
 C: AUTH LOGIN {b64 nobody}          S: 334 UGFzc3dvcmQ6
 C:                                  S: 535 Authentication credentials invalid
 C: NOOP                             S: 250 Ok
-== an AUTH that is cancelled, and responses that cannot be decoded
-+ login
+== an AUTH that is cancelled, and responses that cannot be decoded  + login
 C: AUTH LOGIN                S: 334 VXNlcm5hbWU6
 C: *                         S: 501 Authentication cancelled
 C: AUTH PLAIN !!!            S: 501 Cannot decode response
@@ -854,44 +782,35 @@ C: AUTH PLAIN {b64 alice}    S: 501 Cannot decode response
 C: AUTH XOAUTH2 {b64 alice}  S: 501 Cannot decode response
 C: AUTH CRAM-MD5 abcd        S: 501 Cannot decode response
 C: NOOP                      S: 250 Ok
-== AUTH twice
-+ login
+== AUTH twice  + login
 C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
 C: AUTH LOGIN               S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
-== AUTH after MAIL, and the parameter AUTH, which is announced with it
-+ login
+== AUTH after MAIL, and the parameter AUTH, which is announced with it  + login
 C: MAIL FROM:<a@a.com> AUTH=<>  S: 250 Received
 C: AUTH LOGIN               S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
-== AUTH before EHLO
--- auth_users={}
+== AUTH before EHLO  -- auth_users={}
 C: AUTH LOGIN  S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
-== AUTH is required
--- auth_required=True
-+ login
+== AUTH is required  -- auth_required=True  + login
 C: MAIL FROM:<a@a.com>       S: 530 Authentication required
 C: MAIL FROM:nonsense        S: 530 Authentication required
 C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
 C: MAIL FROM:<a@a.com>       S: 250 Received
-== a line of AUTH may be longer
--- auth_users={"alice": "{t*8000}"}
+== a line of AUTH may be longer  -- auth_users={"alice": "{t*8000}"}
 C: EHLO example.com                                         S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
 C: AUTH XOAUTH2                                             S: 334{SP}
 C: {x*13000}                                                S: 500 Line too long
 C: NOOP                                                     S: 250 Ok
 C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer {t*8000}\1\1}  S: 235 Authentication succeeded
-== rule: a user cannot log in at once
--- rule: AUTH alice: reply 454 4.7.0 Temporary authentication failure; times=1
+== rule: a user cannot log in at once  -- rule: AUTH alice: reply 454 4.7.0 Temporary authentication failure; times=1
 + login
 C: AUTH PLAIN {b64 \0alice\0sécret}  S: 454 4.7.0 Temporary authentication failure
 C: AUTH PLAIN {b64 \0alice\0sécret}  S: 235 Authentication succeeded
 
 # ---- TLS; what is said in it needs a socket
-== AUTH needs TLS
--- ssl_context=True, auth_users={"u": "s"}, auth_requires_tls=True
+== AUTH needs TLS  -- ssl_context=True, auth_users={"u": "s"}, auth_requires_tls=True
 C: EHLO a.com    S: 250-Received  S: 250 STARTTLS
 C: AUTH PLAIN x  S: 538 Encryption required for authentication
-== all but EHLO, NOOP and QUIT need TLS
--- ssl_context=True, tls_required=True, auth_users={}, auth_required=True
+== all but EHLO, NOOP and QUIT need TLS  -- ssl_context=True, tls_required=True, auth_users={}, auth_required=True
 C: EHLO a.com           S: 250-Received  S: 250-STARTTLS  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
 C: MAIL FROM:<a@a.com>  S: 530 Must issue a STARTTLS command first
 C: RCPT TO:<b@b.com>    S: 530 Must issue a STARTTLS command first
@@ -901,15 +820,12 @@ C: AUTH LOGIN           S: 530 Must issue a STARTTLS command first
 C: NOOP                 S: 250 Ok
 C: FOO                  S: {UNRECOGNIZED}
 C: QUIT                 S: 221 Closing connection  S: <closed>
-== STARTTLS
--- ssl_context=True
+== STARTTLS  -- ssl_context=True
 C: STARTTLS      S: 503 Bad sequence of commands. HELO should be the first
 C: EHLO a.com    S: 250-Received  S: 250 STARTTLS
 C: STARTTLS now  S: 501 STARTTLS takes no argument
 C: STARTTLS      S: 220 Ready to start TLS
-== STARTTLS where TLS is implicit
--- ssl_context=True, implicit_tls=True
-+ hello
+== STARTTLS where TLS is implicit  -- ssl_context=True, implicit_tls=True  + hello
 C: STARTTLS  S: {UNRECOGNIZED}
 
 # ---- Rules
@@ -924,8 +840,7 @@ C: RCPT TO:<Bob@example.com>    S: 250 Received
 C: RCPT TO:<x@A.com>            S: 551 not here
 C: RCPT TO:<x@b.a.com>          S: 250 Received
 C: RCPT TO:<a@[IPv6:::1]>       S: 550 no: never
-== rule: a recipient, at DATA and at the end of the body
--- multiple_rcptto=True
+== rule: a recipient, at DATA and at the end of the body  -- multiple_rcptto=True
 -- rule: DATA c@example.com: reply 450 c
 -- rule: message d@example.com: reply 450 d
 C: EHLO example.com           S: 250 Received
@@ -938,15 +853,12 @@ C: DATA                       S: {READY}
 C: .                          S: 450 d
 C: RCPT TO:<c@example.com>    S: 250 Received
 C: DATA                       S: 450 c
-== rule: twice, then as usual
--- rule: RCPT: reply 450 4.2.0 Greylisted; times=2
-+ sender
+== rule: twice, then as usual  -- rule: RCPT: reply 450 4.2.0 Greylisted; times=2  + sender
 C: RCPT TO:<b@example.com>  S: 450 4.2.0 Greylisted
 C: DATA                     S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: RCPT TO:<b@example.com>  S: 450 4.2.0 Greylisted
 C: RCPT TO:<b@example.com>  S: 250 Received
-== rule: a sequence, the last of which stays
--- rule: NOOP: reply 451 later | 452 again |
+== rule: a sequence, the last of which stays  -- rule: NOOP: reply 451 later | 452 again |
 -- rule: RSET: reply 250 one | 250 two
 C: NOOP  S: 451 later
 C: NOOP  S: 452 again
@@ -955,23 +867,19 @@ C: NOOP  S: 250 Ok
 C: RSET  S: 250 one
 C: RSET  S: 250 two
 C: RSET  S: 250 two
-== rule: the newest wins, until it is spent
--- rule: NOOP: reply 450 old
--- rule: *: reply 451 all; times=1
+== rule: the newest wins, until it is spent  -- rule: NOOP: reply 450 old  -- rule: *: reply 451 all; times=1
 -- rule: NOOP: reply 452 new; times=1
 S: 451 all
 C: NOOP  S: 452 new
 C: NOOP  S: 450 old
 C: RSET  S: 503 Bad sequence of commands. HELO should be the first
-== rule: no chance, and every chance
--- rule: NOOP: reply 450 no; probability=0
+== rule: no chance, and every chance  -- rule: NOOP: reply 450 no; probability=0
 -- rule: RSET: reply 450 no; probability=1; times=2
 C: NOOP  S: 250 Ok
 C: RSET  S: 450 no
 C: RSET  S: 450 no
 C: RSET  S: 503 Bad sequence of commands. HELO should be the first
-== rule: 2xx and 3xx take effect, even where the usual is a refusal
--- rule: RCPT: reply 299 fine
+== rule: 2xx and 3xx take effect, even where the usual is a refusal  -- rule: RCPT: reply 299 fine
 -- rule: DATA: reply 399 go
 -- rule: message: reply 298 got it
 -- rule: MAIL: reply 200 ok
@@ -981,9 +889,7 @@ C: RCPT TO:<nowhere>  S: 299 fine
 C: DATA               S: 399 go
 C: hi
 C: .                  S: 298 got it
-== rule: a text refuses if it begins with 4 or 5
--- rule: MAIL: reply nonsense
--- rule: EHLO: reply 550 no; times=1
+== rule: a text refuses if it begins with 4 or 5  -- rule: MAIL: reply nonsense  -- rule: EHLO: reply 550 no; times=1
 -- rule: DATA: reply 552 too much
 C: EHLO example.com           S: 550 no
 C: MAIL FROM:<a@example.com>  S: nonsense
@@ -992,69 +898,45 @@ C: MAIL FROM:<a@example.com>  S: nonsense
 C: RCPT TO:<b@example.com>    S: 250 Received
 C: DATA                       S: 552 too much
 C: NOOP                       S: 250 Ok
-== rule: a verb the server does not know
--- rule: vrfy bob@example.com: reply 252 Maybe
+== rule: a verb the server does not know  -- rule: vrfy bob@example.com: reply 252 Maybe
 -- rule: VRFY Carol: reply 250 Carol
 C: vrfy <bob@example.com>  S: 252 Maybe
 C: VRFY carol              S: 250 Carol
 C: VRFY dave               S: {UNRECOGNIZED}
-== rule: too busy to talk
--- rule: connect: reply 421 Too busy; close
+== rule: too busy to talk  -- rule: connect: reply 421 Too busy; close
 S: 421 Too busy  S: <closed>
-== rule: actions add up
--- rule: NOOP: reply 450 no; close; delay 0; times=1
+== rule: actions add up  -- rule: NOOP: reply 450 no; close; delay 0; times=1
 C: NOOP  S: 450 no  S: <closed>
-== rule: a close after the normal reply
--- rule: NOOP: close
+== rule: a close after the normal reply  -- rule: NOOP: close
 C: NOOP  S: 250 Ok  S: <closed>
-== rule: aspects of several rules add up, and the newest has each
--- rule: NOOP: reply 450 first; close
+== rule: aspects of several rules add up, and the newest has each  -- rule: NOOP: reply 450 first; close
 -- rule: NOOP: reply 451 second
 -- rule: *: delay 0
 C: NOOP  S: 451 second  S: <closed>
-== rule: a drop takes the reply of an older one away
--- rule: NOOP: reply 450 first
--- rule: NOOP: drop
+== rule: a drop takes the reply of an older one away  -- rule: NOOP: reply 450 first  -- rule: NOOP: drop
 C: NOOP  S: <closed>
-== rule: an answer, then a close
--- rule: DATA: reply 354 go; close
-+ envelope
+== rule: an answer, then a close  -- rule: DATA: reply 354 go; close  + envelope
 C: DATA  S: 354 go  S: <closed>
-== rule: bytes that are no reply
--- rule: NOOP: raw \x21 garbage\r\n250 and more\r\n; times=1
-C: NOOP  S: ! garbage
-S: 250 and more
+== rule: bytes that are no reply  -- rule: NOOP: raw \x21 garbage\r\n250 and more\r\n; times=1
+C: NOOP  S: ! garbage  S: 250 and more
 C: NOOP  S: 250 Ok
-== rule: a delay and a trickle change no reply
--- rule: NOOP: delay 0.001
--- rule: *: trickle 0.0001
-+ envelope
+== rule: a delay and a trickle change no reply  -- rule: NOOP: delay 0.001  -- rule: *: trickle 0.0001  + envelope
 C: NOOP  S: 250 Ok
-== rule: a delay leaves a text without a code as it is
--- msg_mailfrom_received="nonsense"
--- rule: MAIL: delay 0.001
+== rule: a delay leaves a text without a code as it is  -- msg_mailfrom_received="nonsense"  -- rule: MAIL: delay 0.001
 + hello
 C: MAIL FROM:<a@example.com>  S: nonsense
 C: RCPT TO:<b@example.com>    S: 250 Received
-== rule: a line that is too long is in *
--- rule: *: reply 450 no; times=2
+== rule: a line that is too long is in *  -- rule: *: reply 450 no; times=2
 S: 450 no
 C: {x*5000}  S: 450 no
 C: {x*5000}  S: 500 Line too long
-== rule: silence
--- rule: RCPT TO b@example.com: silence
-+ sender
+== rule: silence  -- rule: RCPT TO b@example.com: silence  + sender
 C: RCPT TO:<b@example.com>  S: <silence>
-== rule: the body is cut at a byte
--- rule: message: drop; after=10
-+ in body
+== rule: the body is cut at a byte  -- rule: message: drop; after=10  + in body
 R: Subject: x\r\nthis is not read  S: <closed>
-== rule: the body is cut at its first byte
--- rule: message: reset ;after=0
-+ in body
+== rule: the body is cut at its first byte  -- rule: message: reset ;after=0  + in body
 R: x  S: <reset>
-== rule: a body shorter than that is not cut
--- rule: message: reset; after=6
+== rule: a body shorter than that is not cut  -- rule: message: reset; after=6
 -- rule: message nobody@example.com: drop; after=1
 + in body
 R: x\r\n.\r\n  S: 250 Received
@@ -1351,13 +1233,11 @@ encoded-word: ENVELOPE | HEAD | Subject: =?utf-8?q?caf=?= | | END
 header-syntax: ENVELOPE | HEAD | MIXED | | --x | hi there | --x-- | END
 8bit-unannounced, header-raw: ENVELOPE | HEAD | MIXED | | --x | Content-Type: image/png; name="ä" | | --x-- | END
 unknown-command x2: HELLO | AUTH=PLAIN c2VjcmV0 | FOO | QUIT
-== SIZE
--- extensions=["SIZE"]
+== SIZE  -- extensions=["SIZE"]
 clean: HELLO | MAIL FROM:<a@example.com> SIZE=117 | RCPT | DATA | HEAD | | Hello | END
 clean: HELLO | MAIL FROM:<a@example.com> SIZE=115 | RCPT | DATA | HEAD | | Hello | END
 size-understated: HELLO | MAIL FROM:<a@example.com> SIZE=107 | RCPT | DATA | HEAD | | END
-== PIPELINING
--- extensions=["PIPELINING"]
+== PIPELINING  -- extensions=["PIPELINING"]
 clean: HELLO | MAIL | + RCPT | + DATA | HEAD | | Hello |
     R:.\r\nMAIL FROM:<c@example.com>\r\nRCPT TO:<d@example.com>\r\nDATA\r\n | HEAD | | Hello | . | + QUIT
 clean: HELLO | MAIL | RSET | + MAIL | + RCPT | + QUIT
@@ -1367,35 +1247,29 @@ pipelining-order x2: HELLO | HELLO | + NOOP | + QUIT
 == a sender refused in a group
 -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
 clean: HELLO | MAIL | + RCPT | + DATA | RSET | QUIT
-== a recipient refused in a group
--- extensions=["PIPELINING"], not_registered_emails=["b@example.com"]
+== a recipient refused in a group  -- extensions=["PIPELINING"], not_registered_emails=["b@example.com"]
 clean: HELLO | MAIL | + RCPT | + DATA | RSET | + MAIL FROM:<c@example.com> | + RCPT TO:<c@example.com> | + DATA |
     HEAD | | END
-== a 421 in a group
--- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"]
+== a 421 in a group  -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"]
 clean: HELLO | MAIL | + RCPT | + DATA | QUIT
-== 8BITMIME
--- extensions=["8BITMIME"]
+== 8BITMIME  -- extensions=["8BITMIME"]
 clean: HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | MIME |
     Content-Type: text/plain; charset="utf-8" | CTE: 8bit | | Grüße | END
 clean: HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | Content-Type: text/html; |
     CTE: 8bit | MIME | | Grüße | END
 8bit-undeclared, 8bit-in-7bit: ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | | Grüße | END
-== STARTTLS
--- ssl_context=True
+== STARTTLS  -- ssl_context=True
 clean: HELLO | STARTTLS | ENVELOPE | HEAD | | END
 clean: HELLO | STARTTLS | QUIT
 no-hello-after-tls: HELLO | STARTTLS | MAIL | QUIT
 pipelining: HELLO | STARTTLS | + EHLO b.example.com | HELLO | QUIT
 unannounced-command: HELLO | STARTTLS | HELLO | STARTTLS | QUIT
 superfluous-argument x4: HELLO | STARTTLS now | MAIL | RCPT | DATA BODY=8BITMIME | RSET all | QUIT please | QUIT
-== STARTTLS and AUTH, several mails
--- ssl_context=True, auth_users={"u": "p"}, auth_requires_tls=True
+== STARTTLS and AUTH, several mails  -- ssl_context=True, auth_users={"u": "p"}, auth_requires_tls=True
 -- multiple_message_receiving=True, multiple_rcptto=True
 clean: HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | MAIL | RCPT |
     RCPT TO:<c@example.com> | DATA | HEAD | | END
-== AUTH
--- auth_users={"u": "p"}
+== AUTH  -- auth_users={"u": "p"}
 clean: HELLO | AUTH PLAIN AHUAcA== | QUIT
 clean: HELLO | AUTH LOGIN | dQ== | cA== | QUIT
 clean: HELLO | AUTH PLAIN | * | QUIT
@@ -1404,88 +1278,65 @@ clean: HELLO | MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT
 long-command: HELLO | AUTH XOAUTH2 {YWJj*900} | QUIT
 unannounced-mechanism: HELLO | AUTH NTLM AAAA | QUIT
 bad-sequence x2: HELLO | RCPT | MAIL | AUTH PLAIN AHUAcA== | RSET | QUIT
-== AUTH in a group
--- auth_users={"u": "p"}, extensions=["PIPELINING"]
+== AUTH in a group  -- auth_users={"u": "p"}, extensions=["PIPELINING"]
 clean: HELLO | AUTH PLAIN AHUAcA== | + MAIL | + RSET | + QUIT
 pipelining-order x2: HELLO | AUTH LOGIN | + dQ== | + cA== | QUIT
-== CHUNKING
--- extensions=["CHUNKING"]
+== CHUNKING  -- extensions=["CHUNKING"]
 clean: HELLO | MAIL | RCPT |
     R:BDAT 110\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
     R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT
-== CHUNKING in a group
--- extensions=["CHUNKING", "PIPELINING"]
+== CHUNKING in a group  -- extensions=["CHUNKING", "PIPELINING"]
 clean: HELLO |
     R:MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nBDAT 110 LAST\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
     QUIT
-== SMTPUTF8 and 8BITMIME
--- extensions=["SMTPUTF8", "8BITMIME"]
+== SMTPUTF8 and 8BITMIME  -- extensions=["SMTPUTF8", "8BITMIME"]
 clean: HELLO | MAIL FROM:<jürgen@exämple.com> SMTPUTF8 BODY=8BITMIME | RCPT TO:<jürgen@exämple.com> | DATA | HEAD |
     Subject: Grüße | | END
-== DSN
--- extensions=["DSN"]
+== DSN  -- extensions=["DSN"]
 clean: HELLO | MAIL FROM:<a@example.com> RET=HDRS ENVID=QQ314159 |
     RCPT TO:<b@example.com> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;b@example.com | RSET | QUIT
-== several mails
--- multiple_message_receiving=True
+== several mails  -- multiple_message_receiving=True
 clean: ENVELOPE | HEAD | | . | RSET | MAIL | RCPT | DATA | HEAD | | END
-== a recipient refused
--- not_registered_emails=["b@example.com"]
+== a recipient refused  -- not_registered_emails=["b@example.com"]
 clean: HELLO | MAIL | RCPT | QUIT
 no-recipient: ENVELOPE | QUIT
-== DATA refused
--- msg_data_received="554 No"
+== DATA refused  -- msg_data_received="554 No"
 clean: ENVELOPE | RSET | QUIT
-== a mail refused
--- msg_msg_received="451 Later"
+== a mail refused  -- msg_msg_received="451 Later"
 clean: ENVELOPE | HEAD | | . | MAIL | RCPT | DATA | HEAD | | END
-== a 421
--- blacklisted_mailfrom_emails=["a@example.com"]
+== a 421  -- blacklisted_mailfrom_emails=["a@example.com"]
 clean: HELLO | MAIL | QUIT
 after-421 x2: HELLO | MAIL | RSET | NOOP | QUIT
-== a mail that is too large
--- msg_size_limit=10
+== a mail that is too large  -- msg_size_limit=10
 clean: ENVELOPE | HEAD | END
-== several recipients
--- multiple_rcptto=True
+== several recipients  -- multiple_rcptto=True
 clean: ENVELOPE | HEAD | Bcc: B <b@example.com> | | END
 bcc-disclosed: HELLO | MAIL | RCPT | RCPT TO:<c@example.com> | DATA | HEAD | Bcc: C <c@example.com> | | END
-== a 421 as the greeting
--- msg_greeting="421 Too busy"
+== a 421 as the greeting  -- msg_greeting="421 Too busy"
 after-421: HELLO | QUIT
-== DATA refused for now
--- msg_data_received="451 Later"
+== DATA refused for now  -- msg_data_received="451 Later"
 data-after-refusal: ENVELOPE | HEAD | QUIT | | R:Hello\n | . | QUIT
-== DATA refused in a group
--- extensions=["PIPELINING"], msg_data_received="451 Later"
+== DATA refused in a group  -- extensions=["PIPELINING"], msg_data_received="451 Later"
 pipelining-order, data-after-refusal: ENVELOPE | + DATE | +  | + . | QUIT
-== AUTH where STARTTLS is offered
--- auth_users={"u": "p"}, ssl_context=True
+== AUTH where STARTTLS is offered  -- auth_users={"u": "p"}, ssl_context=True
 auth-in-clear x2: HELLO | AUTH PLAIN AHUAcAA= | auth login | dQ== | cA== | QUIT
-== a sender refused
--- blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
+== a sender refused  -- blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
 bad-sequence, no-recipient: ENVELOPE | QUIT
-== DELIVERBY, FUTURERELEASE and XCLIENT
--- extensions=["DELIVERBY", "FUTURERELEASE 100 100", "XCLIENT"]
+== DELIVERBY, FUTURERELEASE and XCLIENT  -- extensions=["DELIVERBY", "FUTURERELEASE 100 100", "XCLIENT"]
 clean: HELLO | MAIL FROM:<a@example.com> BY=120;R HOLDFOR=120 | XCLIENT NAME=a | QUIT
-== BINARYMIME
--- extensions=["CHUNKING", "BINARYMIME", "8BITMIME"]
+== BINARYMIME  -- extensions=["CHUNKING", "BINARYMIME", "8BITMIME"]
 clean: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT |
     R:BDAT 164 LAST\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nMessage-ID: <1@example.com>\r\nMIME-Version: 1.0\r\nContent-Transfer-Encoding: binary\r\n\r\n\0\n\xff\r\n |
     QUIT
 bad-sequence, bare-lf: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | DATA | HEAD | | R:a\n\r\n | END
 bad-sequence: HELLO | MAIL | RCPT | R:BDAT 3\r\nabc | DATA | QUIT
-== no recipient, and a lone dot
--- not_registered_emails=["b@example.com"]
--- rule: DATA: reply 354 Go on
+== no recipient, and a lone dot  -- not_registered_emails=["b@example.com"]  -- rule: DATA: reply 354 Go on
 no-recipient: HELLO | MAIL | RCPT | DATA | END
-== SIZE and an extension of its own
--- extensions=["SIZE", "FOO"]
+== SIZE and an extension of its own  -- extensions=["SIZE", "FOO"]
 unannounced-parameter x4: HELLO | MAIL FROM:<a@example.com> SIZE=10 BODY=8BITMIME |
     MAIL FROM:<a@example.com> SIZE=10 FOO=1 | RCPT TO:<b@example.com> NOTIFY=NEVER | RSET | HELO a.example.com |
     MAIL FROM:<a@example.com> SIZE=10 | MAIL FROM:<a@example.com> BODY=BINARYMIME | QUIT
-== SMTPUTF8
--- extensions=["SMTPUTF8"]
+== SMTPUTF8  -- extensions=["SMTPUTF8"]
 undeclared-utf8 x2: HELLO | MAIL FROM:<jürgen@example.com> SMTPUTF8 | RSET | MAIL FROM:<jürgen@example.com> | RSET |
     MAIL | RCPT TO:<jürgen@example.com> | QUIT
 """)
@@ -1745,16 +1596,14 @@ HELO, SEND, FOO, NOOPX => HELO, SEND
 HELO, SEND, SEND => HELO, SEND
 HELO, SEND, RSET, SEND, QUIT => HELO, SEND, quit
 HELO, MAIL, RCPT, DATA, half => HELO, MAIL, RCPT, DATA, half
-== one message, several recipients
--- multiple_rcptto=True
+== one message, several recipients  -- multiple_rcptto=True
 HELO, MAIL, RCPT, RCPT TO:<bad>, RCPT TO:<c@c.com> => HELO, MAIL, RCPT, RCPT TO:<bad> 501, RCPT TO:<c@c.com> 250
 HELO, MAIL, RCPT TO:<bad> => HELO, MAIL, RCPT TO:<bad> 501
 HELO, SEND, RCPT TO:<c@c.com> => HELO, MAIL, RCPT, RCPT TO:<c@c.com> 250, DATA, hi 250
 HELO, MAIL, RCPT, MAIL, RCPT TO:<c@c.com> => HELO, MAIL, RCPT TO:<c@c.com> 250
 HELO, MAIL, RCPT, RSET => HELO, RSET 250
 HELO, SEND, SEND => HELO, SEND
-== several messages, one recipient
--- multiple_message_receiving=True
+== several messages, one recipient  -- multiple_message_receiving=True
 HELO, SEND, SEND, QUIT => HELO, SEND + HELO, SEND, quit
 HELO, SEND, RSET, SEND => HELO, SEND, RSET 250 + HELO, SEND
 HELO, SEND, RSET, NOOP, QUIT => HELO, SEND, RSET 250, noop, quit
@@ -1765,35 +1614,27 @@ HELO, SEND, RCPT TO:<c@c.com> => HELO, SEND + HELO, RCPT TO:<c@c.com> 503
 HELO, SEND, MAIL, RSET, QUIT => HELO, SEND + HELO, RSET 250, quit
 HELO, SEND, MAIL, RCPT, RCPT TO:<c@c.com>, DATA, hi, . => HELO, SEND + HELO, MAIL, RCPT TO:<c@c.com> 250, DATA, hi 250
 HELO, MAIL, RSET, SEND => HELO, SEND
-== several messages, several recipients
--- multiple_message_receiving=True, multiple_rcptto=True
+== several messages, several recipients  -- multiple_message_receiving=True, multiple_rcptto=True
 HELO, MAIL, RCPT, RCPT, DATA, hi, ., SEND => HELO, MAIL, RCPT, RCPT, DATA, hi 250 + HELO, SEND
-== refusals by the arguments, the sequence and the blacklists
--- blacklisted_mailfrom_emails=["a@a.com"]
+== refusals by the arguments, the sequence and the blacklists  -- blacklisted_mailfrom_emails=["a@a.com"]
 EHLO => EHLO 501
 HELO, MAIL FROM:x => HELO, MAIL FROM:x 501
 HELO, MAIL => HELO, MAIL FROM:<a@a.com> 421
 HELO, DATA => HELO, DATA 503
 RSET => RSET 503
-== a body that is too long is not kept
--- msg_size_limit=1
+== a body that is too long is not kept  -- msg_size_limit=1
 HELO, SEND => HELO, MAIL, RCPT, DATA, 552
-== a body that is refused by its text is kept
--- msg_msg_received="451 no"
+== a body that is refused by its text is kept  -- msg_msg_received="451 no"
 HELO, SEND => HELO, MAIL, RCPT, DATA, hi 451
-== what rules made of a mail
--- rule: RCPT: reply 250 welcome
--- rule: message: reply 451 try later |
+== what rules made of a mail  -- rule: RCPT: reply 250 welcome  -- rule: message: reply 451 try later |
 HELO, MAIL, RCPT TO:<no body>, DATA, hi, ., NOOP => HELO, MAIL, RCPT TO:<no body> 250, DATA, hi 451, noop
-== chunks
--- extensions=["CHUNKING"]
+== chunks  -- extensions=["CHUNKING"]
 HELO, MAIL, RCPT, BDAT 4, hi, BDAT 0 LAST => HELO, MAIL, RCPT, BDAT 0 LAST 250, hi 250
 HELO, MAIL, RCPT, BDAT 4, hi, RSET, MAIL, RCPT, BDAT 0 LAST => HELO, MAIL, RCPT, BDAT 0 LAST 250, 250
 HELO, MAIL, RCPT, BDAT 4, hi, HELO, MAIL, RCPT, DATA, new, . => HELO, MAIL, RCPT, DATA, new 250
 HELO, MAIL, RCPT, BDAT 4, hi, MAIL, RCPT, DATA, new, . => HELO, MAIL, RCPT, DATA, new 250
 HELO, MAIL, RCPT, BDAT 4, hi, BDAT 10 LAST, half => HELO, MAIL, RCPT, BDAT 4 250, hihalf
-== chunks of several mails
--- extensions=["CHUNKING"], multiple_message_receiving=True
+== chunks of several mails  -- extensions=["CHUNKING"], multiple_message_receiving=True
 HELO, MAIL, RCPT, BDAT 4 LAST, hi, MAIL, RCPT, BDAT 4 LAST, hi => HELO, BDAT + HELO, BDAT
 """)
 SAID = {"HELO": ENVELOPE[:1], "MAIL": ENVELOPE[1:2], "RCPT": ENVELOPE[2:], "SEND": SEND}
@@ -1988,22 +1829,16 @@ class RecordTest(unittest.TestCase):
 
 # Mails as the programs named here write them: what is to be found in one, and its content with Python's escapes.
 MAILS = read_table(r"""
-== smtplib, no header at all
--- subject=None, text="Hello\n", html=None, attachments=[]
+== smtplib, no header at all  -- subject=None, text="Hello\n", html=None, attachments=[]
 Hello
-== an indented text without a header
--- subject=None, text="  Hello\n"
+== an indented text without a header  -- subject=None, text="  Hello\n"
   Hello
-== an empty one
--- subject=None, text="", html=None, attachments=[]
-== an empty body
--- subject="empty", text=""
+== an empty one  -- subject=None, text="", html=None, attachments=[]
+== an empty body  -- subject="empty", text=""
 Subject: empty\n
-== no empty line after the header
--- subject="hi", text=""
+== no empty line after the header  -- subject="hi", text=""
 Subject: hi
-== mutt, UTF-8 as 8bit
--- subject="Grüße aus Köln, mit einem langen Betreff – der zweite Teil", text="Schöne Grüße\n"
+== mutt, UTF-8 as 8bit  -- subject="Grüße aus Köln, mit einem langen Betreff – der zweite Teil", text="Schöne Grüße\n"
 Date: Sun, 22 Nov 2026 10:00:00 +0000
 From: =?utf-8?Q?J=C3=B6rg?= <joerg@example.org>
 To: b@example.com
@@ -2015,15 +1850,13 @@ Content-Disposition: inline
 Content-Transfer-Encoding: 8bit
 
 Schöne Grüße
-== PHP, ISO-8859-1 as 8bit
--- subject="Bestellung bestätigt", text="Sie zahlen 5 £ für alles.\n", attachments=[]
+== PHP, ISO-8859-1 as 8bit  -- subject="Bestellung bestätigt", text="Sie zahlen 5 £ für alles.\n", attachments=[]
 Subject: =?iso-8859-1?Q?Bestellung_best=E4tigt?=
 Content-Type: text/plain; charset=iso-8859-1
 Content-Transfer-Encoding: 8bit
 
 Sie zahlen 5 \xa3 f\xfcr alles.
-== Outlook, ISO-8859-1 as quoted-printable
--- text="Schön, bis später =)\n"
+== Outlook, ISO-8859-1 as quoted-printable  -- text="Schön, bis später =)\n"
 Subject: RE: Treffen
 Content-Type: text/plain; charset="iso-8859-1"
 Content-Transfer-Encoding: quoted-printable
@@ -2082,8 +1915,7 @@ Content-Transfer-Encoding: quoted-printable
 
 5 =E2=82=AC
 --------------A0--
-== Outlook, encoded words in a file's name, a mail in the mail
--- text=None, html="<p>see below</p>"
+== Outlook, encoded words in a file's name, a mail in the mail  -- text=None, html="<p>see below</p>"
 -- attachments=[("Berícht.bin", "application/octet-stream", b"\0\xff\1")
 -- (None, "message/rfc822", b"Subject: report\r\nContent-Type: text/plain\r\n\r\nthe first")]
 Subject: FW: report
@@ -2120,27 +1952,23 @@ Final-Recipient: rfc822; b@b.com
 Action: failed
 
 --b--
-== 8-bit and NUL bytes, and no charset
--- text="\0\1\ufffd\n€\n", html=None
+== 8-bit and NUL bytes, and no charset  -- text="\0\1\ufffd\n€\n", html=None
 Subject: \xff\xfe
 
 \0\1\xfc
 €
-== a charset that is none
--- text="Qapla'\n"
+== a charset that is none  -- text="Qapla'\n"
 Content-Type: text/plain; charset=klingon
 
 Qapla'
-== a boundary that never comes
--- subject="broken", text="--other\n\nwhat it says\n", attachments=[]
+== a boundary that never comes  -- subject="broken", text="--other\n\nwhat it says\n", attachments=[]
 Subject: broken
 Content-Type: multipart/mixed; boundary=never
 
 --other
 
 what it says
-== a boundary that has no end
--- text="first", attachments=[(None, "image/png", b"PNG")]
+== a boundary that has no end  -- text="first", attachments=[(None, "image/png", b"PNG")]
 Content-Type: multipart/mixed; boundary=b
 
 --b
@@ -2150,8 +1978,7 @@ first
 Content-Type: image/png
 
 PNG
-== addresses on which the parser of the standard library fails
--- subject="hi", text="body\n"
+== addresses on which the parser of the standard library fails  -- subject="hi", text="body\n"
 From: @
 To: <
 Cc: "
@@ -2161,8 +1988,7 @@ Content-Type: ;
 Subject: hi
 
 body
-== a header of 100 KB
--- subject="long", text="body\n"
+== a header of 100 KB  -- subject="long", text="body\n"
 Subject: long
 X-Long: {word *20000}
 
