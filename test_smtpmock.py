@@ -218,6 +218,7 @@ class Client:
 
     def __init__(self, server: Server, *, greets: bool = True) -> None:
         self.socket = socket.create_connection((server.host, server.port), TIMEOUT)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small pieces do not wait for each other
         self._file = self.socket.makefile("rb")
         self.greeting = self.read() if greets else ""
 
