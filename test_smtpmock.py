@@ -321,11 +321,7 @@ def wait_until(condition: Callable[..., object], *arguments: object) -> bool:
 
 def report(server: Server) -> str:
     """What a server has, as it says when what one waits for does not come."""
-    try:
-        server.wait_for_messages(10**9, 0)
-    except WaitTimeoutError as error:
-        return str(error)
-    raise AssertionError("so many messages")
+    return str(catch(WaitTimeoutError, server.wait_for_messages, 10**9, 0))
 
 
 def stop_in_time(server: Server) -> None:
@@ -333,6 +329,26 @@ def stop_in_time(server: Server) -> None:
     began = time.monotonic()
     server.stop()
     assert time.monotonic() - began < TIMEOUT
+
+
+def make_handler(verb: str, reply: str = "250 Ok", **attributes: Any) -> Any:
+    """A Handler with this verb."""
+    attributes = {"verbs": (verb,), "received": reply, **attributes}
+    return type(verb.title(), (smtpmock.Handler,), attributes)
+
+
+def catch(error: type[BaseException], call: Callable[..., object], *arguments: Any) -> Any:
+    """The exception that a call raises."""
+    try:
+        call(*arguments)
+    except error as raised:
+        return raised
+    raise AssertionError(f"no {error.__name__}")
+
+
+def told(server: Server) -> str:
+    """What the check of a server complains about."""
+    return str(catch(AssertionError, server.check))
 
 
 def in_threads(*calls: Any) -> list[Any]:
@@ -408,6 +424,13 @@ def read_line(line: str) -> str:
     line = line.replace("{READY}", READY).replace("{UNRECOGNIZED}", UNRECOGNIZED).replace("{SP}", " ")
     line = re.sub(r"\{([^{}]+)\*(\d+)\}", lambda match: match[1] * int(match[2]), line)
     return re.sub(r"\{b64 ([^{}]*)\}", lambda match: base64.b64encode(read_escapes(match[1])).decode(), line)
+
+
+def read_errors(text: str) -> Iterator[tuple[str, str]]:
+    """The rows of a table of what is refused, and of patterns for the errors, in which {MORE} is anything."""
+    for row in text.strip().splitlines():
+        refused, error = (part.strip() for part in row.split(" => "))
+        yield refused, rf"(?s)\A{'.+'.join(map(re.escape, error.split('{MORE}')))}\Z"
 
 
 def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType({})) -> dict[str, Entry]:
@@ -1471,8 +1494,6 @@ class ViolationTest(ServerCase):
         message = Memory("EHLO a", "FOO", tolerated=("unknown-command", "hello-not-fqdn")).message()
         self.assertEqual((message.violations, message.warnings), ([], []))
         self.assertEqual([*Configuration(tolerated=["bare-lf"]).tolerated], ["bare-lf"])
-        with self.assertRaisesRegex(ConfigurationError, "tolerated: bare-fl is unknown; did you mean bare-lf?"):
-            Configuration(tolerated=["bare-fl"])
 
     def test_strict(self) -> None:
         mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\nHello\r\n.\r\n"
@@ -2358,45 +2379,125 @@ class GrammarTest(unittest.TestCase):
 
 # Options that are refused, and how the error begins.
 BAD_OPTIONS = """
-prot=25                           prot=25: there is no such option; did you mean port?
-multiple_rcpto=True               multiple_rcpto=True: there is no such option; did you mean multiple_rcptto?
-qqqqqqqq=None                     qqqqqqqq=None: there is no such option
-port=65536                        port=65536: must be an integer from 0 to 65535
-port=-1                           port=-1:
-port="25"                         port='25':
-port=True                         port=True:
-port=25.0                         port=25.0:
-host=None                         host=None: must be a string without lone surrogates
-fail_fast=1                       fail_fast=1: must be true or false
-msg_greeting=b"x"                 msg_greeting=b'x': must be a string without lone surrogates
-msg_size_limit=-1                 msg_size_limit=-1: must be an integer from 0 up
-session_timeout=0                 session_timeout=0: must be a number of seconds from 0.001 to 1000000
-response_delay_quit=-1            response_delay_quit=-1: must be a number of seconds from 0 to
-shutdown_timeout=1e999            shutdown_timeout=inf:
-shutdown_timeout=None             shutdown_timeout=None:
-not_registered_emails="a@a.com"   not_registered_emails='a@a.com': must be a list
-not_registered_emails=[1]         not_registered_emails=[1]: must be a list of strings
-not_registered_emails=5           not_registered_emails=5:
-auth_users="a:b"                  auth_users='a:b': must be a mapping of users
-auth_users=["a"]                  auth_users=['a']: must be a mapping of users
-auth_users={"a":1}                auth_users={'a': 1}: must be a mapping of users
-auth_users={1:"a"}                auth_users={1: 'a'}: must be a mapping of users
-auth_required=True                auth_required=True: needs auth_users
-auth_requires_tls=True            auth_requires_tls=True: needs ssl_context
-implicit_tls=True                 implicit_tls=True: needs ssl_context
-tls_required=True                 tls_required=True: needs ssl_context
-ssl_context=1                     ssl_context=1: must be an ssl.SSLContext
+prot=25                           => prot=25: there is no such option; did you mean port?
+multiple_rcpto=True               => multiple_rcpto=True: there is no such option; did you mean multiple_rcptto?
+qqqqqqqq=None                     => qqqqqqqq=None: there is no such option
+port=65536                        => port=65536: must be an integer from 0 to 65535
+port=-1                           => port=-1:{MORE}
+port="25"                         => port='25':{MORE}
+port=True                         => port=True:{MORE}
+port=25.0                         => port=25.0:{MORE}
+host=None                         => host=None: must be a string without lone surrogates
+fail_fast=1                       => fail_fast=1: must be true or false
+msg_greeting=b"x"                 => msg_greeting=b'x': must be a string without lone surrogates
+msg_greeting="220 \\ud800"        => msg_greeting={MORE}: must be a string without lone surrogates
+msg_size_limit=-1                 => msg_size_limit=-1: must be an integer from 0 up
+session_timeout=0                 => session_timeout=0: must be a number of seconds from 0.001 to 1000000
+response_delay_quit=-1            => response_delay_quit=-1: must be a number of seconds from 0 to {MORE}
+shutdown_timeout=1e999            => shutdown_timeout=inf:{MORE}
+shutdown_timeout=1e999-1e999      => shutdown_timeout=nan:{MORE}
+shutdown_timeout=None             => shutdown_timeout=None:{MORE}
+not_registered_emails="a@a.com"   => not_registered_emails='a@a.com': must be a list{MORE}
+not_registered_emails=[1]         => not_registered_emails=[1]: must be a list of strings
+not_registered_emails=5           => not_registered_emails=5:{MORE}
+auth_users="a:b"                  => auth_users='a:b': must be a mapping of users{MORE}
+auth_users=["a"]                  => auth_users=['a']: must be a mapping of users{MORE}
+auth_users={"a": 1}               => auth_users={'a': 1}: must be a mapping of users{MORE}
+auth_users={1: "a"}               => auth_users={1: 'a'}: must be a mapping of users{MORE}
+auth_required=True                => auth_required=True: needs auth_users
+auth_requires_tls=True            => auth_requires_tls=True: needs ssl_context
+implicit_tls=True                 => implicit_tls=True: needs ssl_context
+tls_required=True                 => tls_required=True: needs ssl_context
+ssl_context=1                     => ssl_context=1: must be an ssl.SSLContext
+auth_mechanisms=["PLAIN","plian"] => auth_mechanisms: plian is unknown; did you mean PLAIN?
+auth_mechanisms=["GSSAPI"]        => auth_mechanisms: GSSAPI is unknown
+auth_mechanisms="PLAIN"           => auth_mechanisms='PLAIN': must be a list of words
+tolerated=["bare-fl"]             => tolerated: bare-fl is unknown; did you mean bare-lf?
+extensions=["SIEZ"]               => extensions: SIEZ is unknown; did you mean SIZE{MORE}
+extensions=["STARTTLS"]           => extensions: STARTTLS is announced with the option ssl_context
+extensions=["auth"]               => extensions: AUTH is announced with the option auth_users
+"""
+
+# Other calls that are refused, where vrfy() makes a Handler with these attributes, and server has a session.
+BAD_CALLS = r"""
+Server(configuration="x")                      => configuration='x': must be a Configuration
+Server(logger=object())                        => logger={MORE}must be a logger with methods info(), warning() and error()
+Server(on_message=1)                           => on_message=1: must be callable
+Server(on_mesage=1)                            => on_mesage=1: there is no such option; did you mean on_message?
+Server(handlers=1)                             => handlers=1: must be a list of subclasses of Handler
+Server(handlers=None)                          => handlers{MORE} subclasses of Handler
+Server(handlers=[1])                           => handlers{MORE} subclass of Handler
+Server(handlers=[object])                      => handlers{MORE} subclass of Handler
+Server(handlers=[vrfy()(Configuration())])     => handlers{MORE} subclass of Handler
+Server(handlers=[vrfy(verbs="VRFY")])          => Vrfy.verbs{MORE}must be a tuple of strings, as{MORE}
+Server(handlers=[vrfy(verbs=())])              => Vrfy.verbs{MORE}must be a tuple of strings, as{MORE}
+Server(handlers=[vrfy(verbs=("V R",))])        => Vrfy.verbs{MORE}'V R' is no verb
+Server(handlers=[vrfy(needs="helo")])          => Vrfy.needs{MORE}must be a tuple of strings, as{MORE}
+Server(handlers=[vrfy(needs=("hello",))])      => Vrfy.needs{MORE}'hello' is no step of a session
+Server(handlers=[vrfy(received="")])           => Vrfy.received{MORE}must be a text that begins with three digits, or an option
+Server(handlers=[vrfy(received="msg_noop_recieved")]) => Vrfy.received{MORE}or an option; did you mean msg_noop_received{MORE}
+Server(handlers=[vrfy(bad_argument="what?")])  => Vrfy.bad_argument{MORE}must be a text that begins with three digits{MORE}
+Server(handlers=[vrfy(parse=None)])            => Vrfy.parse{MORE}must be callable
+server.wait_for_messages(-1)                   => count=-1: must be an integer from 0 up
+server.wait_for_messages(1.5)                  => count=1.5: {MORE}
+server.wait_for_messages(1, -1)                => timeout=-1: must be a number of seconds from 0 to 1000000
+server.wait_for_messages(1, None)              => timeout=None: {MORE}
+server.wait_for_messages(1, 1, "x")            => where='x': must be callable
+server.wait_for_messages_and_purge(-1)         => count=-1: must be an integer from 0 up
+server.wait_for_messages_and_purge(1, -1)      => timeout=-1: must be a number of seconds from 0 to 1000000
+server.wait_for_messages_and_purge(1, 1, "x")  => where='x': must be callable
+server.disconnect(1)                           => reset=1: must be true or false
+configure(host="::1")                          => host='::1': cannot be changed by configure()
+configure(port=0)                              => port=0: cannot be changed by configure()
+configure(fail_fsat=True)                      => fail_fsat=True: there is no such option; did you mean fail_fast?
+configure(fail_fast=1)                         => fail_fast=1: must be true or false
+configure(tls_required=True)                   => tls_required=True: needs ssl_context
+configure(on_message=1)                        => on_message=1: must be callable
+configure(handlers=[int])                      => handlers: <class 'int'> must be a subclass of Handler
+configure(configuration=Configuration(port=1)) => port=1: cannot be changed by configure()
+configure(configuration="x")                   => configuration='x': must be a Configuration
+server.on("")                                  => stage='': must be connect, message, * or a verb{MORE}
+server.on(None)                                => stage=None: {MORE}
+server.on("MAIL TWICE")                        => stage='MAIL TWICE': {MORE}
+server.on("RCTP")                              => stage='RCTP': {MORE}did you mean RCPT?
+server.on("CONNCET")                           => stage='CONNCET': {MORE}did you mean connect?
+server.on("MAILFROM")                          => stage='MAILFROM': {MORE}did you mean MAIL?
+server.on("BODY")                              => stage='BODY': {MORE}did you mean message?
+server.on("END")                               => stage='END': {MORE}did you mean message?
+server.on("MAIL", 1)                           => match=1: must be an address, a domain, a pattern or a function
+server.on("RCPT", "@example.com")              => {MORE}did you mean 'example.com'?
+server.on("RCPT", r".*@example\.com")          => {MORE}looks like a pattern; did you mean re.compile({MORE}
+server.on("RCPT", r"bob@example\.com")         => {MORE}looks like a pattern; did you mean re.compile({MORE}
+server.on("RCPT", r"\w@x.com")                 => {MORE}looks like a pattern; did you mean re.compile({MORE}
+server.on("RCPT", "^bob@x.com")                => {MORE}looks like a pattern; did you mean re.compile({MORE}
+server.on("RCPT", "bob@x.com$")                => {MORE}looks like a pattern; did you mean re.compile({MORE}
+server.on("RCPT", "*@x.com")                   => {MORE}looks like a pattern; did you mean re.compile({MORE}
+server.on("MAIL", times=0)                     => times=0: must be an integer from 1 up
+server.on("MAIL", probability=2)               => probability=2: must be a number from 0 to 1
+server.on("MAIL", time=2)                      => time: on() takes stage, match, times, probability and after
+server.on("MAIL", after=1)                     => after=1: is for the stage message, not for MAIL
+server.on("message", after=-1)                 => after=-1: must be an integer from 0 up
+server.on("MAIL").reply()                      => reply=(): must be one string or more
+server.on("MAIL").reply(450)                   => reply=450: {MORE}
+server.on("MAIL").reply("\ud800")              => reply='{MORE}ud800': must be one string or more
+server.on("MAIL").delay(-1)                    => delay=-1: must be a number of seconds{MORE}
+server.on("MAIL").trickle("x")                 => trickle='x': must be a number of seconds{MORE}
+server.on("MAIL").raw("x")                     => raw='x': must be bytes
+server.on("MAIL")(1)                           => rule=1: must be callable
+Action(time=2)                                 => time=2: there is no such option; there are reply, raw, delay, tri{MORE}
+Action(then="closed")                          => then='closed': must be one of close, drop, reset, silence
+Action(delay="soon")                           => delay='soon': must be a number of seconds{MORE}
+"""
+GOOD_CALLS = r"""
+Server(extensions=["XSIZE", "FOO", "size 5"])
+server.on("VRFY"), server.on("HELP"), server.on("XCLIENT"), server.on("Mail From"), server.on("rcpt")
+server.on("RCPT", "a.b+c@example.com"), server.on("RCPT", "example.com"), server.on("RCPT", '"a b"@x.com')
+server.on("RCPT", r'"a\"b"@x.com'), server.on("RCPT", "a@[1.2.3.4]")
 """
 
 
-class ConfigurationTest(unittest.TestCase):
+class ConfigurationTest(ServerCase):
     """Options, good and bad."""
-
-    def test_a_text_that_cannot_be_sent(self) -> None:
-        with self.assertRaisesRegex(
-            ConfigurationError, "^msg_greeting='.*': must be a string without lone surrogates$"
-        ):
-            Configuration(msg_greeting="220 \ud800")
 
     def test_defaults(self) -> None:
         options = Configuration()
@@ -2405,24 +2506,29 @@ class ConfigurationTest(unittest.TestCase):
         self.assertEqual(options.msg_size_limit, 10485760)
 
     def test_bad_options(self) -> None:
-        rows = [row.split(maxsplit=1) for row in BAD_OPTIONS.strip().splitlines()]
-        cases = [(read_options(options), error) for options, error in rows]
-        for options, error in [*cases, ({"shutdown_timeout": float("nan")}, "shutdown_timeout=nan:")]:
-            end = "" if error.endswith((":", " to", "list", "users")) else "$"
-            for make in (Configuration, Server):
-                with self.subTest(options), self.assertRaisesRegex(ConfigurationError, f"^{re.escape(error)}{end}"):
-                    make(**options)
+        for options, error in read_errors(BAD_OPTIONS):
+            for make in ("Configuration", "Server"):
+                with self.subTest(options), self.assertRaisesRegex(ConfigurationError, error):
+                    eval(f"smtpmock.{make}({options})")
 
-    def test_bad_arguments_of_a_server(self) -> None:
-        for arguments, error in (
-            ({"configuration": "x"}, "^configuration='x': must be a Configuration$"),
-            ({"logger": object()}, r"^logger=.*must be a logger with methods info\(\), warning\(\) and error\(\)$"),
-            ({"on_message": 1}, "^on_message=1: must be callable$"),
-            ({"on_mesage": 1}, "^on_mesage=1: there is no such option; did you mean on_message[?]$"),
-            ({"handlers": 1}, "^handlers=1: must be a list of subclasses of Handler$"),
-        ):
-            with self.assertRaisesRegex(ConfigurationError, error):
-                Server(**dict[str, Any](arguments))
+    def test_bad_calls(self) -> None:
+        """They have no effect."""
+        server, client, _ = self.serve(msg_greeting="220 old")
+        names = {
+            **{name: getattr(smtpmock, name) for name in ("Action", "Configuration", "Server")},
+            "server": server,
+            "configure": functools.partial(server.configure, msg_greeting="220 new"),
+            "vrfy": lambda **attributes: make_handler("VRFY", "252 maybe", **attributes),
+        }
+        for call, error in read_errors(BAD_CALLS):
+            with self.subTest(call):
+                with self.assertRaisesRegex(ConfigurationError, error):
+                    eval(call, names)
+                with Client(server) as other:
+                    self.assertEqual(other.greeting, "220 old")
+        self.assertEqual(client.ask(*ENVELOPE, *SEND[2:]), [*[RECEIVED] * 3, READY, RECEIVED])
+        for call in GOOD_CALLS.strip().splitlines():
+            eval(call, names)
 
     def test_a_name_wins_over_a_configuration(self) -> None:
         server = Server(Configuration(port=2525, host="::1"), host="[::]")
@@ -2431,8 +2537,7 @@ class ConfigurationTest(unittest.TestCase):
     def test_errors_are_what_they_resemble(self) -> None:
         errors = (ConfigurationError, ServerStateError, ServerStartError, WaitTimeoutError)
         for error, builtin in zip(errors, (ValueError, RuntimeError, OSError, TimeoutError), strict=True):
-            self.assertTrue(issubclass(error, builtin))
-            self.assertTrue(issubclass(error, smtpmock.SMTPMockError))
+            self.assertTrue(issubclass(error, builtin) and issubclass(error, smtpmock.SMTPMockError))
 
     def test_it_cannot_be_changed(self) -> None:
         names = ["a@a.com"]
@@ -2548,26 +2653,13 @@ class WaitingTest(unittest.TestCase):
         waiters = [lambda: len(server.wait_for_messages(1, TIMEOUT))] * 3
         self.assertEqual(in_threads(*waiters, lambda: send(server, "hi")), [1, 1, 1, None])
 
-    def test_bad_arguments(self) -> None:
-        for wait in (Server().wait_for_messages, Server().wait_for_messages_and_purge):
-            for arguments, pattern in (
-                ((-1,), "^count=-1: must be an integer from 0 up$"),
-                ((1.5,), "^count=1.5: "),
-                ((1, -1), "^timeout=-1: must be a number of seconds from 0 to 1000000$"),
-                ((1, None), "^timeout=None: "),
-                ((1, 1, "x"), "^where='x': must be callable$"),
-            ):
-                with self.subTest(arguments=arguments), self.assertRaisesRegex(ConfigurationError, pattern):
-                    wait(*arguments)
-
     def test_where(self) -> None:
         server = self.receive(*["Subject: one", "Subject: two"] * 2)
         self.assertEqual(ids(server.wait_for_messages(1, 0, where=lambda message: message.subject == "two")), [2, 4])
         found = server.wait_for_messages_and_purge(2, 0, lambda message: message.subject == "one")
         self.assertEqual((ids(found), ids(server.messages())), ([1, 3], [2, 4]))
-        with self.assertRaises(WaitTimeoutError) as caught:
-            server.wait_for_messages_and_purge(2, 0.01, lambda message: message.id == 4)
-        self.assertEqual((ids(caught.exception.messages), ids(server.messages())), ([4], [2, 4]))
+        error = catch(WaitTimeoutError, server.wait_for_messages_and_purge, 2, 0.01, lambda message: message.id == 4)
+        self.assertEqual((ids(error.messages), ids(server.messages())), ([4], [2, 4]))
 
     def test_where_raises(self) -> None:
         server = self.receive("1", "2")
@@ -2652,10 +2744,9 @@ class WaitingTest(unittest.TestCase):
         server = self.receive(*["Subject: Grüße".encode()] * 12)
         with Client(server) as client:
             client.ask(*ENVELOPE[:2])
-            with self.assertRaises(WaitTimeoutError) as caught:
-                server.wait_for_messages(2, 0.01, lambda message: message.id == 1)
+            error = catch(WaitTimeoutError, server.wait_for_messages, 2, 0.01, lambda message: message.id == 1)
             port = client.socket.getsockname()[1]
-        lines = str(caught.exception).splitlines()
+        lines = str(error).splitlines()
         start = ["1 of 2 matching messages came in 0.01 seconds", "  12 are recorded:", "    ..."]
         self.assertEqual(lines[:3], start)
         recorded = "    <Message 12 from 'a@a.com' to ['b@b.com']: 18 bytes, accepted>, subject 'Grüße'"
@@ -2666,10 +2757,9 @@ class WaitingTest(unittest.TestCase):
             client.ask(*SEND[:3])  # rules accept it without HELO
         server.wait_for_messages(14, TIMEOUT)
         self.assertRegex(report(server), "(?s)^14 of 1000000000 messages .* 14 are recorded:.*last reply '250 ok'")
-        with self.assertRaises(WaitTimeoutError) as caught:
-            Server().wait_for_messages(1, 0)
+        error = catch(WaitTimeoutError, Server().wait_for_messages, 1, 0)
         lines = ["0 of 1 messages came in 0 seconds", "  0 are recorded", "  0 sessions are open"]
-        self.assertEqual(str(caught.exception).splitlines(), lines)
+        self.assertEqual(str(error).splitlines(), lines)
 
     def test_a_slow_where_does_not_extend_the_timeout(self) -> None:
         """While mail keeps coming."""
@@ -2682,9 +2772,7 @@ class WaitingTest(unittest.TestCase):
             return len(seen) >= 40
 
         with mock.patch("time.monotonic", mock.Mock(side_effect=itertools.count(0, 0.01))):
-            with self.assertRaises(WaitTimeoutError) as caught:
-                server.wait_for_messages(1, 0.3, where)
-        self.assertEqual(caught.exception.messages, [])
+            self.assertEqual(catch(WaitTimeoutError, server.wait_for_messages, 1, 0.3, where).messages, [])
 
     def test_reset(self) -> None:
         server = self.receive("hi")
@@ -2801,30 +2889,6 @@ NOOP               |          | NOOP
 QUIT               |          | QUIT
 XYZ                |          | xyz
 """
-
-# Rules that are refused, in Python.
-action: Any = smtpmock.Action  # of which mypy knows that these are wrong
-BAD_RULES: dict[str, Callable[[Any], object]] = {
-    "^stage='': must be connect, message, \\* or a verb": lambda server: server.on(""),
-    "^stage=None: ": lambda server: server.on(None),
-    "^stage='MAIL TWICE': ": lambda server: server.on("MAIL TWICE"),
-    "^match=1: must be an address, a domain, a pattern or a function": lambda server: server.on("MAIL", 1),
-    "^reply=\\(\\): must be one string or more$": lambda server: server.on("MAIL").reply(),
-    "^reply=450: ": lambda server: server.on("MAIL").reply(450),
-    "^reply='.ud800': must be one string or more": lambda server: server.on("MAIL").reply("\ud800"),
-    "^times=0: must be an integer from 1 up$": lambda server: server.on("MAIL", times=0),
-    "^probability=2: must be a number from 0 to 1$": lambda server: server.on("MAIL", probability=2),
-    "^delay=-1: must be a number of seconds": lambda server: server.on("MAIL").delay(-1),
-    "^trickle='x': must be a number of seconds": lambda server: server.on("MAIL").trickle("x"),
-    "^raw='x': must be bytes$": lambda server: server.on("MAIL").raw("x"),
-    "^time: on\\(\\) takes stage, match, times, probability and after$": lambda server: server.on("MAIL", time=2),
-    "^time=2: there is no such option; there are reply, raw, delay, tri": lambda server: action(time=2),
-    "^then='closed': must be one of close, drop, reset, silence$": lambda server: action(then="closed"),
-    "^delay='soon': must be a number of seconds": lambda server: action(delay="soon"),
-    "^after=1: is for the stage message, not for MAIL$": lambda server: server.on("MAIL", after=1),
-    "^after=-1: must be an integer from 0 up$": lambda server: server.on("message", after=-1),
-    "^rule=1: must be callable$": lambda server: server.on("MAIL")(1),
-}
 
 
 class RuleTest(ServerCase):
@@ -3107,13 +3171,6 @@ class RuleTest(ServerCase):
         send(server, "hi")
         self.assertEqual([message.rcpt_tos for message in server.messages()][-1], ["b@b.com"])
 
-    def test_bad_rules(self) -> None:
-        server, client, _ = self.serve()
-        for pattern, make in BAD_RULES.items():
-            with self.subTest(pattern), self.assertRaisesRegex(ConfigurationError, pattern):
-                make(server)
-        self.assertEqual(client.ask(*ENVELOPE, *SEND[2:]), [*[RECEIVED] * 3, READY, RECEIVED])
-
 
 class HandlerTest(unittest.TestCase):
     """Commands of one's own."""
@@ -3147,34 +3204,8 @@ class HandlerTest(unittest.TestCase):
             self.assertEqual(client.ask("NOOP", "QUIT"), ["451 Local error in processing", "221 Closing connection"])
         self.assertRegex(recorder.wait_for("Traceback")[1], r"(?s)^Noop failed: Traceback .*RuntimeError: mine")
 
-    def test_bad_ones(self) -> None:
-        good = {"verbs": ("VRFY",), "received": "252 maybe"}
-        for change, error in {
-            "verbs='VRFY'": "must be a tuple of strings, as",
-            "verbs=()": "must be a tuple of strings, as",
-            "verbs=('V R',)": "'V R' is no verb",
-            "needs='helo'": "must be a tuple of strings, as",
-            "needs=('hello',)": "'hello' is no step of a session",
-            "received=''": "must be a text that begins with three digits, or an option",
-            "received='msg_noop_recieved'": "or an option; did you mean msg_noop_received",
-            "bad_argument='what?'": "must be a text that begins with three digits",
-            "parse=None": "must be callable",
-        }.items():
-            name = change.partition("=")[0]
-            changed = {name: ast.literal_eval(change.partition("=")[2])}
-            handler: Any = type("Vrfy", (smtpmock.Handler,), good | changed)
-            with self.subTest(change), self.assertRaisesRegex(ConfigurationError, rf"^Vrfy\.{name}.*{error}"):
-                Server(handlers=[handler])
-        for bad in ([1], [object], [self.Expand(Configuration())], None):
-            with self.subTest(bad), self.assertRaisesRegex(ConfigurationError, "^handlers.* subclass(es)? of Handler$"):
-                Server(handlers=bad)  # type: ignore[arg-type]
-
     def test_verbs_that_are_also_stages(self) -> None:
-        class Both(smtpmock.Handler):
-            verbs = ("CONNECT", "MESSAGE")
-            received = "250 hello"
-
-        memory = Memory(handlers=[Both])
+        memory = Memory(handlers=[make_handler("", "250 hello", verbs=("CONNECT", "MESSAGE"))])
         self.assertEqual(memory.greet(), ["220 Welcome"])
         self.assertEqual(
             memory.say("CONNECT", "message", *ENVELOPE, *SEND[2:]),
@@ -3346,15 +3377,6 @@ class LoginOptionsTest(unittest.TestCase):
                 memory = Memory(auth_users={"u": "p"}, auth_mechanisms=names)
                 self.assertEqual(memory.say("EHLO a.com", plain), ["250-Received", announced, reply])
                 self.assertIn("C: AUTH PLAIN ***\n", memory.message().transcript)
-
-    def test_unknown_mechanisms(self) -> None:
-        for names, error in (
-            (["PLAIN", "plian"], "auth_mechanisms: plian is unknown; did you mean PLAIN?"),
-            (["GSSAPI"], "auth_mechanisms: GSSAPI is unknown"),
-            ("PLAIN", "auth_mechanisms='PLAIN': must be a list of words"),
-        ):
-            with self.subTest(names), self.assertRaisesRegex(ConfigurationError, f"^{re.escape(error)}$"):
-                Configuration(auth_mechanisms=names)
 
     def test_a_refused_token_is_explained_before_the_535(self) -> None:
         token, empty = b64("user=u\1auth=Bearer wrong\1\1"), ""
@@ -4186,26 +4208,6 @@ class ConfigureTest(ServerCase):
         with server, Client(server) as client:
             self.assertEqual(client.greeting, "220 new")
 
-    def test_a_bad_option_changes_nothing(self) -> None:
-        server, _, _ = self.serve(msg_greeting="220 old")
-        for options, text in (
-            ({"host": "::1"}, "host='::1': cannot be changed by configure()"),
-            ({"port": 0}, "port=0: cannot be changed by configure()"),
-            ({"fail_fsat": True}, "fail_fsat=True: there is no such option; did you mean fail_fast?"),
-            ({"fail_fast": 1}, "fail_fast=1: must be true or false"),
-            ({"tls_required": True}, "tls_required=True: needs ssl_context"),
-            ({"on_message": 1}, "on_message=1: must be callable"),
-            ({"handlers": [int]}, "handlers: <class 'int'> must be a subclass of Handler"),
-            ({"configuration": Configuration(port=1)}, "port=1: cannot be changed by configure()"),
-            ({"configuration": "x"}, "configuration='x': must be a Configuration"),
-        ):
-            with self.subTest(text):
-                with self.assertRaises(ConfigurationError) as caught:
-                    server.configure(msg_greeting="220 new", **dict[str, Any](options))
-                self.assertEqual(str(caught.exception), text)
-                with Client(server) as client:
-                    self.assertEqual(client.greeting, "220 old")
-
     def test_options_are_validated_with_those_of_before(self) -> None:
         server = Server(auth_users={"user": "secret"}, auth_required=True)
         with self.assertRaisesRegex(ConfigurationError, "auth_required=True: needs auth_users"):
@@ -4270,11 +4272,7 @@ class ConfigureTest(ServerCase):
         configured.configure(seed=5)
         self.assertEqual(hits(configured), hits(Server(seed=5)))
 
-        class Xtra(smtpmock.Handler):
-            verbs = ("XTRA",)
-            received = "250 Ok"
-
-        server = Server(handlers=iter([Xtra]))
+        server = Server(handlers=iter([make_handler("XTRA")]))
         server.configure(msg_greeting="220 new")
         with server, Client(server) as client:
             self.assertEqual(client.ask("HELO a.com", "XTRA"), [RECEIVED, "250 Ok"])
@@ -4286,15 +4284,11 @@ class ConfigureTest(ServerCase):
             self.assertEqual([client.greeting, *client.ask("x", "NOOP")], ["220 old", UNRECOGNIZED, "250 new"])
 
     def test_loggers_and_handlers(self) -> None:
-        class Xtra(smtpmock.Handler):
-            verbs = ("RCPX",)
-            received = "250 Ok"
-
         server, client, first = self.serve()
         second, third = Recorder(), Recorder()
         with self.assertRaises(ConfigurationError):
             server.on("RCPX")
-        server.configure(logger=second, handlers=[Xtra])
+        server.configure(logger=second, handlers=[make_handler("RCPX")])
         server.on("RCPX")
         for logger, reply in ((second, "250 Ok"), (third, UNRECOGNIZED)):
             with Client(server) as other:
@@ -4318,9 +4312,7 @@ class ConfigureTest(ServerCase):
         with Client(server) as second:
             second.ask(ENVELOPE[0], *SEND)
         client.ask(*SEND)
-        with self.assertRaises(AssertionError) as caught:
-            server.check()
-        self.assertEqual(str(caught.exception).count("ValueError"), 3)
+        self.assertEqual(told(server).count("ValueError"), 3)
         server.check()
 
     def test_the_log(self) -> None:
@@ -4497,11 +4489,8 @@ class DisconnectTest(ServerCase):
         server.disconnect()
         self.assertRegex(report(server), "(?s)0 sessions are open.*disconnect[(][)] ended it")
 
-    def test_arguments_and_states(self) -> None:
-        server = Server()
-        server.disconnect()
-        with self.assertRaisesRegex(ConfigurationError, "reset=1: must be true or false"):
-            server.disconnect(1)  # type: ignore[arg-type]
+    def test_a_server_that_is_not_running(self) -> None:
+        Server().disconnect()
 
 
 class GarbageTest(unittest.TestCase):
@@ -5427,13 +5416,11 @@ class ControlTest(ProcessCase):
             self.assertEqual(sorted(self.read()["event"] for _ in range(2)), ["done", "message"])
 
     def test_bad_commands(self) -> None:
-        for row in BAD_COMMANDS.strip().splitlines():
-            command, error = (part.strip() for part in row.split(" => "))
-            pattern = ".+".join(map(re.escape, error.split("{MORE}")))
+        for command, pattern in read_errors(BAD_COMMANDS):
             with self.subTest(command):
                 answer = self.ask(command)
                 self.assertEqual(answer["event"], "error")
-                self.assertRegex(answer["error"], rf"\A{pattern}\Z")
+                self.assertRegex(answer["error"], pattern)
                 self.obey("check")  # no rule without an action is left
         client = self.connect()
         self.assertEqual(client.docmd("FOO")[0], 502)
@@ -5605,11 +5592,10 @@ class TellingTest(unittest.TestCase):
     def test_asserted_too_early(self) -> None:
         with Server() as server, Client(server) as client:
             client.ask(*ENVELOPE[:2])
-            with self.assertRaises(WaitTimeoutError) as caught:
-                server.message()
+            error = catch(WaitTimeoutError, server.message)
             for text in (r"^0 accepted messages where there should be 1", "C: MAIL FROM:<a@a.com> / S: 250 Received"):
-                self.assertRegex(str(caught.exception), text)
-            self.assertEqual(caught.exception.messages, [])
+                self.assertRegex(str(error), text)
+            self.assertEqual(error.messages, [])
 
     def test_one_message(self) -> None:
         with Server(multiple_message_receiving=True) as server:
@@ -5662,27 +5648,21 @@ class TellingTest(unittest.TestCase):
                 nearest = "the nearest command was 'RCPT TO:<Bob@example.com>'"
                 expected = [f"<Rule for RCPT bob@example.com: 0 hits> was never hit; {nearest}"]
                 expected += ["<Rule for NOOP: 0 hits> has no action"]
-                with self.assertRaises(AssertionError) as caught:
-                    server.check()
-                self.assertEqual(str(caught.exception).splitlines(), expected)
+                self.assertEqual(told(server).splitlines(), expected)
             server.reset()
             server.check()
 
     def test_callbacks_that_raise(self) -> None:
-        class Verify(smtpmock.Handler):
-            verbs = ("VRFY",)
-            received = "252 maybe"
-
-            def parse(self, argument: str) -> str:
-                raise AssertionError("handler")
-
         def fail(*_: object) -> Any:
             raise AssertionError("callback")
+
+        def parse(*_: object) -> Any:
+            raise AssertionError("handler")
 
         shown: list[str] = []
         self.addCleanup(setattr, threading, "excepthook", threading.excepthook)
         threading.excepthook = lambda arguments: shown.append(str(arguments.exc_value))
-        with Server(on_message=fail, handlers=[Verify], auth_users=fail) as server:
+        with Server(on_message=fail, handlers=[make_handler("VRFY", parse=parse)], auth_users=fail) as server:
             server.on("NOOP")(fail)
             with Client(server) as client:
                 lines = ["NOOP", "VRFY", *ENVELOPE, *SEND[2:], "RSET", f"AUTH PLAIN {b64(chr(0) + 'a' + chr(0) + 'b')}"]
@@ -5690,9 +5670,7 @@ class TellingTest(unittest.TestCase):
             failed = "451 Local error in processing"
             self.assertEqual([replies[index] for index in (0, 1, 7, 9)], [failed] * 4)
             self.assertEqual(shown, ["callback", "handler", "callback", "callback"])
-            with self.assertRaises(AssertionError) as caught:
-                server.check()
-            self.assertIn("on_message failed: AssertionError: callback", str(caught.exception).splitlines())
+            self.assertIn("on_message failed: AssertionError: callback", told(server).splitlines())
             server.check()  # which has told
 
     def test_many_exceptions_of_which_nothing_can_be_said(self) -> None:
@@ -5710,50 +5688,14 @@ class TellingTest(unittest.TestCase):
                     client.ask(*["NOOP"] * 200, "RSET")[-2:],
                     ["451 Local error in processing", "503 Bad sequence of commands. HELO should be the first"],
                 )
-            with self.assertRaises(AssertionError) as caught:
-                server.check()
-            told = str(caught.exception).splitlines()
-            self.assertEqual((len(told), "MuteError" in told[0]), (100, True))
-
-    def test_what_can_never_match(self) -> None:
-        with Server() as server:
-            for stage, meant in {
-                "RCTP": "RCPT",
-                "CONNCET": "connect",
-                "MAILFROM": "MAIL",
-                "BODY": "message",
-                "END": "message",
-            }.items():
-                with self.assertRaisesRegex(ConfigurationError, f"^stage='{stage}': .*did you mean {meant}\\?$"):
-                    server.on(stage)
-            for stage in ("VRFY", "HELP", "XCLIENT", "Mail From", "rcpt"):
-                server.on(stage)
-            with self.assertRaisesRegex(ConfigurationError, r"did you mean 'example.com'\?$"):
-                server.on("RCPT", "@example.com")
-            for match in (r".*@example\.com", r"bob@example\.com", r"\w@x.com", "^bob@x.com", "bob@x.com$", "*@x.com"):
-                with self.assertRaisesRegex(ConfigurationError, r"looks like a pattern; did you mean re.compile\("):
-                    server.on("RCPT", match)
-            for match in ("a.b+c@example.com", "example.com", '"a b"@x.com', r'"a\"b"@x.com', "a@[1.2.3.4]"):
-                server.on("RCPT", match)
-
-    def test_extensions_that_are_none(self) -> None:
-        for name, error in {
-            "SIEZ": "SIEZ is unknown; did you mean SIZE",
-            "STARTTLS": "STARTTLS is announced with the option ssl_context",
-            "auth": "AUTH is announced with the option auth_users",
-        }.items():
-            with self.assertRaisesRegex(ConfigurationError, f"^extensions: {error}"):
-                Server(extensions=[name])
-        Server(extensions=["XSIZE", "FOO", "size 5"])
+            lines = told(server).splitlines()
+            self.assertEqual((len(lines), "MuteError" in lines[0]), (100, True))
 
     def test_connections_that_ended_early(self) -> None:
         """The report has the last ten."""
 
         def report() -> str:
-            try:
-                return repr(server.message())
-            except WaitTimeoutError as error:
-                return str(error)
+            return str(catch(WaitTimeoutError, server.message))
 
         with Server() as server:
             for _ in range(11):
