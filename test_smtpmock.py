@@ -1475,20 +1475,21 @@ class ViolationTest(ServerCase):
         memory = Memory("EHLO a.com", auth_users={"u": "q"}, multiple_message_receiving=True)
         memory.feed(f"AUTH PLAIN {secret}\nAUTH LOGIN\r\n{secret} \n".encode())
         message = memory.message()
-        self.assertEqual(
-            [found.code for found in message.violations], ["bare-lf", "pipelining", "pipelining", "bare-lf"]
-        )
+        codes = ["bare-lf", "pipelining", "pipelining", "bare-lf"]
+        self.assertEqual([found.code for found in message.violations], codes)
         self.assertNotIn(secret, pickle.dumps(message).decode("latin-1"))
-        for lines in (
-            [f"AUTH PLAIN {secret}", secret],  # a login in two lines by mistake
-            ["AUTH LOGIN", secret, secret, "*"],
-            ["AUTH NTLM", secret, "EHLO a.com"],
-            [f"AUTH=PLAIN {secret}", f"AUTH: PLAIN {secret}"],
+        for lines, users in itertools.product(
+            (
+                [f"AUTH PLAIN {secret}", secret],  # a login in two lines by mistake
+                ["AUTH LOGIN", secret, secret, "*"],
+                ["AUTH NTLM", secret, "EHLO a.com"],
+                [f"AUTH=PLAIN {secret}", f"AUTH: PLAIN {secret}"],
+            ),
+            (None, {"u": "q"}),
         ):
-            for options in ({}, dict[str, Any](auth_users={"u": "q"})):
-                with self.subTest(lines, options=options):
-                    message = Memory("EHLO a.com", *lines, **options).message()
-                    self.assertNotIn(secret, pickle.dumps(message).decode("latin-1") + repr(message.to_dict()))
+            with self.subTest(lines, users=users):
+                message = Memory("EHLO a.com", *lines, auth_users=users).message()
+                self.assertNotIn(secret, pickle.dumps(message).decode("latin-1") + repr(message.to_dict()))
 
     def test_tolerated(self) -> None:
         message = Memory("EHLO a", "FOO", tolerated=("unknown-command", "hello-not-fqdn")).message()
@@ -1497,29 +1498,22 @@ class ViolationTest(ServerCase):
 
     def test_strict(self) -> None:
         mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\nHello\r\n.\r\n"
-        for options, content, reply in (
-            ({}, mail, "250 Received"),
-            (
-                {},
-                mail.replace(b"Hello", b"Hello\n"),
-                "550 5.6.0 bare-lf: a line ends in LF and not in CRLF (RFC 5321 2.3.8): 'Hello'",
-            ),
-            (
-                {},
-                mail.replace(b"Hello", b".Hello"),
-                "550 5.6.0 unstuffed-dot: a dot at the start of a line is not doubled",
-            ),
-            ({"tolerated": ["bare-lf"]}, mail.replace(b"Hello", b"Hello\n"), "250 Received"),
-            ({"msg_violation": "554 no"}, mail[10:], "554 no"),
+        bare_lf, dot = mail.replace(b"Hello", b"Hello\n"), mail.replace(b"Hello", b".Hello")
+        unknown = "550 5.6.0 unknown-command"  # but commands are answered as ever
+        for options, commands, content, reply in (
+            ({}, [], mail, RECEIVED),
+            ({}, [], bare_lf, "550 5.6.0 bare-lf: a line ends in LF and not in CRLF (RFC 5321 2.3.8): 'Hello'"),
+            ({}, [], dot, "550 5.6.0 unstuffed-dot: a dot at the start of a line is not doubled"),
+            ({"tolerated": ["bare-lf"]}, [], bare_lf, RECEIVED),
+            ({"msg_violation": "554 no"}, [], mail[10:], "554 no"),
+            ({}, ["FOO" * 150 + "ä"], mail, unknown),
+            ({}, ["FOO"], mail, unknown),
         ):
             with self.subTest(options, content=content):
-                memory = Memory(*ENVELOPE, "DATA", strict=True, **options)
-                self.assertEqual(memory.feed(content)[0][: len(reply)], reply)
+                memory = Memory(*ENVELOPE, *commands, "DATA", strict=True, **dict[str, Any](options))
+                (said,) = memory.feed(content)
+                self.assertEqual((said[: len(reply)], len(said) < 512), (reply, True))
                 self.assertEqual(memory.message().is_consistent, reply[0] == "2")
-        memory = Memory(*ENVELOPE, "FOO" * 300 + "ä", "DATA", strict=True, tolerated=["long-command"])
-        self.assertLess(len(memory.feed(mail)[0]), 512)
-        commands = Memory(*ENVELOPE, "FOO", "DATA", strict=True)  # commands are answered as ever
-        self.assertEqual(commands.feed(mail)[0][:25], "550 5.6.0 unknown-command")
 
     def test_strict_looks_at_each_body(self) -> None:
         """Two of the same size, in one message."""
@@ -1533,8 +1527,7 @@ class ViolationTest(ServerCase):
         with Server(multiple_message_receiving=True) as server:
             send(server, "Subject: 1", "Subject: 2")
             server.wait_for_messages(2, TIMEOUT)
-            codes = [found.code for found in server.violations()]
-        self.assertEqual(codes, ["header-missing"] * 4)
+            self.assertEqual([found.code for found in server.violations()], ["header-missing"] * 4)
 
     def test_what_comes_before_a_reply_that_is_delayed(self) -> None:
         server, client, recorder = self.serve("EHLO: delay 0.3", log_server_activity=True)
@@ -1665,6 +1658,49 @@ KEPT["SEND"] = ", ".join([KEPT["MAIL"], KEPT["RCPT"], "DATA 354, hi 250"])
 KEPT["BDAT"] = ", ".join([KEPT["MAIL"], KEPT["RCPT"], "BDAT 4 LAST 250, hi 250"])
 
 
+# What a session says, and some attributes of its last message, as Python's keyword arguments.
+FACTS = read_table(r"""
+== each attribute
+HELO / SEND / NOOP / QUIT => helo_request="EHLO a.com", helo_response="250 Received", helo=True, esmtp=True
+HELO / SEND => mailfrom_request="MAIL FROM:<a@a.com>", mailfrom_response="250 Received", mailfrom=True
+HELO / SEND => mail_from="a@a.com", mailfrom_parameters={}, rcptto=True, rcpt_tos=["b@b.com"]
+HELO / SEND => rcptto_request_response=[("RCPT TO:<b@b.com>", "250 Received")]
+HELO / SEND => data_request="DATA", data_response="{READY}", data=True
+HELO / SEND => content=b"hi\r\n", msg_request="hi\r\n", msg_response="250 Received", msg=True
+HELO / SEND => rset_request="", rset_response="", rset=False, noop=False, quit_sent=False, is_consistent=True
+HELO / SEND / NOOP / QUIT => noop=True, quit_sent=True, id=1, peer=("192.0.2.1", 4321)
+HELO / SEND => auth_request="", auth_response="", auth=False, auth_user=None, auth_mechanism=None, tls=None
+== requests and senders
+Ehlo\ta.com => helo_request="Ehlo\ta.com"
+ EHLO a.com \r => helo_request="EHLO a.com"
+HELO \xff => helo_request="HELO \udcff"
+HELO / MAIL FROM:<> => mail_from="", is_consistent=False
+HELO / MAIL FROM: John <j@x.com> => mail_from="j@x.com"
+HELO / MAIL FROM:j => mail_from=None
+HELO / MAIL / RCPT TO:nobody => received_at=None, received_header=""
+HELO a.com / SEND => esmtp=False
+== what only a rule accepted is taken apart  -- extensions=["SIZE"]
+-- rule: MAIL: reply 250 ok
+-- rule: RCPT: reply 250 ok
+HELO / MAIL FROM:<John> SIZE=10 => mail_from="John", mailfrom_parameters={"SIZE": "10"}
+HELO / MAIL / RCPT TO:<Jim Doe> X=1 Y => rcpt_tos=["Jim Doe"], rcptto_parameters=[{"X": "1", "Y": ""}]
+== parameters  -- extensions=["SIZE", "SMTPUTF8", "DSN"], multiple_rcptto=True
+HELO / MAIL FROM:<a@a.com> SIZE=5 smtputf8 => mail_from="a@a.com", mailfrom_parameters={"SIZE": "5", "SMTPUTF8": ""}
+HELO / MAIL / RCPT TO:<b@b.com> NOTIFY=NEVER / RCPT => rcptto_parameters=[{"NOTIFY": "NEVER"}, {}]
+== consistent though a recipient was refused  -- multiple_rcptto=True
+HELO / MAIL / RCPT TO:<bad> / RCPT / DATA / hi / . => is_consistent=True
+== inconsistent by the sender  -- rule: RCPT: reply 250 ok  -- rule: DATA: reply 354 go  -- rule: MAIL: reply 550 no
+HELO / SEND => is_consistent=False, data=True
+== inconsistent by the recipient  -- rule: DATA: reply 354 go  -- rule: RCPT: reply 550 no
+HELO / SEND => is_consistent=False, data=True
+== inconsistent by the body  -- rule: message: reply 550 no
+HELO / SEND => is_consistent=False, data=True
+== logins  -- auth_users={"alice": "s", "bob": ""}
+HELO / AUTH PLAIN {b64 \0mallory\0guess} / QUIT => auth=False, auth_user="mallory", auth_response="535 Authentication credentials invalid"
+HELO / AUTH PLAIN {b64 \0bob\0} / AUTH LOGIN / HELO / SEND => auth=True, auth_user="bob"
+""")
+
+
 def summarize(message: Message) -> str:
     """What a message keeps: each request, or the body, with the code of its response; NOOP and QUIT."""
     steps = [
@@ -1711,21 +1747,16 @@ class RecordTest(unittest.TestCase):
                     expected = [keep(message) for message in kept.split(" + ")] if items else []
                     self.assertEqual(list(map(summarize, memory.messages())), expected)
 
-    def test_each_attribute(self) -> None:
-        memory = receive_mail()
-        memory.say("NOOP", "QUIT")
-        expected = {
-            "helo_request": "EHLO a.com", "helo_response": RECEIVED, "helo": True, "esmtp": True,
-            "mailfrom_request": "MAIL FROM:<a@a.com>", "mailfrom_response": RECEIVED, "mailfrom": True,
-            "mail_from": "a@a.com", "mailfrom_parameters": {},
-            "rcptto_request_response": [("RCPT TO:<b@b.com>", RECEIVED)], "rcptto": True, "rcpt_tos": ["b@b.com"],
-            "data_request": "DATA", "data_response": READY, "data": True,
-            "content": b"hi\r\n", "msg_request": "hi\r\n", "msg_response": RECEIVED, "msg": True,
-            "rset_request": "", "rset_response": "", "rset": False, "noop": True, "quit_sent": True,
-            "auth_request": "", "auth_response": "", "auth": False, "auth_user": None, "auth_mechanism": None,
-            "tls": None, "is_consistent": True, "id": 1, "peer": ("192.0.2.1", 4321),
-        }  # fmt: skip
-        self.assertEqual({name: getattr(memory.message(), name) for name in expected}, expected)
+    def test_facts(self) -> None:
+        for title, entry in FACTS.items():
+            for row in entry.lines:
+                said, _, facts = row.partition(" => ")
+                lines = [line for item in said.split(" / ") for line in SAID.get(item, [item])]
+                memory = Memory(**entry.options)
+                memory.feed(b"".join(read_escapes(line) + b"\r\n" for line in lines))
+                with self.subTest(title, said=said):
+                    message, expected = memory.message(), read_options(facts)
+                    self.assertEqual({name: getattr(message, name) for name in expected}, expected)
 
     def test_nothing_is_kept_of_nonsense(self) -> None:
         message = Memory("nonsense").message()
@@ -1739,20 +1770,12 @@ class RecordTest(unittest.TestCase):
         memory.end()
         self.assertEqual(memory.messages(), [])
 
-    def test_requests_are_kept_as_they_are(self) -> None:
-        for line, request in {
-            b"Ehlo\ta.com": "Ehlo\ta.com",
-            b" EHLO a.com \r": "EHLO a.com",
-            b"HELO \xff": "HELO \udcff",
-        }.items():
-            memory = Memory()
-            memory.feed(line + b"\n")
-            self.assertEqual(memory.message().helo_request, request)
-
     def test_a_client_that_leaves_in_the_body(self) -> None:
         memory = Memory(*ENVELOPE, "DATA", "half")
         memory.feed(b"..a")
-        self.assertEqual((memory.message().content, memory.message().msg), (b"half\r\n.a", False))
+        message = memory.message()
+        self.assertEqual((message.content, message.msg), (b"half\r\n.a", False))
+        self.assertEqual(message.transcript.splitlines()[-1], "C: <9 bytes>")
 
     def test_the_body_is_kept_as_it_is(self) -> None:
         for body in b"|\r\n|\n\r\x00\xff\r\n|no header\r\n|.\n\r\n|..\r\n.a\r\n|\r\n\r\n.\r.\r\n".split(b"|"):
@@ -1764,33 +1787,7 @@ class RecordTest(unittest.TestCase):
                 self.assertEqual(message.msg_request.encode("utf-8", "surrogateescape"), body)
                 self.assertTrue(message.is_consistent)
 
-    def test_is_consistent_needs_each_step(self) -> None:
-        go_on = ["RCPT: reply 250 ok", "DATA: reply 354 go"]
-        for rules, recipients, expected in (
-            ([], ["bad", "b@b.com"], True),
-            ([*go_on, "MAIL: reply 550 no"], ["b@b.com"], False),
-            ([*go_on, "RCPT: reply 550 no"], ["b@b.com"], False),
-            ([*go_on, "message: reply 550 no"], ["b@b.com"], False),
-        ):
-            memory = Memory(rules=rules, multiple_rcptto=True)
-            memory.say(*ENVELOPE[:2], *(f"RCPT TO:<{recipient}>" for recipient in recipients), *SEND[2:])
-            self.assertEqual((memory.message().is_consistent, memory.message().data), (expected, True), rules)
-
-    def test_the_sender(self) -> None:
-        for line, sender in (("MAIL FROM:<>", ""), ("MAIL FROM: John <j@x.com>", "j@x.com"), ("MAIL FROM:j", None)):
-            self.assertEqual(Memory("EHLO a.com", line).message().mail_from, sender)
-
-    def test_what_only_a_rule_accepted_is_taken_apart(self) -> None:
-        lines = [ENVELOPE[0], "MAIL FROM:<John> SIZE=10", "RCPT TO:<Jim Doe> X=1 Y", *SEND[2:]]
-        message = Memory(*lines, rules=["MAIL: reply 250 ok", "RCPT: reply 250 ok"], extensions=["SIZE"]).message()
-        self.assertEqual((message.mail_from, message.mailfrom_parameters), ("John", {"SIZE": "10"}))
-        self.assertEqual((message.rcpt_tos, message.rcptto_parameters), (["Jim Doe"], [{"X": "1", "Y": ""}]))
-
     # When it is in the mailbox.
-
-    def test_recorded_with_the_reply_that_completes_it(self) -> None:
-        for lines in ([*ENVELOPE, *SEND[2:]], ["EHLO a.com", "QUIT"]):
-            self.assertEqual(Memory(*lines).recorded[-2:], [0, 1])
 
     def test_what_was_handed_out_does_not_change(self) -> None:
         memory = receive_mail(multiple_rcptto=True)
@@ -1805,18 +1802,23 @@ class RecordTest(unittest.TestCase):
         with self.assertRaisesRegex(AttributeError, "read-only: helo"):
             message.helo = False
 
-    def test_a_purged_message_is_not_handed_out_again(self) -> None:
-        memory = receive_mail()
-        self.assertEqual(len(memory.messages(purge=True)), 1)
-        memory.say("RSET", "NOOP", "QUIT")
-        memory.end()
-        self.assertEqual(memory.messages(), [])
+    def test_recorded_with_the_reply_that_completes_it(self) -> None:
+        for lines in ([*ENVELOPE, *SEND[2:]], ["EHLO a.com", "QUIT"]):
+            self.assertEqual(Memory(*lines).recorded[-2:], [0, 1])
 
-    def test_a_purge_does_not_change_the_dialogue(self) -> None:
-        memory = receive_mail()
-        memory.messages(purge=True)
-        self.assertEqual(memory.say("DATA", "new", "."), [READY, RECEIVED])
-        self.assertEqual(list(map(summarize, memory.messages())), [keep("HELO, MAIL, RCPT, DATA, new 250")])
+    def test_after_a_purge(self) -> None:
+        """What is not new does not come again, and what is new comes when it is complete; the dialogue is the same."""
+        for lines, replies, before, after in (
+            (["RSET", "NOOP", "QUIT"], 4, [], []),
+            (["DATA", "new", "."], 2, ["HELO, MAIL, RCPT, DATA, new 250"], ["HELO, MAIL, RCPT, DATA, new 250"]),
+            (["NOOP", *SEND[:3]], 4, [], ["HELO, MAIL, RCPT, DATA"]),
+        ):
+            memory = receive_mail()
+            self.assertEqual(len(memory.messages(purge=True)), 1)
+            self.assertEqual(len(memory.say(*lines)), replies)
+            self.assertEqual(list(map(summarize, memory.messages())), list(map(keep, before)))
+            memory.end()
+            self.assertEqual(list(map(summarize, memory.messages())), list(map(keep, after)))
 
     def test_a_purge_at_any_moment_loses_nothing(self) -> None:
         """The second mail of a session, and a purge in the middle of each of its commands."""
@@ -1828,14 +1830,6 @@ class RecordTest(unittest.TestCase):
             memory.say(*lines[moment + 1 :])
             bodies = [message.content for message in (*purged, *memory.messages())]
             self.assertEqual((len(purged), bodies.count(b"new\r\n")), (1, 1), f"purged at {line}")
-
-    def test_a_message_after_a_purge_is_there_when_it_is_complete(self) -> None:
-        memory = receive_mail()
-        memory.messages(purge=True)
-        memory.say("NOOP", *SEND[:3])
-        self.assertEqual(memory.messages(), [])
-        memory.end()
-        self.assertEqual(list(map(summarize, memory.messages())), [keep("HELO, MAIL, RCPT, DATA")])
 
     def test_repr(self) -> None:
         memory = receive_mail()
@@ -2086,35 +2080,21 @@ class MailTest(unittest.TestCase):
 
     def test_trace(self) -> None:
         message = self.receive(b"Subject: hi\r\n\r\nbody\r\n")
-        self.assertEqual(
-            message.as_bytes().decode().replace("\r\n", "\n"),
-            """Return-Path: <a@a.com>
-Received: from client.example.com ([192.0.2.1])
-\tby smtpmock with ESMTP id 1
-\tfor <b@b.com>;
-\tSun, 13 Sep 2020 12:26:40 +0000
-Subject: hi
-
-body
-""",
-        )
+        received = "Received: from client.example.com ([192.0.2.1])\n\tby smtpmock with ESMTP id 1\n\tfor <b@b.com>;"
+        trace = f"Return-Path: <a@a.com>\n{received}\n\tSun, 13 Sep 2020 12:26:40 +0000\n"
+        self.assertEqual(message.as_bytes().decode().replace("\r\n", "\n"), f"{trace}Subject: hi\n\nbody\n")
         self.assertEqual(message.email["Received"].defects, ())
         self.assertEqual(message.received_at, datetime.datetime(2020, 9, 13, 12, 26, 40, 250000, datetime.timezone.utc))
 
     def test_trace_of_others(self) -> None:
         several = self.receive(b"", "b@b.com", "c@c.com", helo="HELO пример.рф")
         self.assertRegex(several.received_header, r"\AReceived: from \[192.0.2.1\] .*\r\n.* with SMTP id 1;\r\n")
-        self.assertFalse(several.esmtp)
         for recipient in ("Postmaster", "дядя@пример.рф"):
             self.assertNotIn("for", self.receive(b"", recipient).received_header)
         memory = receive_mail(peer=("fe80::1%eth0", 25))
         self.assertIn("from a.com ([IPv6:fe80::1])\r\n", memory.message().received_header)
-
-    def test_one_that_is_not_accepted(self) -> None:
         memory = Memory(*ENVELOPE[:2], "RCPT TO:nobody")
-        message = memory.message()
-        self.assertEqual((message.received_at, message.received_header), (None, ""))
-        self.assertEqual(message.as_bytes(), b"Return-Path: <a@a.com>\r\n")
+        self.assertEqual(memory.message().as_bytes(), b"Return-Path: <a@a.com>\r\n")
         memory.say("HELO")
         self.assertEqual(memory.message().as_bytes(), b"")
 
@@ -2151,10 +2131,7 @@ body
         self.ask_all(message)
         for same in (pickle.loads(pickle.dumps(message)), copy.deepcopy(message)):
             self.assertEqual(same.to_dict(), message.to_dict())
-
-    def test_it_is_computed_once(self) -> None:
-        message = self.receive(b"Subject: hi\r\n\r\nbody\r\n")
-        self.assertIs(message.email, message.email)
+        self.assertIs(message.email, message.email)  # computed once
         message.attachments.append(smtpmock.Attachment("mine", "text/plain", b""))
         self.assertEqual(message.attachments, [])
         with self.assertRaisesRegex(AttributeError, "read-only: email"):
@@ -2166,14 +2143,13 @@ body
         values = json.loads(json.dumps(message.to_dict()))
         self.assertEqual(set(PUBLIC) - {"as_bytes", "to_dict", "email", "msg_request"} - set(values), set())
         self.assertEqual([name for name in values if name.startswith("_")], [])
-        self.assertEqual(values["content_encoding"], "base64")
         self.assertEqual(base64.b64decode(values["content"]), message.content)
-        self.assertEqual(values["subject"], "€")
-        self.assertEqual(values["received_at"], "2020-09-13T12:26:40.250000+00:00")
-        self.assertEqual(values["peer"], ["192.0.2.1", 4321])
-        self.assertEqual(values["headers"][-1], ["Subject", "€"])
-        self.assertEqual(values["rcptto_request_response"], [["RCPT TO:<b@b.com>", RECEIVED]])
-        self.assertEqual(values["transcript"].splitlines()[0], r"C: EHLO \udcff")
+        self.assertEqual((values["headers"][-1], values["transcript"][:13]), (["Subject", "€"], r"C: EHLO \udcff"[:13]))
+        expected = {
+            "content_encoding": "base64", "subject": "€", "received_at": "2020-09-13T12:26:40.250000+00:00",
+            "peer": ["192.0.2.1", 4321], "rcptto_request_response": [["RCPT TO:<b@b.com>", RECEIVED]],
+        }  # fmt: skip
+        self.assertEqual({name: values[name] for name in expected}, expected)
         text = self.receive(b"Subject: hi\r\n\r\n\xc3\xa9\r\n").to_dict()
         self.assertEqual((text["content"], text["content_encoding"]), ("Subject: hi\r\n\r\né\r\n", "utf-8"))
 
@@ -2196,9 +2172,9 @@ class TranscriptTest(unittest.TestCase):
         for title, entry in DIALOGUES.items():
             lines = [line.strip() for line in entry.lines]
             others = ["C: .", f"S: {READY}"]
-            if any(line[0] == "R" or line in others or len(line) > 4000 or "AUTH " in line.upper() for line in lines):
-                continue
-            if "multiple_message_receiving" in entry.options:
+            if "multiple_message_receiving" in entry.options or any(
+                line[0] == "R" or line in others or len(line) > 4000 or "AUTH " in line.upper() for line in lines
+            ):
                 continue
             memory = Memory(**entry.options)
             memory.greet()
@@ -2211,16 +2187,15 @@ class TranscriptTest(unittest.TestCase):
         self.assertGreater(count, 10)
 
     def test_a_body_is_one_line(self) -> None:
-        memory = Memory(*ENVELOPE, "DATA", "hi", "..", ".", "QUIT")
-        end = f"C: DATA|S: {READY}|C: <8 bytes>|S: {RECEIVED}|C: QUIT|S: 221 Closing connection|S: <closed>"
-        self.assertEqual(memory.message().transcript.splitlines()[-7:], end.split("|"))
-
-    def test_a_body_that_was_left(self) -> None:
-        memory = Memory(*ENVELOPE, "BDAT 4 LAST", "hi", extensions=["CHUNKING"])
-        self.assertIn("C: BDAT 4 LAST\nC: <4 bytes>\nS: 250 Received", memory.messages()[0].transcript)
-        memory.say("BDAT 4", "hi", "BDAT 10 LAST", "half")
-        self.assertEqual(memory.message().transcript.splitlines()[-1], "C: <10 bytes>")
-        self.assertEqual(Memory(*ENVELOPE, "DATA", "hi").message().transcript.splitlines()[-1], "C: <4 bytes>")
+        ends = "S: 221 Closing connection|S: <closed>"
+        for lines, end in (
+            (["DATA", "hi", "..", ".", "QUIT"], f"C: DATA|S: {READY}|C: <8 bytes>|S: {RECEIVED}|C: QUIT|{ends}"),
+            (["BDAT 4 LAST", "hi", "BDAT 4", "hi", "BDAT 10 LAST", "half"], "C: BDAT 10 LAST|C: <10 bytes>"),
+            (["DATA", "hi"], f"S: {READY}|C: <4 bytes>"),
+            (["BDAT 4 LAST", "hi"], "C: BDAT 4 LAST|C: <4 bytes>|S: 250 Received"),
+        ):
+            transcript = Memory(*ENVELOPE, *lines, extensions=["CHUNKING"]).message().transcript
+            self.assertEqual(transcript.splitlines()[-len(end.split("|")) :], end.split("|"))
 
     def test_each_mail_of_a_session(self) -> None:
         memory = Memory(multiple_message_receiving=True)
@@ -2344,35 +2319,17 @@ class GrammarTest(unittest.TestCase):
             self.assertIn(self.parameters().say(f"MAIL FROM:{path}")[0][:3], ("501", "555"), path)
         self.assertEqual(self.parameters().say("MAIL FROM:<>", "RCPT TO:<Postmaster> NOTIFY=NEVER"), [RECEIVED] * 2)
 
-    def test_parameters_are_recorded(self) -> None:
-        memory = self.parameters()
-        memory.say("MAIL FROM:<a@a.com> SIZE=5 smtputf8", "RCPT TO:<b@b.com> NOTIFY=NEVER", "RCPT TO:<c@c.com>")
-        memory.say(*SEND[2:])
-        message = memory.message()
-        self.assertEqual(message.mailfrom_parameters, {"SIZE": "5", "SMTPUTF8": ""})
-        self.assertEqual(message.rcptto_parameters, [{"NOTIFY": "NEVER"}, {}])
-        self.assertEqual((message.mail_from, message.rcpt_tos), ("a@a.com", ["b@b.com", "c@c.com"]))
-        self.assertEqual(json.loads(json.dumps(message.to_dict()))["rcptto_parameters"], [{"NOTIFY": "NEVER"}, {}])
-
     def test_hostile_lines_cost_what_their_length_does(self) -> None:
-        """For 4 times the text, a quadratic pattern would take 16 times as long."""
-        for row in map(str.strip, HOSTILE.split("|")):
+        """With a pattern that is quadratic in it, this would last for minutes."""
+        for row in HOSTILE.split("|"):
+            unit = re.findall(r"\{(.*)\*\}", row)[0]
+            line = read_line(row.strip().replace("*}", f"*{200_000 // len(unit)}}}")).encode() + b"\r\n"
             for extensions in ((), ("SIZE",)):
                 with self.subTest(row, extensions=extensions):
-                    small, large = (self.measure(row, size, extensions) for size in (25_000, 100_000))
-                    self.assertLess(large, 9 * small + 2e-4)
-
-    def measure(self, row: str, size: int, extensions: Sequence[str]) -> float:
-        """The least time that a line takes."""
-        unit = re.findall(r"\{(.*)\*\}", row)[0]
-        line = read_line(row.replace("*}", f"*{size // len(unit)}}}")).encode() + b"\r\n"
-        times = []
-        for _ in range(5):
-            memory = Memory("EHLO a.com", line_limit=200_000, extensions=extensions)
-            began = time.thread_time()
-            memory.feed(line)
-            times.append(time.thread_time() - began)
-        return min(times)
+                    memory = Memory("EHLO a.com", line_limit=400_000, extensions=extensions)
+                    began = time.thread_time()
+                    memory.feed(line)
+                    self.assertLess(time.thread_time() - began, 2)
 
 
 # ----------------------------------------------------------------------------------- configuration
@@ -2571,13 +2528,12 @@ class SignatureTest(unittest.TestCase):
                 )
 
     def test_other_signatures(self) -> None:
-        names = [field.name for field in dataclasses.fields(smtpmock.Action)]
-        self.assertEqual(list(inspect.signature(smtpmock.Action).parameters), names)
-        names = ["stage", "match", "times", "probability", "after", "unknown"]
-        self.assertEqual(list(inspect.signature(Server().on).parameters), names)
-
-    def test_the_source_is_found(self) -> None:
-        """Though another function is what inspect.signature() looks at."""
+        for call, names in (
+            (smtpmock.Action, [field.name for field in dataclasses.fields(smtpmock.Action)]),
+            (Server().on, ["stage", "match", "times", "probability", "after", "unknown"]),
+        ):
+            self.assertEqual(list(inspect.signature(call).parameters), names)
+        # Though another function is what inspect.signature() looks at:
         self.assertIn("def configure(self", inspect.getsource(Server.configure))
 
     def test_help(self) -> None:
@@ -3269,10 +3225,6 @@ class AuthTest(unittest.TestCase):
             self.assertEqual(message.auth_request.upper().split()[:2], ["AUTH", mechanism])
             for secret in (plain, token, b64("sécret"), "sécret"):
                 self.assertNotIn(secret, str(message.to_dict()))
-
-    def test_a_wrong_user_is_recorded(self) -> None:
-        message = self.memory("AUTH PLAIN " + b64("\0mallory\0guess"), "QUIT").message()
-        self.assertEqual((message.auth, message.auth_user, message.auth_response), (False, "mallory", self.FAILED))
 
     def test_cram_md5(self) -> None:
         challenges = set()
