@@ -2753,12 +2753,12 @@ class WaitingTest(unittest.TestCase):
                     found.extend(server.wait_for_messages_and_purge(2, 0.001))
 
         def send_all() -> None:
-            in_threads(*[lambda: send(server, *["hi"] * 50)] * 64)
+            in_threads(*[lambda: send(server, *["hi"] * 25)] * 32)
             done.set()
 
         in_threads(purge, wait, send_all)
         found += server.messages_and_purge()
-        self.assertEqual(sorted(ids(found)), list(range(1, 3201)))
+        self.assertEqual(sorted(ids(found)), list(range(1, 801)))
 
 
 class OnMessageTest(unittest.TestCase):
@@ -3118,15 +3118,6 @@ class RuleTest(ServerCase):
         self.assertNotIn("warning", [level for level, _ in recorder.seen])
         self.assertTrue(server.wait_for_messages(1, TIMEOUT)[0].transcript.endswith("C: EHLO a.com\nS: <silence>"))
 
-    def test_smtplib_against_greylisting(self) -> None:
-        server, _, _ = self.serve("RCPT b.com: reply 450 4.2.0 Greylisted; times=2")
-        for _ in range(2):
-            with self.assertRaises(smtplib.SMTPRecipientsRefused) as caught:
-                send(server, "hi")
-            self.assertEqual(caught.exception.recipients, {"b@b.com": (450, b"4.2.0 Greylisted")})
-        send(server, "hi")
-        self.assertEqual([message.rcpt_tos for message in server.messages()][-1], ["b@b.com"])
-
 
 class HandlerTest(unittest.TestCase):
     """Commands of one's own."""
@@ -3197,11 +3188,6 @@ def b64(text: str) -> str:
 
 
 class AuthTest(unittest.TestCase):
-    def test_a_login_is_one_use_of_a_rule(self) -> None:
-        memory = Memory(auth_users={"u": "p"}, rules=["AUTH: reply 454 later; delay 0.5; times=1"])
-        for end in ("454 later", "235 Authentication succeeded"):
-            self.assertEqual(memory.say("EHLO a.com", "AUTH LOGIN", b64("u"), b64("p"))[-1], end)
-
     """What the dialogues do not show: what is kept, and what is not."""
 
     USERS = {"alice": "sécret", "bob": ""}
@@ -3210,6 +3196,11 @@ class AuthTest(unittest.TestCase):
 
     def memory(self, *lines: str, users: Any = USERS, **options: Any) -> Memory:
         return Memory("EHLO a.com", *lines, auth_users=users, **options)
+
+    def test_a_login_is_one_use_of_a_rule(self) -> None:
+        memory = Memory(auth_users={"u": "p"}, rules=["AUTH: reply 454 later; delay 0.5; times=1"])
+        for end in ("454 later", self.SUCCEEDED):
+            self.assertEqual(memory.say("EHLO a.com", "AUTH LOGIN", b64("u"), b64("p"))[-1], end)
 
     def test_recorded_without_the_secret(self) -> None:
         plain, token = b64("\0alice\0sécret"), b64("user=alice\1auth=Bearer sécret\1\1")
@@ -3304,10 +3295,6 @@ class AuthTest(unittest.TestCase):
                     client.user, client.password = "alice", "secret"
                     self.assertEqual(client.auth(mechanism, getattr(client, f"auth_{method}"))[0], 235)
 
-
-class LoginOptionsTest(unittest.TestCase):
-    """What must come after a login, which mechanisms there are, and a token that is refused."""
-
     def test_each_command_of_a_mail_needs_the_login_that_is_required(self) -> None:
         options: dict[str, Any] = {"auth_users": {"u": "p"}, "auth_required": True, "extensions": ["CHUNKING"]}
         memory = Memory("EHLO a.com", **options)
@@ -3321,7 +3308,7 @@ class LoginOptionsTest(unittest.TestCase):
     def test_mechanisms_are_announced_and_accepted_in_their_order(self) -> None:
         plain, unknown = "AUTH PLAIN " + b64("\0u\0p"), "504 Unrecognized authentication type"
         for names, announced, reply in (
-            (["plain", "LOGIN"], "250 AUTH PLAIN LOGIN", "235 Authentication succeeded"),
+            (["plain", "LOGIN"], "250 AUTH PLAIN LOGIN", self.SUCCEEDED),
             (("XOAUTH2",), "250 AUTH XOAUTH2", unknown),
             ((), "250 AUTH", unknown),
         ):
@@ -3331,17 +3318,16 @@ class LoginOptionsTest(unittest.TestCase):
                 self.assertIn("C: AUTH PLAIN ***\n", memory.message().transcript)
 
     def test_a_refused_token_is_explained_before_the_535(self) -> None:
-        token, empty = b64("user=u\1auth=Bearer wrong\1\1"), ""
-        failed, cancelled = "535 Authentication credentials invalid", "501 Authentication cancelled"
-        for lines, end in (
-            ((f"AUTH XOAUTH2 {token}", empty), failed),
-            (("AUTH XOAUTH2", token, empty), failed),
-            ((f"AUTH XOAUTH2 {token}", token), failed),
-            ((f"AUTH XOAUTH2 {token}", "*"), cancelled),
+        token = b64("user=u\1auth=Bearer wrong\1\1")
+        for first, answer, end in (
+            ([f"AUTH XOAUTH2 {token}"], "", self.FAILED),
+            (["AUTH XOAUTH2", token], "", self.FAILED),
+            ([f"AUTH XOAUTH2 {token}"], token, self.FAILED),
+            ([f"AUTH XOAUTH2 {token}"], "*", "501 Authentication cancelled"),
         ):
-            with self.subTest(lines):
-                memory = Memory("EHLO a.com", auth_users={"u": "token"})
-                *_, challenge, last = memory.say(*lines)
+            with self.subTest(first, answer=answer):
+                memory = self.memory(users={"u": "token"})
+                *_, challenge, last = memory.say(*first, answer)
                 error = json.loads(base64.b64decode(challenge.removeprefix("334 ")))
                 self.assertEqual((error["status"], *sorted(error)), ("401", "schemes", "scope", "status"))
                 self.assertEqual((last, *memory.say("NOOP")), (end, "250 Ok"))
@@ -3355,53 +3341,41 @@ class LenientAddressesTest(unittest.TestCase):
 
     HOSTS = ("123456789012", "web_1.proj_default", "_x", "a.com.")
     ADDRESSES = ("root", "root@web1", "a@srv_1.example.com", "a@example.com.", '"a b"', "a@1234", "a.b@_")
+    BAD_HOSTS = ("", "a b", "a..b", ".a", "a@b", "[1.2.3]", "a\u0080")
+    BAD_ADDRESSES = ("", "<root", "root>", "a b", "a@", "@a", "a@b@c", "a@b..c", "a..b@c", "a@[1.2.3]", "<a\u0080>")
+    LONG_ADDRESSES = ("a_" * 2000 + "!@", "a@" + "1_" * 1900 + "..", "a." * 2000 + "@", '"' + "a" * 4000)
 
     def test_accepted_and_only_with_the_option(self) -> None:
-        for lenient in (True, False):
-            helo = RECEIVED if lenient else "501 HELO requires domain address or valid address literal"
-            sender = RECEIVED if lenient else "501 MAIL FROM requires valid email address"
-            recipient = RECEIVED if lenient else "501 RCPT TO requires valid email address"
-            for host in self.HOSTS:
-                for verb in ("HELO", "EHLO"):
-                    with self.subTest(host, lenient=lenient):
-                        self.assertEqual(Memory(lenient_addresses=lenient).say(f"{verb} {host}"), [helo])
-            for address in self.ADDRESSES:
-                for path in (address, f"<{address}>", f"Jo <{address}>"):
-                    with self.subTest(path, lenient=lenient):
-                        memory = Memory("EHLO a.com", lenient_addresses=lenient)
-                        self.assertEqual(memory.say(f"MAIL FROM:{path}"), [sender])
-                        memory.say("MAIL FROM:<a@a.com>")
-                        self.assertEqual(memory.say(f"RCPT TO:{path}"), [recipient])
-                        self.assertEqual(memory.message().rcpt_tos, [address] * lenient)
+        for lenient, code in ((True, "250"), (False, "501")):
+            for line in (f"{verb} {host}" for host in self.HOSTS for verb in ("HELO", "EHLO")):
+                self.assertEqual(Memory(lenient_addresses=lenient).say(line)[0][:3], code, line)
+            for address, form in itertools.product(self.ADDRESSES, ("{}", "<{}>", "Jo <{}>")):
+                with self.subTest(address, lenient=lenient, form=form):
+                    memory = Memory("EHLO a.com", lenient_addresses=lenient)
+                    path = form.format(address)
+                    replies = memory.say(f"MAIL FROM:{path}", "MAIL FROM:<a@a.com>", f"RCPT TO:{path}")
+                    self.assertEqual([reply[:3] for reply in replies], [code, "250", code])
+                    self.assertEqual(memory.message().rcpt_tos, [address] * lenient)
 
     def test_what_else_is_refused_still_is(self) -> None:
+        """And takes no long time."""
         memory = Memory(lenient_addresses=True)
-        for host in ("", "a b", "a..b", ".a", "a@b", "[1.2.3]", "a\u0080"):
+        for host in self.BAD_HOSTS:
             self.assertIn("501", memory.say(f"EHLO {host}")[0], host)
         memory.say("EHLO a.com")
-        for path in ("", "<root", "root>", "a b", "a@", "@a", "a@b@c", "a@b..c", "a..b@c", "a@[1.2.3]", "<a\u0080>"):
+        for path in (*self.BAD_ADDRESSES, *(f"<{path}>" for path in self.LONG_ADDRESSES)):
             self.assertIn("501", memory.say(f"MAIL FROM:{path}")[0], path)
         replies = memory.say("MAIL FROM:<>", "RCPT TO:<Postmaster>", "RCPT TO:<a@[127.0.0.1]>", "RCPT TO:<>")
         self.assertEqual(replies, [RECEIVED] * 3 + ["501 RCPT TO requires valid email address"])
 
     def test_with_parameters_lists_and_rules(self) -> None:
-        memory = Memory(
-            "EHLO web_1",
-            lenient_addresses=True, extensions=["SIZE"], blacklisted_rcptto_emails=["root"],
-            rules=["RCPT a_1.com: reply 450 later"],
-        )  # fmt: skip
+        options: dict[str, Any] = {"extensions": ["SIZE"], "blacklisted_rcptto_emails": ["root"]}
+        memory = Memory("EHLO web_1", lenient_addresses=True, rules=["RCPT a_1.com: reply 450 later"], **options)
         replies = memory.say("MAIL FROM:root SIZE=5", "RCPT TO:<ROOT>", "RCPT TO:<b@a_1.com>", "RCPT TO:<b@a.com>")
         self.assertEqual(replies, [RECEIVED, "421 Service not available", "450 later", RECEIVED])
         message = memory.message()
         self.assertEqual((message.mail_from, message.mailfrom_parameters), ("root", {"SIZE": "5"}))
         self.assertTrue(message.as_bytes().startswith(b"Return-Path: <root>\r\n"))
-
-    def test_long_names_take_no_long_time(self) -> None:
-        memory = Memory("EHLO a.com", lenient_addresses=True)
-        began = time.monotonic()
-        for path in ("a_" * 2000 + "!@", "a@" + "1_" * 1900 + "..", "a." * 2000 + "@", '"' + "a" * 4000):
-            self.assertIn("501", memory.say(f"MAIL FROM:<{path}>")[0])
-        self.assertLess(time.monotonic() - began, TIMEOUT)
 
 
 class ProcessCase(unittest.TestCase):
@@ -3582,10 +3556,13 @@ class TlsTest(ProcessCase):
                 self.assertEqual((level, len(line.splitlines()), server.messages()), ("warning", 1, []))
 
     def test_no_tls_where_tls_is(self) -> None:
-        with self.server(implicit_tls=True) as server, Client(server, greets=False) as client:
-            client.send(b"EHLO a.com\r\n")
-            self.assertNotEqual(client.read()[:3], "220")
-            self.assertEqual(len(self.recorder.wait_for("TLS handshake failed")[1].splitlines()), 1)
+        with self.server(implicit_tls=True) as server:
+            with Client(server, greets=False) as client:
+                client.send(b"EHLO a.com\r\n")
+                self.assertNotEqual(client.read()[:3], "220")
+                self.assertEqual(len(self.recorder.wait_for("TLS handshake failed")[1].splitlines()), 1)
+            text = "TLS handshake failed: .*; the client spoke plain text, but this port begins with TLS"
+            self.assertTrue(wait_until(lambda: re.search(text, report(server))), report(server))
 
     def test_clients_that_stall_in_the_handshake(self) -> None:
         server = self.server(implicit_tls=True, shutdown_timeout=10 * TIMEOUT).start()
@@ -3840,11 +3817,9 @@ class StopTest(ServerCase):
                 self.assert_nothing_is_left(server)
 
     def test_a_client_that_does_not_read_is_cut_off(self) -> None:
-        server, client, _ = self.serve(shutdown_timeout=0.1, msg_noop_received="250 " + "x" * 100_000)
-        client.socket.settimeout(1)
-        with contextlib.suppress(OSError):
-            while True:
-                client.send(b"NOOP\r\n" * 1000)
+        server, client, recorder = self.serve(shutdown_timeout=0.1, msg_noop_received="250 " + "x" * 10_000_000)
+        client.send(b"NOOP\r\n")
+        recorder.wait_for("response: 250 x")
         server.stop()
         self.assert_nothing_is_left(server)
 
@@ -4032,6 +4007,8 @@ class InterruptTest(ServerCase):
     def test_a_stop_that_waits_for_a_session(self) -> None:
         """A session at work goes on until the second stop() cuts it off."""
         server, client, recorder = self.serve(shutdown_timeout=10 * TIMEOUT, response_delay_noop=10 * TIMEOUT)
+        self.addCleanup(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have told us to ignore it
 
         def interrupt() -> None:
             recorder.wait_for("shutdown mode")
@@ -4123,13 +4100,6 @@ class SessionTest(ServerCase):
         with Server() as server, Client(server) as client:
             client.assert_silence()
             self.assertEqual(client.ask("NOOP"), ["250 Ok"])
-
-    def test_many_at_once(self) -> None:
-        with Server() as server, contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(Client(server)) for _ in range(100)]
-            for client in clients:
-                client.send(b"EHLO a.com\r\n" + MAIL + b"QUIT\r\n")
-            self.assertEqual(len(server.wait_for_messages(100, TIMEOUT)), 100)
 
     def test_a_session_that_fails_is_logged(self) -> None:
         with Server(logger=(recorder := Recorder())) as server:
@@ -4666,21 +4636,12 @@ class SmtplibTest(unittest.TestCase):
 
     def test_it_is_there_when_sendmail_returns(self) -> None:
         with Server(multiple_message_receiving=True) as server, Smtp(server) as client:
-            for count in range(1, 20):
-                client.sendmail("a@a.com", ["b@b.com"], f"Subject: {count}\r\n\r\nhi\r\n")
-                messages = server.messages()
-                self.assertEqual(len(messages), count)
-                self.assertEqual(messages[-1].content, f"Subject: {count}\r\n\r\nhi\r\n".encode())
-            client.quit()
-            self.assertTrue(server.messages()[-1].quit_sent)
-            self.assertTrue(all(message.is_consistent for message in server.messages()))
-
-    def test_bodies(self) -> None:
-        with Server(multiple_message_receiving=True) as server, Smtp(server) as client:
-            for body in (b"\xff\x00 8-bit", b".dots\r\n..\r\n.", b"", "ünïcode".encode(), b"x" * 300_000):
+            for body in (b"hi", b"\xff\x00 8-bit", b".dots\r\n..\r\n.", b"", "ünïcode".encode(), b"x" * 300_000):
                 for end in (b"", b"\r\n"):
                     client.sendmail("a@a.com", ["b@b.com"], body + end)
-                    self.assertEqual(server.messages_and_purge()[0].content.removesuffix(b"\r\n"), body)
+                    (message,) = server.messages_and_purge()
+                    self.assertEqual((message.content.removesuffix(b"\r\n"), message.is_consistent), (body, True))
+            client.quit()
 
 
 # ----------------------------------------------------------------------------------------- logging
@@ -5033,7 +4994,7 @@ class ProcessTest(ProcessCase):
                     self.assertEqual(done.returncode, 1)
 
     def test_two_signals_at_once(self) -> None:
-        for _ in range(5):
+        for _ in range(2):
             process = self.start()
             self.port(process)
             process.send_signal(signal.SIGTERM)
@@ -5065,13 +5026,11 @@ class ProcessTest(ProcessCase):
     def test_a_killed_one_leaves_its_port(self) -> None:
         process = self.start()
         port = self.port(process)
-        for _ in range(3):
-            with Smtp(port) as client:
-                client.noop()
-                process.kill()
-                process.wait(TIMEOUT)
-            process = self.start(f"-port={port}")
-            self.assertEqual(self.port(process), port)
+        with Smtp(port) as client:
+            client.noop()
+            process.kill()
+            process.wait(TIMEOUT)
+        self.assertEqual(self.port(self.start(f"-port={port}")), port)
 
     def test_a_closed_stdout(self) -> None:
         process = self.start("-log")
@@ -5194,8 +5153,8 @@ class OutputTest(ProcessCase):
 
     def test_two_processes_in_one_folder(self) -> None:
         ports = [self.port(self.start(f"-saveDir={self.folder}")) for _ in range(2)]
-        in_threads(*(lambda port=port: send(port, *[b"hi"] * 20) for port in ports * 4))
-        self.assertEqual(self.names(), self.pairs(*range(1, 161)))
+        in_threads(*(lambda port=port: send(port, *[b"hi"] * 10) for port in ports * 2))
+        self.assertEqual(self.names(), self.pairs(*range(1, 41)))
 
     def test_a_disk_that_fills(self) -> None:
         import resource
@@ -5379,28 +5338,27 @@ class ControlTest(ProcessCase):
         client.mail("a@a.com")
         self.assertEqual(client.rcpt("b@b.com"), (250, b"Received"))
 
-    def assert_stops(self) -> None:
+    def test_each_way_to_stop(self) -> None:
         """The server says its last, and ends well."""
-        self.assertEqual(self.read(), {"event": "done", "command": "stop", "messages": 0})
-        self.assertEqual(self.server.wait(TIMEOUT), 0)
-        self.reader.join(TIMEOUT)
-        self.assertTrue(self.lines.empty())
-
-    def test_stop(self) -> None:
-        client = Smtp(self.listening["port"])
-        self.write(" stop \nclear\n")
-        self.assert_stops()
-        self.assertEqual(client.getreply()[0], 421)
-        client.close()
-
-    def test_the_end_of_stdin(self) -> None:
-        self.server.stdin.close()
-        self.server.stdin = None
-        self.assert_stops()
-
-    def test_a_signal(self) -> None:
-        self.server.send_signal(signal.SIGTERM)
-        self.assert_stops()
+        for way in ("command", "end", "signal"):
+            with self.subTest(way):
+                if way != "command":
+                    self.setUp()
+                client = self.connect()
+                if way == "command":
+                    self.write(" stop \nclear\n")
+                elif way == "end":
+                    self.server.stdin.close()
+                    self.server.stdin = None
+                else:
+                    self.server.send_signal(signal.SIGTERM)
+                self.assertEqual(client.getreply()[0], 421)
+                client.close()
+                self.assertEqual(self.read()["event"], "message")
+                self.assertEqual(self.read(), {"event": "done", "command": "stop", "messages": 1})
+                self.assertEqual(self.server.wait(TIMEOUT), 0)
+                self.reader.join(TIMEOUT)
+                self.assertTrue(self.lines.empty())
 
     def test_a_stdin_that_cannot_be_read(self) -> None:
         command = f"exec {shlex.quote(sys.executable)} -m smtpmock -control <&-"
@@ -5445,17 +5403,6 @@ class ControlAndSignalTest(ProcessCase):
 
 class LostOutputTest(ProcessCase):
     """What a program is told when its output cannot be written."""
-
-    def test_a_mail_that_cannot_be_saved(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "mails")
-            process = self.start("-json", f"-saveDir={path}")
-            port = json.loads(process.stdout.readline())["port"]
-            shutil.rmtree(path)
-            self.assertRaises(smtplib.SMTPDataError, send, port, "hi")
-            error = json.loads(process.stdout.readline())
-            self.assertEqual(error["event"], "error")
-            self.assertIn("a mail was refused, because it cannot be saved: ", error["error"])
 
     def test_answers_that_nobody_reads(self) -> None:
         process = self.start("-control", stdin=subprocess.PIPE)
@@ -5660,16 +5607,6 @@ class TellingTest(unittest.TestCase):
             self.assertTrue(wait_until(lambda: text in report()), report())
             self.assertEqual(report().count("ended early"), 10)
 
-    def test_plain_text_where_tls_is(self) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        with Server(ssl_context=context, implicit_tls=True) as server, Client(server, greets=False) as client:
-            client.send(b"EHLO a.com\r\n")
-            client.read()
-            self.assertTrue(wait_until(lambda: not server._listener.connections))  # type: ignore[union-attr]
-            text = "TLS handshake failed: .*; the client spoke plain text, but this port begins with TLS"
-            with self.assertRaisesRegex(WaitTimeoutError, text):
-                server.message()
-
     def test_a_wait_in_a_coroutine(self) -> None:
         async def wait(server: Server) -> None:
             server.wait_for_messages(1, 0.01)
@@ -5755,11 +5692,15 @@ class NarrationTest(ProcessCase):
 
             def remove_and_send(port: int) -> None:
                 shutil.rmtree(path)
-                with self.assertRaises(smtplib.SMTPDataError):
-                    send(port, "hi")
+                self.assertRaises(smtplib.SMTPDataError, send, port, "hi")
 
             _, errors = self.run_by_hand(f"-saveDir={path}", sender=remove_and_send)
-            self.assertRegex(errors, "^smtpmock: a mail was refused, because it cannot be saved: .*No such file.*\n$")
+            text = "a mail was refused, because it cannot be saved: "
+            self.assertRegex(errors, f"^smtpmock: {text}.*No such file.*\n$")
+            process = self.start("-json", f"-saveDir={path}")
+            remove_and_send(json.loads(process.stdout.readline())["port"])
+            error = json.loads(process.stdout.readline())
+            self.assertEqual((error["event"], error["error"][: len(text)]), ("error", text))
 
     def test_flags_in_errors(self) -> None:
         for argv, error in {
