@@ -1110,7 +1110,7 @@ class PiecesTest(unittest.TestCase):
     def test_random_pieces(self) -> None:
         for number, (options, stream) in enumerate(self.STREAMS):
             whole = self.converse([stream], options)
-            for seed in range(60):
+            for seed in range(30):
                 with self.subTest(stream=number, seed=seed):
                     rng = random.Random(seed)
                     count = rng.choice((1, 3, 30, len(stream) - 1))
@@ -3490,8 +3490,6 @@ class TlsTest(ProcessCase):
                     self.assertEqual(server.url, f"smtps://127.0.0.1:{server.port}")
                     server.disconnect(reset=reset)
                     self.assertEqual([message.helo for message in server.messages()], [True])
-                    text = "(?s)0 sessions are open.*disconnect[(][)] ended it"
-                    self.assertTrue(wait_until(lambda: re.search(text, report(server))), report(server))  # noqa: B023
                     self.assertEqual(begins.read(), "<reset>" if reset else "<closed>")
                     with self.assertRaises(smtplib.SMTPServerDisconnected if not reset else OSError):
                         client.noop()
@@ -4217,17 +4215,6 @@ class DisconnectTest(ServerCase):
         (message,) = server.messages()
         self.assertTrue(message.is_consistent)
         self.assertEqual(message.transcript.splitlines()[-2:], [f"S: {RECEIVED}", "S: <closed>"])
-
-    def test_many_sessions(self) -> None:
-        for reset, end in self.ENDS:
-            with contextlib.ExitStack() as stack, Server() as server:
-                clients = [stack.enter_context(Client(server)) for _ in range(20)]
-                for client in clients:
-                    client.ask(ENVELOPE[0])
-                server.disconnect(reset=reset)
-                self.assertEqual(len(server.messages()), 20)
-                self.assertEqual({client.read() for client in clients}, {end})
-                server.disconnect(reset=reset)
 
     def test_a_client_that_closed_its_end_or_does_not_read(self) -> None:
         for reset, _ in self.ENDS:
@@ -5052,7 +5039,7 @@ class OutputTest(ProcessCase):
     def test_killed_at_any_moment(self) -> None:
         """Every mail that got its 250 is a whole file."""
         rng = random.Random()
-        for _ in range(int(os.environ.get("SMTPMOCK_KILLS", "2"))):
+        for _ in range(int(os.environ.get("SMTPMOCK_KILLS", "1"))):
             process = self.start(f"-saveDir={self.folder}")
             port = self.port(process)
             accepted: queue.SimpleQueue[str] = queue.SimpleQueue()
