@@ -1556,11 +1556,11 @@ class ViolationTest(ServerCase):
         nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\r\n\r\n--b%d\r\n" % (i, i) for i in range(500))
         for content in (
             nested,
-            b"".join(b"X-%d: =?utf-8?q?x?=\r\n" % i for i in range(20_000)),
-            b"Content-Type: text/plain" + b"; a=b" * 200_000,
-            b"To: " + b"a@example.com, " * 50_000,
-            b"Subject: " + b"=?a?q?" * 200_000,
-            b"\r\n" + b"=\n" * 500_000,
+            b"".join(b"X-%d: =?utf-8?q?x?=\r\n" % i for i in range(10_000)),
+            b"Content-Type: text/plain" + b"; a=b" * 100_000,
+            b"To: " + b"a@example.com, " * 25_000,
+            b"Subject: " + b"=?a?q?" * 100_000,
+            b"\r\n" + b"=\n" * 250_000,
         ):
             memory = Memory(*ENVELOPE, "DATA")
             memory.feed(content + b"\r\n.\r\n")
@@ -1997,7 +1997,7 @@ body
 """)
 MAILS["a subject of 100 KB"] = Entry({"subject": "x" * 100000}, ["Subject: " + "x" * 100000])
 NESTED = "Content-Type: multipart/mixed; boundary=b{0}\n\n--b{0}"
-MAILS["parts as deep as the parser cannot go"] = Entry({"subject": None}, [NESTED.format(n) for n in range(2000)])
+MAILS["parts as deep as the parser cannot go"] = Entry({"subject": None}, [NESTED.format(n) for n in range(1100)])
 
 PUBLIC = [name for name in dir(Message) if not name.startswith("_")] + ["id", "peer"]
 
@@ -2605,8 +2605,7 @@ class WaitingTest(unittest.TestCase):
     def test_where_raises(self) -> None:
         server = self.receive("1", "2")
         for wait in (server.wait_for_messages, server.wait_for_messages_and_purge):
-            with self.assertRaises(ZeroDivisionError):
-                wait(2, TIMEOUT, lambda message: message.id == 1 or 1 / 0)
+            catch(ZeroDivisionError, wait, 2, TIMEOUT, lambda message: message.id == 1 or 1 / 0)
         self.assertEqual(len(server.messages()), 2)
         left = weakref.ref(server.messages_and_purge()[0])
         self.assertTrue(wait_until(lambda: gc.collect() < 0 or left() is None), "the wait has left something")
@@ -2642,8 +2641,7 @@ class WaitingTest(unittest.TestCase):
         server = self.receive()
         with Smtp(server) as client:
             client.sendmail("a@a.com", ["b@b.com"], "hi")
-            with self.assertRaises(WaitTimeoutError):
-                server.wait_for_messages(1, 0, lambda message: message.quit_sent)
+            catch(WaitTimeoutError, server.wait_for_messages, 1, 0, lambda message: message.quit_sent)
             waiter = lambda: len(server.wait_for_messages(1, TIMEOUT, lambda message: message.quit_sent))  # noqa: E731
             self.assertEqual(in_threads(waiter, client.quit)[0], 1)
 
@@ -3549,8 +3547,7 @@ class TlsTest(ProcessCase):
                 client.ehlo()
                 self.assertEqual(client.docmd("STARTTLS"), (454, b"TLS not available"))
                 client.starttls(context=self.trusting())
-                with self.assertRaises(smtplib.SMTPServerDisconnected):
-                    client.noop()
+                catch(smtplib.SMTPServerDisconnected, client.noop)
             Memory.add_rules(server, ["STARTTLS: reply 220 go; close"])
             with Smtp(server) as client, self.assertRaises((ssl.SSLError, OSError)):
                 client.starttls(context=self.trusting())
@@ -4124,8 +4121,7 @@ class ConfigureTest(ServerCase):
     def test_loggers_and_handlers(self) -> None:
         server, client, first = self.serve()
         second, third = Recorder(), Recorder()
-        with self.assertRaises(ConfigurationError):
-            server.on("RCPX")
+        catch(ConfigurationError, server.on, "RCPX")
         server.configure(logger=second, handlers=[make_handler("RCPX")])
         server.on("RCPX")
         for logger, reply in ((second, "250 Ok"), (third, UNRECOGNIZED)):
@@ -4134,8 +4130,7 @@ class ConfigureTest(ServerCase):
                 logger.wait_for("request: RCPX")
             server.with_logger(third)
             server.reset()
-        with self.assertRaises(ConfigurationError):
-            server.on("RCPX")
+        catch(ConfigurationError, server.on, "RCPX")
         client.ask("NOOP")
         first.wait_for("request: NOOP")
 
@@ -5438,20 +5433,17 @@ class TellingTest(unittest.TestCase):
 
     def test_connections_that_ended_early(self) -> None:
         """The report has the last ten."""
-
-        def report() -> str:
-            return str(catch(WaitTimeoutError, server.message))
-
         with Server() as server:
             for _ in range(11):
                 Client(server, greets=False).__exit__()
-            self.assertTrue(wait_until(lambda: report().count("ended early: 127.0.0.1:") == 10), report())
-            self.assertIn("left before any command", report())
+            ended = "ended early: 127.0.0.1:"
+            self.assertTrue(wait_until(lambda: report(server).count(ended) == 10), report(server))
+            self.assertIn("left before any command", report(server))
             with Client(server) as client:
                 client.send(b"\x16\x03\x01\x02\x00\x01")
             text = "the client began TLS, but this port begins in plain text"
-            self.assertTrue(wait_until(lambda: text in report()), report())
-            self.assertEqual(report().count("ended early"), 10)
+            self.assertTrue(wait_until(lambda: text in report(server)), report(server))
+            self.assertEqual(report(server).count("ended early"), 10)
 
     def test_a_wait_in_a_coroutine(self) -> None:
         async def wait(server: Server) -> None:
