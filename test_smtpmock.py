@@ -218,6 +218,7 @@ class Client:
 
     def __init__(self, server: Server, *, greets: bool = True) -> None:
         self.socket = socket.create_connection((server.host, server.port), TIMEOUT)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small pieces do not wait for each other
         self._file = self.socket.makefile("rb")
         self.greeting = self.read() if greets else ""
 
@@ -256,6 +257,12 @@ class Client:
                 replies.append(self.read())
                 in_body = replies[-1].startswith("354")
         return replies
+
+    def mail(self, data: bytes = b"hi\r\n.\r\n") -> Client:
+        """Send a mail, and do not read the reply to its end."""
+        self.ask(*ENVELOPE, "DATA")
+        self.send(data)
+        return self
 
     def assert_silence(self) -> None:
         """Nothing comes from the server, at least for a moment."""
@@ -320,11 +327,7 @@ def wait_until(condition: Callable[..., object], *arguments: object) -> bool:
 
 def report(server: Server) -> str:
     """What a server has, as it says when what one waits for does not come."""
-    try:
-        server.wait_for_messages(10**9, 0)
-    except WaitTimeoutError as error:
-        return str(error)
-    raise AssertionError("so many messages")
+    return str(catch(WaitTimeoutError, server.wait_for_messages, 10**9, 0))
 
 
 def stop_in_time(server: Server) -> None:
@@ -332,6 +335,42 @@ def stop_in_time(server: Server) -> None:
     began = time.monotonic()
     server.stop()
     assert time.monotonic() - began < TIMEOUT
+
+
+class Hold:
+    """A callback that is held up until it is released."""
+
+    def __init__(self) -> None:
+        self.held, self.release = threading.Event(), threading.Event()
+        self.seen: list[Message] = []
+
+    def __call__(self, message: Message) -> None:
+        self.seen.append(message)
+        self.held.set()
+        self.release.wait(TIMEOUT)
+
+    def wait(self) -> None:
+        assert self.held.wait(TIMEOUT)
+
+
+def make_handler(verb: str, reply: str = "250 Ok", **attributes: Any) -> Any:
+    """A Handler with this verb."""
+    attributes = {"verbs": (verb,), "received": reply, **attributes}
+    return type(verb.title(), (smtpmock.Handler,), attributes)
+
+
+def catch(error: type[BaseException], call: Callable[..., object], *arguments: Any) -> Any:
+    """The exception that a call raises."""
+    try:
+        call(*arguments)
+    except error as raised:
+        return raised
+    raise AssertionError(f"no {error.__name__}")
+
+
+def told(server: Server) -> str:
+    """What the check of a server complains about."""
+    return str(catch(AssertionError, server.check))
 
 
 def in_threads(*calls: Any) -> list[Any]:
@@ -409,6 +448,13 @@ def read_line(line: str) -> str:
     return re.sub(r"\{b64 ([^{}]*)\}", lambda match: base64.b64encode(read_escapes(match[1])).decode(), line)
 
 
+def read_errors(text: str) -> Iterator[tuple[str, str]]:
+    """The rows of a table of what is refused, and of patterns for the errors, in which {MORE} is anything."""
+    for row in text.strip().splitlines():
+        refused, error = (part.strip() for part in row.split(" => "))
+        yield refused, rf"(?s)\A{'.+'.join(map(re.escape, error.split('{MORE}')))}\Z"
+
+
 def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType({})) -> dict[str, Entry]:
     """Entries by their titles. A line is
 
@@ -418,15 +464,17 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
     + a prefix                    the options and lines of an entry of another table, or of this one
     # a heading                   for the reader only
 
-    or else one for the user of the table. Empty lines at the end of an entry do not count.
+    or else one for the user of the table. Options, rules and a prefix can stand beside the title. Empty lines at the
+    end of an entry do not count.
     """
     table: dict[str, Entry] = {}
     for part in re.split("^== ", text, flags=re.MULTILINE)[1:]:
-        title, *lines = re.sub("^# .*\n?", "", part, flags=re.MULTILINE).rstrip().split("\n")
+        head, *lines = re.sub("^# .*\n?", "", part, flags=re.MULTILINE).rstrip().split("\n")
+        title, *beside = re.split("  (?=-- |[+] )", head)
         assert title not in table, title
         entry = table[title] = Entry({}, [])
         options = []
-        for line in map(read_line, lines):
+        for line in map(read_line, [*beside, *lines]):
             if line.startswith("-- rule: "):
                 entry.options.setdefault("rules", []).append(line[9:])
             elif line.startswith("-- "):
@@ -435,6 +483,9 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
                 prefix = (prefixes or table)[line[2:]]
                 entry.options.update(prefix.options)
                 entry.lines.extend(prefix.lines)
+            elif line.startswith("C: "):
+                sent, *replies = re.split("  +(?=S:)", line)
+                entry.lines.extend(part for text in sent[3:].split(" | ") for part in (f"C: {text}", *replies))
             else:
                 entry.lines.extend(re.split("  +(?=S:)", line))
         entry.options.update(read_options(", ".join(options)))
@@ -443,37 +494,30 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
 
 # --------------------------------------------------------------------------------------- dialogues
 
-# C: is a line of the client, R: bytes of the client with Python's escapes, S: a line of the server, which can
-# stand beside what it answers. The server has ended the connection, or says nothing any more, where it says
+# C: is a line of the client, or several with | between them which are answered alike, R: bytes of the client with
+# Python's escapes, S: a line of the server, which can stand beside what it answers. The server has ended the connection, or says nothing any more, where it says
 # <closed>, <reset> or <silence>. A dialogue that begins with the client has S: 220 Welcome before that.
 
 PREFIXES = read_table(r"""
 == hello
 C: EHLO example.com           S: 250 Received
-== sender
-+ hello
+== sender  + hello
 C: MAIL FROM:<a@example.com>  S: 250 Received
-== envelope
-+ sender
+== envelope  + sender
 C: RCPT TO:<b@example.com>    S: 250 Received
-== in body
-+ envelope
+== in body  + envelope
 C: DATA                       S: {READY}
-== chunking
--- extensions=["CHUNKING"]
+== chunking  -- extensions=["CHUNKING"]
 C: EHLO example.com           S: 250-Received  S: 250 CHUNKING
-C: MAIL FROM:<a@example.com>  S: 250 Received
-C: RCPT TO:<b@example.com>    S: 250 Received
-== login
--- auth_users={"alice": "sécret", "bob": ""}
+C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
+== login  -- auth_users={"alice": "sécret", "bob": ""}
 C: EHLO example.com           S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
 """)
 
 DIALOGUES = read_table(
     r"""
 # ---- Mails
-== a mail
-+ in body
+== a mail  + in body
 C: Subject: hi
 C:
 C: body
@@ -488,12 +532,7 @@ R: Ehlo\texample.com\r\n        S: 250 Received
 R: quit \n                      S: 221 Closing connection  S: <closed>
 == pipelining
 R: EHLO example.com\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\nhi\r\n.\r\nRSET\r\nQUIT\r\n
-S: 250 Received
-S: 250 Received
-S: 250 Received
-S: {READY}
-S: 250 Received
-S: 250 Ok
+S: 250 Received  S: 250 Received  S: 250 Received  S: {READY}  S: 250 Received  S: 250 Ok
 S: 221 Closing connection  S: <closed>
 == a command is not answered before its end
 R: NOOP
@@ -502,16 +541,12 @@ R: \nNO  S: 250 Ok
 R: OP\n  S: 250 Ok
 == nothing is answered after QUIT
 R: QUIT\r\nNOOP\r\n  S: 221 Closing connection  S: <closed>
-== after an accepted message the next one begins
--- multiple_message_receiving=True
-+ in body
+== after an accepted message the next one begins  -- multiple_message_receiving=True  + in body
 C: .                          S: 250 Received
 C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
 C: MAIL FROM:<a@example.com>  S: 250 Received
-== the same after RSET
--- multiple_message_receiving=True
-+ in body
+== the same after RSET  -- multiple_message_receiving=True  + in body
 C: .     S: 250 Received
 C: RSET  S: 250 Ok
 C: DATA  S: 503 Bad sequence of commands. DATA should be used after RCPT TO
@@ -529,30 +564,23 @@ C: MAIL FROM:nonsense  S: 503 Bad sequence of commands. MAIL FROM should be used
 C: RCPT TO:nonsense    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
 C: DATA x              S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: RSET x              S: 503 Bad sequence of commands. HELO should be the first
-== RSET drops the envelope, not HELO
-+ envelope
+== RSET drops the envelope, not HELO  + envelope
 C: RSET                       S: 250 Ok
 C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
 C: MAIL FROM:<a@example.com>  S: 250 Received
-== a repeated HELO drops the envelope
-+ envelope
+== a repeated HELO drops the envelope  + envelope
 C: HELO example.org  S: 250 Received
 C: DATA              S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== a refused HELO takes the one before with it
-+ hello
+== a refused HELO takes the one before with it  + hello
 C: HELO                       S: 501 HELO requires domain address or valid address literal
 C: MAIL FROM:<a@example.com>  S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
-== a refused recipient takes the one before with it
-+ envelope
+== a refused recipient takes the one before with it  + envelope
 C: RCPT TO:<bad>  S: 501 RCPT TO requires valid email address
 C: DATA           S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== a refused recipient among several
--- multiple_rcptto=True
-+ envelope
+== a refused recipient among several  -- multiple_rcptto=True  + envelope
 C: RCPT TO:<bad>  S: 501 RCPT TO requires valid email address
 C: DATA           S: {READY}
-== NOOP changes nothing, and another body may follow for the same envelope
-+ envelope
+== NOOP changes nothing, and another body may follow for the same envelope  + envelope
 C: NOOP  S: 250 Ok
 C: DATA  S: {READY}
 C: .     S: 250 Received
@@ -561,16 +589,13 @@ C: .     S: 250 Received
 
 # ---- Arguments
 == bad arguments
-C: HELO                       S: 501 HELO requires domain address or valid address literal
-C: EHLO a..com                S: 501 HELO requires domain address or valid address literal
+C: HELO | EHLO a..com  S: 501 HELO requires domain address or valid address literal
 C: EHLO example.com           S: 250 Received
 C: MAIL FROM:nonsense         S: 501 MAIL FROM requires valid email address
 C: MAIL FROM:<a@example.com>  S: 250 Received
 C: RCPT TO:<>                 S: 501 RCPT TO requires valid email address
 C: RCPT TO:<Postmaster>       S: 250 Received
-C: DATA x                     S: {UNRECOGNIZED}
-C: RSET x                     S: {UNRECOGNIZED}
-C: QUIT x                     S: {UNRECOGNIZED}
+C: DATA x | RSET x | QUIT x  S: {UNRECOGNIZED}
 C: NOOP x                     S: 250 Ok
 == an argument where none may be, with texts of one's own
 -- msg_invalid_cmd="500 unknown", msg_invalid_cmd_rset_arg="501 rset"
@@ -579,73 +604,50 @@ C: DATA x  S: 500 unknown
 C: RSET x  S: 501 rset
 C: QUIT x  S: 500 unknown
 == the null sender
-C: HELO example.com        S: 250 Received
-C: MAIL FROM:<>            S: 250 Received
-C: MAIL FROM: <>           S: 250 Received
+C: HELO example.com | MAIL FROM:<> | MAIL FROM: <>  S: 250 Received
 C: MAIL FROM:<Postmaster>  S: 501 MAIL FROM requires valid email address
 == unknown commands
 C: FOO                         S: {UNRECOGNIZED}
 C:                             S: {UNRECOGNIZED}
-C: NOOPX                       S: {UNRECOGNIZED}
-C: MAIL                        S: {UNRECOGNIZED}
-C: MAIL TO:<a@example.com>     S: {UNRECOGNIZED}
-C: MAIL  FROM:<a@example.com>  S: {UNRECOGNIZED}
-C: MAIL FROM <a@example.com>   S: {UNRECOGNIZED}
-C: connect                     S: {UNRECOGNIZED}
-C: message                     S: {UNRECOGNIZED}
-C: unknown                     S: {UNRECOGNIZED}
-C: quıt                        S: {UNRECOGNIZED}
+C: NOOPX | MAIL | MAIL TO:<a@example.com> | MAIL  FROM:<a@example.com> | MAIL FROM <a@example.com>  S: {UNRECOGNIZED}
+C: connect | message | unknown | quıt  S: {UNRECOGNIZED}
 R: \x00\xff\xfe\r\n            S: {UNRECOGNIZED}
 C: NOOP                        S: 250 Ok
-== commands and a parameter of extensions, where there are none
-+ hello
-C: AUTH PLAIN AGEAYg==         S: {UNRECOGNIZED}
-C: STARTTLS                    S: {UNRECOGNIZED}
-C: BDAT 1                      S: {UNRECOGNIZED}
+== commands and a parameter of extensions, where there are none  + hello
+C: AUTH PLAIN AGEAYg== | STARTTLS | BDAT 1  S: {UNRECOGNIZED}
 C: MAIL FROM:<a@a.com> SIZE=1  S: 501 MAIL FROM requires valid email address
 == blacklists
 -- blacklisted_helo_domains=["Bad.example", "localhost"], blacklisted_mailfrom_emails=["spam@bad.example"]
 -- blacklisted_rcptto_emails=["x@a.com", "y@a.com"], not_registered_emails=["y@a.com", "nobody@a.com"]
-C: EHLO bad.EXAMPLE                S: 421 Service not available
-C: HELO localhost                  S: 421 Service not available
+C: EHLO bad.EXAMPLE | HELO localhost  S: 421 Service not available
 C: EHLO example.com                S: 250 Received
 C: MAIL FROM:<spam@BAD.example>    S: 421 Service not available
 C: MAIL FROM:<SPAM@bad.example>    S: 250 Received
-C: RCPT TO:<x@a.com>               S: 421 Service not available
-C: RCPT TO:<y@a.com>               S: 421 Service not available
+C: RCPT TO:<x@a.com> | RCPT TO:<y@a.com>  S: 421 Service not available
 C: RCPT TO: Nobody <nobody@A.com>  S: 550 User not found
 C: RCPT TO:<somebody@a.com>        S: 250 Received
 
 # ---- Fail fast
-== fail fast: a bad argument
--- fail_fast=True
+== fail fast: a bad argument  -- fail_fast=True
 C: HELO a..com  S: 501 HELO requires domain address or valid address literal  S: <closed>
-== fail fast: a bad sequence
--- fail_fast=True
+== fail fast: a bad sequence  -- fail_fast=True
 C: DATA  S: 503 Bad sequence of commands. DATA should be used after RCPT TO  S: <closed>
-== fail fast: an unknown command
--- fail_fast=True
+== fail fast: an unknown command  -- fail_fast=True
 C: FOO  S: {UNRECOGNIZED}  S: <closed>
 == fail fast: an unknown recipient among several
 -- fail_fast=True, multiple_rcptto=True, not_registered_emails=["c@example.com"]
 + envelope
 C: RCPT TO:<c@example.com>  S: 550 User not found  S: <closed>
-== fail fast: a body that is too long
--- fail_fast=True, msg_size_limit=3
-+ in body
+== fail fast: a body that is too long  -- fail_fast=True, msg_size_limit=3  + in body
 C: body
 C: .  S: 552 Message exceeded max size of 3 bytes  S: <closed>
-== fail fast: a line that is too long
--- fail_fast=True
+== fail fast: a line that is too long  -- fail_fast=True
 C: NOOP {x*4096}  S: 500 Line too long  S: <closed>
-== fail fast: a rule
--- fail_fast=True
--- rule: NOOP: reply 450 no
+== fail fast: a rule  -- fail_fast=True  -- rule: NOOP: reply 450 no
 C: NOOP  S: 450 no  S: <closed>
 
 # ---- Bodies and lines, and how long they may be
-== only CRLF around the dot ends a body, but a bare LF ends DATA
-+ in body
+== only CRLF around the dot ends a body, but a bare LF ends DATA  + in body
 R: a\n.\nQUIT\n
 R: b\r\n.\nNOOP\r\n
 R: c\n.\r\nNOOP\r\n
@@ -654,18 +656,14 @@ R: \r\n.\r\n  S: 250 Received
 C: NOOP       S: 250 Ok
 R: DATA\n     S: {READY}
 C: .          S: 250 Received
-== the size limit is inclusive, without stuffed dots and the last one
--- msg_size_limit=10
-+ in body
+== the size limit is inclusive, without stuffed dots and the last one  -- msg_size_limit=10  + in body
 C: ..3456789
 C: .     S: 250 Received
 C: DATA  S: {READY}
 C: 123456789
 C: .     S: 552 Message exceeded max size of 10 bytes
 C: NOOP  S: 250 Ok
-== a long body is read to its end
--- msg_size_limit=10
-+ in body
+== a long body is read to its end  -- msg_size_limit=10  + in body
 C: {x*5000}
 C: QUIT
 C: NOOP
@@ -696,9 +694,7 @@ C: .                          S: 299 got it
 C: MAIL FROM:<a@example.com>  S: 450 later
 C: RCPT TO:<b@example.com>    S: 250 fine
 C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== DATA that is refused by its text is not followed by a body
--- msg_data_received="554 no"
-+ envelope
+== DATA that is refused by its text is not followed by a body  -- msg_data_received="554 no"  + envelope
 C: DATA  S: 554 no
 C: NOOP  S: 250 Ok
 
@@ -707,209 +703,145 @@ C: NOOP  S: 250 Ok
 -- extensions=["SIZE", "8BITMIME", "dsn", "LIMITS X=1"], msg_size_limit=99
 C: EHLO a.com  S: 250-Received  S: 250-SIZE 99  S: 250-8BITMIME  S: 250-dsn  S: 250 LIMITS X=1
 C: HELO a.com  S: 250 Received
-== extensions after a text of several lines
--- extensions=["DSN"], msg_helo_received="250-one\n250 two"
+== extensions after a text of several lines  -- extensions=["DSN"], msg_helo_received="250-one\n250 two"
 C: EHLO a.com  S: 250-one  S: 250-two  S: 250 DSN
-== no extensions, a text as it is
--- msg_helo_received="250-odd\n251 two"
+== no extensions, a text as it is  -- msg_helo_received="250-odd\n251 two"
 C: EHLO a.com  S: 250-odd  S: 251 two
-== no extensions after a refusal
--- extensions=["DSN"], msg_helo_received="550 no"
+== no extensions after a refusal  -- extensions=["DSN"], msg_helo_received="550 no"
 C: EHLO a.com  S: 550 no
-== AUTH and STARTTLS are announced last
--- extensions=["DSN"], auth_users={}, ssl_context=True
+== AUTH and STARTTLS are announced last  -- extensions=["DSN"], auth_users={}, ssl_context=True
 C: EHLO a.com  S: 250-Received  S: 250-DSN  S: 250-STARTTLS  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
-== a parameter of an extension that is not announced
--- extensions=["8BITMIME"]
+== a parameter of an extension that is not announced  -- extensions=["8BITMIME"]
 C: EHLO a.com                           S: 250-Received  S: 250 8BITMIME
-C: MAIL FROM:<a@a.com> SIZE=1           S: 555 Parameter not recognized or not implemented
-C: MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 555 Parameter not recognized or not implemented
-== BODY=BINARYMIME
--- extensions=["BINARYMIME", "CHUNKING"]
+C: MAIL FROM:<a@a.com> SIZE=1 | MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 555 Parameter not recognized or not implemented
+== BODY=BINARYMIME  -- extensions=["BINARYMIME", "CHUNKING"]
 C: EHLO a.com                           S: 250-Received  S: 250-BINARYMIME  S: 250 CHUNKING
 C: MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 250 Received
-== a parameter after HELO
--- extensions=["SIZE"]
+== a parameter after HELO  -- extensions=["SIZE"]
 C: HELO a.com                  S: 250 Received
 C: MAIL FROM:<a@a.com> SIZE=1  S: 555 Parameter not recognized or not implemented
-== a declared size
--- extensions=["SIZE"], msg_size_limit=5
+== a declared size  -- extensions=["SIZE"], msg_size_limit=5
 C: EHLO a.com                  S: 250-Received  S: 250 SIZE 5
 C: MAIL FROM:<a@a.com> SIZE=6  S: 552 Message exceeded max size of 5 bytes
 C: MAIL FROM:<a@a.com> SIZE=5  S: 250 Received
-== addresses that are not ASCII
--- extensions=["SMTPUTF8"]
+== addresses that are not ASCII  -- extensions=["SMTPUTF8"]
 C: EHLO example.com  S: 250-Received  S: 250 SMTPUTF8
 C: MAIL FROM:<дядя@пример.рф>           S: 501 MAIL FROM requires valid email address
 C: MAIL FROM:<a@a.com>                  S: 250 Received
 C: RCPT TO:<b@пример.рф>                S: 501 RCPT TO requires valid email address
-C: MAIL FROM:<дядя@пример.рф> SMTPUTF8  S: 250 Received
-C: RCPT TO:<b@пример.рф>                S: 250 Received
+C: MAIL FROM:<дядя@пример.рф> SMTPUTF8 | RCPT TO:<b@пример.рф>  S: 250 Received
 # letters of any script, with joiners, and those that Python does not know; but no control or white space
 R: MAIL FROM:<क\xe2\x80\x8dष@a.com> SMTPUTF8\r\n      S: 250 Received
 R: MAIL FROM:<क\xf0\xbf\xbf\xbdष@a.com> SMTPUTF8\r\n  S: 250 Received
 R: MAIL FROM:<क\xc2\x85ष@a.com> SMTPUTF8\r\n          S: 501 MAIL FROM requires valid email address
 R: MAIL FROM:<क\xe2\x80\x83ष@a.com> SMTPUTF8\r\n      S: 501 MAIL FROM requires valid email address
-== addresses that are not ASCII, where that is no extension
--- extensions=["DSN"]
+== addresses that are not ASCII, where that is no extension  -- extensions=["DSN"]
 C: EHLO a.com                  S: 250-Received  S: 250 DSN
 C: MAIL FROM:<дядя@пример.рф>  S: 250 Received
 
 # ---- CHUNKING
-== a body in chunks
-+ chunking
+== a body in chunks  + chunking
 R: BDAT 4\r\nhi\r\n    S: 250 Received
 R: bdat 2 last\r\n.\n  S: 250 Received
 C: NOOP                S: 250 Ok
-== chunks in one piece, the last without a byte
-+ chunking
-R: BDAT 1\r\nhBDAT 1\r\niBDAT 0 LAST\r\nNOOP\r\n  S: 250 Received
-S: 250 Received
-S: 250 Received
-S: 250 Ok
-== a chunk out of sequence is consumed
--- extensions=["CHUNKING"]
+== chunks in one piece, the last without a byte  + chunking
+R: BDAT 1\r\nhBDAT 1\r\niBDAT 0 LAST\r\nNOOP\r\n  S: 250 Received  S: 250 Received  S: 250 Received  S: 250 Ok
+== a chunk out of sequence is consumed  -- extensions=["CHUNKING"]
 R: BDAT 6\r\nNOOP\r\nNOOP\r\nBDAT 6 LAST\r\nQUIT\r\nRSET\r\n
-S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-S: 250 Ok
+S: 503 Bad sequence of commands. DATA should be used after RCPT TO  S: 250 Ok
 S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 S: 503 Bad sequence of commands. HELO should be the first
-== DATA after a chunk
-+ chunking
+== DATA after a chunk  + chunking
 R: BDAT 2\r\nhi  S: 250 Received
 C: DATA          S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: BDAT 0 LAST   S: 250 Received
-== a chunk that is too long
--- msg_size_limit=5
-+ chunking
+== a chunk that is too long  -- msg_size_limit=5  + chunking
 R: BDAT 6 LAST\r\n123456  S: 552 Message exceeded max size of 5 bytes
 C: NOOP                   S: 250 Ok
-== chunks that are too long together
--- msg_size_limit=5
-+ chunking
-R: BDAT 5\r\n12345BDAT 1\r\n1BDAT 0 LAST\r\n  S: 250 Received
-S: 552 Message exceeded max size of 5 bytes
+== chunks that are too long together  -- msg_size_limit=5  + chunking
+R: BDAT 5\r\n12345BDAT 1\r\n1BDAT 0 LAST\r\n  S: 250 Received  S: 552 Message exceeded max size of 5 bytes
 S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== chunks without a size
-+ chunking
-C: BDAT               S: 501 BDAT requires a size in bytes
-C: BDAT x             S: 501 BDAT requires a size in bytes
-C: BDAT 1 x           S: 501 BDAT requires a size in bytes
-C: BDAT -1            S: 501 BDAT requires a size in bytes
-C: BDAT 1 LAST x      S: 501 BDAT requires a size in bytes
+== chunks without a size  + chunking
+C: BDAT | BDAT x | BDAT 1 x | BDAT -1 | BDAT 1 LAST x  S: 501 BDAT requires a size in bytes
 R: BDAT 2 LAST\r\nhi  S: 250 Received
-== rule: a chunk is refused
--- rule: BDAT: reply 451 not now; times=1
-+ chunking
+== rule: a chunk is refused  -- rule: BDAT: reply 451 not now; times=1  + chunking
 R: BDAT 6\r\nNOOP\r\n  S: 451 not now
 C: BDAT 0 LAST         S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== rule: a body in chunks is refused
--- rule: message: reply 452 full
-+ chunking
+== rule: a body in chunks is refused  -- rule: message: reply 452 full  + chunking
 R: BDAT 2\r\nhi  S: 250 Received
 C: BDAT 0 LAST   S: 452 full
 
 # ---- AUTH
-== PLAIN
-+ login
+== PLAIN  + login
 C: AUTH PLAIN {b64 \0alice\0sécret}  S: 235 Authentication succeeded
-== PLAIN, without an initial response, for another identity
-+ login
+== PLAIN, without an initial response, for another identity  + login
 C: auth plain                    S: 334{SP}
 C: {b64 authzid\0alice\0sécret}  S: 235 Authentication succeeded
-== LOGIN
-+ login
+== LOGIN  + login
 C: AUTH LOGIN    S: 334 VXNlcm5hbWU6
 C: {b64 alice}   S: 334 UGFzc3dvcmQ6
 C: {b64 sécret}  S: 235 Authentication succeeded
-== LOGIN, with an initial response
-+ login
+== LOGIN, with an initial response  + login
 C: Auth Login {b64 alice}  S: 334 UGFzc3dvcmQ6
 C: {b64 sécret}            S: 235 Authentication succeeded
-== XOAUTH2
-+ login
+== XOAUTH2  + login
 C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
-== XOAUTH2, without an initial response
-+ login
+== XOAUTH2, without an initial response  + login
 C: AUTH xoauth2                              S: 334{SP}
 C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
-== a wrong secret, a wrong user, an unknown mechanism
-+ login
-C: AUTH GSSAPI                      S: 504 Unrecognized authentication type
-C: AUTH                             S: 504 Unrecognized authentication type
-C: AUTH PLAIN {b64 \0alice\0wrong}  S: 535 Authentication credentials invalid
-C: AUTH PLAIN {b64 \0nobody\0}      S: 535 Authentication credentials invalid
+== a wrong secret, a wrong user, an unknown mechanism  + login
+C: AUTH GSSAPI | AUTH  S: 504 Unrecognized authentication type
+C: AUTH PLAIN {b64 \0alice\0wrong} | AUTH PLAIN {b64 \0nobody\0}  S: 535 Authentication credentials invalid
 C: AUTH LOGIN {b64 nobody}          S: 334 UGFzc3dvcmQ6
 C:                                  S: 535 Authentication credentials invalid
 C: NOOP                             S: 250 Ok
-== an AUTH that is cancelled, and responses that cannot be decoded
-+ login
+== an AUTH that is cancelled, and responses that cannot be decoded  + login
 C: AUTH LOGIN                S: 334 VXNlcm5hbWU6
 C: *                         S: 501 Authentication cancelled
 C: AUTH PLAIN !!!            S: 501 Cannot decode response
 C: AUTH PLAIN                S: 334{SP}
-C: é                         S: 501 Cannot decode response
-C: AUTH PLAIN =              S: 501 Cannot decode response
-C: AUTH PLAIN {b64 alice}    S: 501 Cannot decode response
-C: AUTH XOAUTH2 {b64 alice}  S: 501 Cannot decode response
+C: é | AUTH PLAIN = | AUTH PLAIN {b64 alice} | AUTH XOAUTH2 {b64 alice}  S: 501 Cannot decode response
 C: AUTH CRAM-MD5 abcd        S: 501 Cannot decode response
 C: NOOP                      S: 250 Ok
-== AUTH twice
-+ login
+== AUTH twice  + login
 C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
 C: AUTH LOGIN               S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
-== AUTH after MAIL, and the parameter AUTH, which is announced with it
-+ login
+== AUTH after MAIL, and the parameter AUTH, which is announced with it  + login
 C: MAIL FROM:<a@a.com> AUTH=<>  S: 250 Received
 C: AUTH LOGIN               S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
-== AUTH before EHLO
--- auth_users={}
+== AUTH before EHLO  -- auth_users={}
 C: AUTH LOGIN  S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
-== AUTH is required
--- auth_required=True
-+ login
-C: MAIL FROM:<a@a.com>       S: 530 Authentication required
-C: MAIL FROM:nonsense        S: 530 Authentication required
+== AUTH is required  -- auth_required=True  + login
+C: MAIL FROM:<a@a.com> | MAIL FROM:nonsense  S: 530 Authentication required
 C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
 C: MAIL FROM:<a@a.com>       S: 250 Received
-== a line of AUTH may be longer
--- auth_users={"alice": "{t*8000}"}
+== a line of AUTH may be longer  -- auth_users={"alice": "{t*8000}"}
 C: EHLO example.com                                         S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
 C: AUTH XOAUTH2                                             S: 334{SP}
 C: {x*13000}                                                S: 500 Line too long
 C: NOOP                                                     S: 250 Ok
 C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer {t*8000}\1\1}  S: 235 Authentication succeeded
-== rule: a user cannot log in at once
--- rule: AUTH alice: reply 454 4.7.0 Temporary authentication failure; times=1
+== rule: a user cannot log in at once  -- rule: AUTH alice: reply 454 4.7.0 Temporary authentication failure; times=1
 + login
 C: AUTH PLAIN {b64 \0alice\0sécret}  S: 454 4.7.0 Temporary authentication failure
 C: AUTH PLAIN {b64 \0alice\0sécret}  S: 235 Authentication succeeded
 
 # ---- TLS; what is said in it needs a socket
-== AUTH needs TLS
--- ssl_context=True, auth_users={"u": "s"}, auth_requires_tls=True
+== AUTH needs TLS  -- ssl_context=True, auth_users={"u": "s"}, auth_requires_tls=True
 C: EHLO a.com    S: 250-Received  S: 250 STARTTLS
 C: AUTH PLAIN x  S: 538 Encryption required for authentication
-== all but EHLO, NOOP and QUIT need TLS
--- ssl_context=True, tls_required=True, auth_users={}, auth_required=True
+== all but EHLO, NOOP and QUIT need TLS  -- ssl_context=True, tls_required=True, auth_users={}, auth_required=True
 C: EHLO a.com           S: 250-Received  S: 250-STARTTLS  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
-C: MAIL FROM:<a@a.com>  S: 530 Must issue a STARTTLS command first
-C: RCPT TO:<b@b.com>    S: 530 Must issue a STARTTLS command first
-C: DATA                 S: 530 Must issue a STARTTLS command first
-C: RSET                 S: 530 Must issue a STARTTLS command first
-C: AUTH LOGIN           S: 530 Must issue a STARTTLS command first
+C: MAIL FROM:<a@a.com> | RCPT TO:<b@b.com> | DATA | RSET | AUTH LOGIN  S: 530 Must issue a STARTTLS command first
 C: NOOP                 S: 250 Ok
 C: FOO                  S: {UNRECOGNIZED}
 C: QUIT                 S: 221 Closing connection  S: <closed>
-== STARTTLS
--- ssl_context=True
+== STARTTLS  -- ssl_context=True
 C: STARTTLS      S: 503 Bad sequence of commands. HELO should be the first
 C: EHLO a.com    S: 250-Received  S: 250 STARTTLS
 C: STARTTLS now  S: 501 STARTTLS takes no argument
 C: STARTTLS      S: 220 Ready to start TLS
-== STARTTLS where TLS is implicit
--- ssl_context=True, implicit_tls=True
-+ hello
+== STARTTLS where TLS is implicit  -- ssl_context=True, implicit_tls=True  + hello
 C: STARTTLS  S: {UNRECOGNIZED}
 
 # ---- Rules
@@ -917,61 +849,46 @@ C: STARTTLS  S: {UNRECOGNIZED}
 -- rule: RCPT a@[IPv6:::1]: reply 550 no: never
 -- rule: RCPT bob@Example.com: reply 550 5.1.1 No such user
 -- rule: rcpt to a.com: reply 551 not here
-C: EHLO example.com             S: 250 Received
-C: MAIL FROM:<bob@example.com>  S: 250 Received
+C: EHLO example.com | MAIL FROM:<bob@example.com>  S: 250 Received
 C: RCPT TO:<bob@EXAMPLE.com>    S: 550 5.1.1 No such user
 C: RCPT TO:<Bob@example.com>    S: 250 Received
 C: RCPT TO:<x@A.com>            S: 551 not here
 C: RCPT TO:<x@b.a.com>          S: 250 Received
 C: RCPT TO:<a@[IPv6:::1]>       S: 550 no: never
-== rule: a recipient, at DATA and at the end of the body
--- multiple_rcptto=True
+== rule: a recipient, at DATA and at the end of the body  -- multiple_rcptto=True
 -- rule: DATA c@example.com: reply 450 c
 -- rule: message d@example.com: reply 450 d
-C: EHLO example.com           S: 250 Received
-C: MAIL FROM:<c@example.com>  S: 250 Received
-C: RCPT TO:<b@example.com>    S: 250 Received
+C: EHLO example.com | MAIL FROM:<c@example.com> | RCPT TO:<b@example.com>  S: 250 Received
 C: DATA                       S: {READY}
-C: .                          S: 250 Received
-C: RCPT TO:<d@example.com>    S: 250 Received
+C: . | RCPT TO:<d@example.com>  S: 250 Received
 C: DATA                       S: {READY}
 C: .                          S: 450 d
 C: RCPT TO:<c@example.com>    S: 250 Received
 C: DATA                       S: 450 c
-== rule: twice, then as usual
--- rule: RCPT: reply 450 4.2.0 Greylisted; times=2
-+ sender
+== rule: twice, then as usual  -- rule: RCPT: reply 450 4.2.0 Greylisted; times=2  + sender
 C: RCPT TO:<b@example.com>  S: 450 4.2.0 Greylisted
 C: DATA                     S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: RCPT TO:<b@example.com>  S: 450 4.2.0 Greylisted
 C: RCPT TO:<b@example.com>  S: 250 Received
-== rule: a sequence, the last of which stays
--- rule: NOOP: reply 451 later | 452 again |
+== rule: a sequence, the last of which stays  -- rule: NOOP: reply 451 later | 452 again |
 -- rule: RSET: reply 250 one | 250 two
 C: NOOP  S: 451 later
 C: NOOP  S: 452 again
-C: NOOP  S: 250 Ok
-C: NOOP  S: 250 Ok
+C: NOOP | NOOP  S: 250 Ok
 C: RSET  S: 250 one
-C: RSET  S: 250 two
-C: RSET  S: 250 two
-== rule: the newest wins, until it is spent
--- rule: NOOP: reply 450 old
--- rule: *: reply 451 all; times=1
+C: RSET | RSET  S: 250 two
+== rule: the newest wins, until it is spent  -- rule: NOOP: reply 450 old  -- rule: *: reply 451 all; times=1
 -- rule: NOOP: reply 452 new; times=1
 S: 451 all
 C: NOOP  S: 452 new
 C: NOOP  S: 450 old
 C: RSET  S: 503 Bad sequence of commands. HELO should be the first
-== rule: no chance, and every chance
--- rule: NOOP: reply 450 no; probability=0
+== rule: no chance, and every chance  -- rule: NOOP: reply 450 no; probability=0
 -- rule: RSET: reply 450 no; probability=1; times=2
 C: NOOP  S: 250 Ok
-C: RSET  S: 450 no
-C: RSET  S: 450 no
+C: RSET | RSET  S: 450 no
 C: RSET  S: 503 Bad sequence of commands. HELO should be the first
-== rule: 2xx and 3xx take effect, even where the usual is a refusal
--- rule: RCPT: reply 299 fine
+== rule: 2xx and 3xx take effect, even where the usual is a refusal  -- rule: RCPT: reply 299 fine
 -- rule: DATA: reply 399 go
 -- rule: message: reply 298 got it
 -- rule: MAIL: reply 200 ok
@@ -981,9 +898,7 @@ C: RCPT TO:<nowhere>  S: 299 fine
 C: DATA               S: 399 go
 C: hi
 C: .                  S: 298 got it
-== rule: a text refuses if it begins with 4 or 5
--- rule: MAIL: reply nonsense
--- rule: EHLO: reply 550 no; times=1
+== rule: a text refuses if it begins with 4 or 5  -- rule: MAIL: reply nonsense  -- rule: EHLO: reply 550 no; times=1
 -- rule: DATA: reply 552 too much
 C: EHLO example.com           S: 550 no
 C: MAIL FROM:<a@example.com>  S: nonsense
@@ -992,69 +907,45 @@ C: MAIL FROM:<a@example.com>  S: nonsense
 C: RCPT TO:<b@example.com>    S: 250 Received
 C: DATA                       S: 552 too much
 C: NOOP                       S: 250 Ok
-== rule: a verb the server does not know
--- rule: vrfy bob@example.com: reply 252 Maybe
+== rule: a verb the server does not know  -- rule: vrfy bob@example.com: reply 252 Maybe
 -- rule: VRFY Carol: reply 250 Carol
 C: vrfy <bob@example.com>  S: 252 Maybe
 C: VRFY carol              S: 250 Carol
 C: VRFY dave               S: {UNRECOGNIZED}
-== rule: too busy to talk
--- rule: connect: reply 421 Too busy; close
+== rule: too busy to talk  -- rule: connect: reply 421 Too busy; close
 S: 421 Too busy  S: <closed>
-== rule: actions add up
--- rule: NOOP: reply 450 no; close; delay 0; times=1
+== rule: actions add up  -- rule: NOOP: reply 450 no; close; delay 0; times=1
 C: NOOP  S: 450 no  S: <closed>
-== rule: a close after the normal reply
--- rule: NOOP: close
+== rule: a close after the normal reply  -- rule: NOOP: close
 C: NOOP  S: 250 Ok  S: <closed>
-== rule: aspects of several rules add up, and the newest has each
--- rule: NOOP: reply 450 first; close
+== rule: aspects of several rules add up, and the newest has each  -- rule: NOOP: reply 450 first; close
 -- rule: NOOP: reply 451 second
 -- rule: *: delay 0
 C: NOOP  S: 451 second  S: <closed>
-== rule: a drop takes the reply of an older one away
--- rule: NOOP: reply 450 first
--- rule: NOOP: drop
+== rule: a drop takes the reply of an older one away  -- rule: NOOP: reply 450 first  -- rule: NOOP: drop
 C: NOOP  S: <closed>
-== rule: an answer, then a close
--- rule: DATA: reply 354 go; close
-+ envelope
+== rule: an answer, then a close  -- rule: DATA: reply 354 go; close  + envelope
 C: DATA  S: 354 go  S: <closed>
-== rule: bytes that are no reply
--- rule: NOOP: raw \x21 garbage\r\n250 and more\r\n; times=1
-C: NOOP  S: ! garbage
-S: 250 and more
+== rule: bytes that are no reply  -- rule: NOOP: raw \x21 garbage\r\n250 and more\r\n; times=1
+C: NOOP  S: ! garbage  S: 250 and more
 C: NOOP  S: 250 Ok
-== rule: a delay and a trickle change no reply
--- rule: NOOP: delay 0.001
--- rule: *: trickle 0.0001
-+ envelope
+== rule: a delay and a trickle change no reply  -- rule: NOOP: delay 0.001  -- rule: *: trickle 0.0001  + envelope
 C: NOOP  S: 250 Ok
-== rule: a delay leaves a text without a code as it is
--- msg_mailfrom_received="nonsense"
--- rule: MAIL: delay 0.001
+== rule: a delay leaves a text without a code as it is  -- msg_mailfrom_received="nonsense"  -- rule: MAIL: delay 0.001
 + hello
 C: MAIL FROM:<a@example.com>  S: nonsense
 C: RCPT TO:<b@example.com>    S: 250 Received
-== rule: a line that is too long is in *
--- rule: *: reply 450 no; times=2
+== rule: a line that is too long is in *  -- rule: *: reply 450 no; times=2
 S: 450 no
 C: {x*5000}  S: 450 no
 C: {x*5000}  S: 500 Line too long
-== rule: silence
--- rule: RCPT TO b@example.com: silence
-+ sender
+== rule: silence  -- rule: RCPT TO b@example.com: silence  + sender
 C: RCPT TO:<b@example.com>  S: <silence>
-== rule: the body is cut at a byte
--- rule: message: drop; after=10
-+ in body
+== rule: the body is cut at a byte  -- rule: message: drop; after=10  + in body
 R: Subject: x\r\nthis is not read  S: <closed>
-== rule: the body is cut at its first byte
--- rule: message: reset ;after=0
-+ in body
+== rule: the body is cut at its first byte  -- rule: message: reset ;after=0  + in body
 R: x  S: <reset>
-== rule: a body shorter than that is not cut
--- rule: message: reset; after=6
+== rule: a body shorter than that is not cut  -- rule: message: reset; after=6
 -- rule: message nobody@example.com: drop; after=1
 + in body
 R: x\r\n.\r\n  S: 250 Received
@@ -1219,7 +1110,7 @@ class PiecesTest(unittest.TestCase):
     def test_random_pieces(self) -> None:
         for number, (options, stream) in enumerate(self.STREAMS):
             whole = self.converse([stream], options)
-            for seed in range(60):
+            for seed in range(30):
                 with self.subTest(stream=number, seed=seed):
                     rng = random.Random(seed)
                     count = rng.choice((1, 3, 30, len(stream) - 1))
@@ -1351,13 +1242,11 @@ encoded-word: ENVELOPE | HEAD | Subject: =?utf-8?q?caf=?= | | END
 header-syntax: ENVELOPE | HEAD | MIXED | | --x | hi there | --x-- | END
 8bit-unannounced, header-raw: ENVELOPE | HEAD | MIXED | | --x | Content-Type: image/png; name="ä" | | --x-- | END
 unknown-command x2: HELLO | AUTH=PLAIN c2VjcmV0 | FOO | QUIT
-== SIZE
--- extensions=["SIZE"]
+== SIZE  -- extensions=["SIZE"]
 clean: HELLO | MAIL FROM:<a@example.com> SIZE=117 | RCPT | DATA | HEAD | | Hello | END
 clean: HELLO | MAIL FROM:<a@example.com> SIZE=115 | RCPT | DATA | HEAD | | Hello | END
 size-understated: HELLO | MAIL FROM:<a@example.com> SIZE=107 | RCPT | DATA | HEAD | | END
-== PIPELINING
--- extensions=["PIPELINING"]
+== PIPELINING  -- extensions=["PIPELINING"]
 clean: HELLO | MAIL | + RCPT | + DATA | HEAD | | Hello |
     R:.\r\nMAIL FROM:<c@example.com>\r\nRCPT TO:<d@example.com>\r\nDATA\r\n | HEAD | | Hello | . | + QUIT
 clean: HELLO | MAIL | RSET | + MAIL | + RCPT | + QUIT
@@ -1367,35 +1256,29 @@ pipelining-order x2: HELLO | HELLO | + NOOP | + QUIT
 == a sender refused in a group
 -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
 clean: HELLO | MAIL | + RCPT | + DATA | RSET | QUIT
-== a recipient refused in a group
--- extensions=["PIPELINING"], not_registered_emails=["b@example.com"]
+== a recipient refused in a group  -- extensions=["PIPELINING"], not_registered_emails=["b@example.com"]
 clean: HELLO | MAIL | + RCPT | + DATA | RSET | + MAIL FROM:<c@example.com> | + RCPT TO:<c@example.com> | + DATA |
     HEAD | | END
-== a 421 in a group
--- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"]
+== a 421 in a group  -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"]
 clean: HELLO | MAIL | + RCPT | + DATA | QUIT
-== 8BITMIME
--- extensions=["8BITMIME"]
+== 8BITMIME  -- extensions=["8BITMIME"]
 clean: HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | MIME |
     Content-Type: text/plain; charset="utf-8" | CTE: 8bit | | Grüße | END
 clean: HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | Content-Type: text/html; |
     CTE: 8bit | MIME | | Grüße | END
 8bit-undeclared, 8bit-in-7bit: ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | | Grüße | END
-== STARTTLS
--- ssl_context=True
+== STARTTLS  -- ssl_context=True
 clean: HELLO | STARTTLS | ENVELOPE | HEAD | | END
 clean: HELLO | STARTTLS | QUIT
 no-hello-after-tls: HELLO | STARTTLS | MAIL | QUIT
 pipelining: HELLO | STARTTLS | + EHLO b.example.com | HELLO | QUIT
 unannounced-command: HELLO | STARTTLS | HELLO | STARTTLS | QUIT
 superfluous-argument x4: HELLO | STARTTLS now | MAIL | RCPT | DATA BODY=8BITMIME | RSET all | QUIT please | QUIT
-== STARTTLS and AUTH, several mails
--- ssl_context=True, auth_users={"u": "p"}, auth_requires_tls=True
+== STARTTLS and AUTH, several mails  -- ssl_context=True, auth_users={"u": "p"}, auth_requires_tls=True
 -- multiple_message_receiving=True, multiple_rcptto=True
 clean: HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | MAIL | RCPT |
     RCPT TO:<c@example.com> | DATA | HEAD | | END
-== AUTH
--- auth_users={"u": "p"}
+== AUTH  -- auth_users={"u": "p"}
 clean: HELLO | AUTH PLAIN AHUAcA== | QUIT
 clean: HELLO | AUTH LOGIN | dQ== | cA== | QUIT
 clean: HELLO | AUTH PLAIN | * | QUIT
@@ -1404,88 +1287,65 @@ clean: HELLO | MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT
 long-command: HELLO | AUTH XOAUTH2 {YWJj*900} | QUIT
 unannounced-mechanism: HELLO | AUTH NTLM AAAA | QUIT
 bad-sequence x2: HELLO | RCPT | MAIL | AUTH PLAIN AHUAcA== | RSET | QUIT
-== AUTH in a group
--- auth_users={"u": "p"}, extensions=["PIPELINING"]
+== AUTH in a group  -- auth_users={"u": "p"}, extensions=["PIPELINING"]
 clean: HELLO | AUTH PLAIN AHUAcA== | + MAIL | + RSET | + QUIT
 pipelining-order x2: HELLO | AUTH LOGIN | + dQ== | + cA== | QUIT
-== CHUNKING
--- extensions=["CHUNKING"]
+== CHUNKING  -- extensions=["CHUNKING"]
 clean: HELLO | MAIL | RCPT |
     R:BDAT 110\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
     R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT
-== CHUNKING in a group
--- extensions=["CHUNKING", "PIPELINING"]
+== CHUNKING in a group  -- extensions=["CHUNKING", "PIPELINING"]
 clean: HELLO |
     R:MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nBDAT 110 LAST\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
     QUIT
-== SMTPUTF8 and 8BITMIME
--- extensions=["SMTPUTF8", "8BITMIME"]
+== SMTPUTF8 and 8BITMIME  -- extensions=["SMTPUTF8", "8BITMIME"]
 clean: HELLO | MAIL FROM:<jürgen@exämple.com> SMTPUTF8 BODY=8BITMIME | RCPT TO:<jürgen@exämple.com> | DATA | HEAD |
     Subject: Grüße | | END
-== DSN
--- extensions=["DSN"]
+== DSN  -- extensions=["DSN"]
 clean: HELLO | MAIL FROM:<a@example.com> RET=HDRS ENVID=QQ314159 |
     RCPT TO:<b@example.com> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;b@example.com | RSET | QUIT
-== several mails
--- multiple_message_receiving=True
+== several mails  -- multiple_message_receiving=True
 clean: ENVELOPE | HEAD | | . | RSET | MAIL | RCPT | DATA | HEAD | | END
-== a recipient refused
--- not_registered_emails=["b@example.com"]
+== a recipient refused  -- not_registered_emails=["b@example.com"]
 clean: HELLO | MAIL | RCPT | QUIT
 no-recipient: ENVELOPE | QUIT
-== DATA refused
--- msg_data_received="554 No"
+== DATA refused  -- msg_data_received="554 No"
 clean: ENVELOPE | RSET | QUIT
-== a mail refused
--- msg_msg_received="451 Later"
+== a mail refused  -- msg_msg_received="451 Later"
 clean: ENVELOPE | HEAD | | . | MAIL | RCPT | DATA | HEAD | | END
-== a 421
--- blacklisted_mailfrom_emails=["a@example.com"]
+== a 421  -- blacklisted_mailfrom_emails=["a@example.com"]
 clean: HELLO | MAIL | QUIT
 after-421 x2: HELLO | MAIL | RSET | NOOP | QUIT
-== a mail that is too large
--- msg_size_limit=10
+== a mail that is too large  -- msg_size_limit=10
 clean: ENVELOPE | HEAD | END
-== several recipients
--- multiple_rcptto=True
+== several recipients  -- multiple_rcptto=True
 clean: ENVELOPE | HEAD | Bcc: B <b@example.com> | | END
 bcc-disclosed: HELLO | MAIL | RCPT | RCPT TO:<c@example.com> | DATA | HEAD | Bcc: C <c@example.com> | | END
-== a 421 as the greeting
--- msg_greeting="421 Too busy"
+== a 421 as the greeting  -- msg_greeting="421 Too busy"
 after-421: HELLO | QUIT
-== DATA refused for now
--- msg_data_received="451 Later"
+== DATA refused for now  -- msg_data_received="451 Later"
 data-after-refusal: ENVELOPE | HEAD | QUIT | | R:Hello\n | . | QUIT
-== DATA refused in a group
--- extensions=["PIPELINING"], msg_data_received="451 Later"
+== DATA refused in a group  -- extensions=["PIPELINING"], msg_data_received="451 Later"
 pipelining-order, data-after-refusal: ENVELOPE | + DATE | +  | + . | QUIT
-== AUTH where STARTTLS is offered
--- auth_users={"u": "p"}, ssl_context=True
+== AUTH where STARTTLS is offered  -- auth_users={"u": "p"}, ssl_context=True
 auth-in-clear x2: HELLO | AUTH PLAIN AHUAcAA= | auth login | dQ== | cA== | QUIT
-== a sender refused
--- blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
+== a sender refused  -- blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
 bad-sequence, no-recipient: ENVELOPE | QUIT
-== DELIVERBY, FUTURERELEASE and XCLIENT
--- extensions=["DELIVERBY", "FUTURERELEASE 100 100", "XCLIENT"]
+== DELIVERBY, FUTURERELEASE and XCLIENT  -- extensions=["DELIVERBY", "FUTURERELEASE 100 100", "XCLIENT"]
 clean: HELLO | MAIL FROM:<a@example.com> BY=120;R HOLDFOR=120 | XCLIENT NAME=a | QUIT
-== BINARYMIME
--- extensions=["CHUNKING", "BINARYMIME", "8BITMIME"]
+== BINARYMIME  -- extensions=["CHUNKING", "BINARYMIME", "8BITMIME"]
 clean: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT |
     R:BDAT 164 LAST\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nMessage-ID: <1@example.com>\r\nMIME-Version: 1.0\r\nContent-Transfer-Encoding: binary\r\n\r\n\0\n\xff\r\n |
     QUIT
 bad-sequence, bare-lf: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | DATA | HEAD | | R:a\n\r\n | END
 bad-sequence: HELLO | MAIL | RCPT | R:BDAT 3\r\nabc | DATA | QUIT
-== no recipient, and a lone dot
--- not_registered_emails=["b@example.com"]
--- rule: DATA: reply 354 Go on
+== no recipient, and a lone dot  -- not_registered_emails=["b@example.com"]  -- rule: DATA: reply 354 Go on
 no-recipient: HELLO | MAIL | RCPT | DATA | END
-== SIZE and an extension of its own
--- extensions=["SIZE", "FOO"]
+== SIZE and an extension of its own  -- extensions=["SIZE", "FOO"]
 unannounced-parameter x4: HELLO | MAIL FROM:<a@example.com> SIZE=10 BODY=8BITMIME |
     MAIL FROM:<a@example.com> SIZE=10 FOO=1 | RCPT TO:<b@example.com> NOTIFY=NEVER | RSET | HELO a.example.com |
     MAIL FROM:<a@example.com> SIZE=10 | MAIL FROM:<a@example.com> BODY=BINARYMIME | QUIT
-== SMTPUTF8
--- extensions=["SMTPUTF8"]
+== SMTPUTF8  -- extensions=["SMTPUTF8"]
 undeclared-utf8 x2: HELLO | MAIL FROM:<jürgen@example.com> SMTPUTF8 | RSET | MAIL FROM:<jürgen@example.com> | RSET |
     MAIL | RCPT TO:<jürgen@example.com> | QUIT
 """)
@@ -1600,53 +1460,45 @@ class ViolationTest(ServerCase):
         memory = Memory("EHLO a.com", auth_users={"u": "q"}, multiple_message_receiving=True)
         memory.feed(f"AUTH PLAIN {secret}\nAUTH LOGIN\r\n{secret} \n".encode())
         message = memory.message()
-        self.assertEqual(
-            [found.code for found in message.violations], ["bare-lf", "pipelining", "pipelining", "bare-lf"]
-        )
+        codes = ["bare-lf", "pipelining", "pipelining", "bare-lf"]
+        self.assertEqual([found.code for found in message.violations], codes)
         self.assertNotIn(secret, pickle.dumps(message).decode("latin-1"))
-        for lines in (
-            [f"AUTH PLAIN {secret}", secret],  # a login in two lines by mistake
-            ["AUTH LOGIN", secret, secret, "*"],
-            ["AUTH NTLM", secret, "EHLO a.com"],
-            [f"AUTH=PLAIN {secret}", f"AUTH: PLAIN {secret}"],
+        for lines, users in itertools.product(
+            (
+                [f"AUTH PLAIN {secret}", secret],  # a login in two lines by mistake
+                ["AUTH LOGIN", secret, secret, "*"],
+                ["AUTH NTLM", secret, "EHLO a.com"],
+                [f"AUTH=PLAIN {secret}", f"AUTH: PLAIN {secret}"],
+            ),
+            (None, {"u": "q"}),
         ):
-            for options in ({}, dict[str, Any](auth_users={"u": "q"})):
-                with self.subTest(lines, options=options):
-                    message = Memory("EHLO a.com", *lines, **options).message()
-                    self.assertNotIn(secret, pickle.dumps(message).decode("latin-1") + repr(message.to_dict()))
+            with self.subTest(lines, users=users):
+                message = Memory("EHLO a.com", *lines, auth_users=users).message()
+                self.assertNotIn(secret, pickle.dumps(message).decode("latin-1") + repr(message.to_dict()))
 
     def test_tolerated(self) -> None:
         message = Memory("EHLO a", "FOO", tolerated=("unknown-command", "hello-not-fqdn")).message()
         self.assertEqual((message.violations, message.warnings), ([], []))
         self.assertEqual([*Configuration(tolerated=["bare-lf"]).tolerated], ["bare-lf"])
-        with self.assertRaisesRegex(ConfigurationError, "tolerated: bare-fl is unknown; did you mean bare-lf?"):
-            Configuration(tolerated=["bare-fl"])
 
     def test_strict(self) -> None:
         mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\nHello\r\n.\r\n"
-        for options, content, reply in (
-            ({}, mail, "250 Received"),
-            (
-                {},
-                mail.replace(b"Hello", b"Hello\n"),
-                "550 5.6.0 bare-lf: a line ends in LF and not in CRLF (RFC 5321 2.3.8): 'Hello'",
-            ),
-            (
-                {},
-                mail.replace(b"Hello", b".Hello"),
-                "550 5.6.0 unstuffed-dot: a dot at the start of a line is not doubled",
-            ),
-            ({"tolerated": ["bare-lf"]}, mail.replace(b"Hello", b"Hello\n"), "250 Received"),
-            ({"msg_violation": "554 no"}, mail[10:], "554 no"),
+        bare_lf, dot = mail.replace(b"Hello", b"Hello\n"), mail.replace(b"Hello", b".Hello")
+        unknown = "550 5.6.0 unknown-command"  # but commands are answered as ever
+        for options, commands, content, reply in (
+            ({}, [], mail, RECEIVED),
+            ({}, [], bare_lf, "550 5.6.0 bare-lf: a line ends in LF and not in CRLF (RFC 5321 2.3.8): 'Hello'"),
+            ({}, [], dot, "550 5.6.0 unstuffed-dot: a dot at the start of a line is not doubled"),
+            ({"tolerated": ["bare-lf"]}, [], bare_lf, RECEIVED),
+            ({"msg_violation": "554 no"}, [], mail[10:], "554 no"),
+            ({}, ["FOO" * 150 + "ä"], mail, unknown),
+            ({}, ["FOO"], mail, unknown),
         ):
             with self.subTest(options, content=content):
-                memory = Memory(*ENVELOPE, "DATA", strict=True, **options)
-                self.assertEqual(memory.feed(content)[0][: len(reply)], reply)
+                memory = Memory(*ENVELOPE, *commands, "DATA", strict=True, **dict[str, Any](options))
+                (said,) = memory.feed(content)
+                self.assertEqual((said[: len(reply)], len(said) < 512), (reply, True))
                 self.assertEqual(memory.message().is_consistent, reply[0] == "2")
-        memory = Memory(*ENVELOPE, "FOO" * 300 + "ä", "DATA", strict=True, tolerated=["long-command"])
-        self.assertLess(len(memory.feed(mail)[0]), 512)
-        commands = Memory(*ENVELOPE, "FOO", "DATA", strict=True)  # commands are answered as ever
-        self.assertEqual(commands.feed(mail)[0][:25], "550 5.6.0 unknown-command")
 
     def test_strict_looks_at_each_body(self) -> None:
         """Two of the same size, in one message."""
@@ -1660,8 +1512,7 @@ class ViolationTest(ServerCase):
         with Server(multiple_message_receiving=True) as server:
             send(server, "Subject: 1", "Subject: 2")
             server.wait_for_messages(2, TIMEOUT)
-            codes = [found.code for found in server.violations()]
-        self.assertEqual(codes, ["header-missing"] * 4)
+            self.assertEqual([found.code for found in server.violations()], ["header-missing"] * 4)
 
     def test_what_comes_before_a_reply_that_is_delayed(self) -> None:
         server, client, recorder = self.serve("EHLO: delay 0.3", log_server_activity=True)
@@ -1705,11 +1556,11 @@ class ViolationTest(ServerCase):
         nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\r\n\r\n--b%d\r\n" % (i, i) for i in range(500))
         for content in (
             nested,
-            b"".join(b"X-%d: =?utf-8?q?x?=\r\n" % i for i in range(20_000)),
-            b"Content-Type: text/plain" + b"; a=b" * 200_000,
-            b"To: " + b"a@example.com, " * 50_000,
-            b"Subject: " + b"=?a?q?" * 200_000,
-            b"\r\n" + b"=\n" * 500_000,
+            b"".join(b"X-%d: =?utf-8?q?x?=\r\n" % i for i in range(10_000)),
+            b"Content-Type: text/plain" + b"; a=b" * 100_000,
+            b"To: " + b"a@example.com, " * 25_000,
+            b"Subject: " + b"=?a?q?" * 100_000,
+            b"\r\n" + b"=\n" * 250_000,
         ):
             memory = Memory(*ENVELOPE, "DATA")
             memory.feed(content + b"\r\n.\r\n")
@@ -1745,16 +1596,14 @@ HELO, SEND, FOO, NOOPX => HELO, SEND
 HELO, SEND, SEND => HELO, SEND
 HELO, SEND, RSET, SEND, QUIT => HELO, SEND, quit
 HELO, MAIL, RCPT, DATA, half => HELO, MAIL, RCPT, DATA, half
-== one message, several recipients
--- multiple_rcptto=True
+== one message, several recipients  -- multiple_rcptto=True
 HELO, MAIL, RCPT, RCPT TO:<bad>, RCPT TO:<c@c.com> => HELO, MAIL, RCPT, RCPT TO:<bad> 501, RCPT TO:<c@c.com> 250
 HELO, MAIL, RCPT TO:<bad> => HELO, MAIL, RCPT TO:<bad> 501
 HELO, SEND, RCPT TO:<c@c.com> => HELO, MAIL, RCPT, RCPT TO:<c@c.com> 250, DATA, hi 250
 HELO, MAIL, RCPT, MAIL, RCPT TO:<c@c.com> => HELO, MAIL, RCPT TO:<c@c.com> 250
 HELO, MAIL, RCPT, RSET => HELO, RSET 250
 HELO, SEND, SEND => HELO, SEND
-== several messages, one recipient
--- multiple_message_receiving=True
+== several messages, one recipient  -- multiple_message_receiving=True
 HELO, SEND, SEND, QUIT => HELO, SEND + HELO, SEND, quit
 HELO, SEND, RSET, SEND => HELO, SEND, RSET 250 + HELO, SEND
 HELO, SEND, RSET, NOOP, QUIT => HELO, SEND, RSET 250, noop, quit
@@ -1765,41 +1614,76 @@ HELO, SEND, RCPT TO:<c@c.com> => HELO, SEND + HELO, RCPT TO:<c@c.com> 503
 HELO, SEND, MAIL, RSET, QUIT => HELO, SEND + HELO, RSET 250, quit
 HELO, SEND, MAIL, RCPT, RCPT TO:<c@c.com>, DATA, hi, . => HELO, SEND + HELO, MAIL, RCPT TO:<c@c.com> 250, DATA, hi 250
 HELO, MAIL, RSET, SEND => HELO, SEND
-== several messages, several recipients
--- multiple_message_receiving=True, multiple_rcptto=True
+== several messages, several recipients  -- multiple_message_receiving=True, multiple_rcptto=True
 HELO, MAIL, RCPT, RCPT, DATA, hi, ., SEND => HELO, MAIL, RCPT, RCPT, DATA, hi 250 + HELO, SEND
-== refusals by the arguments, the sequence and the blacklists
--- blacklisted_mailfrom_emails=["a@a.com"]
+== refusals by the arguments, the sequence and the blacklists  -- blacklisted_mailfrom_emails=["a@a.com"]
 EHLO => EHLO 501
 HELO, MAIL FROM:x => HELO, MAIL FROM:x 501
 HELO, MAIL => HELO, MAIL FROM:<a@a.com> 421
 HELO, DATA => HELO, DATA 503
 RSET => RSET 503
-== a body that is too long is not kept
--- msg_size_limit=1
+== a body that is too long is not kept  -- msg_size_limit=1
 HELO, SEND => HELO, MAIL, RCPT, DATA, 552
-== a body that is refused by its text is kept
--- msg_msg_received="451 no"
+== a body that is refused by its text is kept  -- msg_msg_received="451 no"
 HELO, SEND => HELO, MAIL, RCPT, DATA, hi 451
-== what rules made of a mail
--- rule: RCPT: reply 250 welcome
--- rule: message: reply 451 try later |
+== what rules made of a mail  -- rule: RCPT: reply 250 welcome  -- rule: message: reply 451 try later |
 HELO, MAIL, RCPT TO:<no body>, DATA, hi, ., NOOP => HELO, MAIL, RCPT TO:<no body> 250, DATA, hi 451, noop
-== chunks
--- extensions=["CHUNKING"]
+== chunks  -- extensions=["CHUNKING"]
 HELO, MAIL, RCPT, BDAT 4, hi, BDAT 0 LAST => HELO, MAIL, RCPT, BDAT 0 LAST 250, hi 250
 HELO, MAIL, RCPT, BDAT 4, hi, RSET, MAIL, RCPT, BDAT 0 LAST => HELO, MAIL, RCPT, BDAT 0 LAST 250, 250
 HELO, MAIL, RCPT, BDAT 4, hi, HELO, MAIL, RCPT, DATA, new, . => HELO, MAIL, RCPT, DATA, new 250
 HELO, MAIL, RCPT, BDAT 4, hi, MAIL, RCPT, DATA, new, . => HELO, MAIL, RCPT, DATA, new 250
 HELO, MAIL, RCPT, BDAT 4, hi, BDAT 10 LAST, half => HELO, MAIL, RCPT, BDAT 4 250, hihalf
-== chunks of several mails
--- extensions=["CHUNKING"], multiple_message_receiving=True
+== chunks of several mails  -- extensions=["CHUNKING"], multiple_message_receiving=True
 HELO, MAIL, RCPT, BDAT 4 LAST, hi, MAIL, RCPT, BDAT 4 LAST, hi => HELO, BDAT + HELO, BDAT
 """)
 SAID = {"HELO": ENVELOPE[:1], "MAIL": ENVELOPE[1:2], "RCPT": ENVELOPE[2:], "SEND": SEND}
 KEPT = {"HELO": "EHLO a.com 250", "MAIL": f"{ENVELOPE[1]} 250", "RCPT": f"{ENVELOPE[2]} 250", "DATA": "DATA 354"}
 KEPT["SEND"] = ", ".join([KEPT["MAIL"], KEPT["RCPT"], "DATA 354, hi 250"])
 KEPT["BDAT"] = ", ".join([KEPT["MAIL"], KEPT["RCPT"], "BDAT 4 LAST 250, hi 250"])
+
+
+# What a session says, and some attributes of its last message, as Python's keyword arguments.
+FACTS = read_table(r"""
+== each attribute
+HELO / SEND / NOOP / QUIT => helo_request="EHLO a.com", helo_response="250 Received", helo=True, esmtp=True
+HELO / SEND => mailfrom_request="MAIL FROM:<a@a.com>", mailfrom_response="250 Received", mailfrom=True
+HELO / SEND => mail_from="a@a.com", mailfrom_parameters={}, rcptto=True, rcpt_tos=["b@b.com"]
+HELO / SEND => rcptto_request_response=[("RCPT TO:<b@b.com>", "250 Received")]
+HELO / SEND => data_request="DATA", data_response="{READY}", data=True
+HELO / SEND => content=b"hi\r\n", msg_request="hi\r\n", msg_response="250 Received", msg=True
+HELO / SEND => rset_request="", rset_response="", rset=False, noop=False, quit_sent=False, is_consistent=True
+HELO / SEND / NOOP / QUIT => noop=True, quit_sent=True, id=1, peer=("192.0.2.1", 4321)
+HELO / SEND => auth_request="", auth_response="", auth=False, auth_user=None, auth_mechanism=None, tls=None
+== requests and senders
+Ehlo\ta.com => helo_request="Ehlo\ta.com"
+ EHLO a.com \r => helo_request="EHLO a.com"
+HELO \xff => helo_request="HELO \udcff"
+HELO / MAIL FROM:<> => mail_from="", is_consistent=False
+HELO / MAIL FROM: John <j@x.com> => mail_from="j@x.com"
+HELO / MAIL FROM:j => mail_from=None
+HELO / MAIL / RCPT TO:nobody => received_at=None, received_header=""
+HELO a.com / SEND => esmtp=False
+== what only a rule accepted is taken apart  -- extensions=["SIZE"]
+-- rule: MAIL: reply 250 ok
+-- rule: RCPT: reply 250 ok
+HELO / MAIL FROM:<John> SIZE=10 => mail_from="John", mailfrom_parameters={"SIZE": "10"}
+HELO / MAIL / RCPT TO:<Jim Doe> X=1 Y => rcpt_tos=["Jim Doe"], rcptto_parameters=[{"X": "1", "Y": ""}]
+== parameters  -- extensions=["SIZE", "SMTPUTF8", "DSN"], multiple_rcptto=True
+HELO / MAIL FROM:<a@a.com> SIZE=5 smtputf8 => mail_from="a@a.com", mailfrom_parameters={"SIZE": "5", "SMTPUTF8": ""}
+HELO / MAIL / RCPT TO:<b@b.com> NOTIFY=NEVER / RCPT => rcptto_parameters=[{"NOTIFY": "NEVER"}, {}]
+== consistent though a recipient was refused  -- multiple_rcptto=True
+HELO / MAIL / RCPT TO:<bad> / RCPT / DATA / hi / . => is_consistent=True
+== inconsistent by the sender  -- rule: RCPT: reply 250 ok  -- rule: DATA: reply 354 go  -- rule: MAIL: reply 550 no
+HELO / SEND => is_consistent=False, data=True
+== inconsistent by the recipient  -- rule: DATA: reply 354 go  -- rule: RCPT: reply 550 no
+HELO / SEND => is_consistent=False, data=True
+== inconsistent by the body  -- rule: message: reply 550 no
+HELO / SEND => is_consistent=False, data=True
+== logins  -- auth_users={"alice": "s", "bob": ""}
+HELO / AUTH PLAIN {b64 \0mallory\0guess} / QUIT => auth=False, auth_user="mallory", auth_response="535 Authentication credentials invalid"
+HELO / AUTH PLAIN {b64 \0bob\0} / AUTH LOGIN / HELO / SEND => auth=True, auth_user="bob"
+""")
 
 
 def summarize(message: Message) -> str:
@@ -1848,21 +1732,16 @@ class RecordTest(unittest.TestCase):
                     expected = [keep(message) for message in kept.split(" + ")] if items else []
                     self.assertEqual(list(map(summarize, memory.messages())), expected)
 
-    def test_each_attribute(self) -> None:
-        memory = receive_mail()
-        memory.say("NOOP", "QUIT")
-        expected = {
-            "helo_request": "EHLO a.com", "helo_response": RECEIVED, "helo": True, "esmtp": True,
-            "mailfrom_request": "MAIL FROM:<a@a.com>", "mailfrom_response": RECEIVED, "mailfrom": True,
-            "mail_from": "a@a.com", "mailfrom_parameters": {},
-            "rcptto_request_response": [("RCPT TO:<b@b.com>", RECEIVED)], "rcptto": True, "rcpt_tos": ["b@b.com"],
-            "data_request": "DATA", "data_response": READY, "data": True,
-            "content": b"hi\r\n", "msg_request": "hi\r\n", "msg_response": RECEIVED, "msg": True,
-            "rset_request": "", "rset_response": "", "rset": False, "noop": True, "quit_sent": True,
-            "auth_request": "", "auth_response": "", "auth": False, "auth_user": None, "auth_mechanism": None,
-            "tls": None, "is_consistent": True, "id": 1, "peer": ("192.0.2.1", 4321),
-        }  # fmt: skip
-        self.assertEqual({name: getattr(memory.message(), name) for name in expected}, expected)
+    def test_facts(self) -> None:
+        for title, entry in FACTS.items():
+            for row in entry.lines:
+                said, _, facts = row.partition(" => ")
+                lines = [line for item in said.split(" / ") for line in SAID.get(item, [item])]
+                memory = Memory(**entry.options)
+                memory.feed(b"".join(read_escapes(line) + b"\r\n" for line in lines))
+                with self.subTest(title, said=said):
+                    message, expected = memory.message(), read_options(facts)
+                    self.assertEqual({name: getattr(message, name) for name in expected}, expected)
 
     def test_nothing_is_kept_of_nonsense(self) -> None:
         message = Memory("nonsense").message()
@@ -1876,20 +1755,12 @@ class RecordTest(unittest.TestCase):
         memory.end()
         self.assertEqual(memory.messages(), [])
 
-    def test_requests_are_kept_as_they_are(self) -> None:
-        for line, request in {
-            b"Ehlo\ta.com": "Ehlo\ta.com",
-            b" EHLO a.com \r": "EHLO a.com",
-            b"HELO \xff": "HELO \udcff",
-        }.items():
-            memory = Memory()
-            memory.feed(line + b"\n")
-            self.assertEqual(memory.message().helo_request, request)
-
     def test_a_client_that_leaves_in_the_body(self) -> None:
         memory = Memory(*ENVELOPE, "DATA", "half")
         memory.feed(b"..a")
-        self.assertEqual((memory.message().content, memory.message().msg), (b"half\r\n.a", False))
+        message = memory.message()
+        self.assertEqual((message.content, message.msg), (b"half\r\n.a", False))
+        self.assertEqual(message.transcript.splitlines()[-1], "C: <9 bytes>")
 
     def test_the_body_is_kept_as_it_is(self) -> None:
         for body in b"|\r\n|\n\r\x00\xff\r\n|no header\r\n|.\n\r\n|..\r\n.a\r\n|\r\n\r\n.\r.\r\n".split(b"|"):
@@ -1901,33 +1772,7 @@ class RecordTest(unittest.TestCase):
                 self.assertEqual(message.msg_request.encode("utf-8", "surrogateescape"), body)
                 self.assertTrue(message.is_consistent)
 
-    def test_is_consistent_needs_each_step(self) -> None:
-        go_on = ["RCPT: reply 250 ok", "DATA: reply 354 go"]
-        for rules, recipients, expected in (
-            ([], ["bad", "b@b.com"], True),
-            ([*go_on, "MAIL: reply 550 no"], ["b@b.com"], False),
-            ([*go_on, "RCPT: reply 550 no"], ["b@b.com"], False),
-            ([*go_on, "message: reply 550 no"], ["b@b.com"], False),
-        ):
-            memory = Memory(rules=rules, multiple_rcptto=True)
-            memory.say(*ENVELOPE[:2], *(f"RCPT TO:<{recipient}>" for recipient in recipients), *SEND[2:])
-            self.assertEqual((memory.message().is_consistent, memory.message().data), (expected, True), rules)
-
-    def test_the_sender(self) -> None:
-        for line, sender in (("MAIL FROM:<>", ""), ("MAIL FROM: John <j@x.com>", "j@x.com"), ("MAIL FROM:j", None)):
-            self.assertEqual(Memory("EHLO a.com", line).message().mail_from, sender)
-
-    def test_what_only_a_rule_accepted_is_taken_apart(self) -> None:
-        lines = [ENVELOPE[0], "MAIL FROM:<John> SIZE=10", "RCPT TO:<Jim Doe> X=1 Y", *SEND[2:]]
-        message = Memory(*lines, rules=["MAIL: reply 250 ok", "RCPT: reply 250 ok"], extensions=["SIZE"]).message()
-        self.assertEqual((message.mail_from, message.mailfrom_parameters), ("John", {"SIZE": "10"}))
-        self.assertEqual((message.rcpt_tos, message.rcptto_parameters), (["Jim Doe"], [{"X": "1", "Y": ""}]))
-
     # When it is in the mailbox.
-
-    def test_recorded_with_the_reply_that_completes_it(self) -> None:
-        for lines in ([*ENVELOPE, *SEND[2:]], ["EHLO a.com", "QUIT"]):
-            self.assertEqual(Memory(*lines).recorded[-2:], [0, 1])
 
     def test_what_was_handed_out_does_not_change(self) -> None:
         memory = receive_mail(multiple_rcptto=True)
@@ -1942,18 +1787,23 @@ class RecordTest(unittest.TestCase):
         with self.assertRaisesRegex(AttributeError, "read-only: helo"):
             message.helo = False
 
-    def test_a_purged_message_is_not_handed_out_again(self) -> None:
-        memory = receive_mail()
-        self.assertEqual(len(memory.messages(purge=True)), 1)
-        memory.say("RSET", "NOOP", "QUIT")
-        memory.end()
-        self.assertEqual(memory.messages(), [])
+    def test_recorded_with_the_reply_that_completes_it(self) -> None:
+        for lines in ([*ENVELOPE, *SEND[2:]], ["EHLO a.com", "QUIT"]):
+            self.assertEqual(Memory(*lines).recorded[-2:], [0, 1])
 
-    def test_a_purge_does_not_change_the_dialogue(self) -> None:
-        memory = receive_mail()
-        memory.messages(purge=True)
-        self.assertEqual(memory.say("DATA", "new", "."), [READY, RECEIVED])
-        self.assertEqual(list(map(summarize, memory.messages())), [keep("HELO, MAIL, RCPT, DATA, new 250")])
+    def test_after_a_purge(self) -> None:
+        """What is not new does not come again, and what is new comes when it is complete; the dialogue is the same."""
+        for lines, replies, before, after in (
+            (["RSET", "NOOP", "QUIT"], 4, [], []),
+            (["DATA", "new", "."], 2, ["HELO, MAIL, RCPT, DATA, new 250"], ["HELO, MAIL, RCPT, DATA, new 250"]),
+            (["NOOP", *SEND[:3]], 4, [], ["HELO, MAIL, RCPT, DATA"]),
+        ):
+            memory = receive_mail()
+            self.assertEqual(len(memory.messages(purge=True)), 1)
+            self.assertEqual(len(memory.say(*lines)), replies)
+            self.assertEqual(list(map(summarize, memory.messages())), list(map(keep, before)))
+            memory.end()
+            self.assertEqual(list(map(summarize, memory.messages())), list(map(keep, after)))
 
     def test_a_purge_at_any_moment_loses_nothing(self) -> None:
         """The second mail of a session, and a purge in the middle of each of its commands."""
@@ -1965,14 +1815,6 @@ class RecordTest(unittest.TestCase):
             memory.say(*lines[moment + 1 :])
             bodies = [message.content for message in (*purged, *memory.messages())]
             self.assertEqual((len(purged), bodies.count(b"new\r\n")), (1, 1), f"purged at {line}")
-
-    def test_a_message_after_a_purge_is_there_when_it_is_complete(self) -> None:
-        memory = receive_mail()
-        memory.messages(purge=True)
-        memory.say("NOOP", *SEND[:3])
-        self.assertEqual(memory.messages(), [])
-        memory.end()
-        self.assertEqual(list(map(summarize, memory.messages())), [keep("HELO, MAIL, RCPT, DATA")])
 
     def test_repr(self) -> None:
         memory = receive_mail()
@@ -1988,22 +1830,16 @@ class RecordTest(unittest.TestCase):
 
 # Mails as the programs named here write them: what is to be found in one, and its content with Python's escapes.
 MAILS = read_table(r"""
-== smtplib, no header at all
--- subject=None, text="Hello\n", html=None, attachments=[]
+== smtplib, no header at all  -- subject=None, text="Hello\n", html=None, attachments=[]
 Hello
-== an indented text without a header
--- subject=None, text="  Hello\n"
+== an indented text without a header  -- subject=None, text="  Hello\n"
   Hello
-== an empty one
--- subject=None, text="", html=None, attachments=[]
-== an empty body
--- subject="empty", text=""
+== an empty one  -- subject=None, text="", html=None, attachments=[]
+== an empty body  -- subject="empty", text=""
 Subject: empty\n
-== no empty line after the header
--- subject="hi", text=""
+== no empty line after the header  -- subject="hi", text=""
 Subject: hi
-== mutt, UTF-8 as 8bit
--- subject="Grüße aus Köln, mit einem langen Betreff – der zweite Teil", text="Schöne Grüße\n"
+== mutt, UTF-8 as 8bit  -- subject="Grüße aus Köln, mit einem langen Betreff – der zweite Teil", text="Schöne Grüße\n"
 Date: Sun, 22 Nov 2026 10:00:00 +0000
 From: =?utf-8?Q?J=C3=B6rg?= <joerg@example.org>
 To: b@example.com
@@ -2015,15 +1851,13 @@ Content-Disposition: inline
 Content-Transfer-Encoding: 8bit
 
 Schöne Grüße
-== PHP, ISO-8859-1 as 8bit
--- subject="Bestellung bestätigt", text="Sie zahlen 5 £ für alles.\n", attachments=[]
+== PHP, ISO-8859-1 as 8bit  -- subject="Bestellung bestätigt", text="Sie zahlen 5 £ für alles.\n", attachments=[]
 Subject: =?iso-8859-1?Q?Bestellung_best=E4tigt?=
 Content-Type: text/plain; charset=iso-8859-1
 Content-Transfer-Encoding: 8bit
 
 Sie zahlen 5 \xa3 f\xfcr alles.
-== Outlook, ISO-8859-1 as quoted-printable
--- text="Schön, bis später =)\n"
+== Outlook, ISO-8859-1 as quoted-printable  -- text="Schön, bis später =)\n"
 Subject: RE: Treffen
 Content-Type: text/plain; charset="iso-8859-1"
 Content-Transfer-Encoding: quoted-printable
@@ -2082,8 +1916,7 @@ Content-Transfer-Encoding: quoted-printable
 
 5 =E2=82=AC
 --------------A0--
-== Outlook, encoded words in a file's name, a mail in the mail
--- text=None, html="<p>see below</p>"
+== Outlook, encoded words in a file's name, a mail in the mail  -- text=None, html="<p>see below</p>"
 -- attachments=[("Berícht.bin", "application/octet-stream", b"\0\xff\1")
 -- (None, "message/rfc822", b"Subject: report\r\nContent-Type: text/plain\r\n\r\nthe first")]
 Subject: FW: report
@@ -2120,27 +1953,23 @@ Final-Recipient: rfc822; b@b.com
 Action: failed
 
 --b--
-== 8-bit and NUL bytes, and no charset
--- text="\0\1\ufffd\n€\n", html=None
+== 8-bit and NUL bytes, and no charset  -- text="\0\1\ufffd\n€\n", html=None
 Subject: \xff\xfe
 
 \0\1\xfc
 €
-== a charset that is none
--- text="Qapla'\n"
+== a charset that is none  -- text="Qapla'\n"
 Content-Type: text/plain; charset=klingon
 
 Qapla'
-== a boundary that never comes
--- subject="broken", text="--other\n\nwhat it says\n", attachments=[]
+== a boundary that never comes  -- subject="broken", text="--other\n\nwhat it says\n", attachments=[]
 Subject: broken
 Content-Type: multipart/mixed; boundary=never
 
 --other
 
 what it says
-== a boundary that has no end
--- text="first", attachments=[(None, "image/png", b"PNG")]
+== a boundary that has no end  -- text="first", attachments=[(None, "image/png", b"PNG")]
 Content-Type: multipart/mixed; boundary=b
 
 --b
@@ -2150,8 +1979,7 @@ first
 Content-Type: image/png
 
 PNG
-== addresses on which the parser of the standard library fails
--- subject="hi", text="body\n"
+== addresses on which the parser of the standard library fails  -- subject="hi", text="body\n"
 From: @
 To: <
 Cc: "
@@ -2161,8 +1989,7 @@ Content-Type: ;
 Subject: hi
 
 body
-== a header of 100 KB
--- subject="long", text="body\n"
+== a header of 100 KB  -- subject="long", text="body\n"
 Subject: long
 X-Long: {word *20000}
 
@@ -2170,7 +1997,7 @@ body
 """)
 MAILS["a subject of 100 KB"] = Entry({"subject": "x" * 100000}, ["Subject: " + "x" * 100000])
 NESTED = "Content-Type: multipart/mixed; boundary=b{0}\n\n--b{0}"
-MAILS["parts as deep as the parser cannot go"] = Entry({"subject": None}, [NESTED.format(n) for n in range(2000)])
+MAILS["parts as deep as the parser cannot go"] = Entry({"subject": None}, [NESTED.format(n) for n in range(1100)])
 
 PUBLIC = [name for name in dir(Message) if not name.startswith("_")] + ["id", "peer"]
 
@@ -2238,35 +2065,21 @@ class MailTest(unittest.TestCase):
 
     def test_trace(self) -> None:
         message = self.receive(b"Subject: hi\r\n\r\nbody\r\n")
-        self.assertEqual(
-            message.as_bytes().decode().replace("\r\n", "\n"),
-            """Return-Path: <a@a.com>
-Received: from client.example.com ([192.0.2.1])
-\tby smtpmock with ESMTP id 1
-\tfor <b@b.com>;
-\tSun, 13 Sep 2020 12:26:40 +0000
-Subject: hi
-
-body
-""",
-        )
+        received = "Received: from client.example.com ([192.0.2.1])\n\tby smtpmock with ESMTP id 1\n\tfor <b@b.com>;"
+        trace = f"Return-Path: <a@a.com>\n{received}\n\tSun, 13 Sep 2020 12:26:40 +0000\n"
+        self.assertEqual(message.as_bytes().decode().replace("\r\n", "\n"), f"{trace}Subject: hi\n\nbody\n")
         self.assertEqual(message.email["Received"].defects, ())
         self.assertEqual(message.received_at, datetime.datetime(2020, 9, 13, 12, 26, 40, 250000, datetime.timezone.utc))
 
     def test_trace_of_others(self) -> None:
         several = self.receive(b"", "b@b.com", "c@c.com", helo="HELO пример.рф")
         self.assertRegex(several.received_header, r"\AReceived: from \[192.0.2.1\] .*\r\n.* with SMTP id 1;\r\n")
-        self.assertFalse(several.esmtp)
         for recipient in ("Postmaster", "дядя@пример.рф"):
             self.assertNotIn("for", self.receive(b"", recipient).received_header)
         memory = receive_mail(peer=("fe80::1%eth0", 25))
         self.assertIn("from a.com ([IPv6:fe80::1])\r\n", memory.message().received_header)
-
-    def test_one_that_is_not_accepted(self) -> None:
         memory = Memory(*ENVELOPE[:2], "RCPT TO:nobody")
-        message = memory.message()
-        self.assertEqual((message.received_at, message.received_header), (None, ""))
-        self.assertEqual(message.as_bytes(), b"Return-Path: <a@a.com>\r\n")
+        self.assertEqual(memory.message().as_bytes(), b"Return-Path: <a@a.com>\r\n")
         memory.say("HELO")
         self.assertEqual(memory.message().as_bytes(), b"")
 
@@ -2303,10 +2116,7 @@ body
         self.ask_all(message)
         for same in (pickle.loads(pickle.dumps(message)), copy.deepcopy(message)):
             self.assertEqual(same.to_dict(), message.to_dict())
-
-    def test_it_is_computed_once(self) -> None:
-        message = self.receive(b"Subject: hi\r\n\r\nbody\r\n")
-        self.assertIs(message.email, message.email)
+        self.assertIs(message.email, message.email)  # computed once
         message.attachments.append(smtpmock.Attachment("mine", "text/plain", b""))
         self.assertEqual(message.attachments, [])
         with self.assertRaisesRegex(AttributeError, "read-only: email"):
@@ -2318,14 +2128,13 @@ body
         values = json.loads(json.dumps(message.to_dict()))
         self.assertEqual(set(PUBLIC) - {"as_bytes", "to_dict", "email", "msg_request"} - set(values), set())
         self.assertEqual([name for name in values if name.startswith("_")], [])
-        self.assertEqual(values["content_encoding"], "base64")
         self.assertEqual(base64.b64decode(values["content"]), message.content)
-        self.assertEqual(values["subject"], "€")
-        self.assertEqual(values["received_at"], "2020-09-13T12:26:40.250000+00:00")
-        self.assertEqual(values["peer"], ["192.0.2.1", 4321])
-        self.assertEqual(values["headers"][-1], ["Subject", "€"])
-        self.assertEqual(values["rcptto_request_response"], [["RCPT TO:<b@b.com>", RECEIVED]])
-        self.assertEqual(values["transcript"].splitlines()[0], r"C: EHLO \udcff")
+        self.assertEqual((values["headers"][-1], values["transcript"][:13]), (["Subject", "€"], r"C: EHLO \udcff"[:13]))
+        expected = {
+            "content_encoding": "base64", "subject": "€", "received_at": "2020-09-13T12:26:40.250000+00:00",
+            "peer": ["192.0.2.1", 4321], "rcptto_request_response": [["RCPT TO:<b@b.com>", RECEIVED]],
+        }  # fmt: skip
+        self.assertEqual({name: values[name] for name in expected}, expected)
         text = self.receive(b"Subject: hi\r\n\r\n\xc3\xa9\r\n").to_dict()
         self.assertEqual((text["content"], text["content_encoding"]), ("Subject: hi\r\n\r\né\r\n", "utf-8"))
 
@@ -2364,9 +2173,9 @@ class TranscriptTest(unittest.TestCase):
         for title, entry in DIALOGUES.items():
             lines = [line.strip() for line in entry.lines]
             others = ["C: .", f"S: {READY}"]
-            if any(line[0] == "R" or line in others or len(line) > 4000 or "AUTH " in line.upper() for line in lines):
-                continue
-            if "multiple_message_receiving" in entry.options:
+            if "multiple_message_receiving" in entry.options or any(
+                line[0] == "R" or line in others or len(line) > 4000 or "AUTH " in line.upper() for line in lines
+            ):
                 continue
             memory = Memory(**entry.options)
             memory.greet()
@@ -2379,16 +2188,15 @@ class TranscriptTest(unittest.TestCase):
         self.assertGreater(count, 10)
 
     def test_a_body_is_one_line(self) -> None:
-        memory = Memory(*ENVELOPE, "DATA", "hi", "..", ".", "QUIT")
-        end = f"C: DATA|S: {READY}|C: <8 bytes>|S: {RECEIVED}|C: QUIT|S: 221 Closing connection|S: <closed>"
-        self.assertEqual(memory.message().transcript.splitlines()[-7:], end.split("|"))
-
-    def test_a_body_that_was_left(self) -> None:
-        memory = Memory(*ENVELOPE, "BDAT 4 LAST", "hi", extensions=["CHUNKING"])
-        self.assertIn("C: BDAT 4 LAST\nC: <4 bytes>\nS: 250 Received", memory.messages()[0].transcript)
-        memory.say("BDAT 4", "hi", "BDAT 10 LAST", "half")
-        self.assertEqual(memory.message().transcript.splitlines()[-1], "C: <10 bytes>")
-        self.assertEqual(Memory(*ENVELOPE, "DATA", "hi").message().transcript.splitlines()[-1], "C: <4 bytes>")
+        ends = "S: 221 Closing connection|S: <closed>"
+        for lines, end in (
+            (["DATA", "hi", "..", ".", "QUIT"], f"C: DATA|S: {READY}|C: <8 bytes>|S: {RECEIVED}|C: QUIT|{ends}"),
+            (["BDAT 4 LAST", "hi", "BDAT 4", "hi", "BDAT 10 LAST", "half"], "C: BDAT 10 LAST|C: <10 bytes>"),
+            (["DATA", "hi"], f"S: {READY}|C: <4 bytes>"),
+            (["BDAT 4 LAST", "hi"], "C: BDAT 4 LAST|C: <4 bytes>|S: 250 Received"),
+        ):
+            transcript = Memory(*ENVELOPE, *lines, extensions=["CHUNKING"]).message().transcript
+            self.assertEqual(transcript.splitlines()[-len(end.split("|")) :], end.split("|"))
 
     def test_each_mail_of_a_session(self) -> None:
         memory = Memory(multiple_message_receiving=True)
@@ -2512,80 +2320,142 @@ class GrammarTest(unittest.TestCase):
             self.assertIn(self.parameters().say(f"MAIL FROM:{path}")[0][:3], ("501", "555"), path)
         self.assertEqual(self.parameters().say("MAIL FROM:<>", "RCPT TO:<Postmaster> NOTIFY=NEVER"), [RECEIVED] * 2)
 
-    def test_parameters_are_recorded(self) -> None:
-        memory = self.parameters()
-        memory.say("MAIL FROM:<a@a.com> SIZE=5 smtputf8", "RCPT TO:<b@b.com> NOTIFY=NEVER", "RCPT TO:<c@c.com>")
-        memory.say(*SEND[2:])
-        message = memory.message()
-        self.assertEqual(message.mailfrom_parameters, {"SIZE": "5", "SMTPUTF8": ""})
-        self.assertEqual(message.rcptto_parameters, [{"NOTIFY": "NEVER"}, {}])
-        self.assertEqual((message.mail_from, message.rcpt_tos), ("a@a.com", ["b@b.com", "c@c.com"]))
-        self.assertEqual(json.loads(json.dumps(message.to_dict()))["rcptto_parameters"], [{"NOTIFY": "NEVER"}, {}])
-
     def test_hostile_lines_cost_what_their_length_does(self) -> None:
-        """For 4 times the text, a quadratic pattern would take 16 times as long."""
-        for row in map(str.strip, HOSTILE.split("|")):
+        """With a pattern that is quadratic in it, this would last for minutes."""
+        for row in HOSTILE.split("|"):
+            unit = re.findall(r"\{(.*)\*\}", row)[0]
+            line = read_line(row.strip().replace("*}", f"*{200_000 // len(unit)}}}")).encode() + b"\r\n"
             for extensions in ((), ("SIZE",)):
                 with self.subTest(row, extensions=extensions):
-                    small, large = (self.measure(row, size, extensions) for size in (25_000, 100_000))
-                    self.assertLess(large, 9 * small + 2e-4)
-
-    def measure(self, row: str, size: int, extensions: Sequence[str]) -> float:
-        """The least time that a line takes."""
-        unit = re.findall(r"\{(.*)\*\}", row)[0]
-        line = read_line(row.replace("*}", f"*{size // len(unit)}}}")).encode() + b"\r\n"
-        times = []
-        for _ in range(5):
-            memory = Memory("EHLO a.com", line_limit=200_000, extensions=extensions)
-            began = time.thread_time()
-            memory.feed(line)
-            times.append(time.thread_time() - began)
-        return min(times)
+                    memory = Memory("EHLO a.com", line_limit=400_000, extensions=extensions)
+                    began = time.thread_time()
+                    memory.feed(line)
+                    self.assertLess(time.thread_time() - began, 2)
 
 
 # ----------------------------------------------------------------------------------- configuration
 
-# Options that are refused, and how the error begins.
+# Options that are refused, and their errors.
 BAD_OPTIONS = """
-prot=25                           prot=25: there is no such option; did you mean port?
-multiple_rcpto=True               multiple_rcpto=True: there is no such option; did you mean multiple_rcptto?
-qqqqqqqq=None                     qqqqqqqq=None: there is no such option
-port=65536                        port=65536: must be an integer from 0 to 65535
-port=-1                           port=-1:
-port="25"                         port='25':
-port=True                         port=True:
-port=25.0                         port=25.0:
-host=None                         host=None: must be a string without lone surrogates
-fail_fast=1                       fail_fast=1: must be true or false
-msg_greeting=b"x"                 msg_greeting=b'x': must be a string without lone surrogates
-msg_size_limit=-1                 msg_size_limit=-1: must be an integer from 0 up
-session_timeout=0                 session_timeout=0: must be a number of seconds from 0.001 to 1000000
-response_delay_quit=-1            response_delay_quit=-1: must be a number of seconds from 0 to
-shutdown_timeout=1e999            shutdown_timeout=inf:
-shutdown_timeout=None             shutdown_timeout=None:
-not_registered_emails="a@a.com"   not_registered_emails='a@a.com': must be a list
-not_registered_emails=[1]         not_registered_emails=[1]: must be a list of strings
-not_registered_emails=5           not_registered_emails=5:
-auth_users="a:b"                  auth_users='a:b': must be a mapping of users
-auth_users=["a"]                  auth_users=['a']: must be a mapping of users
-auth_users={"a":1}                auth_users={'a': 1}: must be a mapping of users
-auth_users={1:"a"}                auth_users={1: 'a'}: must be a mapping of users
-auth_required=True                auth_required=True: needs auth_users
-auth_requires_tls=True            auth_requires_tls=True: needs ssl_context
-implicit_tls=True                 implicit_tls=True: needs ssl_context
-tls_required=True                 tls_required=True: needs ssl_context
-ssl_context=1                     ssl_context=1: must be an ssl.SSLContext
+prot=25                           => prot=25: there is no such option; did you mean port?
+multiple_rcpto=True               => multiple_rcpto=True: there is no such option; did you mean multiple_rcptto?
+qqqqqqqq=None                     => qqqqqqqq=None: there is no such option
+port=65536                        => port=65536: must be an integer from 0 to 65535
+port=-1                           => port=-1:{MORE}
+port="25"                         => port='25':{MORE}
+port=True                         => port=True:{MORE}
+port=25.0                         => port=25.0:{MORE}
+host=None                         => host=None: must be a string without lone surrogates
+fail_fast=1                       => fail_fast=1: must be true or false
+msg_greeting=b"x"                 => msg_greeting=b'x': must be a string without lone surrogates
+msg_greeting="220 \\ud800"        => msg_greeting={MORE}: must be a string without lone surrogates
+msg_size_limit=-1                 => msg_size_limit=-1: must be an integer from 0 up
+session_timeout=0                 => session_timeout=0: must be a number of seconds from 0.001 to 1000000
+response_delay_quit=-1            => response_delay_quit=-1: must be a number of seconds from 0 to {MORE}
+shutdown_timeout=1e999            => shutdown_timeout=inf:{MORE}
+shutdown_timeout=1e999-1e999      => shutdown_timeout=nan:{MORE}
+shutdown_timeout=None             => shutdown_timeout=None:{MORE}
+not_registered_emails="a@a.com"   => not_registered_emails='a@a.com': must be a list{MORE}
+not_registered_emails=[1]         => not_registered_emails=[1]: must be a list of strings
+not_registered_emails=5           => not_registered_emails=5:{MORE}
+auth_users="a:b"                  => auth_users='a:b': must be a mapping of users{MORE}
+auth_users=["a"]                  => auth_users=['a']: must be a mapping of users{MORE}
+auth_users={"a": 1}               => auth_users={'a': 1}: must be a mapping of users{MORE}
+auth_users={1: "a"}               => auth_users={1: 'a'}: must be a mapping of users{MORE}
+auth_required=True                => auth_required=True: needs auth_users
+auth_requires_tls=True            => auth_requires_tls=True: needs ssl_context
+implicit_tls=True                 => implicit_tls=True: needs ssl_context
+tls_required=True                 => tls_required=True: needs ssl_context
+ssl_context=1                     => ssl_context=1: must be an ssl.SSLContext
+auth_mechanisms=["PLAIN","plian"] => auth_mechanisms: plian is unknown; did you mean PLAIN?
+auth_mechanisms=["GSSAPI"]        => auth_mechanisms: GSSAPI is unknown
+auth_mechanisms="PLAIN"           => auth_mechanisms='PLAIN': must be a list of words
+tolerated=["bare-fl"]             => tolerated: bare-fl is unknown; did you mean bare-lf?
+extensions=["SIEZ"]               => extensions: SIEZ is unknown; did you mean SIZE{MORE}
+extensions=["STARTTLS"]           => extensions: STARTTLS is announced with the option ssl_context
+extensions=["auth"]               => extensions: AUTH is announced with the option auth_users
+"""
+
+# Other calls that are refused, where vrfy() makes a Handler with these attributes, and server has a session.
+BAD_CALLS = r"""
+Server(configuration="x")                      => configuration='x': must be a Configuration
+Server(logger=object())                        => logger={MORE}must be a logger with methods info(), warning() and error()
+Server(on_message=1)                           => on_message=1: must be callable
+Server(on_mesage=1)                            => on_mesage=1: there is no such option; did you mean on_message?
+Server(handlers=1)                             => handlers=1: must be a list of subclasses of Handler
+Server(handlers=None)                          => handlers{MORE} subclasses of Handler
+Server(handlers=[1])                           => handlers{MORE} subclass of Handler
+Server(handlers=[object])                      => handlers{MORE} subclass of Handler
+Server(handlers=[vrfy()(Configuration())])     => handlers{MORE} subclass of Handler
+Server(handlers=[vrfy(verbs="VRFY")])          => Vrfy.verbs{MORE}must be a tuple of strings, as{MORE}
+Server(handlers=[vrfy(verbs=())])              => Vrfy.verbs{MORE}must be a tuple of strings, as{MORE}
+Server(handlers=[vrfy(verbs=("V R",))])        => Vrfy.verbs{MORE}'V R' is no verb
+Server(handlers=[vrfy(needs="helo")])          => Vrfy.needs{MORE}must be a tuple of strings, as{MORE}
+Server(handlers=[vrfy(needs=("hello",))])      => Vrfy.needs{MORE}'hello' is no step of a session
+Server(handlers=[vrfy(received="")])           => Vrfy.received{MORE}must be a text that begins with three digits, or an option
+Server(handlers=[vrfy(received="msg_noop_recieved")]) => Vrfy.received{MORE}or an option; did you mean msg_noop_received{MORE}
+Server(handlers=[vrfy(bad_argument="what?")])  => Vrfy.bad_argument{MORE}must be a text that begins with three digits{MORE}
+Server(handlers=[vrfy(parse=None)])            => Vrfy.parse{MORE}must be callable
+server.wait_for_messages(-1)                   => count=-1: must be an integer from 0 up
+server.wait_for_messages(1.5)                  => count=1.5: {MORE}
+server.wait_for_messages(1, -1)                => timeout=-1: must be a number of seconds from 0 to 1000000
+server.wait_for_messages(1, None)              => timeout=None: {MORE}
+server.wait_for_messages(1, 1, "x")            => where='x': must be callable
+server.wait_for_messages_and_purge(-1)         => count=-1: must be an integer from 0 up
+server.wait_for_messages_and_purge(1, -1)      => timeout=-1: must be a number of seconds from 0 to 1000000
+server.wait_for_messages_and_purge(1, 1, "x")  => where='x': must be callable
+server.disconnect(1)                           => reset=1: must be true or false
+configure(host="::1")                          => host='::1': cannot be changed by configure()
+configure(port=0)                              => port=0: cannot be changed by configure()
+configure(fail_fsat=True)                      => fail_fsat=True: there is no such option; did you mean fail_fast?
+configure(fail_fast=1)                         => fail_fast=1: must be true or false
+configure(tls_required=True)                   => tls_required=True: needs ssl_context
+configure(on_message=1)                        => on_message=1: must be callable
+configure(handlers=[int])                      => handlers: <class 'int'> must be a subclass of Handler
+configure(configuration=Configuration(port=1)) => port=1: cannot be changed by configure()
+configure(configuration="x")                   => configuration='x': must be a Configuration
+server.on("")                                  => stage='': must be connect, message, * or a verb{MORE}
+server.on(None)                                => stage=None: {MORE}
+server.on("MAIL TWICE")                        => stage='MAIL TWICE': {MORE}
+server.on("RCTP")                              => stage='RCTP': {MORE}did you mean RCPT?
+server.on("CONNCET")                           => stage='CONNCET': {MORE}did you mean connect?
+server.on("MAILFROM")                          => stage='MAILFROM': {MORE}did you mean MAIL?
+server.on("BODY")                              => stage='BODY': {MORE}did you mean message?
+server.on("END")                               => stage='END': {MORE}did you mean message?
+server.on("MAIL", 1)                           => match=1: must be an address, a domain, a pattern or a function
+server.on("RCPT", "@example.com")              => {MORE}did you mean 'example.com'?
+server.on("RCPT", r".*@example\.com")          => {MORE}looks like a pattern; did you mean re.compile({MORE}
+server.on("RCPT", r"bob@example\.com")         => {MORE}looks like a pattern; did you mean re.compile({MORE}
+server.on("RCPT", r"\w@x.com")                 => {MORE}looks like a pattern; did you mean re.compile({MORE}
+server.on("RCPT", "^bob@x.com")                => {MORE}looks like a pattern; did you mean re.compile({MORE}
+server.on("RCPT", "bob@x.com$")                => {MORE}looks like a pattern; did you mean re.compile({MORE}
+server.on("RCPT", "*@x.com")                   => {MORE}looks like a pattern; did you mean re.compile({MORE}
+server.on("MAIL", times=0)                     => times=0: must be an integer from 1 up
+server.on("MAIL", probability=2)               => probability=2: must be a number from 0 to 1
+server.on("MAIL", time=2)                      => time: on() takes stage, match, times, probability and after
+server.on("MAIL", after=1)                     => after=1: is for the stage message, not for MAIL
+server.on("message", after=-1)                 => after=-1: must be an integer from 0 up
+server.on("MAIL").reply()                      => reply=(): must be one string or more
+server.on("MAIL").reply(450)                   => reply=450: {MORE}
+server.on("MAIL").reply("\ud800")              => reply='{MORE}ud800': must be one string or more
+server.on("MAIL").delay(-1)                    => delay=-1: must be a number of seconds{MORE}
+server.on("MAIL").trickle("x")                 => trickle='x': must be a number of seconds{MORE}
+server.on("MAIL").raw("x")                     => raw='x': must be bytes
+server.on("MAIL")(1)                           => rule=1: must be callable
+Action(time=2)                                 => time=2: there is no such option; there are reply, raw, delay, tri{MORE}
+Action(then="closed")                          => then='closed': must be one of close, drop, reset, silence
+Action(delay="soon")                           => delay='soon': must be a number of seconds{MORE}
+"""
+GOOD_CALLS = r"""
+Server(extensions=["XSIZE", "FOO", "size 5"])
+server.on("VRFY"), server.on("HELP"), server.on("XCLIENT"), server.on("Mail From"), server.on("rcpt")
+server.on("RCPT", "a.b+c@example.com"), server.on("RCPT", "example.com"), server.on("RCPT", '"a b"@x.com')
+server.on("RCPT", r'"a\"b"@x.com'), server.on("RCPT", "a@[1.2.3.4]")
 """
 
 
-class ConfigurationTest(unittest.TestCase):
+class ConfigurationTest(ServerCase):
     """Options, good and bad."""
-
-    def test_a_text_that_cannot_be_sent(self) -> None:
-        with self.assertRaisesRegex(
-            ConfigurationError, "^msg_greeting='.*': must be a string without lone surrogates$"
-        ):
-            Configuration(msg_greeting="220 \ud800")
 
     def test_defaults(self) -> None:
         options = Configuration()
@@ -2594,24 +2464,29 @@ class ConfigurationTest(unittest.TestCase):
         self.assertEqual(options.msg_size_limit, 10485760)
 
     def test_bad_options(self) -> None:
-        rows = [row.split(maxsplit=1) for row in BAD_OPTIONS.strip().splitlines()]
-        cases = [(read_options(options), error) for options, error in rows]
-        for options, error in [*cases, ({"shutdown_timeout": float("nan")}, "shutdown_timeout=nan:")]:
-            end = "" if error.endswith((":", " to", "list", "users")) else "$"
-            for make in (Configuration, Server):
-                with self.subTest(options), self.assertRaisesRegex(ConfigurationError, f"^{re.escape(error)}{end}"):
-                    make(**options)
+        for options, error in read_errors(BAD_OPTIONS):
+            for make in ("Configuration", "Server"):
+                with self.subTest(options), self.assertRaisesRegex(ConfigurationError, error):
+                    eval(f"smtpmock.{make}({options})")
 
-    def test_bad_arguments_of_a_server(self) -> None:
-        for arguments, error in (
-            ({"configuration": "x"}, "^configuration='x': must be a Configuration$"),
-            ({"logger": object()}, r"^logger=.*must be a logger with methods info\(\), warning\(\) and error\(\)$"),
-            ({"on_message": 1}, "^on_message=1: must be callable$"),
-            ({"on_mesage": 1}, "^on_mesage=1: there is no such option; did you mean on_message[?]$"),
-            ({"handlers": 1}, "^handlers=1: must be a list of subclasses of Handler$"),
-        ):
-            with self.assertRaisesRegex(ConfigurationError, error):
-                Server(**dict[str, Any](arguments))
+    def test_bad_calls(self) -> None:
+        """They have no effect."""
+        server, client, _ = self.serve(msg_greeting="220 old")
+        names = {
+            **{name: getattr(smtpmock, name) for name in ("Action", "Configuration", "Server")},
+            "server": server,
+            "configure": functools.partial(server.configure, msg_greeting="220 new"),
+            "vrfy": lambda **attributes: make_handler("VRFY", "252 maybe", **attributes),
+        }
+        for call, error in read_errors(BAD_CALLS):
+            with self.subTest(call):
+                with self.assertRaisesRegex(ConfigurationError, error):
+                    eval(call, names)
+                with Client(server) as other:
+                    self.assertEqual(other.greeting, "220 old")
+        self.assertEqual(client.ask(*ENVELOPE, *SEND[2:]), [*[RECEIVED] * 3, READY, RECEIVED])
+        for call in GOOD_CALLS.strip().splitlines():
+            eval(call, names)
 
     def test_a_name_wins_over_a_configuration(self) -> None:
         server = Server(Configuration(port=2525, host="::1"), host="[::]")
@@ -2620,8 +2495,7 @@ class ConfigurationTest(unittest.TestCase):
     def test_errors_are_what_they_resemble(self) -> None:
         errors = (ConfigurationError, ServerStateError, ServerStartError, WaitTimeoutError)
         for error, builtin in zip(errors, (ValueError, RuntimeError, OSError, TimeoutError), strict=True):
-            self.assertTrue(issubclass(error, builtin))
-            self.assertTrue(issubclass(error, smtpmock.SMTPMockError))
+            self.assertTrue(issubclass(error, builtin) and issubclass(error, smtpmock.SMTPMockError))
 
     def test_it_cannot_be_changed(self) -> None:
         names = ["a@a.com"]
@@ -2655,13 +2529,12 @@ class SignatureTest(unittest.TestCase):
                 )
 
     def test_other_signatures(self) -> None:
-        names = [field.name for field in dataclasses.fields(smtpmock.Action)]
-        self.assertEqual(list(inspect.signature(smtpmock.Action).parameters), names)
-        names = ["stage", "match", "times", "probability", "after", "unknown"]
-        self.assertEqual(list(inspect.signature(Server().on).parameters), names)
-
-    def test_the_source_is_found(self) -> None:
-        """Though another function is what inspect.signature() looks at."""
+        for call, names in (
+            (smtpmock.Action, [field.name for field in dataclasses.fields(smtpmock.Action)]),
+            (Server().on, ["stage", "match", "times", "probability", "after", "unknown"]),
+        ):
+            self.assertEqual(list(inspect.signature(call).parameters), names)
+        # Though another function is what inspect.signature() looks at:
         self.assertIn("def configure(self", inspect.getsource(Server.configure))
 
     def test_help(self) -> None:
@@ -2737,32 +2610,18 @@ class WaitingTest(unittest.TestCase):
         waiters = [lambda: len(server.wait_for_messages(1, TIMEOUT))] * 3
         self.assertEqual(in_threads(*waiters, lambda: send(server, "hi")), [1, 1, 1, None])
 
-    def test_bad_arguments(self) -> None:
-        for wait in (Server().wait_for_messages, Server().wait_for_messages_and_purge):
-            for arguments, pattern in (
-                ((-1,), "^count=-1: must be an integer from 0 up$"),
-                ((1.5,), "^count=1.5: "),
-                ((1, -1), "^timeout=-1: must be a number of seconds from 0 to 1000000$"),
-                ((1, None), "^timeout=None: "),
-                ((1, 1, "x"), "^where='x': must be callable$"),
-            ):
-                with self.subTest(arguments=arguments), self.assertRaisesRegex(ConfigurationError, pattern):
-                    wait(*arguments)
-
     def test_where(self) -> None:
         server = self.receive(*["Subject: one", "Subject: two"] * 2)
         self.assertEqual(ids(server.wait_for_messages(1, 0, where=lambda message: message.subject == "two")), [2, 4])
         found = server.wait_for_messages_and_purge(2, 0, lambda message: message.subject == "one")
         self.assertEqual((ids(found), ids(server.messages())), ([1, 3], [2, 4]))
-        with self.assertRaises(WaitTimeoutError) as caught:
-            server.wait_for_messages_and_purge(2, 0.01, lambda message: message.id == 4)
-        self.assertEqual((ids(caught.exception.messages), ids(server.messages())), ([4], [2, 4]))
+        error = catch(WaitTimeoutError, server.wait_for_messages_and_purge, 2, 0.01, lambda message: message.id == 4)
+        self.assertEqual((ids(error.messages), ids(server.messages())), ([4], [2, 4]))
 
     def test_where_raises(self) -> None:
         server = self.receive("1", "2")
         for wait in (server.wait_for_messages, server.wait_for_messages_and_purge):
-            with self.assertRaises(ZeroDivisionError):
-                wait(2, TIMEOUT, lambda message: message.id == 1 or 1 / 0)
+            catch(ZeroDivisionError, wait, 2, TIMEOUT, lambda message: message.id == 1 or 1 / 0)
         self.assertEqual(len(server.messages()), 2)
         left = weakref.ref(server.messages_and_purge()[0])
         self.assertTrue(wait_until(lambda: gc.collect() < 0 or left() is None), "the wait has left something")
@@ -2798,8 +2657,7 @@ class WaitingTest(unittest.TestCase):
         server = self.receive()
         with Smtp(server) as client:
             client.sendmail("a@a.com", ["b@b.com"], "hi")
-            with self.assertRaises(WaitTimeoutError):
-                server.wait_for_messages(1, 0, lambda message: message.quit_sent)
+            catch(WaitTimeoutError, server.wait_for_messages, 1, 0, lambda message: message.quit_sent)
             waiter = lambda: len(server.wait_for_messages(1, TIMEOUT, lambda message: message.quit_sent))  # noqa: E731
             self.assertEqual(in_threads(waiter, client.quit)[0], 1)
 
@@ -2841,10 +2699,9 @@ class WaitingTest(unittest.TestCase):
         server = self.receive(*["Subject: Grüße".encode()] * 12)
         with Client(server) as client:
             client.ask(*ENVELOPE[:2])
-            with self.assertRaises(WaitTimeoutError) as caught:
-                server.wait_for_messages(2, 0.01, lambda message: message.id == 1)
+            error = catch(WaitTimeoutError, server.wait_for_messages, 2, 0.01, lambda message: message.id == 1)
             port = client.socket.getsockname()[1]
-        lines = str(caught.exception).splitlines()
+        lines = str(error).splitlines()
         start = ["1 of 2 matching messages came in 0.01 seconds", "  12 are recorded:", "    ..."]
         self.assertEqual(lines[:3], start)
         recorded = "    <Message 12 from 'a@a.com' to ['b@b.com']: 18 bytes, accepted>, subject 'Grüße'"
@@ -2855,10 +2712,9 @@ class WaitingTest(unittest.TestCase):
             client.ask(*SEND[:3])  # rules accept it without HELO
         server.wait_for_messages(14, TIMEOUT)
         self.assertRegex(report(server), "(?s)^14 of 1000000000 messages .* 14 are recorded:.*last reply '250 ok'")
-        with self.assertRaises(WaitTimeoutError) as caught:
-            Server().wait_for_messages(1, 0)
+        error = catch(WaitTimeoutError, Server().wait_for_messages, 1, 0)
         lines = ["0 of 1 messages came in 0 seconds", "  0 are recorded", "  0 sessions are open"]
-        self.assertEqual(str(caught.exception).splitlines(), lines)
+        self.assertEqual(str(error).splitlines(), lines)
 
     def test_a_slow_where_does_not_extend_the_timeout(self) -> None:
         """While mail keeps coming."""
@@ -2871,9 +2727,7 @@ class WaitingTest(unittest.TestCase):
             return len(seen) >= 40
 
         with mock.patch("time.monotonic", mock.Mock(side_effect=itertools.count(0, 0.01))):
-            with self.assertRaises(WaitTimeoutError) as caught:
-                server.wait_for_messages(1, 0.3, where)
-        self.assertEqual(caught.exception.messages, [])
+            self.assertEqual(catch(WaitTimeoutError, server.wait_for_messages, 1, 0.3, where).messages, [])
 
     def test_reset(self) -> None:
         server = self.receive("hi")
@@ -2898,38 +2752,29 @@ class WaitingTest(unittest.TestCase):
                     found.extend(server.wait_for_messages_and_purge(2, 0.001))
 
         def send_all() -> None:
-            in_threads(*[lambda: send(server, *["hi"] * 50)] * 64)
+            in_threads(*[lambda: send(server, *["hi"] * 25)] * 32)
             done.set()
 
         in_threads(purge, wait, send_all)
         found += server.messages_and_purge()
-        self.assertEqual(sorted(ids(found)), list(range(1, 3201)))
+        self.assertEqual(sorted(ids(found)), list(range(1, 801)))
 
 
 class OnMessageTest(unittest.TestCase):
     """The function that is called with each accepted message."""
 
     def test_called_before_the_reply(self) -> None:
-        seen: list[Message] = []
-        called, go_on = threading.Event(), threading.Event()
-
-        def on_message(message: Message) -> None:
-            seen.append(message)
-            called.set()
-            go_on.wait(TIMEOUT)
-
-        with Server(on_message=on_message) as server, Client(server) as client:
-            client.ask(*ENVELOPE, "DATA")
-            client.send(b"hi\r\n.\r\n")
-            self.assertTrue(called.wait(TIMEOUT))
+        with Server(on_message=(hold := Hold())) as server, Client(server) as client:
+            client.mail()
+            hold.wait()
             client.assert_silence()
             self.assertEqual(server.messages(), [])
-            go_on.set()
+            hold.release.set()
             self.assertEqual(client.read(), RECEIVED)
-            self.assertEqual(server.messages(), seen)
-        self.assertTrue(seen[0].is_consistent)
-        self.assertEqual((seen[0].id, seen[0].peer[0], seen[0].received_at is None), (1, "127.0.0.1", False))
-        self.assertEqual(seen[0].transcript.splitlines()[-1], "S: 250 Received")
+            self.assertEqual(server.messages(), hold.seen)
+        (message,) = hold.seen
+        self.assertEqual((message.id, message.peer[0], message.received_at is None), (1, "127.0.0.1", False))
+        self.assertEqual((message.is_consistent, message.transcript.splitlines()[-1]), (True, "S: 250 Received"))
 
     def test_if_it_raises(self) -> None:
         for error in (ValueError("no"), SystemExit()):
@@ -2946,33 +2791,28 @@ class OnMessageTest(unittest.TestCase):
             self.assertIn("C: <4 bytes>\nS: 451 Local error in processing\nC: QUIT", refused.transcript)
             self.assertTrue(accepted.is_consistent)
 
-    def test_a_refused_mail_is_not_handed_out_as_accepted(self) -> None:
-        others: list[Message] = []
-        memory = receive_mail(on_message=lambda message: 1 / 0, on_unaccepted=others.append)
-        memory.end("421 bye")
-        memory.end()
-        self.assertEqual(memory.messages(), others)
-        self.assertEqual([message.msg for message in memory.messages()], [False])
-
     def test_what_it_was_given_does_not_change(self) -> None:
         seen: list[Message] = []
-        memory = receive_mail(on_message=lambda message: [seen.append(message), 1 / 0])  # type: ignore[func-returns-value]
-        (message,) = seen
-        self.assertEqual(message.msg_response, RECEIVED)
-        self.assertTrue(pickle.loads(pickle.dumps(message)).transcript.endswith(f"S: {RECEIVED}"))
-        self.assertTrue(memory.message().transcript.endswith("S: 451 Local error in processing"))
+        others: list[Message] = []
+        raises: Any = lambda message: [seen.append(message), 1 / 0]  # type: ignore[func-returns-value]  # noqa: E731
+        memory = receive_mail(on_message=raises, on_unaccepted=others.append)
+        self.assertEqual(seen[0].msg_response, RECEIVED)
+        self.assertTrue(pickle.loads(pickle.dumps(seen[0])).transcript.endswith(f"S: {RECEIVED}"))
+        memory.end("421 bye")
+        memory.end()
+        self.assertIn("\nS: 451 Local error in processing\nS: 421 bye", memory.messages()[0].transcript)
+        self.assertEqual((memory.messages(), [message.msg for message in others]), (others, [False]))
 
-    def test_only_accepted_messages(self) -> None:
-        for options in ({"msg_size_limit": 1}, {"rules": ["message: reply 451 no"]}):
+    def test_only_accepted_messages_and_each_of_a_session(self) -> None:
+        for options, expected in (
+            ({"msg_size_limit": 1}, []),
+            ({"rules": ["message: reply 451 no"]}, []),
+            ({"multiple_message_receiving": True}, [1, 2]),
+            ({"multiple_message_receiving": False}, [1, 2]),
+        ):
             seen: list[Message] = []
-            memory = receive_mail(on_message=seen.append, **options)
-            self.assertEqual((memory.message().content in (b"", b"hi\r\n"), seen), (True, []))
-
-    def test_each_mail_of_a_session(self) -> None:
-        for multiple in (True, False):
-            seen: list[Message] = []
-            receive_mail(on_message=seen.append, multiple_message_receiving=multiple).say(*SEND)
-            self.assertEqual(ids(seen), [1, 2])
+            receive_mail(on_message=seen.append, **dict[str, Any](options)).say(*SEND)
+            self.assertEqual(ids(seen), expected)
 
 
 # ------------------------------------------------------------------------------------------- rules
@@ -2990,30 +2830,6 @@ NOOP               |          | NOOP
 QUIT               |          | QUIT
 XYZ                |          | xyz
 """
-
-# Rules that are refused, in Python.
-action: Any = smtpmock.Action  # of which mypy knows that these are wrong
-BAD_RULES: dict[str, Callable[[Any], object]] = {
-    "^stage='': must be connect, message, \\* or a verb": lambda server: server.on(""),
-    "^stage=None: ": lambda server: server.on(None),
-    "^stage='MAIL TWICE': ": lambda server: server.on("MAIL TWICE"),
-    "^match=1: must be an address, a domain, a pattern or a function": lambda server: server.on("MAIL", 1),
-    "^reply=\\(\\): must be one string or more$": lambda server: server.on("MAIL").reply(),
-    "^reply=450: ": lambda server: server.on("MAIL").reply(450),
-    "^reply='.ud800': must be one string or more": lambda server: server.on("MAIL").reply("\ud800"),
-    "^times=0: must be an integer from 1 up$": lambda server: server.on("MAIL", times=0),
-    "^probability=2: must be a number from 0 to 1$": lambda server: server.on("MAIL", probability=2),
-    "^delay=-1: must be a number of seconds": lambda server: server.on("MAIL").delay(-1),
-    "^trickle='x': must be a number of seconds": lambda server: server.on("MAIL").trickle("x"),
-    "^raw='x': must be bytes$": lambda server: server.on("MAIL").raw("x"),
-    "^time: on\\(\\) takes stage, match, times, probability and after$": lambda server: server.on("MAIL", time=2),
-    "^time=2: there is no such option; there are reply, raw, delay, tri": lambda server: action(time=2),
-    "^then='closed': must be one of close, drop, reset, silence$": lambda server: action(then="closed"),
-    "^delay='soon': must be a number of seconds": lambda server: action(delay="soon"),
-    "^after=1: is for the stage message, not for MAIL$": lambda server: server.on("MAIL", after=1),
-    "^after=-1: must be an integer from 0 up$": lambda server: server.on("message", after=-1),
-    "^rule=1: must be callable$": lambda server: server.on("MAIL")(1),
-}
 
 
 class RuleTest(ServerCase):
@@ -3045,20 +2861,17 @@ class RuleTest(ServerCase):
         self.assertEqual(repr(rule), "<Rule for NOOP: 2 hits>")
         self.assertEqual(repr(memory.on("rcpt to:", "B@C.com")), "<Rule for RCPT B@c.com: 0 hits>")
 
-    def test_clear_and_reset(self) -> None:
-        server, client, _ = self.serve()
-        for clear in (server.clear_rules, server.reset):
-            server.on("*").reply("450 no")
-            self.assertEqual(client.ask("NOOP"), ["450 no"])
-            clear()
-            self.assertEqual(client.ask("NOOP"), ["250 Ok"])
-
-    def test_rules_outlive_a_stop(self) -> None:
+    def test_what_ends_rules_and_what_does_not(self) -> None:
         server, client, _ = self.serve("connect: reply 220 Moin")
         self.assertEqual(client.greeting, "220 Moin")
         server.stop()
         with server, Client(server) as other:
             self.assertEqual(other.greeting, "220 Moin")
+            for clear in (server.clear_rules, server.reset):
+                server.on("*").reply("450 no")
+                self.assertEqual(other.ask("NOOP"), ["450 no"])
+                clear()
+                self.assertEqual(other.ask("NOOP"), ["250 Ok"])
 
     def test_no_action_and_the_same_one_twice(self) -> None:
         """Without one, a rule does nothing; a second call replaces the first."""
@@ -3082,27 +2895,23 @@ class RuleTest(ServerCase):
         self.assertEqual((hidden.hits, slow.hits, memory.delays), (1, 2, [0.5, 0.5, 0]))
 
     def test_the_order_of_actions_does_not_matter(self) -> None:
-        memory = Memory()
+        memory, other = Memory(), Memory()
         memory.on("NOOP").drop().reply("450 no")
-        self.assertEqual(memory.say("NOOP"), ["<closed>"])
-        memory = Memory()
-        memory.on("NOOP").drop().close()
-        self.assertEqual(memory.say("NOOP"), ["250 Ok", "<closed>"])
+        other.on("NOOP").drop().close()
+        self.assertEqual((memory.say("NOOP"), other.say("NOOP")), (["<closed>"], ["250 Ok", "<closed>"]))
 
     def test_the_end_marker_is_no_part_of_the_body(self) -> None:
-        for after, content, reply in (
-            (5, b"abc\r\n", "<closed>"),
-            (6, b"abc\r\n", RECEIVED),
-            (8, b"abc\r\n", RECEIVED),
+        for after, data, content, reply in (
+            (5, b"abc\r\n.\r\n", b"abc\r\n", "<closed>"),
+            (6, b"abc\r\n.\r\n", b"abc\r\n", RECEIVED),
+            (8, b"abc\r\n.\r\n", b"abc\r\n", RECEIVED),
+            (6, b"abc\r\n..d\r\n.\r\n", b"abc\r\n.", "<closed>"),
         ):
             for step in (1, 100):
                 memory = Memory(*ENVELOPE, "DATA", rules=[f"message: drop; after={after}"])
-                data = b"abc\r\n.\r\n"
                 said = [line for at in range(0, len(data), step) for line in memory.feed(data[at : at + step])]
                 with self.subTest(after=after, step=step):
                     self.assertEqual((said, memory.message().content), ([reply], content))
-        memory = Memory(*ENVELOPE, "DATA", rules=["message: drop; after=6"])
-        self.assertEqual(memory.feed(b"abc\r\n..d\r\n.\r\n"), ["<closed>"])
 
     def test_patterns(self) -> None:
         memory = Memory()
@@ -3250,16 +3059,13 @@ class RuleTest(ServerCase):
         self.assertNotEqual(refusals(7), refusals(7, verb="RSET"))
         self.assertNotEqual(refusals(None), refusals(None))
         self.assertTrue(200 < len(refusals(7)) < 400)
-
-    def test_a_reset_begins_the_same_chances_again(self) -> None:
         server, client, _ = self.serve(seed=3)
-
-        def refusals() -> list[str]:
-            server.reset()
+        found = []
+        for _ in range(2):
+            server.reset()  # begins the same chances again
             Memory.add_rules(server, ["NOOP: reply 450 no; probability=0.5"])
-            return client.ask(*["NOOP"] * 50)
-
-        self.assertEqual(refusals(), refusals())
+            found.append(client.ask(*["NOOP"] * 50))
+        self.assertEqual(found[0], found[1])
 
     def test_stop_keeps_its_promise(self) -> None:
         for action, timeout, end, outcome in (
@@ -3287,88 +3093,34 @@ class RuleTest(ServerCase):
         self.assertNotIn("warning", [level for level, _ in recorder.seen])
         self.assertTrue(server.wait_for_messages(1, TIMEOUT)[0].transcript.endswith("C: EHLO a.com\nS: <silence>"))
 
-    def test_smtplib_against_greylisting(self) -> None:
-        server, _, _ = self.serve("RCPT b.com: reply 450 4.2.0 Greylisted; times=2")
-        for _ in range(2):
-            with self.assertRaises(smtplib.SMTPRecipientsRefused) as caught:
-                send(server, "hi")
-            self.assertEqual(caught.exception.recipients, {"b@b.com": (450, b"4.2.0 Greylisted")})
-        send(server, "hi")
-        self.assertEqual([message.rcpt_tos for message in server.messages()][-1], ["b@b.com"])
-
-    def test_bad_rules(self) -> None:
-        server, client, _ = self.serve()
-        for pattern, make in BAD_RULES.items():
-            with self.subTest(pattern), self.assertRaisesRegex(ConfigurationError, pattern):
-                make(server)
-        self.assertEqual(client.ask(*ENVELOPE, *SEND[2:]), [*[RECEIVED] * 3, READY, RECEIVED])
-
 
 class HandlerTest(unittest.TestCase):
     """Commands of one's own."""
 
-    class Expand(smtpmock.Handler):
-        verbs = ("EXPN", "expand")
-        needs = ("helo",)
-        received = "250 one of {msg_size_limit}"
-        bad_argument = "501 whom?"
-
-        @staticmethod
-        def parse(argument: str) -> str | None:
-            return argument or None
-
-    class Noop(smtpmock.Handler):
-        verbs = ("NOOP",)
-        received = "msg_quit_cmd"
-
-        def refuse(self, session: Any, value: Any) -> str | None:
-            raise RuntimeError("mine")
-
     def test_added_with_its_rules(self) -> None:
-        memory = Memory(handlers=[self.Expand], msg_size_limit=9, msg_invalid_cmd_helo_sequence="503 custom")
+        expand = make_handler(
+            "EXPN", "250 one of {msg_size_limit}", verbs=("EXPN", "expand"), needs=("helo",), bad_argument="501 whom?",
+            parse=staticmethod(lambda argument: argument or None),
+        )  # fmt: skip
+        memory = Memory(handlers=[expand], msg_size_limit=9, msg_invalid_cmd_helo_sequence="503 custom")
         replies = memory.say("EXPN x", "HELO a.com", "EXPN", "expn x", "EXPAND y", "NOOP")
         self.assertEqual(replies, ["503 custom", RECEIVED, "501 whom?", "250 one of 9", "250 one of 9", "250 Ok"])
-        memory = Memory(handlers=[self.Expand], rules=["expn x: reply 252 maybe"])
+        memory = Memory(handlers=[expand], rules=["expn x: reply 252 maybe"])
         self.assertEqual(memory.say("EXPN x"), ["252 maybe"])
 
     def test_one_that_replaces_another_and_raises(self) -> None:
-        with Server(handlers=[self.Noop], logger=(recorder := Recorder())) as server, Client(server) as client:
-            self.assertEqual(client.ask("NOOP", "QUIT"), ["451 Local error in processing", "221 Closing connection"])
-        self.assertRegex(recorder.wait_for("Traceback")[1], r"(?s)^Noop failed: Traceback .*RuntimeError: mine")
+        def refuse(*_: object) -> str | None:
+            raise RuntimeError("mine")
 
-    def test_bad_ones(self) -> None:
-        good = {"verbs": ("VRFY",), "received": "252 maybe"}
-        for change, error in {
-            "verbs='VRFY'": "must be a tuple of strings, as",
-            "verbs=()": "must be a tuple of strings, as",
-            "verbs=('V R',)": "'V R' is no verb",
-            "needs='helo'": "must be a tuple of strings, as",
-            "needs=('hello',)": "'hello' is no step of a session",
-            "received=''": "must be a text that begins with three digits, or an option",
-            "received='msg_noop_recieved'": "or an option; did you mean msg_noop_received",
-            "bad_argument='what?'": "must be a text that begins with three digits",
-            "parse=None": "must be callable",
-        }.items():
-            name = change.partition("=")[0]
-            changed = {name: ast.literal_eval(change.partition("=")[2])}
-            handler: Any = type("Vrfy", (smtpmock.Handler,), good | changed)
-            with self.subTest(change), self.assertRaisesRegex(ConfigurationError, rf"^Vrfy\.{name}.*{error}"):
-                Server(handlers=[handler])
-        for bad in ([1], [object], [self.Expand(Configuration())], None):
-            with self.subTest(bad), self.assertRaisesRegex(ConfigurationError, "^handlers.* subclass(es)? of Handler$"):
-                Server(handlers=bad)  # type: ignore[arg-type]
+        memory = Memory(handlers=[make_handler("NOOP", "msg_quit_cmd", refuse=refuse)])
+        self.assertEqual(memory.say("NOOP", "QUIT")[:2], ["451 Local error in processing", "221 Closing connection"])
+        self.assertRegex(memory.recorder.wait_for("Traceback")[1], r"(?s)^Noop failed: Traceback .*RuntimeError: mine")
 
     def test_verbs_that_are_also_stages(self) -> None:
-        class Both(smtpmock.Handler):
-            verbs = ("CONNECT", "MESSAGE")
-            received = "250 hello"
-
-        memory = Memory(handlers=[Both])
+        memory = Memory(handlers=[make_handler("", "250 hello", verbs=("CONNECT", "MESSAGE"))])
         self.assertEqual(memory.greet(), ["220 Welcome"])
-        self.assertEqual(
-            memory.say("CONNECT", "message", *ENVELOPE, *SEND[2:]),
-            ["250 hello"] * 2 + [RECEIVED] * 3 + [READY, RECEIVED],
-        )
+        replies = memory.say("CONNECT", "message", *ENVELOPE, *SEND[2:])
+        self.assertEqual(replies, ["250 hello"] * 2 + [RECEIVED] * 3 + [READY, RECEIVED])
 
     def test_what_it_may_do(self) -> None:
         """Return any text from refuse(), read the message so far, raise in parse(), and have a secret."""
@@ -3399,11 +3151,6 @@ def b64(text: str) -> str:
 
 
 class AuthTest(unittest.TestCase):
-    def test_a_login_is_one_use_of_a_rule(self) -> None:
-        memory = Memory(auth_users={"u": "p"}, rules=["AUTH: reply 454 later; delay 0.5; times=1"])
-        for end in ("454 later", "235 Authentication succeeded"):
-            self.assertEqual(memory.say("EHLO a.com", "AUTH LOGIN", b64("u"), b64("p"))[-1], end)
-
     """What the dialogues do not show: what is kept, and what is not."""
 
     USERS = {"alice": "sécret", "bob": ""}
@@ -3412,6 +3159,11 @@ class AuthTest(unittest.TestCase):
 
     def memory(self, *lines: str, users: Any = USERS, **options: Any) -> Memory:
         return Memory("EHLO a.com", *lines, auth_users=users, **options)
+
+    def test_a_login_is_one_use_of_a_rule(self) -> None:
+        memory = Memory(auth_users={"u": "p"}, rules=["AUTH: reply 454 later; delay 0.5; times=1"])
+        for end in ("454 later", self.SUCCEEDED):
+            self.assertEqual(memory.say("EHLO a.com", "AUTH LOGIN", b64("u"), b64("p"))[-1], end)
 
     def test_recorded_without_the_secret(self) -> None:
         plain, token = b64("\0alice\0sécret"), b64("user=alice\1auth=Bearer sécret\1\1")
@@ -3428,10 +3180,6 @@ class AuthTest(unittest.TestCase):
             for secret in (plain, token, b64("sécret"), "sécret"):
                 self.assertNotIn(secret, str(message.to_dict()))
 
-    def test_a_wrong_user_is_recorded(self) -> None:
-        message = self.memory("AUTH PLAIN " + b64("\0mallory\0guess"), "QUIT").message()
-        self.assertEqual((message.auth, message.auth_user, message.auth_response), (False, "mallory", self.FAILED))
-
     def test_cram_md5(self) -> None:
         challenges = set()
         for secret, expected in (("sécret", self.SUCCEEDED), ("", self.FAILED), ("wrong", self.FAILED)):
@@ -3446,15 +3194,11 @@ class AuthTest(unittest.TestCase):
             self.assertEqual(self.memory().say("AUTH CRAM-MD5", b64(answer))[1], expected)
         self.assertEqual(self.memory().say("AUTH CRAM-MD5", "*")[1], "501 Authentication cancelled")
 
-    def test_a_refusal_after_a_success_undoes_nothing(self) -> None:
-        message = self.memory(self.LOGIN, "AUTH LOGIN", "EHLO a.com", *SEND).message()
-        self.assertEqual((message.auth, message.auth_user), (True, "bob"))
-        self.assertIn(" with ESMTPA id ", message.received_header)
-
     def test_each_mail_has_it(self) -> None:
         memory = self.memory(self.LOGIN, *SEND, *SEND, multiple_message_receiving=True)
         self.assertEqual([message.auth_user for message in memory.messages()], ["bob", "bob"])
         self.assertIn("C: AUTH PLAIN ***\nS: 235", memory.messages()[1].transcript)
+        self.assertIn(" with ESMTPA id ", memory.messages()[1].received_header)
 
     def test_a_function(self) -> None:
         seen: list[tuple[str, str, str]] = []
@@ -3510,10 +3254,6 @@ class AuthTest(unittest.TestCase):
                     client.user, client.password = "alice", "secret"
                     self.assertEqual(client.auth(mechanism, getattr(client, f"auth_{method}"))[0], 235)
 
-
-class LoginOptionsTest(unittest.TestCase):
-    """What must come after a login, which mechanisms there are, and a token that is refused."""
-
     def test_each_command_of_a_mail_needs_the_login_that_is_required(self) -> None:
         options: dict[str, Any] = {"auth_users": {"u": "p"}, "auth_required": True, "extensions": ["CHUNKING"]}
         memory = Memory("EHLO a.com", **options)
@@ -3527,7 +3267,7 @@ class LoginOptionsTest(unittest.TestCase):
     def test_mechanisms_are_announced_and_accepted_in_their_order(self) -> None:
         plain, unknown = "AUTH PLAIN " + b64("\0u\0p"), "504 Unrecognized authentication type"
         for names, announced, reply in (
-            (["plain", "LOGIN"], "250 AUTH PLAIN LOGIN", "235 Authentication succeeded"),
+            (["plain", "LOGIN"], "250 AUTH PLAIN LOGIN", self.SUCCEEDED),
             (("XOAUTH2",), "250 AUTH XOAUTH2", unknown),
             ((), "250 AUTH", unknown),
         ):
@@ -3536,27 +3276,17 @@ class LoginOptionsTest(unittest.TestCase):
                 self.assertEqual(memory.say("EHLO a.com", plain), ["250-Received", announced, reply])
                 self.assertIn("C: AUTH PLAIN ***\n", memory.message().transcript)
 
-    def test_unknown_mechanisms(self) -> None:
-        for names, error in (
-            (["PLAIN", "plian"], "auth_mechanisms: plian is unknown; did you mean PLAIN?"),
-            (["GSSAPI"], "auth_mechanisms: GSSAPI is unknown"),
-            ("PLAIN", "auth_mechanisms='PLAIN': must be a list of words"),
-        ):
-            with self.subTest(names), self.assertRaisesRegex(ConfigurationError, f"^{re.escape(error)}$"):
-                Configuration(auth_mechanisms=names)
-
     def test_a_refused_token_is_explained_before_the_535(self) -> None:
-        token, empty = b64("user=u\1auth=Bearer wrong\1\1"), ""
-        failed, cancelled = "535 Authentication credentials invalid", "501 Authentication cancelled"
-        for lines, end in (
-            ((f"AUTH XOAUTH2 {token}", empty), failed),
-            (("AUTH XOAUTH2", token, empty), failed),
-            ((f"AUTH XOAUTH2 {token}", token), failed),
-            ((f"AUTH XOAUTH2 {token}", "*"), cancelled),
+        token = b64("user=u\1auth=Bearer wrong\1\1")
+        for first, answer, end in (
+            ([f"AUTH XOAUTH2 {token}"], "", self.FAILED),
+            (["AUTH XOAUTH2", token], "", self.FAILED),
+            ([f"AUTH XOAUTH2 {token}"], token, self.FAILED),
+            ([f"AUTH XOAUTH2 {token}"], "*", "501 Authentication cancelled"),
         ):
-            with self.subTest(lines):
-                memory = Memory("EHLO a.com", auth_users={"u": "token"})
-                *_, challenge, last = memory.say(*lines)
+            with self.subTest(first, answer=answer):
+                memory = self.memory(users={"u": "token"})
+                *_, challenge, last = memory.say(*first, answer)
                 error = json.loads(base64.b64decode(challenge.removeprefix("334 ")))
                 self.assertEqual((error["status"], *sorted(error)), ("401", "schemes", "scope", "status"))
                 self.assertEqual((last, *memory.say("NOOP")), (end, "250 Ok"))
@@ -3570,53 +3300,41 @@ class LenientAddressesTest(unittest.TestCase):
 
     HOSTS = ("123456789012", "web_1.proj_default", "_x", "a.com.")
     ADDRESSES = ("root", "root@web1", "a@srv_1.example.com", "a@example.com.", '"a b"', "a@1234", "a.b@_")
+    BAD_HOSTS = ("", "a b", "a..b", ".a", "a@b", "[1.2.3]", "a\u0080")
+    BAD_ADDRESSES = ("", "<root", "root>", "a b", "a@", "@a", "a@b@c", "a@b..c", "a..b@c", "a@[1.2.3]", "<a\u0080>")
+    LONG_ADDRESSES = ("a_" * 2000 + "!@", "a@" + "1_" * 1900 + "..", "a." * 2000 + "@", '"' + "a" * 4000)
 
     def test_accepted_and_only_with_the_option(self) -> None:
-        for lenient in (True, False):
-            helo = RECEIVED if lenient else "501 HELO requires domain address or valid address literal"
-            sender = RECEIVED if lenient else "501 MAIL FROM requires valid email address"
-            recipient = RECEIVED if lenient else "501 RCPT TO requires valid email address"
-            for host in self.HOSTS:
-                for verb in ("HELO", "EHLO"):
-                    with self.subTest(host, lenient=lenient):
-                        self.assertEqual(Memory(lenient_addresses=lenient).say(f"{verb} {host}"), [helo])
-            for address in self.ADDRESSES:
-                for path in (address, f"<{address}>", f"Jo <{address}>"):
-                    with self.subTest(path, lenient=lenient):
-                        memory = Memory("EHLO a.com", lenient_addresses=lenient)
-                        self.assertEqual(memory.say(f"MAIL FROM:{path}"), [sender])
-                        memory.say("MAIL FROM:<a@a.com>")
-                        self.assertEqual(memory.say(f"RCPT TO:{path}"), [recipient])
-                        self.assertEqual(memory.message().rcpt_tos, [address] * lenient)
+        for lenient, code in ((True, "250"), (False, "501")):
+            for line in (f"{verb} {host}" for host in self.HOSTS for verb in ("HELO", "EHLO")):
+                self.assertEqual(Memory(lenient_addresses=lenient).say(line)[0][:3], code, line)
+            for address, form in itertools.product(self.ADDRESSES, ("{}", "<{}>", "Jo <{}>")):
+                with self.subTest(address, lenient=lenient, form=form):
+                    memory = Memory("EHLO a.com", lenient_addresses=lenient)
+                    path = form.format(address)
+                    replies = memory.say(f"MAIL FROM:{path}", "MAIL FROM:<a@a.com>", f"RCPT TO:{path}")
+                    self.assertEqual([reply[:3] for reply in replies], [code, "250", code])
+                    self.assertEqual(memory.message().rcpt_tos, [address] * lenient)
 
     def test_what_else_is_refused_still_is(self) -> None:
+        """And takes no long time."""
         memory = Memory(lenient_addresses=True)
-        for host in ("", "a b", "a..b", ".a", "a@b", "[1.2.3]", "a\u0080"):
+        for host in self.BAD_HOSTS:
             self.assertIn("501", memory.say(f"EHLO {host}")[0], host)
         memory.say("EHLO a.com")
-        for path in ("", "<root", "root>", "a b", "a@", "@a", "a@b@c", "a@b..c", "a..b@c", "a@[1.2.3]", "<a\u0080>"):
+        for path in (*self.BAD_ADDRESSES, *(f"<{path}>" for path in self.LONG_ADDRESSES)):
             self.assertIn("501", memory.say(f"MAIL FROM:{path}")[0], path)
         replies = memory.say("MAIL FROM:<>", "RCPT TO:<Postmaster>", "RCPT TO:<a@[127.0.0.1]>", "RCPT TO:<>")
         self.assertEqual(replies, [RECEIVED] * 3 + ["501 RCPT TO requires valid email address"])
 
     def test_with_parameters_lists_and_rules(self) -> None:
-        memory = Memory(
-            "EHLO web_1",
-            lenient_addresses=True, extensions=["SIZE"], blacklisted_rcptto_emails=["root"],
-            rules=["RCPT a_1.com: reply 450 later"],
-        )  # fmt: skip
+        options: dict[str, Any] = {"extensions": ["SIZE"], "blacklisted_rcptto_emails": ["root"]}
+        memory = Memory("EHLO web_1", lenient_addresses=True, rules=["RCPT a_1.com: reply 450 later"], **options)
         replies = memory.say("MAIL FROM:root SIZE=5", "RCPT TO:<ROOT>", "RCPT TO:<b@a_1.com>", "RCPT TO:<b@a.com>")
         self.assertEqual(replies, [RECEIVED, "421 Service not available", "450 later", RECEIVED])
         message = memory.message()
         self.assertEqual((message.mail_from, message.mailfrom_parameters), ("root", {"SIZE": "5"}))
         self.assertTrue(message.as_bytes().startswith(b"Return-Path: <root>\r\n"))
-
-    def test_long_names_take_no_long_time(self) -> None:
-        memory = Memory("EHLO a.com", lenient_addresses=True)
-        began = time.monotonic()
-        for path in ("a_" * 2000 + "!@", "a@" + "1_" * 1900 + "..", "a." * 2000 + "@", '"' + "a" * 4000):
-            self.assertIn("501", memory.say(f"MAIL FROM:<{path}>")[0])
-        self.assertLess(time.monotonic() - began, TIMEOUT)
 
 
 class ProcessCase(unittest.TestCase):
@@ -3647,6 +3365,14 @@ class ProcessCase(unittest.TestCase):
         out, err = process.communicate(said, timeout=TIMEOUT)
         self.assertEqual((process.returncode, err), (0, ""))
         return str(out)
+
+    def run_shell(self, arguments: str) -> tuple[int, str, str]:
+        """The exit status of the command line with redirections, and what it prints."""
+        command = f"exec {shlex.quote(sys.executable)} -m smtpmock {arguments}"
+        done = subprocess.run(
+            command, shell=True, cwd=HERE, timeout=TIMEOUT, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
 
     def run_python(self, code: str, *flags: str, folder: str | Path = HERE) -> str:
         """What a program prints."""
@@ -3779,7 +3505,6 @@ class TlsTest(ProcessCase):
                     self.assertTrue(wait_until(lambda: "2 sessions are open" in report(server)))
                     server.disconnect(reset=reset)
                     self.assertEqual([message.helo for message in server.messages()], [True])
-                    self.assertRegex(report(server), "(?s)0 sessions are open.*disconnect[(][)] ended it")
                     self.assertEqual(begins.read(), "<reset>" if reset else "<closed>")
                     with self.assertRaises(smtplib.SMTPServerDisconnected if not reset else OSError):
                         client.noop()
@@ -3798,10 +3523,13 @@ class TlsTest(ProcessCase):
                 self.assertEqual((level, len(line.splitlines()), server.messages()), ("warning", 1, []))
 
     def test_no_tls_where_tls_is(self) -> None:
-        with self.server(implicit_tls=True) as server, Client(server, greets=False) as client:
-            client.send(b"EHLO a.com\r\n")
-            self.assertNotEqual(client.read()[:3], "220")
-            self.assertEqual(len(self.recorder.wait_for("TLS handshake failed")[1].splitlines()), 1)
+        with self.server(implicit_tls=True) as server:
+            with Client(server, greets=False) as client:
+                client.send(b"EHLO a.com\r\n")
+                self.assertNotEqual(client.read()[:3], "220")
+                self.assertEqual(len(self.recorder.wait_for("TLS handshake failed")[1].splitlines()), 1)
+            text = "TLS handshake failed: .*; the client spoke plain text, but this port begins with TLS"
+            self.assertTrue(wait_until(lambda: re.search(text, report(server))), report(server))
 
     def test_clients_that_stall_in_the_handshake(self) -> None:
         server = self.server(implicit_tls=True, shutdown_timeout=10 * TIMEOUT).start()
@@ -3836,8 +3564,7 @@ class TlsTest(ProcessCase):
                 client.ehlo()
                 self.assertEqual(client.docmd("STARTTLS"), (454, b"TLS not available"))
                 client.starttls(context=self.trusting())
-                with self.assertRaises(smtplib.SMTPServerDisconnected):
-                    client.noop()
+                catch(smtplib.SMTPServerDisconnected, client.noop)
             Memory.add_rules(server, ["STARTTLS: reply 220 go; close"])
             with Smtp(server) as client, self.assertRaises((ssl.SSLError, OSError)):
                 client.starttls(context=self.trusting())
@@ -3851,7 +3578,6 @@ class TlsTest(ProcessCase):
             (f"-tlsCert={HERE / 'none'}", "No such file or directory"),
             (f"-tlsCert={__file__}", r"\[SSL\].*"),
             (f"-tlsKey={self.pem}", "No such file or directory"),
-            ("-implicitTls", ""),
         ):
             status, _, err = call_main(flag)
             self.assertEqual(status, 2)
@@ -3886,12 +3612,9 @@ class StartTest(ServerCase):
             with server, Client(server) as client:
                 client.ask("HELO a.com", "QUIT")
             self.assertEqual(len(server.messages()), count)
-        self.assert_nothing_is_left(server)
-
-    def test_a_block_that_stops_the_server_or_raises(self) -> None:
-        with Server() as server:
+        with server:
             server.stop()
-        with self.assertRaises(ZeroDivisionError), Server() as server:
+        with self.assertRaises(ZeroDivisionError), server:
             raise ZeroDivisionError
         self.assertFalse(server.is_running)
         self.assert_nothing_is_left(server)
@@ -4018,8 +3741,8 @@ class StopTest(ServerCase):
             self.assertEqual([message.helo for message in server.messages()], [True])
         self.assert_nothing_is_left(server)
 
-    def test_a_body_may_be_finished(self) -> None:
-        server, client, recorder = self.serve(shutdown_timeout=TIMEOUT)
+    def test_a_body_or_a_delay_may_be_finished(self) -> None:
+        server, client, recorder = self.serve(shutdown_timeout=TIMEOUT, response_delay_message=0.05)
         client.ask(*ENVELOPE, "DATA")
         stopper = threading.Thread(target=server.stop)
         stopper.start()
@@ -4031,36 +3754,22 @@ class StopTest(ServerCase):
         recorder.wait_for("stopped successfully")
         self.assert_nothing_is_left(server)
 
-    def test_a_delay_may_be_finished(self) -> None:
-        server, client, recorder = self.serve(shutdown_timeout=TIMEOUT, response_delay_noop=0.05)
-        client.send(b"NOOP\r\n")
-        recorder.wait_for("NOOP")
+    def test_a_long_body_is_cut_off(self) -> None:
+        server, client, recorder = self.serve(shutdown_timeout=0.2)
+        client.mail(b"half")
+        recorder.wait_for("request: DATA")
+        began = time.monotonic()
         server.stop()
-        self.assertEqual(client.read_all(), ["250 Ok", SHUTDOWN, "<closed>"])
-
-    def test_a_long_body_or_delay_is_cut_off(self) -> None:
-        for last in ("DATA", "NOOP"):
-            server, client, recorder = self.serve(shutdown_timeout=0.2, response_delay_noop=10 * TIMEOUT)
-            with self.subTest(last):
-                client.ask(*ENVELOPE)
-                client.send(last.encode() + b"\r\nhalf")
-                recorder.wait_for("request: " + last)
-                if last == "DATA":
-                    self.assertEqual(client.read(), READY)
-                began = time.monotonic()
-                server.stop()
-                self.assertTrue(0.2 <= time.monotonic() - began < TIMEOUT)
-                self.assertEqual(client.read(), "<closed>")
-                self.assertEqual([message.rcptto for message in server.messages()], [True])
-                recorder.wait_for("force stopped")
-                self.assert_nothing_is_left(server)
+        self.assertTrue(0.2 <= time.monotonic() - began < TIMEOUT)
+        self.assertEqual(client.read(), "<closed>")
+        self.assertEqual([message.rcptto for message in server.messages()], [True])
+        recorder.wait_for("force stopped")
+        self.assert_nothing_is_left(server)
 
     def test_a_client_that_does_not_read_is_cut_off(self) -> None:
-        server, client, _ = self.serve(shutdown_timeout=0.1, msg_noop_received="250 " + "x" * 100_000)
-        client.socket.settimeout(1)
-        with contextlib.suppress(OSError):
-            while True:
-                client.send(b"NOOP\r\n" * 1000)
+        server, client, recorder = self.serve(shutdown_timeout=0.1, msg_noop_received="250 " + "x" * 10_000_000)
+        client.send(b"NOOP\r\n")
+        recorder.wait_for("response: 250 x")
         server.stop()
         self.assert_nothing_is_left(server)
 
@@ -4092,26 +3801,18 @@ class StopTest(ServerCase):
             server.stop()
 
         server, client, recorder = self.serve(shutdown_timeout=0.1, on_message=stop)
-        client.ask(*ENVELOPE, "DATA")
-        client.send(b".\r\n")
+        client.mail()
         recorder.wait_for("stopped")
         self.assertFalse(server.is_running)
 
     def test_code_that_holds_up_a_session_does_not_hold_up_stop(self) -> None:
-        release, held = threading.Event(), threading.Event()
-
-        def hold(message: Message) -> None:
-            held.set()
-            release.wait(TIMEOUT)
-
-        server = Server(on_message=hold, shutdown_timeout=0).start()
+        server = Server(on_message=(hold := Hold()), shutdown_timeout=0).start()
         with Client(server) as client, mock.patch.object(smtpmock, "_PATIENCE", 0.01):
-            client.ask(*ENVELOPE, "DATA")
-            client.send(b".\r\n")
-            held.wait(TIMEOUT)
+            client.mail()
+            hold.wait()
             server.stop()
-        self.assertFalse(release.is_set())
-        release.set()
+        self.assertFalse(hold.release.is_set())
+        hold.release.set()
         self.assertTrue(wait_until(lambda: not self.threads()))
 
     def test_a_logger_that_stops_the_server(self) -> None:
@@ -4141,8 +3842,7 @@ class StopTest(ServerCase):
             server.stop()
 
         server, client, recorder = self.serve(on_message=on_message, shutdown_timeout=TIMEOUT)
-        client.ask(*ENVELOPE, "DATA")
-        client.send(b"hi\r\n.\r\n")
+        client.mail()
         server.stop()
         self.assertEqual((len(server.messages()), client.read()), (1, RECEIVED))
         self.assert_nothing_is_left(server)
@@ -4150,8 +3850,7 @@ class StopTest(ServerCase):
     def test_a_client_that_is_sending_gets_an_rst(self) -> None:
         """It does not hang when the server cuts it off, though nobody reads what it sends."""
         server, client, recorder = self.serve(shutdown_timeout=0, response_delay_message=10 * TIMEOUT)
-        client.ask(*ENVELOPE, "DATA")
-        client.send(b"hi\r\n.\r\n")
+        client.mail()
         recorder.wait_for("binary data portion")
         client.socket.setblocking(False)
         with contextlib.suppress(BlockingIOError):
@@ -4248,6 +3947,8 @@ class InterruptTest(ServerCase):
     def test_a_stop_that_waits_for_a_session(self) -> None:
         """A session at work goes on until the second stop() cuts it off."""
         server, client, recorder = self.serve(shutdown_timeout=10 * TIMEOUT, response_delay_noop=10 * TIMEOUT)
+        self.addCleanup(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have told us to ignore it
 
         def interrupt() -> None:
             recorder.wait_for("shutdown mode")
@@ -4340,13 +4041,6 @@ class SessionTest(ServerCase):
             client.assert_silence()
             self.assertEqual(client.ask("NOOP"), ["250 Ok"])
 
-    def test_many_at_once(self) -> None:
-        with Server() as server, contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(Client(server)) for _ in range(100)]
-            for client in clients:
-                client.send(b"EHLO a.com\r\n" + MAIL + b"QUIT\r\n")
-            self.assertEqual(len(server.wait_for_messages(100, TIMEOUT)), 100)
-
     def test_a_session_that_fails_is_logged(self) -> None:
         with Server(logger=(recorder := Recorder())) as server:
             with mock.patch.object(socket.socket, "recv", side_effect=ZeroDivisionError("a bug")):
@@ -4364,46 +4058,32 @@ class ConfigureTest(ServerCase):
     """configure(), reset() after it, and url."""
 
     def test_sessions_that_begin_later_have_the_new_options(self) -> None:
-        server, open_client, _ = self.serve(msg_noop_received="250 old", fail_fast=True)
-        server.configure(msg_greeting="220 new", msg_noop_received="250 new")
-        with Client(server) as client:
-            self.assertEqual((open_client.ask("NOOP"), client.greeting), (["250 old"], "220 new"))
-            self.assertEqual([*client.ask("NOOP", "nonsense"), client.read()], ["250 new", UNRECOGNIZED, "<closed>"])
-
-    def test_a_server_that_is_not_running(self) -> None:
-        server = Server(msg_greeting="220 old")
-        server.configure(msg_greeting="220 new", shutdown_timeout=0)
-        with server, Client(server) as client:
-            self.assertEqual(client.greeting, "220 new")
-
-    def test_a_bad_option_changes_nothing(self) -> None:
-        server, _, _ = self.serve(msg_greeting="220 old")
-        for options, text in (
-            ({"host": "::1"}, "host='::1': cannot be changed by configure()"),
-            ({"port": 0}, "port=0: cannot be changed by configure()"),
-            ({"fail_fsat": True}, "fail_fsat=True: there is no such option; did you mean fail_fast?"),
-            ({"fail_fast": 1}, "fail_fast=1: must be true or false"),
-            ({"tls_required": True}, "tls_required=True: needs ssl_context"),
-            ({"on_message": 1}, "on_message=1: must be callable"),
-            ({"handlers": [int]}, "handlers: <class 'int'> must be a subclass of Handler"),
-            ({"configuration": Configuration(port=1)}, "port=1: cannot be changed by configure()"),
-            ({"configuration": "x"}, "configuration='x': must be a Configuration"),
-        ):
-            with self.subTest(text):
-                with self.assertRaises(ConfigurationError) as caught:
-                    server.configure(msg_greeting="220 new", **dict[str, Any](options))
-                self.assertEqual(str(caught.exception), text)
-                with Client(server) as client:
-                    self.assertEqual(client.greeting, "220 old")
+        """Those that are not spelled out are as they were; reset() goes back."""
+        server, open_client, _ = self.serve(msg_greeting="220 old", msg_noop_received="250 old", fail_fast=True)
+        for _ in range(2):
+            server.configure(msg_greeting="220 new", extensions=["VRFY"])
+            server.configure(Configuration(msg_noop_received="250 new", fail_fast=False), fail_fast=True)
+            with Client(server) as client:
+                self.assertEqual((open_client.ask("NOOP"), client.greeting), (["250 old"], "220 new"))
+                replies = [*client.ask("NOOP", "nonsense"), client.read()]
+                self.assertEqual(replies, ["250 new", UNRECOGNIZED, "<closed>"])
+            server.reset()
+            with Client(server) as client:
+                self.assertEqual([client.greeting, *client.ask("NOOP")], ["220 old", "250 old"])
 
     def test_options_are_validated_with_those_of_before(self) -> None:
+        """Of a server that is not running."""
         server = Server(auth_users={"user": "secret"}, auth_required=True)
         with self.assertRaisesRegex(ConfigurationError, "auth_required=True: needs auth_users"):
             server.configure(auth_users=None)
-        server.configure(auth_users=None, auth_required=False)
+        server.configure(auth_users=None, auth_required=False, msg_greeting="220 new", shutdown_timeout=0)
+        with server, Client(server) as client:
+            self.assertEqual(client.greeting, "220 new")
 
     def test_on_message(self) -> None:
+        """An output of the command line stays."""
         given: list[str] = []
+        taken: list[Message] = []
         with Server(on_message=lambda message: given.append("old")) as server:
             send(server, "1")
             server.configure(on_message=lambda message: given.append("new"))
@@ -4414,26 +4094,11 @@ class ConfigureTest(ServerCase):
             send(server, "4")
             server.reset()
             send(server, "5")
-        self.assertEqual(given, ["old", "new", "new", "old"])
-
-    def test_an_output_of_the_command_line_stays(self) -> None:
-        given: list[Message] = []
-        server = Server(fail_fast=True)
-        Memory.set_output(server, given.append)
-        server.configure(fail_fast=False)
-        server.reset()
-        with server:
-            send(server, "hi")
-        self.assertEqual(len(given), 1)
-
-    def test_reset_goes_back(self) -> None:
-        server, _, _ = self.serve(msg_greeting="220 old", msg_noop_received="250 old")
-        for _ in range(2):
-            server.configure(msg_greeting="220 new")
-            server.configure(msg_noop_received="250 new", extensions=["VRFY"])
+            Memory.set_output(server, taken.append)
+            server.configure(fail_fast=False)
             server.reset()
-            with Client(server) as client:
-                self.assertEqual([client.greeting, *client.ask("NOOP")], ["220 old", "250 old"])
+            send(server, "6")
+        self.assertEqual((given, len(taken)), (["old", "new", "new", "old"], 1))
 
     def test_a_warning_about_discarded_mail(self) -> None:
         """It is turned off by an option that is set explicitly, as long as that is in force."""
@@ -4460,31 +4125,16 @@ class ConfigureTest(ServerCase):
         configured.configure(seed=5)
         self.assertEqual(hits(configured), hits(Server(seed=5)))
 
-        class Xtra(smtpmock.Handler):
-            verbs = ("XTRA",)
-            received = "250 Ok"
-
-        server = Server(handlers=iter([Xtra]))
+        server = Server(handlers=iter([make_handler("XTRA")]))
         server.configure(msg_greeting="220 new")
         with server, Client(server) as client:
             self.assertEqual(client.ask("HELO a.com", "XTRA"), [RECEIVED, "250 Ok"])
 
-    def test_a_configuration_changes_what_was_spelled_out_in_it(self) -> None:
-        server = Server(msg_greeting="220 old", msg_noop_received="250 old")
-        server.configure(Configuration(msg_noop_received="250 new", fail_fast=True), fail_fast=False)
-        with server, Client(server) as client:
-            self.assertEqual([client.greeting, *client.ask("x", "NOOP")], ["220 old", UNRECOGNIZED, "250 new"])
-
     def test_loggers_and_handlers(self) -> None:
-        class Xtra(smtpmock.Handler):
-            verbs = ("RCPX",)
-            received = "250 Ok"
-
         server, client, first = self.serve()
         second, third = Recorder(), Recorder()
-        with self.assertRaises(ConfigurationError):
-            server.on("RCPX")
-        server.configure(logger=second, handlers=[Xtra])
+        catch(ConfigurationError, server.on, "RCPX")
+        server.configure(logger=second, handlers=[make_handler("RCPX")])
         server.on("RCPX")
         for logger, reply in ((second, "250 Ok"), (third, UNRECOGNIZED)):
             with Client(server) as other:
@@ -4492,8 +4142,7 @@ class ConfigureTest(ServerCase):
                 logger.wait_for("request: RCPX")
             server.with_logger(third)
             server.reset()
-        with self.assertRaises(ConfigurationError):
-            server.on("RCPX")
+        catch(ConfigurationError, server.on, "RCPX")
         client.ask("NOOP")
         first.wait_for("request: NOOP")
 
@@ -4508,9 +4157,7 @@ class ConfigureTest(ServerCase):
         with Client(server) as second:
             second.ask(ENVELOPE[0], *SEND)
         client.ask(*SEND)
-        with self.assertRaises(AssertionError) as caught:
-            server.check()
-        self.assertEqual(str(caught.exception).count("ValueError"), 3)
+        self.assertEqual(told(server).count("ValueError"), 3)
         server.check()
 
     def test_the_log(self) -> None:
@@ -4526,9 +4173,12 @@ class ConfigureTest(ServerCase):
 
     def test_url(self) -> None:
         context = mock.Mock(spec=ssl.SSLContext)
-        self.assertEqual(Server(host="::1", port=25).url, "smtp://[::1]:25")
-        self.assertEqual(Server(host="[::1]", port=25).url, "smtp://[::1]:25")
-        self.assertEqual(Server(implicit_tls=True, ssl_context=context, port=1).url, "smtps://127.0.0.1:1")
+        for options, url in (
+            ({"host": "::1"}, "smtp://[::1]:25"),
+            ({"host": "[::1]"}, "smtp://[::1]:25"),
+            ({"implicit_tls": True, "ssl_context": context}, "smtps://127.0.0.1:25"),
+        ):
+            self.assertEqual(Server(port=25, **dict[str, Any](options)).url, url)
         with Server() as server:
             self.assertEqual(server.url, f"smtp://127.0.0.1:{server.port}")
 
@@ -4539,35 +4189,30 @@ class DisconnectTest(ServerCase):
     ENDS = ((False, "<closed>"), (True, "<reset>"))
 
     def test_what_a_session_waits_for(self) -> None:
-        for reset, end in self.ENDS:
-            for name, lines, count in (
-                ("nothing", [], 0),
-                ("a command", [ENVELOPE[0]], 1),
-                ("the rest of a line", [ENVELOPE[0]], 1),
-                ("a body", [*ENVELOPE, "DATA"], 1),
-                ("a delay", [ENVELOPE[0]], 1),
-                ("a delay before an end", [ENVELOPE[0]], 1),
-                ("silence", [ENVELOPE[0]], 1),
-            ):
-                rules = ("RSET: delay 1000", "VRFY: silence", "EXPN: delay 1000; close", "NOOP: delay 0.001")
-                with self.subTest(name, reset=reset):
-                    server, client, recorder = self.serve(*rules)
-                    client.ask(*lines)
-                    client.send({"the rest of a line": b"half", "a body": b"half\r\n"}.get(name, b""))
-                    if verb := {"a delay": "RSET", "silence": "VRFY", "a delay before an end": "EXPN"}.get(name):
-                        client.send(verb.encode() + b"\r\n")
-                        recorder.wait_for(f"request: {verb}")
-                    server.disconnect(reset)
-                    self.assertEqual(len(server.messages()), count)
-                    self.assertEqual(client.read(), end)
-                    for message in server.messages():
-                        last = {"silence": "S: <silence>", "a delay before an end": "S: <closed>"}.get(
-                            name, f"S: {end}"
-                        )
-                        self.assertTrue(message.transcript.endswith(f"\n{last}"))
-                        self.assertNotRegex(message.transcript, r"S: <\w+>\n.*$")
-                    with Client(server) as other:
-                        self.assertEqual(other.ask("NOOP"), ["250 Ok"])
+        rules = ("RSET: delay 1000", "VRFY: silence", "EXPN: delay 1000; close", "NOOP: delay 0.001")
+        waits: Sequence[tuple[Sequence[str], bytes, str | None]] = (
+            ([], b"", None),  # the first command
+            (ENVELOPE[:1], b"", None),
+            (ENVELOPE[:1], b"half", None),  # the rest of a line
+            ([*ENVELOPE, "DATA"], b"half\r\n", None),  # that of a body
+            (ENVELOPE[:1], b"RSET\r\n", None),  # the end of a delay
+            (ENVELOPE[:1], b"EXPN\r\n", "S: <closed>"),
+            (ENVELOPE[:1], b"VRFY\r\n", "S: <silence>"),
+        )
+        for (reset, end), (lines, sent, last) in itertools.product(self.ENDS, waits):
+            with self.subTest(lines=lines, sent=sent, reset=reset):
+                server, client, recorder = self.serve(*rules)
+                client.ask(*lines)
+                client.send(sent)
+                if sent.isupper():
+                    recorder.wait_for(f"request: {sent.decode().strip()}")
+                server.disconnect(reset)
+                self.assertEqual((len(server.messages()), client.read()), (bool(lines), end))
+                for message in server.messages():
+                    self.assertTrue(message.transcript.endswith(f"\n{last or f'S: {end}'}"))
+                    self.assertNotRegex(message.transcript, r"S: <\w+>\n.*$")
+                with Client(server) as other:
+                    self.assertEqual(other.ask("NOOP"), ["250 Ok"])
 
     def test_an_accepted_message_stays_accepted(self) -> None:
         server, client, _ = self.serve()
@@ -4577,17 +4222,6 @@ class DisconnectTest(ServerCase):
         (message,) = server.messages()
         self.assertTrue(message.is_consistent)
         self.assertEqual(message.transcript.splitlines()[-2:], [f"S: {RECEIVED}", "S: <closed>"])
-
-    def test_many_sessions(self) -> None:
-        for reset, end in self.ENDS:
-            with contextlib.ExitStack() as stack, Server() as server:
-                clients = [stack.enter_context(Client(server)) for _ in range(20)]
-                for client in clients:
-                    client.ask(ENVELOPE[0])
-                server.disconnect(reset=reset)
-                self.assertEqual(len(server.messages()), 20)
-                self.assertEqual({client.read() for client in clients}, {end})
-                server.disconnect(reset=reset)
 
     def test_a_client_that_closed_its_end_or_does_not_read(self) -> None:
         for reset, _ in self.ENDS:
@@ -4621,9 +4255,7 @@ class DisconnectTest(ServerCase):
 
         def user() -> list[str]:
             with Client(server) as client:
-                client.ask(*ENVELOPE, "DATA")
-                client.send(b"hi\r\n.\r\n")
-                return client.read_all()
+                return client.mail().read_all()
 
         with Server(on_message=on_message) as server, mock.patch.object(smtpmock, "_PATIENCE", 10 * TIMEOUT):
             self.assertEqual(in_threads(user, user), [["<closed>"]] * 2)
@@ -4632,25 +4264,16 @@ class DisconnectTest(ServerCase):
 
     def test_nothing_is_said_after_it(self) -> None:
         """By a session that was held up by a callback."""
-        held, release = threading.Event(), threading.Event()
-
-        def hold(message: Message) -> None:
-            held.set()
-            release.wait(TIMEOUT)
-
         for reset, end in self.ENDS:
-            server, client, _ = self.serve(on_message=hold)
+            server, client, _ = self.serve(on_message=(hold := Hold()))
             with self.subTest(reset=reset), mock.patch.object(smtpmock, "_PATIENCE", 0):
-                client.ask(*ENVELOPE, "DATA")
-                client.send(b"hi\r\n.\r\nHELO b.com\r\n")
-                self.assertTrue(held.wait(TIMEOUT))
+                client.mail(b"hi\r\n.\r\nHELO b.com\r\n")
+                hold.wait()
                 server.disconnect(reset)
-                release.set()
+                hold.release.set()
                 self.assertIn(client.read(), (end, "<closed>"))
                 stop_in_time(server)
                 self.assertEqual([message.helo_request for message in server.messages()], [ENVELOPE[0]])
-            held.clear()
-            release.clear()
 
     @unittest.skipUnless(sys.platform == "linux", "other systems have no error for an RST after a FIN")
     def test_no_rst_follows_a_fin(self) -> None:
@@ -4687,11 +4310,8 @@ class DisconnectTest(ServerCase):
         server.disconnect()
         self.assertRegex(report(server), "(?s)0 sessions are open.*disconnect[(][)] ended it")
 
-    def test_arguments_and_states(self) -> None:
-        server = Server()
-        server.disconnect()
-        with self.assertRaisesRegex(ConfigurationError, "reset=1: must be true or false"):
-            server.disconnect(1)  # type: ignore[arg-type]
+    def test_a_server_that_is_not_running(self) -> None:
+        Server().disconnect()
 
 
 class GarbageTest(unittest.TestCase):
@@ -4736,21 +4356,6 @@ class GarbageTest(unittest.TestCase):
             self.assertIn(len(found) - found.count("<closed>"), counts)
             said += found
         return said.count(RECEIVED)
-
-    def test_through_a_socket(self) -> None:
-        with Server(session_timeout=TIMEOUT) as server:
-            for seed in range(200):
-                rng = random.Random(seed)
-                with Client(server, greets=False) as client:
-                    lines = b"\r\n".join(self.make_line(rng) for _ in range(20))
-                    with contextlib.suppress(ConnectionError):
-                        client.send(lines + b"\r\n.\r\nQUIT\r\n")
-                    if rng.random() < 0.5:
-                        client.reset()
-                    else:
-                        client.read_all()
-            with Client(server) as client:
-                self.assertEqual(client.ask("NOOP"), ["250 Ok"])
 
     def test_what_is_endless_or_too_long_is_not_kept(self) -> None:
         for start in (b"", b"DATA\r\n", b"BDAT 99999999999\r\n", b"BDAT 99999999999 LAST\r\n"):
@@ -4818,7 +4423,7 @@ class ResourceTest(ServerCase, ProcessCase):
         self.assertEqual(self.run_python(code, "-W", "error", "-X", "dev"), "0 1\n")
 
     def test_stop_while_clients_connect(self) -> None:
-        for _ in range(10):
+        for _ in range(5):
             server = Server(shutdown_timeout=0.1).start()
             stopped = threading.Event()
 
@@ -4833,8 +4438,7 @@ class ResourceTest(ServerCase, ProcessCase):
                             client.read()
 
             def stop(server: Server = server, stopped: threading.Event = stopped) -> None:
-                with Client(server):
-                    pass
+                Client(server).__exit__()
                 server.stop()
                 stopped.set()
 
@@ -4917,21 +4521,12 @@ class SmtplibTest(unittest.TestCase):
 
     def test_it_is_there_when_sendmail_returns(self) -> None:
         with Server(multiple_message_receiving=True) as server, Smtp(server) as client:
-            for count in range(1, 20):
-                client.sendmail("a@a.com", ["b@b.com"], f"Subject: {count}\r\n\r\nhi\r\n")
-                messages = server.messages()
-                self.assertEqual(len(messages), count)
-                self.assertEqual(messages[-1].content, f"Subject: {count}\r\n\r\nhi\r\n".encode())
-            client.quit()
-            self.assertTrue(server.messages()[-1].quit_sent)
-            self.assertTrue(all(message.is_consistent for message in server.messages()))
-
-    def test_bodies(self) -> None:
-        with Server(multiple_message_receiving=True) as server, Smtp(server) as client:
-            for body in (b"\xff\x00 8-bit", b".dots\r\n..\r\n.", b"", "ünïcode".encode(), b"x" * 300_000):
+            for body in (b"hi", b"\xff\x00 8-bit", b".dots\r\n..\r\n.", b"", "ünïcode".encode(), b"x" * 300_000):
                 for end in (b"", b"\r\n"):
                     client.sendmail("a@a.com", ["b@b.com"], body + end)
-                    self.assertEqual(server.messages_and_purge()[0].content.removesuffix(b"\r\n"), body)
+                    (message,) = server.messages_and_purge()
+                    self.assertEqual((message.content.removesuffix(b"\r\n"), message.is_consistent), (body, True))
+            client.quit()
 
 
 # ----------------------------------------------------------------------------------------- logging
@@ -4980,8 +4575,7 @@ class LoggingTest(unittest.TestCase):
 
     def test_errors_go_to_stderr(self) -> None:
         with Server() as first, contextlib.redirect_stderr(io.StringIO()) as err:
-            with self.assertRaises(ServerStartError):
-                Server(port=first.port, log_to_stdout=True).start()
+            catch(ServerStartError, Server(port=first.port, log_to_stdout=True).start)
         self.assertRegex(err.getvalue(), "^ERROR: .* cannot listen on ")
 
     def test_a_narrow_encoding(self) -> None:
@@ -5051,25 +4645,26 @@ def parse_flags(*argv: str) -> Any:
 
 # Command lines that are refused, and why.
 BAD_FLAGS = """
--port=99999          -port=99999: must be an integer from 0 to 65535
--port=x              -port='x': must be an integer from 0 to 65535
--port=               -port='': must be an integer from 0 to 65535
--port=-1             -port=-1: must be an integer from 0 to 65535
--log=maybe           -log='maybe': must be true or false
--json=maybe          -json='maybe': must be true or false
--prot=1              -prot: there is no such flag; did you mean -port?
---multiple-rcpto     --multiple-rcpto: there is no such flag; did you mean --multiple-rcptto?
--port                -port: needs a value
--failfast            -failfast: there is no such flag; did you mean --fail-fast?
--rule                -rule: needs a value
-stray                stray: there is no such flag
--multiple-rcptto     -multiple-rcptto: there is no such flag; did you mean --multiple-rcptto?
--sessionTimeout=nan  -sessionTimeout=nan: must be a number of seconds from 0.001 to 1000000
-"""
-BAD_FOLDERS = """
--saveDir=/dev/null/x  cannot write to /dev/null/x: Not a directory
---maildir=/dev/null/x  cannot write to /dev/null/x: Not a directory
--saveDir=/proc/x  cannot write to /proc/x: No such file or directory
+-port=99999             => -port=99999: must be an integer from 0 to 65535
+-port=x                 => -port='x': must be an integer from 0 to 65535
+-port=                  => -port='': must be an integer from 0 to 65535
+-port=-1                => -port=-1: must be an integer from 0 to 65535
+-log=maybe              => -log='maybe': must be true or false
+-json=maybe             => -json='maybe': must be true or false
+-prot=1                 => -prot: there is no such flag; did you mean -port?
+--multiple-rcpto        => --multiple-rcpto: there is no such flag; did you mean --multiple-rcptto?
+-port                   => -port: needs a value
+-failfast               => -failfast: there is no such flag; did you mean --fail-fast?
+-rule                   => -rule: needs a value
+stray                   => stray: there is no such flag
+-multiple-rcptto        => -multiple-rcptto: there is no such flag; did you mean --multiple-rcptto?
+-sessionTimeout=nan     => -sessionTimeout=nan: must be a number of seconds from 0.001 to 1000000
+-authRequired           => -authRequired=True: needs -authUsers
+-extensions=AUTH        => -extensions: AUTH is announced with the option -authUsers
+-implicitTls            => -implicitTls=True: needs -tlsCert
+-saveDir=/dev/null/x    => cannot write to /dev/null/x: Not a directory
+--maildir=/dev/null/x   => cannot write to /dev/null/x: Not a directory
+-saveDir=/proc/x        => cannot write to /proc/x: No such file or directory
 """
 BAD_RULE_FLAGS = r"""
 RCPT reply                    => must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'
@@ -5126,65 +4721,50 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual((status, out.splitlines()[0], err), (0, f"smtpmock: {smtpmock.__version__}", ""))
 
     def test_errors(self) -> None:
-        for rows, status in ((BAD_FLAGS, 2), (BAD_FOLDERS, 1)):
-            for row in rows.strip().splitlines():
-                flag, error = row.split(maxsplit=1)
-                with self.subTest(flag):
-                    self.assertEqual(call_main(flag), (status, "", f"smtpmock: {error}\n"))
+        for flag, error in read_errors(BAD_FLAGS):
+            with self.subTest(flag):
+                status, out, err = call_main(flag)
+                self.assertEqual((status, out), (1 if "/" in flag else 2, ""))
+                self.assertRegex(err.removeprefix("smtpmock: ").removesuffix("\n"), error)
 
     def test_bad_rules(self) -> None:
-        actions = (
-            "reply or raw or delay or trickle or close or drop or reset or silence or times or probability or after"
-        )
+        ends = "close or drop or reset or silence"
+        actions = f"reply or raw or delay or trickle or {ends} or times or probability or after"
         for row in BAD_RULE_FLAGS.strip().splitlines():
             rule, error = (part.strip() for part in row.replace("{ACTIONS}", actions).split(" => "))
             with self.subTest(rule):
                 self.assertEqual(call_main("-rule", rule), (2, "", f"smtpmock: rule {rule!r}: {error}\n"))
 
-    @unittest.skipUnless(threading.current_thread() is threading.main_thread(), "signals reach the main thread only")
     def test_in_this_process(self) -> None:
-        """A run of main(), with a mail, until a signal; and one cut short by another. No default timeout disturbs it."""
+        """A run of main(), with a mail, until a signal. No default timeout disturbs it."""
         self.addCleanup(socket.setdefaulttimeout, None)
         socket.setdefaulttimeout(0.001)
-        for second in (False, True):
-            lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-            def write(text: str, lines: queue.SimpleQueue[str] = lines) -> None:
-                """Take a line; when the port is announced, clients can connect but are not served yet."""
-                match = re.match("smtpmock: listening on (.*):(.*)", text)
-                if match:
-                    with socket.create_connection((match[1], int(match[2])), TIMEOUT) as early:
-                        early.settimeout(0.02)
-                        self.assertRaises(TimeoutError, early.recv, 1)
-                lines.put(text)
+        def write(text: str) -> None:
+            """Take a line; when the port is announced, clients can connect but are not served yet."""
+            match = re.match("smtpmock: listening on (.*):(.*)", text)
+            if match:
+                with socket.create_connection((match[1], int(match[2])), TIMEOUT) as early:
+                    early.settimeout(0.02)
+                    self.assertRaises(TimeoutError, early.recv, 1)
+            lines.put(text)
 
-            user = threading.Thread(target=self.use, args=(lines, second))
-            handler = signal.getsignal(signal.SIGTERM)
-            with contextlib.redirect_stdout(mock.Mock(encoding="utf-8", write=write)):
-                user.start()
-                delays = [f"-responseDelayRset={10 * TIMEOUT}", f"-shutdownTimeout={10 * TIMEOUT}"]
-                rules = ["-rule", "VRFY: reply 252 one", "--rule=EXPN: reply 252 two"]
-                self.assertEqual(smtpmock.main(["-log", *delays, *rules]), 0)
-            user.join(TIMEOUT)
-            self.assertIs(signal.getsignal(signal.SIGTERM), handler)
+        def use() -> None:
+            with Smtp(int(lines.get(timeout=TIMEOUT).rpartition(":")[2])) as client:
+                assert (client.docmd("VRFY"), client.docmd("EXPN")) == ((252, b"one"), (252, b"two"))
+                client.sendmail("a@a.com", ["b@b.com"], "hi")
+                signal.raise_signal(signal.SIGTERM)
+                assert client.getreply()[0] == 421
+                client.close()
 
-    def use(self, lines: queue.SimpleQueue[str], second: bool) -> None:
-        """Use the server whose port is in the first line, and end it with one signal or two."""
-        with Smtp(int(lines.get(timeout=TIMEOUT).rpartition(":")[2])) as client:
-            assert (client.docmd("VRFY"), client.docmd("EXPN")) == ((252, b"one"), (252, b"two"))
-            client.sendmail("a@a.com", ["b@b.com"], "hi")
-            if second:
-                client.putcmd("rset")
-                while "request: rset" not in lines.get(timeout=TIMEOUT):
-                    pass
-            signal.raise_signal(signal.SIGTERM)
-            while second and "shutdown mode" not in lines.get(timeout=TIMEOUT):
-                pass
-            if second:
-                signal.raise_signal(signal.SIGINT)
-            with contextlib.suppress(smtplib.SMTPException):
-                client.getreply()
-            client.close()
+        user = threading.Thread(target=use)
+        handler = signal.getsignal(signal.SIGTERM)
+        with contextlib.redirect_stdout(mock.Mock(encoding="utf-8", write=write)):
+            user.start()
+            self.assertEqual(smtpmock.main(["-log", "-rule", "VRFY: reply 252 one", "--rule=EXPN: reply 252 two"]), 0)
+        user.join(TIMEOUT)
+        self.assertIs(signal.getsignal(signal.SIGTERM), handler)
 
 
 class HelpTest(unittest.TestCase):
@@ -5203,16 +4783,13 @@ class HelpTest(unittest.TestCase):
 
     def test_it_is_a_page(self) -> None:
         for flag in ("-h", "-help", "--help"):
-            text = self.read(flag)
-            self.assertLessEqual(len(text.splitlines()), 120)
-            self.assertEqual(text, self.read("-h"))
+            self.assertEqual(self.read(flag), self.read("-h"))
+        self.assertLessEqual(len(self.read("-h").splitlines()), 120)
         for flag in ("-h", "-helpAll"):
-            self.assertEqual(
-                [line for line in self.read(flag).splitlines() if len(line) > 80 or line != line.rstrip()], []
-            )
-            self.assertNotRegex(
-                self.read(flag), r"(?i:python)|\(\)|\b(None|True|False|str|int|bool|exception|function)\b"
-            )
+            lines = self.read(flag).splitlines()
+            self.assertEqual([line for line in lines if len(line) > 80 or line != line.rstrip()], [])
+            python = r"(?i:python)|\(\)|\b(None|True|False|str|int|bool|exception|function)\b"
+            self.assertNotRegex(self.read(flag), python)
 
     def test_groups(self) -> None:
         groups = self.read_groups("-h")
@@ -5241,10 +4818,8 @@ class HelpTest(unittest.TestCase):
         for field in dataclasses.fields(Configuration):
             if not field.name.startswith("log_") and field.name != "ssl_context":
                 about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: flags(match[0])[0], field.metadata["about"])
-                with self.subTest(field.name):
-                    self.assertEqual(
-                        len(re.findall(rf"(?<!\S){flags(field.name)[0]}(=[A-Z]+)? {re.escape(about)}", text)), 1
-                    )
+                found = re.findall(rf"(?<!\S){flags(field.name)[0]}(=[A-Z]+)? {re.escape(about)}", text)
+                self.assertEqual(len(found), 1, field.name)
 
     def test_an_option_of_no_group_is_there(self) -> None:
         metadata = Configuration.__dataclass_fields__["fail_fast"].metadata
@@ -5271,20 +4846,19 @@ class ProcessTest(ProcessCase):
         """Without docstrings and assertions."""
         self.assertIn("An SMTP server for tests", self.finish(self.launch("-OO", "-m", "smtpmock", "-h")))
 
-    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
     def test_no_stdout(self) -> None:
-        for redirection, reason in ((">&-", "it is closed"), (">/dev/full", "No space left on device")):
-            for flag in ("-h", "-v", "-port=0"):
-                command = f"exec {shlex.quote(sys.executable)} -m smtpmock {flag} {redirection}"
-                done = subprocess.run(
-                    command, shell=True, cwd=HERE, timeout=TIMEOUT, capture_output=True, text=True, check=False
-                )
-                with self.subTest(command):
-                    self.assertEqual(done.stderr, f"smtpmock: cannot write to stdout: {reason}\n")
-                    self.assertEqual(done.returncode, 1)
+        full = "cannot write to stdout: No space left on device"
+        for flag, redirection, error in (
+            ("-h", ">/dev/full", full),
+            ("-v", ">&-", "cannot write to stdout: it is closed"),
+            ("-port=0", ">/dev/full", full),
+            ("-port=0", ">&-", "cannot write to stdout: it is closed"),
+        ):
+            with self.subTest(flag, redirection=redirection):
+                self.assertEqual(self.run_shell(f"{flag} {redirection}"), (1, "", f"smtpmock: {error}\n"))
 
     def test_two_signals_at_once(self) -> None:
-        for _ in range(5):
+        for _ in range(2):
             process = self.start()
             self.port(process)
             process.send_signal(signal.SIGTERM)
@@ -5304,6 +4878,21 @@ class ProcessTest(ProcessCase):
                     self.assertIsNone(process.poll())
         self.finish(process)
 
+    def test_the_end_of_stdin_is_no_second_signal(self) -> None:
+        flags = ("-control", "-log", "-responseDelayNoop=0.5", f"-shutdownTimeout={10 * TIMEOUT}")
+        process = self.start(*flags, stdin=subprocess.PIPE)
+        with contextlib.closing(Smtp(json.loads(process.stdout.readline())["port"])) as client:
+            client.putcmd("noop")
+            while "request: noop" not in process.stderr.readline():
+                self.assertIsNone(process.poll())
+            process.send_signal(signal.SIGTERM)
+            while "shutdown mode" not in process.stderr.readline():
+                self.assertIsNone(process.poll())
+            process.stdin.close()
+            process.stdin = None
+            self.assertEqual(client.getreply(), (250, b"Ok"))
+        self.assertEqual(process.wait(TIMEOUT), 0)
+
     def test_errors(self) -> None:
         with Server() as server:
             in_use = rf"cannot listen on 127\.0\.0\.1:{server.port}: .*in use"
@@ -5316,13 +4905,11 @@ class ProcessTest(ProcessCase):
     def test_a_killed_one_leaves_its_port(self) -> None:
         process = self.start()
         port = self.port(process)
-        for _ in range(3):
-            with Smtp(port) as client:
-                client.noop()
-                process.kill()
-                process.wait(TIMEOUT)
-            process = self.start(f"-port={port}")
-            self.assertEqual(self.port(process), port)
+        with Smtp(port) as client:
+            client.noop()
+            process.kill()
+            process.wait(TIMEOUT)
+        self.assertEqual(self.port(self.start(f"-port={port}")), port)
 
     def test_a_closed_stdout(self) -> None:
         process = self.start("-log")
@@ -5346,9 +4933,8 @@ class OutputTest(ProcessCase):
         maildir = self.folder.parent / "maildir"
         port = self.port(self.start(f"-saveDir={self.folder}", f"-maildir={maildir}", "-log"))
         shutil.rmtree(maildir / "tmp")
-        with self.assertRaises(smtplib.SMTPDataError) as caught:
-            send(port, "hi")
-        self.assertEqual((caught.exception.smtp_code, self.names()), (451, []))
+        self.refuse(port)
+        self.assertEqual(self.names(), [])
         (maildir / "tmp").mkdir()
         send(port, "hi")
         self.assertEqual(self.names(), self.pairs(2))
@@ -5423,13 +5009,24 @@ class OutputTest(ProcessCase):
         self.assertEqual((lines[0]["content_encoding"], lines[1]["content"]), ("base64", "Subject: two\r\n"))
         self.assertTrue(lines[2]["transcript"].endswith("S: 221 Closing connection\nS: <closed>"))
 
+    def refuse(self, port: int, content: bytes | str = b"hi") -> None:
+        """A mail is refused."""
+        self.assertEqual(catch(smtplib.SMTPDataError, send, port, content).smtp_code, 451)
+
     def test_json_to_nobody(self) -> None:
         process = self.start("-json")
         port = json.loads(process.stdout.readline())["port"]
         process.stdout.close()
-        with self.assertRaises(smtplib.SMTPDataError) as caught:
-            send(port, b"hi")
-        self.assertEqual(caught.exception.smtp_code, 451)
+        self.refuse(port)
+
+    def test_answers_to_nobody(self) -> None:
+        process = self.start("-control", stdin=subprocess.PIPE)
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.write("clear\n")
+        process.stdin.flush()
+        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (0, ""))
+        process.stdout = None
 
     def test_save_dir(self) -> None:
         for begin in (1, 3):
@@ -5445,8 +5042,8 @@ class OutputTest(ProcessCase):
 
     def test_two_processes_in_one_folder(self) -> None:
         ports = [self.port(self.start(f"-saveDir={self.folder}")) for _ in range(2)]
-        in_threads(*(lambda port=port: send(port, *[b"hi"] * 20) for port in ports * 4))
-        self.assertEqual(self.names(), self.pairs(*range(1, 161)))
+        in_threads(*(lambda port=port: send(port, *[b"hi"] * 10) for port in ports * 2))
+        self.assertEqual(self.names(), self.pairs(*range(1, 41)))
 
     def test_a_disk_that_fills(self) -> None:
         import resource
@@ -5454,9 +5051,7 @@ class OutputTest(ProcessCase):
         limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))  # noqa: E731
         process = self.start(f"-saveDir={self.folder}", f"-maildir={self.folder / 'mail'}", preexec_fn=limit)
         port = self.port(process)
-        with self.assertRaises(smtplib.SMTPDataError) as caught:
-            send(port, b"x" * 18000)
-        self.assertEqual(caught.exception.smtp_code, 451)
+        self.refuse(port, b"x" * 18000)
         self.assertEqual(self.names(), ["mail"])
         send(port, b"Subject: small")
         self.assertEqual(self.names(), [*self.pairs(2), "mail"])
@@ -5476,7 +5071,7 @@ class OutputTest(ProcessCase):
     def test_killed_at_any_moment(self) -> None:
         """Every mail that got its 250 is a whole file."""
         rng = random.Random()
-        for _ in range(int(os.environ.get("SMTPMOCK_KILLS", "2"))):
+        for _ in range(int(os.environ.get("SMTPMOCK_KILLS", "1"))):
             process = self.start(f"-saveDir={self.folder}")
             port = self.port(process)
             accepted: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -5619,50 +5214,45 @@ class ControlTest(ProcessCase):
             self.assertEqual(sorted(self.read()["event"] for _ in range(2)), ["done", "message"])
 
     def test_bad_commands(self) -> None:
-        for row in BAD_COMMANDS.strip().splitlines():
-            command, error = (part.strip() for part in row.split(" => "))
-            pattern = ".+".join(map(re.escape, error.split("{MORE}")))
+        for command, pattern in read_errors(BAD_COMMANDS):
             with self.subTest(command):
                 answer = self.ask(command)
                 self.assertEqual(answer["event"], "error")
-                self.assertRegex(answer["error"], rf"\A{pattern}\Z")
+                self.assertRegex(answer["error"], pattern)
                 self.obey("check")  # no rule without an action is left
         client = self.connect()
         self.assertEqual(client.docmd("FOO")[0], 502)
         client.mail("a@a.com")
         self.assertEqual(client.rcpt("b@b.com"), (250, b"Received"))
 
-    def assert_stops(self) -> None:
+    def test_each_way_to_stop(self) -> None:
         """The server says its last, and ends well."""
-        self.assertEqual(self.read(), {"event": "done", "command": "stop", "messages": 0})
-        self.assertEqual(self.server.wait(TIMEOUT), 0)
-        self.reader.join(TIMEOUT)
-        self.assertTrue(self.lines.empty())
-
-    def test_stop(self) -> None:
-        client = Smtp(self.listening["port"])
-        self.write(" stop \nclear\n")
-        self.assert_stops()
-        self.assertEqual(client.getreply()[0], 421)
-        client.close()
-
-    def test_the_end_of_stdin(self) -> None:
-        self.server.stdin.close()
-        self.server.stdin = None
-        self.assert_stops()
-
-    def test_a_signal(self) -> None:
-        self.server.send_signal(signal.SIGTERM)
-        self.assert_stops()
+        for way in ("command", "end", "signal"):
+            with self.subTest(way):
+                if way != "command":
+                    self.setUp()
+                client = self.connect()
+                if way == "command":
+                    self.write(" stop \nclear\n")
+                elif way == "end":
+                    self.server.stdin.close()
+                    self.server.stdin = None
+                else:
+                    self.server.send_signal(signal.SIGTERM)
+                self.assertEqual(client.getreply()[0], 421)
+                client.close()
+                self.assertEqual(self.read()["event"], "message")
+                self.assertEqual(self.read(), {"event": "done", "command": "stop", "messages": 1})
+                self.assertEqual(self.server.wait(TIMEOUT), 0)
+                self.reader.join(TIMEOUT)
+                self.assertTrue(self.lines.empty())
 
     def test_a_stdin_that_cannot_be_read(self) -> None:
-        command = f"exec {shlex.quote(sys.executable)} -m smtpmock -control <&-"
-        done = subprocess.run(
-            command, shell=True, cwd=HERE, timeout=TIMEOUT, capture_output=True, text=True, check=False
-        )
         error = "cannot read from stdin: it is closed"
-        self.assertEqual((done.returncode, done.stderr), (1, f"smtpmock: {error}\n"))
-        self.assertEqual(json.loads(done.stdout), {"event": "error", "error": error})
+        status, out, err = self.run_shell("-control <&-")
+        self.assertEqual(
+            (status, json.loads(out), err), (1, {"event": "error", "error": error}, f"smtpmock: {error}\n")
+        )
 
     def test_errors_at_the_start(self) -> None:
         for flag in ("-json", "--json=true", "-control"):
@@ -5676,66 +5266,15 @@ class ControlTest(ProcessCase):
                 self.assertEqual(json.loads(out), {"event": "error", "error": error})
 
 
-class ControlAndSignalTest(ProcessCase):
-    """A program that stops the server, and ends."""
-
-    def test_the_end_of_stdin_is_no_second_signal(self) -> None:
-        process = self.start(
-            "-control", "-log", "-responseDelayNoop=0.5", f"-shutdownTimeout={10 * TIMEOUT}", stdin=subprocess.PIPE
-        )  # fmt: skip
-        with contextlib.closing(Smtp(json.loads(process.stdout.readline())["port"])) as client:
-            client.putcmd("noop")
-            while "request: noop" not in process.stderr.readline():
-                self.assertIsNone(process.poll())
-            process.send_signal(signal.SIGTERM)
-            while "shutdown mode" not in process.stderr.readline():
-                self.assertIsNone(process.poll())
-            process.stdin.close()
-            process.stdin = None
-            self.assertEqual(client.getreply(), (250, b"Ok"))
-        self.assertEqual(process.wait(TIMEOUT), 0)
-
-
-class LostOutputTest(ProcessCase):
-    """What a program is told when its output cannot be written."""
-
-    def test_a_mail_that_cannot_be_saved(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "mails")
-            process = self.start("-json", f"-saveDir={path}")
-            port = json.loads(process.stdout.readline())["port"]
-            shutil.rmtree(path)
-            self.assertRaises(smtplib.SMTPDataError, send, port, "hi")
-            error = json.loads(process.stdout.readline())
-            self.assertEqual(error["event"], "error")
-            self.assertIn("a mail was refused, because it cannot be saved: ", error["error"])
-
-    def test_answers_that_nobody_reads(self) -> None:
-        process = self.start("-control", stdin=subprocess.PIPE)
-        process.stdout.readline()
-        process.stdout.close()
-        process.stdin.write("clear\n")
-        process.stdin.flush()
-        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (0, ""))
-        process.stdout = None
-
-
 @unittest.skipUnless(threading.current_thread() is threading.main_thread(), "signals reach the main thread only")
 class ControlInProcessTest(unittest.TestCase):
     """-control, in this process."""
 
     def test_it_obeys(self) -> None:
-        commands = [
-            "rule RCPT: reply 450 later",
-            "clear",
-            "rule x",
-            "configure -failFast",
-            "reset",
-            "disconnect",
-            "check",
-        ]
+        text = "rule RCPT: reply 450 later\nclear\nrule x\nconfigure -failFast\nreset\ndisconnect\ncheck"
+        commands = text.splitlines()
         with tempfile.TemporaryFile() as stdin:
-            stdin.write("\n".join(commands).encode() + b"\n\xff\n\nstop\nfoo\n")
+            stdin.write(text.encode() + b"\n\xff\n\nstop\nfoo\n")
             stdin.seek(0)
             with mock.patch("sys.stdin", stdin):
                 status, out, err = call_main("-control")
@@ -5769,10 +5308,14 @@ class TellingTest(unittest.TestCase):
 
     def test_recipients_that_were_not_kept(self) -> None:
         text = "1 of 2 accepted recipients was not kept; multiple_rcptto=True keeps them all"
-        for name in ("messages", "messages_and_purge", "message", "wait_for_messages"):
+        for name, arguments in {
+            "messages": [],
+            "messages_and_purge": [],
+            "message": [],
+            "wait_for_messages": [1],
+        }.items():
             with Server() as server, Smtp(server) as client:
                 client.sendmail("a@a.com", ["b@b.com", "c@c.com"], "hi")
-                arguments = [1] if name == "wait_for_messages" else []
                 self.assert_warns(text, functools.partial(getattr(server, name), *arguments))
                 self.assert_silent(server.messages)  # once per message
         for value in (True, False):
@@ -5794,26 +5337,23 @@ class TellingTest(unittest.TestCase):
                 client.sendmail("a@a.com", ["b@b.com"], "hi")
                 self.assert_silent(server.messages_and_purge)
 
-    def test_asserted_too_early(self) -> None:
-        with Server() as server, Client(server) as client:
-            client.ask(*ENVELOPE[:2])
-            with self.assertRaises(WaitTimeoutError) as caught:
-                server.message()
-            for text in (r"^0 accepted messages where there should be 1", "C: MAIL FROM:<a@a.com> / S: 250 Received"):
-                self.assertRegex(str(caught.exception), text)
-            self.assertEqual(caught.exception.messages, [])
-
     def test_one_message(self) -> None:
         with Server(multiple_message_receiving=True) as server:
+            with Client(server) as client:
+                client.ask(*ENVELOPE[:2])
+                error = catch(WaitTimeoutError, server.message)  # asserted too early
+                self.assertRegex(
+                    str(error), r"(?s)^0 accepted messages where there should be 1.*C: MAIL FROM:<a@a.com> / S"
+                )
+                self.assertEqual(error.messages, [])
             send(server, "Subject: one\n\n", "Subject: two\n\n")
             self.assertEqual(server.message(lambda message: message.subject == "two").subject, "two")
-            with self.assertRaisesRegex(WaitTimeoutError, "^2 accepted messages where there should be 1") as caught:
-                server.message()
-            self.assertEqual(len(caught.exception.messages), 2)
-            with self.assertRaisesRegex(WaitTimeoutError, "^0 matching accepted messages"):
-                server.message(lambda message: False, timeout=0.01)
-            with self.assertRaises(ZeroDivisionError):
-                server.message(lambda message: 1 / 0)
+            error = catch(WaitTimeoutError, server.message)
+            self.assertRegex(str(error), "^2 accepted messages where there should be 1")
+            self.assertEqual(len(error.messages), 2)
+            error = catch(WaitTimeoutError, server.message, lambda message: False, 0.01)
+            self.assertRegex(str(error), "^0 matching accepted messages")
+            catch(ZeroDivisionError, server.message, lambda message: 1 / 0)
         with Server() as server:
             timer = threading.Timer(0.01, send, (server, "later"))
             timer.start()
@@ -5821,13 +5361,12 @@ class TellingTest(unittest.TestCase):
             timer.join()
 
     def test_a_mail_that_was_refused(self) -> None:
+        refused = ("RCPT TO:<b@b.com>", "550 User not found")
         with Server(not_registered_emails=["b@b.com"]) as server:
             with Client(server) as client:
                 client.ask(*ENVELOPE, "RSET", "QUIT")
             (message,) = server.messages()
-            refused = ("RCPT TO:<b@b.com>", "550 User not found")
-            self.assertEqual(message.refusals, [refused])
-            self.assertEqual(message.to_dict()["refusals"], [list(refused)])
+            self.assertEqual((message.refusals, message.to_dict()["refusals"]), ([refused], [list(refused)]))
             text = "not accepted, 'RCPT TO:<b@b.com>' was refused with '550 User not found'"
             self.assertIn(text, repr(message))
             with self.assertRaisesRegex(WaitTimeoutError, text):
@@ -5838,10 +5377,9 @@ class TellingTest(unittest.TestCase):
         memory = Memory(multiple_message_receiving=True, rules=["message: reply 552 no; times=1"])
         memory.say(*ENVELOPE, *SEND[2:], "RSET", *SEND, "NOOP")
         refused, accepted = memory.messages()
-        self.assertEqual(
-            (refused.refusals, refused.content, refused.rset), ([("<4 bytes>", "552 no")], b"hi\r\n", True)
-        )
-        self.assertEqual((refused.rcpt_tos, accepted.is_consistent, accepted.refusals), (["b@b.com"], True, []))
+        self.assertEqual((refused.refusals, refused.content), ([("<4 bytes>", "552 no")], b"hi\r\n"))
+        self.assertEqual((refused.rcpt_tos, refused.rset), (["b@b.com"], True))
+        self.assertEqual((accepted.is_consistent, accepted.refusals), (True, []))
 
     def test_rules_that_were_never_hit(self) -> None:
         with Server() as server:
@@ -5854,27 +5392,21 @@ class TellingTest(unittest.TestCase):
                 nearest = "the nearest command was 'RCPT TO:<Bob@example.com>'"
                 expected = [f"<Rule for RCPT bob@example.com: 0 hits> was never hit; {nearest}"]
                 expected += ["<Rule for NOOP: 0 hits> has no action"]
-                with self.assertRaises(AssertionError) as caught:
-                    server.check()
-                self.assertEqual(str(caught.exception).splitlines(), expected)
+                self.assertEqual(told(server).splitlines(), expected)
             server.reset()
             server.check()
 
     def test_callbacks_that_raise(self) -> None:
-        class Verify(smtpmock.Handler):
-            verbs = ("VRFY",)
-            received = "252 maybe"
-
-            def parse(self, argument: str) -> str:
-                raise AssertionError("handler")
-
         def fail(*_: object) -> Any:
             raise AssertionError("callback")
+
+        def parse(*_: object) -> Any:
+            raise AssertionError("handler")
 
         shown: list[str] = []
         self.addCleanup(setattr, threading, "excepthook", threading.excepthook)
         threading.excepthook = lambda arguments: shown.append(str(arguments.exc_value))
-        with Server(on_message=fail, handlers=[Verify], auth_users=fail) as server:
+        with Server(on_message=fail, handlers=[make_handler("VRFY", parse=parse)], auth_users=fail) as server:
             server.on("NOOP")(fail)
             with Client(server) as client:
                 lines = ["NOOP", "VRFY", *ENVELOPE, *SEND[2:], "RSET", f"AUTH PLAIN {b64(chr(0) + 'a' + chr(0) + 'b')}"]
@@ -5882,9 +5414,7 @@ class TellingTest(unittest.TestCase):
             failed = "451 Local error in processing"
             self.assertEqual([replies[index] for index in (0, 1, 7, 9)], [failed] * 4)
             self.assertEqual(shown, ["callback", "handler", "callback", "callback"])
-            with self.assertRaises(AssertionError) as caught:
-                server.check()
-            self.assertIn("on_message failed: AssertionError: callback", str(caught.exception).splitlines())
+            self.assertIn("on_message failed: AssertionError: callback", told(server).splitlines())
             server.check()  # which has told
 
     def test_many_exceptions_of_which_nothing_can_be_said(self) -> None:
@@ -5902,71 +5432,22 @@ class TellingTest(unittest.TestCase):
                     client.ask(*["NOOP"] * 200, "RSET")[-2:],
                     ["451 Local error in processing", "503 Bad sequence of commands. HELO should be the first"],
                 )
-            with self.assertRaises(AssertionError) as caught:
-                server.check()
-            told = str(caught.exception).splitlines()
-            self.assertEqual((len(told), "MuteError" in told[0]), (100, True))
-
-    def test_what_can_never_match(self) -> None:
-        with Server() as server:
-            for stage, meant in {
-                "RCTP": "RCPT",
-                "CONNCET": "connect",
-                "MAILFROM": "MAIL",
-                "BODY": "message",
-                "END": "message",
-            }.items():
-                with self.assertRaisesRegex(ConfigurationError, f"^stage='{stage}': .*did you mean {meant}\\?$"):
-                    server.on(stage)
-            for stage in ("VRFY", "HELP", "XCLIENT", "Mail From", "rcpt"):
-                server.on(stage)
-            with self.assertRaisesRegex(ConfigurationError, r"did you mean 'example.com'\?$"):
-                server.on("RCPT", "@example.com")
-            for match in (r".*@example\.com", r"bob@example\.com", r"\w@x.com", "^bob@x.com", "bob@x.com$", "*@x.com"):
-                with self.assertRaisesRegex(ConfigurationError, r"looks like a pattern; did you mean re.compile\("):
-                    server.on("RCPT", match)
-            for match in ("a.b+c@example.com", "example.com", '"a b"@x.com', r'"a\"b"@x.com', "a@[1.2.3.4]"):
-                server.on("RCPT", match)
-
-    def test_extensions_that_are_none(self) -> None:
-        for name, error in {
-            "SIEZ": "SIEZ is unknown; did you mean SIZE",
-            "STARTTLS": "STARTTLS is announced with the option ssl_context",
-            "auth": "AUTH is announced with the option auth_users",
-        }.items():
-            with self.assertRaisesRegex(ConfigurationError, f"^extensions: {error}"):
-                Server(extensions=[name])
-        Server(extensions=["XSIZE", "FOO", "size 5"])
+            lines = told(server).splitlines()
+            self.assertEqual((len(lines), "MuteError" in lines[0]), (100, True))
 
     def test_connections_that_ended_early(self) -> None:
         """The report has the last ten."""
-
-        def report() -> str:
-            try:
-                return repr(server.message())
-            except WaitTimeoutError as error:
-                return str(error)
-
         with Server() as server:
             for _ in range(11):
                 Client(server, greets=False).__exit__()
-            self.assertTrue(wait_until(lambda: report().count("ended early: 127.0.0.1:") == 10), report())
-            self.assertIn("left before any command", report())
+            ended = "ended early: 127.0.0.1:"
+            self.assertTrue(wait_until(lambda: report(server).count(ended) == 10), report(server))
+            self.assertIn("left before any command", report(server))
             with Client(server) as client:
                 client.send(b"\x16\x03\x01\x02\x00\x01")
             text = "the client began TLS, but this port begins in plain text"
-            self.assertTrue(wait_until(lambda: text in report()), report())
-            self.assertEqual(report().count("ended early"), 10)
-
-    def test_plain_text_where_tls_is(self) -> None:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        with Server(ssl_context=context, implicit_tls=True) as server, Client(server, greets=False) as client:
-            client.send(b"EHLO a.com\r\n")
-            client.read()
-            self.assertTrue(wait_until(lambda: not server._listener.connections))  # type: ignore[union-attr]
-            text = "TLS handshake failed: .*; the client spoke plain text, but this port begins with TLS"
-            with self.assertRaisesRegex(WaitTimeoutError, text):
-                server.message()
+            self.assertTrue(wait_until(lambda: text in report(server)), report(server))
+            self.assertEqual(report(server).count("ended early"), 10)
 
     def test_a_wait_in_a_coroutine(self) -> None:
         async def wait(server: Server) -> None:
@@ -5984,12 +5465,11 @@ class TellingTest(unittest.TestCase):
 class NarrationTest(ProcessCase):
     """The lines that the command line prints for a person."""
 
-    def run_by_hand(self, *argv: str, sender: Callable[[int], object]) -> tuple[str, str]:
+    def run_by_hand(self, *argv: str, sender: Callable[[int], object]) -> tuple[str, str, int]:
         process = self.start(*argv)
         sender(self.port(process))
         process.send_signal(signal.SIGTERM)
-        out, errors = process.communicate(timeout=TIMEOUT)
-        return out, errors
+        return *process.communicate(timeout=TIMEOUT), process.returncode
 
     def test_a_line_for_each_mail(self) -> None:
         def talk(port: int) -> None:
@@ -5998,35 +5478,29 @@ class NarrationTest(ProcessCase):
             with self.assertRaises(smtplib.SMTPRecipientsRefused), Smtp(port) as client:
                 client.sendmail("a@a.com", ["nobody@b.com"], "hi")
 
-        out, errors = self.run_by_hand("-notRegisteredEmails=nobody@b.com", sender=talk)
+        out, errors, _ = self.run_by_hand("-notRegisteredEmails=nobody@b.com", sender=talk)
         accepted, refused = out.splitlines()
         self.assertRegex(accepted, r'^\d\d:\d\d:\d\d accepted a@a.com -> c@c.com "Welcome.x1b\[31m" 1\.2 kB$')
         self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found$")
-        text = "smtpmock: 1 of 2 accepted recipients was not kept; -multipleRcptto keeps them all\n"
-        self.assertEqual(errors, text)
+        self.assertEqual(errors, "smtpmock: 1 of 2 accepted recipients was not kept; -multipleRcptto keeps them all\n")
 
     def test_quiet(self) -> None:
         for flag in ("-quiet", "-multipleRcptto=false"):
-            out, errors = self.run_by_hand(flag, sender=lambda port: send(port, "hi"))
+            out, errors, _ = self.run_by_hand(flag, sender=lambda port: send(port, "hi"))
             self.assertEqual((out.count("accepted"), errors), (int(flag != "-quiet"), ""))
 
-    def lint(self, *argv: str) -> tuple[int, str]:
-        """The exit status and stderr after a session with faults in a command, in a mail, and after the mail."""
-        process = self.start(*argv)
-        with socket.create_connection(("127.0.0.1", self.port(process)), TIMEOUT) as client:
+    def make_faults(self, port: int) -> None:
+        """In a command, in a mail, and after the mail."""
+        with socket.create_connection(("127.0.0.1", port), TIMEOUT) as client:
             client.sendall(b"EHLO localhost\nMAIL FROM:<a@a.com>\r\nRCPT TO:<b@b.com>\r\nDATA\r\n")
             client.sendall(b"From: a@a.com\r\n\r\nHi\r\n.\r\nQUIT x\r\nQUIT\r\n")
             while client.recv(1000):
                 pass
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=TIMEOUT)
-        return process.returncode, errors
 
     def test_lint(self) -> None:
-        status, errors = self.lint("-lint", "-quiet")
-        self.assertEqual(status, 3)
+        _, errors, status = self.run_by_hand("-lint", "-quiet", sender=self.make_faults)
         lines = errors.splitlines()
-        self.assertEqual(len(lines), len(set(lines)))
+        self.assertEqual((status, len(lines)), (3, len(set(lines))))
         for line in (
             "error: bare-lf: a line ends in LF and not in CRLF (RFC 5321 2.3.8): 'EHLO localhost'",
             "error: header-missing: a required header is missing (RFC 5322 3.6): 'Date'",
@@ -6035,17 +5509,17 @@ class NarrationTest(ProcessCase):
         ):
             self.assertIn(f"smtpmock: message 1: {line}", lines)
         tolerated = "-tolerated=bare-lf,header-missing,superfluous-argument,pipelining,data-before-354"
-        self.assertEqual(self.lint("-lint", tolerated)[0], 0)
-        self.assertEqual(self.lint("-quiet"), (0, ""))
+        self.assertEqual(self.run_by_hand("-lint", tolerated, sender=self.make_faults)[2], 0)
+        self.assertEqual(self.run_by_hand("-quiet", sender=self.make_faults), ("", "", 0))
 
     def test_lint_of_a_refused_mail(self) -> None:
         """Though the client gives it up, which erases it."""
-        process = self.start("-lint", "-strict", "-quiet")
-        with self.assertRaises(smtplib.SMTPDataError):
-            send(self.port(process), "From: a@a.com")
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=TIMEOUT)
-        self.assertEqual((process.returncode, errors.count("header-missing")), (3, 1))
+
+        def be_refused(port: int) -> None:
+            self.assertRaises(smtplib.SMTPDataError, send, port, "From: a@a.com")
+
+        _, errors, status = self.run_by_hand("-lint", "-strict", "-quiet", sender=be_refused)
+        self.assertEqual((status, errors.count("header-missing")), (3, 1))
 
     def test_a_mail_that_cannot_be_saved(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -6053,21 +5527,15 @@ class NarrationTest(ProcessCase):
 
             def remove_and_send(port: int) -> None:
                 shutil.rmtree(path)
-                with self.assertRaises(smtplib.SMTPDataError):
-                    send(port, "hi")
+                self.assertRaises(smtplib.SMTPDataError, send, port, "hi")
 
-            _, errors = self.run_by_hand(f"-saveDir={path}", sender=remove_and_send)
-            self.assertRegex(errors, "^smtpmock: a mail was refused, because it cannot be saved: .*No such file.*\n$")
-
-    def test_flags_in_errors(self) -> None:
-        for argv, error in {
-            ("-port=x",): "-port='x': must be an integer",
-            ("-authRequired",): "-authRequired=True: needs -authUsers",
-            ("-extensions=AUTH",): "-extensions: AUTH is announced with the option -authUsers",
-        }.items():
-            with contextlib.redirect_stderr(io.StringIO()) as stderr:
-                self.assertEqual(smtpmock.main(argv), 2)
-            self.assertTrue(stderr.getvalue().startswith(f"smtpmock: {error}"), stderr.getvalue())
+            _, errors, _ = self.run_by_hand(f"-saveDir={path}", sender=remove_and_send)
+            text = "a mail was refused, because it cannot be saved: "
+            self.assertRegex(errors, f"^smtpmock: {text}.*No such file.*\n$")
+            process = self.start("-json", f"-saveDir={path}")
+            remove_and_send(json.loads(process.stdout.readline())["port"])
+            error = json.loads(process.stdout.readline())
+            self.assertEqual((error["event"], error["error"][: len(text)]), ("error", text))
 
     @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
     def test_colours(self) -> None:
@@ -6183,9 +5651,8 @@ class PytestTest(unittest.TestCase):
         self.assertEqual((kind, line.partition(":")[0]), ("markers", "smtp_server(**options)"))
         near, far = self.mark(msg_greeting="220 near"), self.mark(msg_greeting="220 far", fail_fast=True)
         with self.run_test(near, far), Client(self.server) as client:
-            self.assertEqual(
-                [client.greeting, *client.ask("FOO"), client.read()], ["220 near", UNRECOGNIZED, "<closed>"]
-            )
+            replies = [client.greeting, *client.ask("FOO"), client.read()]
+            self.assertEqual(replies, ["220 near", UNRECOGNIZED, "<closed>"])
         for mark, text in (
             (self.mark(multiple_rcpto=True), "multiple_rcpto=True: .* did you mean multiple_rcptto"),
             (self.mark(port=25), "port=25: "),
