@@ -839,6 +839,7 @@ _NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undef
 _ENCODED_WORD = re.compile(r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?=")
 _COMMENT = re.compile(r"\([^()]*\)")
 _MESSAGE_ID = re.compile(r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*")
+_WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _DATE = re.compile(
     r"\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{4})\s+"
@@ -916,12 +917,14 @@ def _is_bad_date(value: str) -> bool:
     import datetime
 
     match = _DATE.fullmatch(_strip_comments(value))
-    try:
-        assert match is not None
-        date = datetime.date(int(match[4]), _MONTHS.index(match[3].lower()) + 1, int(match[2]))
-    except (AssertionError, ValueError):
+    if match is None:
         return True
-    return match[1] is not None and match[1].title() != date.strftime("%a")
+    weekday, day, month, year = match.groups()
+    try:
+        date = datetime.date(int(year), _MONTHS.index(month.lower()) + 1, int(day))
+    except ValueError:
+        return True
+    return weekday is not None and weekday.lower() != _WEEKDAYS[date.weekday()]
 
 
 def _has_no_address(value: str) -> bool:
