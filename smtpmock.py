@@ -4196,38 +4196,42 @@ def _format_help(*, everything: bool) -> str:
 
 
 def _spell(name: str) -> tuple[str, ...]:
-    """The flag as in go-smtp-mock, with a second hyphen, and as in GNU programs."""
-    return _name_flag(name), "-" + _name_flag(name), "--" + name.replace("_", "-")
+    """The flag as in go-smtp-mock, with a second hyphen, and as in GNU programs; -h and -v are short ones."""
+    short = ("-" + name[0],) if name in ("help", "version") else ()
+    return _name_flag(name), "-" + _name_flag(name), "--" + name.replace("_", "-"), *short
 
 
 def _find_flag(spelling: str, names: Collection[str]) -> str:
     """The name of the option that the flag sets."""
     name = re.sub("-|(?=[A-Z])", "_", spelling.lstrip("-")).lower()
     name = {"-h": "help", "-v": "version"}.get(spelling, name)
-    if name in names and spelling in ("-h", "-v", *_spell(name)):
+    if name in names and spelling in _spell(name):
         return name
     known = [flag for name in names for flag in _spell(name)]  # made only now, because it takes a while
     raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, known)}")
 
 
-def _parse_arguments(argv: Iterable[str]) -> dict[str, Any]:
-    """The values of the flags, by the names of their options."""
-    flags = _list_flags()
-    given: dict[str, Any] = {}
-    arguments = deque(argv)
-    while arguments:
-        spelling, equals, text = arguments.popleft().partition("=")
-        name = _find_flag(spelling, flags)
+def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
+    """The values of the flags, by the names of their options. The parser knows only the flags that occur."""
+    if not argv:  # importing argparse would take a third of the time until the server listens
+        return {}
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            message = re.sub("argument ([^/:]*).*: expected one argument", r"\1: needs a value", message)
+            raise ConfigurationError(re.sub("unrecognized arguments: (.*)", r"\1: there is no such flag", message))
+
+    flags, parser = _list_flags(), Parser(add_help=False, allow_abbrev=False)
+    spellings = [argument.partition("=")[0] for argument in argv if re.match("--?[a-zA-Z]", argument)]
+    for name in dict.fromkeys(_find_flag(spelling, flags) for spelling in spellings):
         kind = flags[name].metadata["kind"]
-        if not equals and arguments and not re.match("--?[a-zA-Z]", arguments[0]):
-            text = arguments.popleft()
-        elif not equals and kind is _FLAG:
-            text = "true"
-        elif not equals:
-            raise ConfigurationError(f"{spelling}: needs a value")
-        value = _read(kind, text)
-        _check(name, value, kind)
-        given[name] = given.get(name, []) + value if kind is _RULES else value
+        more: dict[str, Any] = {"nargs": "?", "const": True} if kind is _FLAG else {}
+        more |= {"action": "extend"} if kind is _RULES else {}
+        parser.add_argument(*_spell(name), dest=name, type=functools.partial(_read, kind), **more)
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        _check(name, value, flags[name].metadata["kind"])
     return given
 
 
