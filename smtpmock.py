@@ -422,9 +422,10 @@ class _ServerOptions(Configuration):
 
 # ----------------------------------------------------------------------------------------- grammar
 
+# Patterns are compiled when they are first used, because that takes time, and many programs only import this module.
 # Every pattern is linear: no two parts of a repetition can match the same text. Letters of any script are
 # allowed (RFC 6531 section 3.3), so whatever is not ASCII counts as a letter, unless _FORBIDDEN matches it.
-_FORBIDDEN = re.compile("[^\\S ]|[\0-\x1f\x7f-\x9f\ud800-\udfff]")
+_FORBIDDEN = "[^\\S ]|[\0-\x1f\x7f-\x9f\ud800-\udfff]"
 
 # "Let-dig" and "ALPHA" of RFC 5321 section 4.1.2.
 _ALNUM = r"[^ -/:-@\[-`{-~]"
@@ -433,11 +434,11 @@ _LABEL = rf"{_ALNUM}+(?:-+{_ALNUM}+)*"
 _DOTTED = rf"(?:{_LABEL}\.)+(?:{_ALPHA}{{2,}}|[xX][nN]--{_LABEL})"
 
 # RFC 5321 section 4.1.3. inet_pton() decides whether the numbers are right.
-_ADDRESS_LITERAL = re.compile(r"\[([iI][pP][vV]6:)?([0-9a-fA-F:.]+)\]")
+_ADDRESS_LITERAL = r"\[([iI][pP][vV]6:)?([0-9a-fA-F:.]+)\]"
 
 # The argument of HELO, section 4.1.1.1. A host without a domain, such as a container, sends its one label,
 # but a label of digits alone is no name.
-_DOMAIN = re.compile(rf"{_DOTTED}|(?=[0-9-]*[^0-9-]){_LABEL}")
+_DOMAIN = rf"{_DOTTED}|(?=[0-9-]*[^0-9-]){_LABEL}"
 
 # "Mailbox" of section 4.1.2.
 _ATOM = r"[^ \"(),.:;<>@\[\\\]]+"
@@ -449,7 +450,7 @@ _MAILBOX = rf"{_LOCAL_PART}@(?:{_DOTTED}|[lL][oO][cC][aA][lL][hH][oO][sS][tT]|{_
 # The path of MAIL and RCPT as clients write it: <user@example.com>, user@example.com, and
 # John Doe <user@example.com>. A source route is accepted and ignored (section 4.1.1.3).
 _ROUTE = rf"(?:@{_DOTTED}(?:,@{_DOTTED})*:)?"
-_PATH = re.compile(rf"([^\"<>@]*<{_ROUTE})?({_MAILBOX})(>)?")
+_PATH = rf"([^\"<>@]*<{_ROUTE})?({_MAILBOX})(>)?"
 
 # Up to the > that is not quoted or, without a <, up to the white space that is not quoted.
 _PATH_END = re.compile(r'(?=[^"]*<)(?:"(?:[^"\\]|\\.)*"|[^">])*>|(?:"(?:[^"\\]|\\.)*"|[^" ])*')
@@ -469,24 +470,24 @@ def _is_ip_address(text: str, family: socket.AddressFamily) -> bool:
 
 
 def _is_address_literal(text: str) -> bool:
-    match = _ADDRESS_LITERAL.fullmatch(text)
+    match = re.fullmatch(_ADDRESS_LITERAL, text)
     return match is not None and _is_ip_address(match[2], socket.AF_INET6 if match[1] else socket.AF_INET)
 
 
 def _is_clean(text: str) -> bool:
-    return (text.isascii() and text.isprintable()) or _FORBIDDEN.search(text) is None
+    return (text.isascii() and text.isprintable()) or re.search(_FORBIDDEN, text) is None
 
 
 # Each of these parses the argument of a command, and returns None if it is invalid.
 
 
-def _parse_domain(text: str, pattern: str | re.Pattern[str] = _DOMAIN) -> str | None:
+def _parse_domain(text: str, pattern: str = _DOMAIN) -> str | None:
     valid = re.fullmatch(pattern, text) or _is_address_literal(text) or _is_ip_address(text, socket.AF_INET)
     return text if valid and _is_clean(text) else None
 
 
 @functools.lru_cache(maxsize=512)  # tests use few addresses, each many times
-def _parse_path(text: str, pattern: str | re.Pattern[str] = _PATH) -> str | None:
+def _parse_path(text: str, pattern: str = _PATH) -> str | None:
     match = re.fullmatch(pattern, text)
     if match is None or (match[1] is None) != (match[3] is None) or not _is_clean(text):
         return None
@@ -692,11 +693,9 @@ _LAST_OF_GROUP = ("EHLO", "DATA", "NOOP", "QUIT", "VRFY", "EXPN", "TURN", "AUTH"
 # The strict grammar of RFC 5321 section 4.1.2, where the server's own is tolerant.
 _HOST = rf"{_LABEL}(?:\.{_LABEL})*"
 _IPV4 = r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}"
-_STRICT_NAME = re.compile(rf"(?=[ -~]*$)(?!{_IPV4}$){_HOST}")  # ASCII, RFC 6531 section 3.7.1
+_STRICT_NAME = rf"(?=[ -~]*$)(?!{_IPV4}$){_HOST}"  # ASCII, RFC 6531 section 3.7.1
 _STRICT_MAILBOX = rf"<(?:@[^<>: ]+:)?(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_HOST}|\[[^\[\]]+\])>"
-_STRICT_COMMAND = re.compile(
-    rf"(?:MAIL FROM:(?:<>|{_STRICT_MAILBOX})|RCPT TO:(?:<postmaster>|{_STRICT_MAILBOX}))(?: .*)?", re.IGNORECASE
-)
+_STRICT_COMMAND = rf"(?i:MAIL FROM:(?:<>|{_STRICT_MAILBOX})|RCPT TO:(?:<postmaster>|{_STRICT_MAILBOX}))(?: .*)?"
 
 
 def _is_too_long(path: str) -> bool:
@@ -730,6 +729,7 @@ class _Client:
         self.given = {name.upper(): value.upper() for name, _, value in words}
         self.needed = {_PARAMETERS.get(name, ("", name))[1] for name in self.given}  # the extensions of those
         self.needed |= {"BINARYMIME"} & {self.given.get("BODY", "")}
+        self.has_literal = _is_address_literal(self.argument)
         self.is_refused, self.may_pipeline = self.reply[:1] in ("4", "5"), "PIPELINING" in self.announced
         self.has_more = isinstance(reply, _EarlyReply)
         self._read_faults(getattr(request, "faults", ()))
@@ -774,7 +774,7 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_Client], object]]
     ("pipelining-order", _LAST_OF_GROUP, lambda it: it.has_more and it.may_pipeline and not it.may_go_on),
     ("unknown-command", (), lambda it: it.is_unknown and it.reply[:1] == "5" and it.verb not in it.announced),
     ("no-hello", ("MAIL",), lambda it: not (it.is_greeted or it.has_begun_tls or it.is_blind)),
-    ("hello-invalid", _HELLO, lambda it: not (_STRICT_NAME.fullmatch(it.argument) or _is_address_literal(it.argument))),
+    ("hello-invalid", _HELLO, lambda it: not re.fullmatch(_STRICT_NAME, it.argument) and not it.has_literal),
     ("hello-not-fqdn", _HELLO, lambda it: re.fullmatch(_LABEL, it.argument)),
     ("unannounced-command", tuple(_KEYWORDS), lambda it: _KEYWORDS[it.verb] not in it.announced),
     ("unannounced-mechanism", ("AUTH",), lambda it: it.mechanism not in it.announced.get("AUTH", it.mechanism)),
@@ -784,7 +784,7 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_Client], object]]
     ("bad-sequence", ("DATA",), lambda it: it.has_chunks or it.parameters.get("BODY") == "BINARYMIME"),  # RFC 3030
     ("bad-sequence", ("RCPT",), lambda it: not (it.is_in_mail or it.is_blind)),
     ("nested-mail", ("MAIL",), lambda it: it.is_in_mail and not it.is_blind),
-    ("path-syntax", _PATHS, lambda it: not (_STRICT_COMMAND.fullmatch(it.line) and it.line.isprintable())),
+    ("path-syntax", _PATHS, lambda it: not (re.fullmatch(_STRICT_COMMAND, it.line) and it.line.isprintable())),
     ("path-too-long", _PATHS, lambda it: _is_too_long(it.path)),
     ("unannounced-parameter", _PATHS, lambda it: it.needed.difference(it.announced)),
     ("undeclared-utf8", ("MAIL",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.given),
@@ -812,22 +812,22 @@ def _check_dialogue(dialogue: list[_Request], client: _Client) -> _Findings:
 
 
 # Patterns for a mail or a body with a CRLF before it. Most begin with a byte, which is found fast.
-_HEAD_END = re.compile(rb"\A\r\n(?=[ \t])|\n(?![!-9;-~]+:|[ \t])")
-_NO_BODY = re.compile(rb"\A(?!\r?\n).")  # it must be empty, or begin with the empty line
-_NOT_ASCII = re.compile(rb"[^\0-\x7f]")
-_NOT_QUOTED = re.compile(  # lines of 77 and 78 are let through, because CPython's `email` makes them
+_HEAD_END = rb"\A\r\n(?=[ \t])|\n(?![!-9;-~]+:|[ \t])"
+_NO_BODY = rb"\A(?!\r?\n)."  # it must be empty, or begin with the empty line
+_NOT_ASCII = rb"[^\0-\x7f]"
+_NOT_QUOTED = (  # lines of 77 and 78 are let through, because CPython's `email` makes them
     rb"\n[^\r\n]{79}|=(?![0-9A-Fa-f]{2}|[ \t]*(?:\r?\n|\Z))|[^= \t\r\n][ \t]+\r?\n|[^\t\r\n -~]"
 )
 _CONTENT_CHECKS = {
-    "bare-lf": re.compile(rb"\n(?<!\r\n)"),
-    "bare-cr": re.compile(rb"\r(?!\n)"),
-    "nul-byte": re.compile(rb"\0"),
-    "false-end": re.compile(rb"\n(?<!\r\n)\.\r?\n|\r\.[\r\n]"),
-    "long-line": re.compile(rb"\n[^\r\n]{999}"),
+    "bare-lf": rb"\n(?<!\r\n)",
+    "bare-cr": rb"\r(?!\n)",
+    "nul-byte": rb"\0",
+    "false-end": rb"\n(?<!\r\n)\.\r?\n|\r\.[\r\n]",
+    "long-line": rb"\n[^\r\n]{999}",
 }
 _ENCODINGS = {
     "7bit": ("8bit-in-7bit", _NOT_ASCII),
-    "base64": ("bad-base64", re.compile(rb"\n[^\r\n]{77}|[^A-Za-z0-9+/=\s]")),
+    "base64": ("bad-base64", rb"\n[^\r\n]{77}|[^A-Za-z0-9+/=\s]"),
     "quoted-printable": ("bad-quoted-printable", _NOT_QUOTED),
 }
 
@@ -836,23 +836,22 @@ _ADDRESS_HEADERS = ("from", "sender", "reply-to", "to", "cc")
 _SINGULAR_HEADERS = (*_ADDRESS_HEADERS, "date", "bcc", "message-id", "in-reply-to", "references", "subject")
 _BOUNDARY_DEFECTS = ("NoBoundaryInMultipartDefect", "StartBoundaryNotFoundDefect", "CloseBoundaryNotFoundDefect")
 _NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
-_ENCODED_WORD = re.compile(r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?=")
-_COMMENT = re.compile(r"\([^()]*\)")
-_MESSAGE_ID = re.compile(r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*")
+_ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
+_COMMENT = r"\([^()]*\)"
+_MESSAGE_ID = r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*"
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_DATE = re.compile(
-    r"\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{4})\s+"
-    r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{2}[0-5][0-9]\s*",
-    re.IGNORECASE,
+_DATE = (
+    r"(?i)\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{4})\s+"
+    r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{2}[0-5][0-9]\s*"
 )
 # Longer headers are not parsed, because the time that `email` takes grows with the square of their length.
 _HEADER_LIMIT, _MIME_HEADER_LIMIT = 10000, 2000
 
 
-def _find_line(code: str, pattern: re.Pattern[bytes], data: bytes) -> _Findings:
+def _find_line(code: str, pattern: bytes, data: bytes) -> _Findings:
     """The line of the first match, if there is one."""
-    match = pattern.search(data)
+    match = re.search(pattern, data)
     if match is not None:
         start = data.rfind(b"\n", 0, match.end() - 1) + 1
         yield code, _decode(data[start : start + 200].partition(b"\n")[0].rstrip(b"\r"))
@@ -865,7 +864,7 @@ def _check_content(content: bytes, client: _Client, is_counted: bool) -> _Findin
             yield from _find_line(code, pattern, data)
     if re.fullmatch("[0-9]{1,20}", size) and len(content) > int(size) + 2:  # some do not count the last CRLF
         yield "size-understated", f"SIZE={size} for {len(content)} bytes"
-    end = _HEAD_END.search(data)
+    end = re.search(_HEAD_END, data)
     head, body = (data[: end.end()], data[end.end() :]) if end else (data, b"")
     yield from _find_line("header-syntax", _NO_BODY, body)
     if "SMTPUTF8" not in client.parameters:
@@ -902,21 +901,21 @@ def _parse_header(name: str, value: str) -> tuple[Any, bool]:
 
     if len(value) > _HEADER_LIMIT:
         return None, False
-    text = _ENCODED_WORD.sub("x", value)  # encoded words have a check of their own
+    text = re.sub(_ENCODED_WORD, "x", value)  # encoded words have a check of their own
     header = _make_email_policy().header_fetch_parse(name, text.rstrip("; \t\r\n") if name == _TYPE else text)
     return header, any(isinstance(defect, InvalidHeaderDefect) for defect in header.defects)
 
 
 def _strip_comments(value: str) -> str:
     for _ in range(4):  # they may be nested; with no limit, the time could grow with the square of the length
-        value = _COMMENT.sub(" ", value)
+        value = re.sub(_COMMENT, " ", value)
     return value
 
 
 def _is_bad_date(value: str) -> bool:
     import datetime
 
-    match = _DATE.fullmatch(_strip_comments(value))
+    match = re.fullmatch(_DATE, _strip_comments(value))
     if match is None:
         return True
     weekday, day, month, year = match.groups()
@@ -956,18 +955,18 @@ def _is_bad_word(match: re.Match[str]) -> bool:
     if encoding is None or not text.isascii() or not re.fullmatch(r"\S+", text) or around.strip("( \t\r\n)"):
         return True
     data = text.encode() + b"x" * (encoding != "base64")  # which would make a = at the end of a word wrong
-    return bool(_ENCODINGS[encoding][1].search(data)) or not _can_decode(data, encoding, charset.partition("*")[0])
+    return bool(re.search(_ENCODINGS[encoding][1], data)) or not _can_decode(data, encoding, charset.partition("*")[0])
 
 
 # A code, the headers that it is about (none: all but those of MIME), and when a value is wrong.
 _HEADER_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[str], object]], ...] = (
     ("bad-date", ("date",), _is_bad_date),
-    ("bad-message-id", ("message-id",), lambda value: not _MESSAGE_ID.fullmatch(_strip_comments(value))),
+    ("bad-message-id", ("message-id",), lambda value: not re.fullmatch(_MESSAGE_ID, _strip_comments(value))),
     ("bad-address", _ADDRESS_HEADERS, _has_no_address),
-    ("encoded-word", (), lambda value: any(map(_is_bad_word, _ENCODED_WORD.finditer(value)))),
+    ("encoded-word", (), lambda value: any(map(_is_bad_word, re.finditer(_ENCODED_WORD, value)))),
     # CPython's `email` makes words of 76.
-    ("encoded-word-long", (), lambda value: any(len(match[0]) > 76 for match in _ENCODED_WORD.finditer(value))),
-    ("encoded-parameter", (_TYPE, _DISPOSITION), _ENCODED_WORD.search),
+    ("encoded-word-long", (), lambda value: any(len(match[0]) > 76 for match in re.finditer(_ENCODED_WORD, value))),
+    ("encoded-parameter", (_TYPE, _DISPOSITION), lambda value: re.search(_ENCODED_WORD, value)),
     ("bad-content-type", (_TYPE,), lambda value: _parse_header(_TYPE, value)[1]),
 )
 
