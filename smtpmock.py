@@ -400,6 +400,8 @@ class Configuration(_Fields):
             if name not in known and not name.startswith("X") and (hint := _suggest(name, known, 0.7)):
                 raise ConfigurationError(f"extensions: {name} is unknown{hint}")
         _check_choices("tolerated", self.tolerated, _VIOLATIONS)
+        if not self.auth_mechanisms:
+            raise ConfigurationError("auth_mechanisms: must name one or more")
         _check_choices("auth_mechanisms", self.auth_mechanisms, _AUTH_MECHANISMS, str.upper)
         for name, other in _NEEDED.items():
             if getattr(self, name) and getattr(self, other) is None:
@@ -846,7 +848,7 @@ _DATE = (
     r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{2}[0-5][0-9]\s*"
 )
 # Longer headers are not parsed, because the time that `email` takes grows with the square of their length.
-_HEADER_LIMIT, _MIME_HEADER_LIMIT = 10000, 2000
+_HEADER_LIMIT, _MIME_HEADER_LIMIT = 2000, 1000
 
 
 def _find_line(code: str, pattern: bytes, data: bytes) -> _Findings:
@@ -991,10 +993,7 @@ def _check_header_set(first: dict[str, str], client: _Client) -> _Findings:
         yield "no-message-id", ""
     if "mime-version" not in first:
         yield from [("no-mime-version", f"{name}: {first[name]}") for name in _MIME if name in first][:1]
-    from email.utils import getaddresses
-
-    hidden = [address.lower() for _, address in getaddresses([first.get("bcc", ""), first.get("resent-bcc", "")])]
-    hidden = [address for address in hidden if address]
+    hidden = re.findall(r"[^\s<>(),:;\"]+@[^\s<>(),:;\"]+", f"{first.get('bcc')} {first.get('resent-bcc')}".lower())
     if not set(hidden).issuperset(client.recipients):  # else this is the copy for the hidden ones
         yield from (("bcc-disclosed", address) for address in hidden)
 
@@ -1046,9 +1045,13 @@ def _check_mail(message: Message, client: _Client) -> _Findings:
 def _find_violations(message: Message) -> list[Violation]:
     """In the order of the dialogue and then of the mail, one for each code and line."""
     dialogue, body, client = message._dialogue[: message._said], message._steps.get("msg"), _Client()
-    if dialogue[3:4] == [_TRUNCATED]:  # what was announced is not known any more
-        return []
-    found = [*_check_dialogue(dialogue, client)]
+    if dialogue[3:4] != [_TRUNCATED]:
+        found = [*_check_dialogue(dialogue, client)]
+    else:  # of the commands, only these are certain
+        found, client.recipients = [], [address.lower() for address in message.rcpt_tos]
+        for step in ("helo", "mailfrom"):
+            client.read(message._steps[step].request, message._steps[step].response) if step in message._steps else None
+            client.advance()
     # A client that got a 354 although it has no recipient must send a lone dot (RFC 2920 section 3.1).
     is_complete = body is not None and body.value is not None and not getattr(body.request, "is_partial", False)
     if body is not None and is_complete and (body.value or client.recipients):
@@ -1511,10 +1514,14 @@ def _parse_stage(name: object, verbs: Collection[str]) -> str:
     return stage
 
 
-def _check_match(match: str) -> None:
-    """Refuse a string that is no address or domain, but looks like a pattern."""
-    if match.startswith("@"):
-        raise ConfigurationError(f"match={match!r}: a domain has no @; did you mean {match[1:]!r}?")
+def _check_match(match: str, stage: str) -> None:
+    """Refuse a string that no address or domain of this stage can be."""
+    if stage in ("connect", "RSET", "NOOP", "QUIT", "STARTTLS"):
+        raise ConfigurationError(f"match={match!r}: there is no address or domain at {stage}")
+    if address := re.search(r"<(.*)>$|^\*?@(.+)", match):
+        raise ConfigurationError(f"match={match!r}: did you mean {address[1] or address[2]!r}?")
+    if not match or match.endswith("@"):
+        raise ConfigurationError(f"match={match!r}: must be an address or a domain")
     if re.search(r"\\[.dwsDWS]|\.[*+]|^\^|\$$|^\*", match):
         raise ConfigurationError(f"match={match!r}: looks like a pattern; did you mean re.compile({match!r})?")
 
@@ -1533,10 +1540,11 @@ class Rule:
         self.hits = 0  #: how often the rule was used; guarded by the lock of the rules
         self._rules = rules
         self._stage = _parse_stage(stage, rules.verbs)
-        if not (match is None or isinstance(match, str | re.Pattern) or callable(match)):
-            raise ConfigurationError(f"match={match!r}: must be an address, a domain, a pattern or a function")
+        is_pattern = isinstance(match, re.Pattern) and isinstance(match.pattern, str)
+        if not (match is None or isinstance(match, str) or is_pattern or callable(match)):
+            raise ConfigurationError(f"match={match!r}: must be an address, a domain, a pattern of str or a function")
         if isinstance(match, str):
-            _check_match(match)
+            _check_match(match, self._stage)
         self._match = _fold(match) if isinstance(match, str) else match
         for name, value, kind in (("times", times, _TIMES), ("after", after, _COUNT)):
             if value is not None:
@@ -1992,7 +2000,7 @@ class _EndOfBody(Handler):
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         body = session.mail.body
-        violations = session.message(body.size, value).violations if self.options.strict and body else []
+        violations = session.message_alone(body.size, value).violations if self.options.strict and body else []
         if not violations:
             return None
         text = str(violations[0]).encode("ascii", "backslashreplace").decode()
@@ -2471,6 +2479,15 @@ class _Session:
         if isinstance(request, int):
             message._steps["msg"] = _Exchange(request, "", False, content)
             vars(message).update(_dialogue=[*message._dialogue, request, None], _said=message._said + 2)
+        return message
+
+    def message_alone(self, size: int, content: bytes | None) -> Message:
+        """The same for a mail whose body has arrived, without what the session said before it, except for HELO."""
+        dialogue, message = self.mail.dialogue, self.message(size, content)
+        verbs = (str(request)[:4].upper() for request in dialogue[-2::-2])
+        last = next((2 * number for number, verb in enumerate(verbs, 1) if verb == "MAIL"), len(dialogue))
+        alone = [*self.mail.make_next().dialogue, *dialogue[-last:], size, None]
+        vars(message).update(_dialogue=alone, _said=len(alone))
         return message
 
     def note_early_input(self) -> None:
@@ -3478,12 +3495,12 @@ class Server:
         # Guards changes of _listener and _context; not held while the user's code runs.
         self._lifecycle = threading.Lock()
         self._listener: _Listener | None = None
-        self._use(given)
+        self._use(lambda options: options)
 
     def with_logger(self, logger: Logger | logging.Logger | None) -> Server:
         """Log to this Logger or logging.Logger from now on; None is the default one. reset() does not undo this."""
         self._made_with = self._made_with._replace(logger=logger)
-        self._use(self._options._replace(logger=logger))
+        self._use(lambda options: options._replace(logger=logger))
         return self
 
     @_takes(_ServerOptions)
@@ -3497,20 +3514,25 @@ class Server:
         for name in ("host", "port"):
             if name in changes:
                 raise ConfigurationError(f"{name}={changes[name]!r}: cannot be changed by configure()")
-        self._use(self._options._replace(**changes))
+        self._use(lambda options: options._replace(**changes))
 
-    def _use(self, options: _ServerOptions) -> None:
-        """Have these options for the sessions that begin from now on. If one is invalid, nothing has changed."""
+    def _use(self, change: Callable[[_ServerOptions], _ServerOptions]) -> None:
+        """Change the options for the sessions that begin from now on. If one is invalid, nothing has changed."""
+        base = self._options
+        options = change(base)
         table = _make_handlers(options, options.handlers)
         log = _Log(options.logger, options, self._context.log.failures)
-        on_message = self._context.on_message
-        if options.on_message is not self._options.on_message:
-            on_message = options.on_message or _ignore
-        self._options, self._rules.seed, self._rules.verbs = options, options.seed, table
         with self._lifecycle:
-            self._context = self._context._replace(options=options, handlers=table, log=log, on_message=on_message)
-            if self._listener is not None:
-                self._listener.context = self._context
+            if self._options is base:
+                on_message = self._context.on_message
+                if options.on_message is not base.on_message:
+                    on_message = options.on_message or _ignore
+                self._options, self._rules.seed, self._rules.verbs = options, options.seed, table
+                self._context = self._context._replace(options=options, handlers=table, log=log, on_message=on_message)
+                if self._listener is not None:
+                    self._listener.context = self._context
+                return
+        self._use(change)  # another thread has changed others meanwhile
 
     def disconnect(self, reset: bool = False) -> None:
         """End all open sessions at once, with a FIN or an RST. New clients can connect.
@@ -3670,7 +3692,10 @@ class Server:
         of a reply comes from the newest rule that sets it. Raises ConfigurationError for an invalid argument.
         """
         if unknown:
-            raise ConfigurationError(f"{', '.join(unknown)}: on() takes stage, match, times, probability and after")
+            known = ("stage", "match", "times", "probability", "after")
+            name, value = dict[str, Any](unknown).popitem()
+            hint = _suggest(name, known) or f"; there are {', '.join(known)}"
+            raise ConfigurationError(f"{name}={value!r}: on() has no such argument{hint}")
         return Rule(self._rules, stage, match, times, probability, after)
 
     def clear_rules(self) -> None:
@@ -3680,7 +3705,7 @@ class Server:
     def reset(self) -> None:
         """Remove all messages and all rules, forget failed callbacks, and undo configure(), for the next test."""
         if self._options is not self._made_with:
-            self._use(self._made_with)
+            self._use(lambda options: self._made_with)
         self._rules.clear()
         self._context.log.forget_failures()
         self._context.early_ends.clear()
@@ -4072,12 +4097,10 @@ def _add_rule(server: Any, text: str) -> None:
         actions = [_read_action(name, "".join(value)) for name, *value in parts if name not in _CONDITIONS]
         if not actions:
             raise ConfigurationError("it has no action")
-        with contextlib.ExitStack() as on_error:
-            rule = server.on(match[1], match[2], **conditions)
-            on_error.callback(rule.remove)
-            for name, arguments in actions:
-                getattr(rule, name)(*arguments)
-            on_error.pop_all()
+        draft = Server().on(match[1], match[2], **conditions)  # so that the rule comes into force as a whole, or not
+        for name, arguments in actions:
+            getattr(draft, name)(*arguments)
+        server.on(match[1], match[2], **conditions)._uses = draft._uses
     except ConfigurationError as error:
         raise ConfigurationError(f"rule {text!r}: {error}") from error
 
@@ -4414,7 +4437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, AttributeError):
             sys.stderr.write(f"smtpmock: {text}\n")
         with contextlib.suppress(SMTPMockError):
-            has_events = any(re.fullmatch("--?(json|control)(=true|=1)?", argument) for argument in arguments)
+            has_events = any(re.fullmatch("--?(json|control)(=(?i:true)|=1)?", argument) for argument in arguments)
             _Printer(has_events=has_events).event("error", error=text)
         return 2 if isinstance(error, ConfigurationError) else 1
     finally:
