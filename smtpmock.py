@@ -3262,7 +3262,8 @@ class _Connection(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.request, socket.SHUT_WR)
             while (left := deadline - time.monotonic()) > 0:
-                self._await(selectors.EVENT_READ, left)
+                if _MUST_LOOK:
+                    self._await(selectors.EVENT_READ, left)
                 self.request.settimeout(0 if self.server.stopping else left)
                 if not socket.socket.recv(self.request, 262144):
                     break

@@ -4778,13 +4778,20 @@ class OtherSystemsTest(ServerCase):
         with (system := OtherSystem("Windows")):
             self.run_tests("DialogueTest.test_through_a_socket", "SessionTest", "StopTest", "DisconnectTest")
             self.run_tests("TlsTest", "WaitingTest")
-            with Server(shutdown_timeout=0.05, msg_noop_received="250 " + "x" * 10_000_000) as server:
-                with Client(server) as client:
-                    client.send(b"NOOP\r\n")
-                    began = time.monotonic()
-                    server.stop()  # while it writes
-                    self.assertLess(time.monotonic() - began, 4)
-            self.assert_nothing_is_left(server)
+            for option, data in (("msg_noop_received", b"NOOP\r\n"), ("msg_server_shutdown", b"")):
+                options: dict[str, Any] = {"shutdown_timeout": 0.05, option: "250 " + "x" * 10_000_000}
+                with Server(**options) as server:
+                    with Client(server) as client:
+                        client.send(data)
+                        began = time.monotonic()
+                        server.stop()  # while it writes
+                        self.assertLess(time.monotonic() - began, 4)
+                self.assert_nothing_is_left(server)
+            server, client, _ = self.serve("NOOP: drop", shutdown_timeout=10 * TIMEOUT)
+            with mock.patch.object(smtpmock, "_LINGER", 10 * TIMEOUT):
+                client.ask("NOOP")
+                stop_in_time(server)  # while it waits for the client's FIN
+            self.doCleanups()
         used = {option for option, _ in system.options}
         self.assertFalse(used & {socket.SO_REUSEADDR, socket.SO_RCVTIMEO, socket.SO_SNDTIMEO})
         self.assertIn((socket.SO_LINGER, 4), system.options)
