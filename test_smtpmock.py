@@ -3748,6 +3748,16 @@ class TlsTest(ProcessCase):
                     client.sendmail("a@a.com", ["b@b.com"], "hi")
             self.assertEqual([bool(message.tls) for message in server.messages()], [True, True])
 
+    def test_a_reply_that_the_client_does_not_read_at_once(self) -> None:
+        with self.server(implicit_tls=True, msg_noop_received="250 " + "x" * 10_000_000) as server:
+            with Client(server, greets=False) as plain:
+                with self.trusting().wrap_socket(plain.socket, server_hostname="localhost") as client:
+                    client.sendall(b"NOOP\r\n")
+                    self.recorder.wait_for("response: 250 x")
+                    client.sendall(b"QUIT\r\n")
+                    data = b"".join(iter(lambda: client.recv(1 << 20), b""))
+                    self.assertTrue(data.endswith(b"x\r\n221 Closing connection\r\n"))
+
     def test_the_client_is_told_that_nothing_follows(self) -> None:
         with self.server(implicit_tls=True) as server, Client(server, greets=False) as plain:
             context = self.trusting()
@@ -4678,6 +4688,7 @@ class OtherSystem:
     def __init__(self, name: str) -> None:
         self.name = name
         self.options: list[tuple[int, int]] = []  # of sockets that were set, and the lengths of their values
+        self.shutdowns: set[int] = set()
         self.real = {name: getattr(socket.socket, name) for name in ("accept", "shutdown", "setsockopt")}
 
     def __enter__(self) -> Any:
@@ -4737,6 +4748,7 @@ class OtherSystem:
         return client, address
 
     def shutdown(self, sock: socket.socket, how: int) -> None:
+        self.shutdowns.add(how)
         if self.name != "Windows" or how == socket.SHUT_WR:  # which wakes no read
             self.real["shutdown"](sock, how)
 
@@ -4795,6 +4807,7 @@ class OtherSystemsTest(ServerCase):
         used = {option for option, _ in system.options}
         self.assertFalse(used & {socket.SO_REUSEADDR, socket.SO_RCVTIMEO, socket.SO_SNDTIMEO})
         self.assertIn((socket.SO_LINGER, 4), system.options)
+        self.assertNotIn(socket.SHUT_RD, system.shutdowns)  # after it, Windows answers input with an RST
 
     def test_a_timeval_of_another_size(self) -> None:
         with OtherSystem("32 bits"):
