@@ -4791,7 +4791,7 @@ class OtherSystemsTest(ServerCase):
             self.run_tests("DialogueTest.test_through_a_socket", "SessionTest", "StopTest", "DisconnectTest")
             self.run_tests("TlsTest", "WaitingTest")
             for option, data in (("msg_noop_received", b"NOOP\r\n"), ("msg_server_shutdown", b"")):
-                options: dict[str, Any] = {"shutdown_timeout": 0.05, option: "250 " + "x" * 10_000_000}
+                options: dict[str, Any] = {"shutdown_timeout": 0.05, option: "250 " + "x" * 30_000_000}
                 with Server(**options) as server:
                     with Client(server) as client:
                         client.send(data)
@@ -4802,6 +4802,7 @@ class OtherSystemsTest(ServerCase):
             server, client, _ = self.serve("NOOP: drop", shutdown_timeout=10 * TIMEOUT)
             with mock.patch.object(smtpmock, "_LINGER", 10 * TIMEOUT):
                 client.ask("NOOP")
+                time.sleep(0.05)  # it would be enough if this were so now and then
                 stop_in_time(server)  # while it waits for the client's FIN
             self.doCleanups()
         used = {option for option, _ in system.options}
