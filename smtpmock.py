@@ -2091,7 +2091,7 @@ def _run_cram_md5(users: Any) -> _Mechanism:
     """RFC 2195. The client proves that it knows the secret without sending it."""
     import hmac
 
-    challenge = b"<%d.%d@smtpmock>" % (time.monotonic_ns(), id(users))
+    challenge = b"<%d@smtpmock>" % int.from_bytes(os.urandom(12), "big")  # a clock may stand still between two
     user, _, digest = _decode((yield challenge)).rpartition(" ")
     if callable(users):
         return user, f"{challenge.decode()} {digest}"
@@ -2977,8 +2977,20 @@ class _Log:
 # ------------------------------------------------------------------------------------------ server
 
 _LINGER = 2.0  # seconds that a client has to close its end after the server has closed its own
-_RST_ON_CLOSE = struct.pack("ii", 1, 0)  # for SO_LINGER
 _REPORTED = 10  # messages and sessions in the text of a WaitTimeoutError
+
+# What differs between systems is decided here. (An accepted socket may inherit from the listening one that it does not
+# block, on macOS for example; _set_timeout() sets its mode on every system.)
+_IS_POSIX = os.name == "posix"
+_RST_ON_CLOSE = struct.pack("ii" if _IS_POSIX else "hh", 1, 0)  # for SO_LINGER
+_LOOK = 0.02  # seconds between two looks at what no system call tells
+_MUST_LOOK = not _IS_POSIX  # on Windows, shutdown() does not interrupt what another thread waits for
+# The poll() that tells of a FIN behind unread input. Windows has none, and that of macOS has no POLLRDHUP, nor does it
+# tell of an RST if it is asked for nothing.
+_select: Any = select if hasattr(select, "POLLRDHUP") else None
+_register_at_fork: Any = getattr(os, "register_at_fork", lambda **functions: None)  # Windows does not fork
+# What stops the command line. Windows has no SIGQUIT, and no other system has SIGBREAK, which is Ctrl-Break.
+_SIGNALS = "SIGINT", "SIGTERM", "SIGQUIT", "SIGBREAK"
 
 
 def _format_address(host: str, port: int) -> str:
@@ -2990,11 +3002,14 @@ def _set_timeout(sock: socket.socket, seconds: float) -> None:
     """Have reads and writes fail after so many seconds, with BlockingIOError or TimeoutError."""
     # On POSIX not by settimeout(), which adds a poll() to every read and write: half of the cost of a command. A
     # timeout must neither be inherited from the listening socket nor be taken from socket.setdefaulttimeout().
-    sock.settimeout(None if os.name == "posix" else seconds)
-    if os.name == "posix":
+    sock.settimeout(None if _IS_POSIX else seconds)
+    if _IS_POSIX:
         timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+        except OSError:  # a 32-bit system with 64-bit times has a longer timeval
+            sock.settimeout(seconds)
 
 
 class _Connection(socketserver.BaseRequestHandler):
@@ -3066,7 +3081,7 @@ class _Connection(socketserver.BaseRequestHandler):
             self._flush()
             if not self._pause(reply.delay):
                 return False
-            if reply.data and reply.next is _Next.COMMAND and self._has_input():
+            if reply.data and reply.next is _Next.COMMAND and not self.session.is_secure and self._peek():
                 self.session.note_early_input()
         if is_logged:
             self.log.activity("SMTP response: ", reply.text if reply.data else "none")
@@ -3089,7 +3104,7 @@ class _Connection(socketserver.BaseRequestHandler):
         elif reply.next is _Next.SILENCE:  # until one side ends the session, or nothing came for session_timeout
             self.is_idle = True
             with contextlib.suppress(OSError):
-                while not self.server.stopping and self.request.recv(65536):
+                while self._await(selectors.EVENT_READ) and self.request.recv(65536):
                     pass
         elif reply.next is _Next.CLOSE:
             self.must_linger = "quit" not in self.session.mail.accepted_steps  # nothing may follow a QUIT
@@ -3106,16 +3121,15 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def _pause(self, seconds: float) -> bool:
         """Wait. False if the session ends before that: by an RST, by the server or, in a stop, by the client's FIN."""
-        if not hasattr(select, "poll"):
-            with self.server.changed:
-                return not self.server.changed.wait_for(lambda: self.is_aborting, seconds)
         deadline = time.monotonic() + seconds
-        poll = select.poll()
-        hang_up = getattr(select, "POLLRDHUP", 0)  # a FIN, or shut_down(); errors and an RST are always reported
+        if _select is None:
+            return self._pause_and_look(deadline)
+        poll = _select.poll()
+        hang_up = _select.POLLRDHUP  # a FIN, or shut_down(); errors and an RST are always reported
         stopping = self.server.stopping  # read once: if it changes now, the wake-up is still to come
         poll.register(self.request, hang_up)
         if not stopping:
-            poll.register(self.server.wake[1], select.POLLIN)
+            poll.register(self.server.wake[1], _select.POLLIN)
         while events := dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000)):
             event = events.get(self.request.fileno(), 0)
             if self.is_aborting or event & ~hang_up or (event and stopping):
@@ -3126,31 +3140,51 @@ class _Connection(socketserver.BaseRequestHandler):
             poll.modify(self.request, hang_up if stopping else 0)  # a client that sent a FIN still reads the reply
         return True
 
-    def _has_input(self) -> bool:
-        """Whether the client has sent more; within TLS that cannot be seen."""
-        with contextlib.suppress(OSError):
-            return not self.session.is_secure and bool(self.plain.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        return False
+    def _pause_and_look(self, deadline: float) -> bool:
+        """The same without such a poll(). In a stop, it does not see a FIN behind unread input."""
+        while (left := deadline - time.monotonic()) > 0:
+            with self.server.changed:
+                if self.server.changed.wait_for(lambda: self.is_aborting, min(left, _LOOK)):
+                    return False
+            if self._peek() == b"" and self.server.stopping:
+                return False
+        return True
+
+    def _peek(self) -> bytes | None:
+        """A byte that the client has sent, and that stays unread: empty after its FIN, None if there is nothing."""
+        timeout = self.request.gettimeout()
+        self.request.settimeout(0)  # Windows has no MSG_DONTWAIT
+        try:
+            return socket.socket.recv(self.request, 1, socket.MSG_PEEK)  # what is sent, not what is within TLS
+        except BlockingIOError:
+            return None
+        finally:
+            self.request.settimeout(timeout)
 
     def _trickle(self, reply: _Reply) -> bool:
         self._flush()
         for index in range(len(reply.data)):
             if index and not self._pause(reply.trickle):
                 return False
-            self.request.sendall(reply.data[index : index + 1])
+            self.unsent += reply.data[index : index + 1]
+            self._flush()
         return True
 
     def _start_tls(self) -> bool:
         """Returns whether the handshake succeeded."""
-        self.plain.settimeout(self.options.session_timeout)  # OpenSSL respects this, but not SO_RCVTIMEO
+        import ssl
+
+        self.plain.settimeout(0)  # the handshake is not to wait in OpenSSL, where nothing may interrupt it
         try:
             context = self.options.ssl_context
             assert context is not None  # STARTTLS and implicit_tls need it
             self.request = context.wrap_socket(self.plain, server_side=True, do_handshake_on_connect=False)
             self.is_idle = True
-            if not self.server.stopping:
-                self.request.do_handshake()
-                self.session.secure(self.request.version(), self.request.cipher()[0])
+            while not self.session.is_secure and self._await(selectors.EVENT_READ):
+                with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                    self.request.do_handshake()
+                    self.session.secure(self.request.version(), self.request.cipher()[0])
+            self.request.settimeout(self.options.session_timeout)  # OpenSSL respects this, but not SO_RCVTIMEO
             self.is_idle = False
         except (OSError, ValueError) as error:
             self.reason = f"TLS handshake failed: {error}"
@@ -3166,6 +3200,8 @@ class _Connection(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.request, socket.SHUT_WR)
             while (left := deadline - time.monotonic()) > 0:
+                if _MUST_LOOK:
+                    self._await(selectors.EVENT_READ, left)
                 self.request.settimeout(0 if self.server.stopping else left)
                 if not socket.socket.recv(self.request, 262144):
                     break
@@ -3175,9 +3211,10 @@ class _Connection(socketserver.BaseRequestHandler):
                 self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
 
     def _flush(self) -> None:
-        if self.unsent:
-            self.request.sendall(self.unsent)
-            self.unsent.clear()
+        while self.unsent:
+            if _MUST_LOOK:
+                self._await(selectors.EVENT_WRITE)
+            del self.unsent[: self.request.send(self.unsent)]
 
     def _read(self) -> bytes:
         """What the client sends next; empty at the end of the session."""
@@ -3186,9 +3223,10 @@ class _Connection(socketserver.BaseRequestHandler):
         try:
             # is_idle is set before stopping is read, and stop() does the reverse, so one of the two sees the other.
             self.is_idle = is_idle = not self.session.is_receiving_body
-            if self.session.is_secure and not (is_idle and server.stopping):
-                self._await_input()
-            if not (is_idle and server.stopping):
+            goes_on = not (is_idle and server.stopping)
+            if goes_on and (_MUST_LOOK or self.session.is_secure):
+                goes_on = self._await(selectors.EVENT_READ)
+            if goes_on:
                 data: bytes = self.request.recv(65536 if is_idle else 262144)
                 self.is_idle = False
                 if not (is_idle and server.stopping):
@@ -3200,13 +3238,25 @@ class _Connection(socketserver.BaseRequestHandler):
         except ConnectionError:  # an RST ends a session like a FIN
             return b""
 
-    def _await_input(self) -> None:
-        """Wait outside of TLS: once stop() has interrupted a read within it, no farewell can be sent any more."""
-        if not self.request.pending():
-            with selectors.DefaultSelector() as selector:
-                selector.register(self.request, selectors.EVENT_READ)
-                if not selector.select(self.options.session_timeout):
-                    raise TimeoutError
+    def _await(self, event: int, seconds: float | None = None) -> bool:
+        """Wait until it can read or write. False if it is idle, and a stop has begun.
+
+        A read within TLS needs it, because no farewell could be sent after stop() interrupts that.
+        """
+        seconds = self.options.session_timeout if seconds is None else seconds
+        deadline = time.monotonic() + seconds
+        reads = event == selectors.EVENT_READ
+        has_input = reads and self.session.is_secure and self.request.pending()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.request, event)
+            while not (has_input or (reads and self.is_idle and self.server.stopping)):
+                if self.is_aborting and not self.is_recorded:  # _linger() may still read
+                    raise ConnectionAbortedError("the server has ended it")
+                if selector.select(min(seconds, _LOOK) if _MUST_LOOK else seconds):
+                    break
+                if not _MUST_LOOK or time.monotonic() >= deadline:
+                    raise TimeoutError("timed out")
+        return not (self.is_idle and self.server.stopping)
 
     def _say_goodbye(self, text: str) -> bytes:
         self.session.end(None, text, None, _Next.CLOSE.value)
@@ -3216,7 +3266,8 @@ class _Connection(socketserver.BaseRequestHandler):
     def shut_down(self, how: int) -> None:
         """Interrupt what the session's thread waits for in the socket. Called by the thread that stops the server."""
         with contextlib.suppress(OSError):  # it may have ended just now
-            socket.socket.shutdown(self.request, how)  # SSLSocket.shutdown() would forget that it is within TLS
+            if how != socket.SHUT_RD or not _MUST_LOOK:  # after it, Windows answers input with an RST
+                socket.socket.shutdown(self.request, how)  # SSLSocket.shutdown() would forget that it is within TLS
 
     def disconnect(self, *, reset: bool) -> None:
         """End the session with a FIN or an RST. Called by any thread."""
@@ -3280,7 +3331,7 @@ _listeners: weakref.WeakSet[_Listener] = weakref.WeakSet()
 class _Listener(socketserver.ThreadingTCPServer):
     """Accepts clients, from open() to close()."""
 
-    allow_reuse_address = os.name == "posix"  # on Windows it would let two servers have one port
+    allow_reuse_address = _IS_POSIX  # on Windows it would let two servers have one port
     request_queue_size = socket.SOMAXCONN
 
     def __init__(self, family: int, address: Any, context: _Context) -> None:
@@ -3441,8 +3492,7 @@ def _abandon_listeners() -> None:
         listener.server_close()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_abandon_listeners)
+_register_at_fork(after_in_child=_abandon_listeners)
 
 
 def _bind(context: _Context) -> _Listener:
@@ -4061,7 +4111,8 @@ def _open_maildir(path: str) -> Callable[[Message], _Undo]:
 
     def add(message: Message) -> _Undo:
         with lock:
-            return functools.partial(remove, maildir.add(message.as_bytes()))
+            # add() replaces each LF by what ends a line on this system.
+            return functools.partial(remove, maildir.add(message.as_bytes().replace(os.linesep.encode(), b"\n")))
 
     return add
 
@@ -4333,7 +4384,7 @@ def _catch_signals(*, owns_process: bool) -> Iterator[tuple[socket.socket, socke
     """A pair of sockets: the first receives a byte for each signal, and the bytes that are sent to the second."""
     import signal
 
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGQUIT") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
     wakened, waker = socket.socketpair()
     with wakened, waker:
         waker.setblocking(False)

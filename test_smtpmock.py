@@ -3497,6 +3497,16 @@ class TlsTest(ProcessCase):
                     client.sendmail("a@a.com", ["b@b.com"], "hi")
             self.assertEqual([bool(message.tls) for message in server.messages()], [True, True])
 
+    def test_a_reply_that_the_client_does_not_read_at_once(self) -> None:
+        with self.server(implicit_tls=True, msg_noop_received="250 " + "x" * 10_000_000) as server:
+            with Client(server, greets=False) as plain:
+                with self.trusting().wrap_socket(plain.socket, server_hostname="localhost") as client:
+                    client.sendall(b"NOOP\r\n")
+                    self.recorder.wait_for("response: 250 x")
+                    client.sendall(b"QUIT\r\n")
+                    data = b"".join(iter(lambda: client.recv(1 << 20), b""))
+                    self.assertTrue(data.endswith(b"x\r\n221 Closing connection\r\n"))
+
     def test_the_client_is_told_that_nothing_follows(self) -> None:
         with self.server(implicit_tls=True) as server, Client(server, greets=False) as plain:
             context = self.trusting()
@@ -4044,19 +4054,6 @@ class SessionTest(ServerCase):
                 client.socket.shutdown(socket.SHUT_WR)
                 self.assertEqual(client.read_all()[-2:], [reply, "<closed>"])
 
-    def test_accepted_sockets_that_inherit_a_mode(self) -> None:
-        """Not to block, as on macOS."""
-        accept = socket.socket.accept
-
-        def accept_like_macos(listening: socket.socket) -> Any:
-            client, address = accept(listening)
-            client.setblocking(listening.getblocking())
-            return client, address
-
-        with mock.patch.object(socket.socket, "accept", accept_like_macos):
-            with Server() as server, Client(server) as client:
-                self.assertEqual(client.ask("NOOP"), ["250 Ok"])
-
     def test_the_default_timeout_of_a_program_is_not_that_of_a_session(self) -> None:
         socket.setdefaulttimeout(0.01)
         self.addCleanup(socket.setdefaulttimeout, None)
@@ -4329,16 +4326,6 @@ class DisconnectTest(ServerCase):
         self.assertEqual(client.read(), "<closed>")
         self.assertEqual(client.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), 0)
 
-    def test_a_delay_on_a_system_without_poll(self) -> None:
-        with mock.patch.dict(vars(select)):
-            vars(select).pop("poll", None)
-            for end in (Server.disconnect, Server.stop):
-                server, client, recorder = self.serve("NOOP: delay 1000", shutdown_timeout=0)
-                client.send(b"NOOP\r\n")
-                recorder.wait_for("request: NOOP")
-                end(server)
-                self.assertEqual((client.read(), len(server.messages())), ("<closed>", 1))
-
     def test_a_session_that_has_ended_is_not_open(self) -> None:
         """Though the server waits for the client's FIN."""
         server, client, recorder = self.serve("NOOP: drop")
@@ -4353,6 +4340,234 @@ class DisconnectTest(ServerCase):
 
     def test_a_server_that_is_not_running(self) -> None:
         Server().disconnect()
+
+
+class OtherSystem:
+    """Makes this system resemble another one, as far as the module can see, which is imported anew for that."""
+
+    TICK = 0.015625  # of the clocks of Windows before Python 3.13
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.options: list[tuple[int, int]] = []  # of sockets that were set, and the lengths of their values
+        self.shutdowns: set[int] = set()
+        self.real = {name: getattr(socket.socket, name) for name in ("accept", "shutdown", "setsockopt")}
+
+    def __enter__(self) -> Any:
+        """The module. What the tests call smtpmock, Server and so on is from it, too."""
+        with contextlib.ExitStack() as stack:
+            for owner in (select, os, socket):
+                stack.enter_context(mock.patch.dict(vars(owner)))
+            patch: Any = {"macOS": self.resemble_macos, "Windows": self.resemble_windows}.get(
+                self.name, lambda stack: None
+            )
+            patch(stack)
+            for name in self.real:
+                fake: Any = getattr(self, name)
+                stack.enter_context(mock.patch.object(socket.socket, name, lambda *args, fake=fake: fake(*args)))
+            spec = importlib.util.spec_from_file_location("smtpmock", HERE / "smtpmock.py")
+            assert spec is not None and spec.loader is not None
+            module: Any = importlib.util.module_from_spec(spec)
+            stack.enter_context(mock.patch.dict(sys.modules, smtpmock=module))
+            with mock.patch.object(os, "name", "nt" if self.name == "Windows" else "posix"):
+                spec.loader.exec_module(module)
+            names = {name: getattr(module, name) for name in module.__all__ if name in globals()}
+            stack.enter_context(mock.patch.dict(globals(), names, smtpmock=module))
+            self.stack = stack.pop_all()
+        return module
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def resemble_macos(self, stack: contextlib.ExitStack) -> None:
+        vars(select).pop("POLLRDHUP", None)
+        stack.enter_context(mock.patch.object(selectors, "DefaultSelector", selectors.PollSelector))
+
+    def resemble_windows(self, stack: contextlib.ExitStack) -> None:
+        for name in ("poll", "POLLIN", "POLLRDHUP", "epoll"):
+            vars(select).pop(name, None)
+        for name in ("MSG_DONTWAIT", "AF_UNIX"):
+            vars(socket).pop(name, None)
+        del vars(os)["register_at_fork"]
+        stack.enter_context(mock.patch.object(selectors, "DefaultSelector", selectors.SelectSelector))
+        stack.enter_context(mock.patch.object(socket, "socketpair", self.socketpair))
+        for name in ("time", "monotonic", "perf_counter"):
+            coarse = functools.partial(lambda clock: clock() // self.TICK * self.TICK, getattr(time, name))
+            stack.enter_context(mock.patch.object(time, name, coarse))
+
+    @staticmethod
+    def socketpair() -> tuple[socket.socket, socket.socket]:
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            sock = socket.create_connection(listening.getsockname(), TIMEOUT)
+            sock.settimeout(None)
+            return sock, listening.accept()[0]
+
+    def accept(self, listening: socket.socket) -> Any:
+        client, address = self.real["accept"](listening)
+        client.setblocking(listening.getblocking())
+        return client, address
+
+    def shutdown(self, sock: socket.socket, how: int) -> None:
+        self.shutdowns.add(how)
+        if self.name != "Windows" or how == socket.SHUT_WR:  # which wakes no read
+            self.real["shutdown"](sock, how)
+
+    def setsockopt(self, sock: socket.socket, level: int, option: int, value: Any) -> None:
+        size = len(value) if isinstance(value, bytes) else 0
+        self.options.append((option, size))
+        if self.name == "32 bits" and option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        if option == socket.SO_LINGER and size == 4:
+            value = struct.pack("ii", *struct.unpack("hh", value))
+        self.real["setsockopt"](sock, level, option, value)
+
+
+@unittest.skipUnless(sys.platform == "linux", "it simulates other systems on this one")
+class OtherSystemsTest(ServerCase):
+    """What differs between systems, simulated on the one that runs the tests."""
+
+    # Tests that are slow, or that take it for granted that a session waits in a read.
+    LEFT_OUT = ("purging_while", "does_not_read_is_cut_off", "no_rst_follows", "session_that_fails", "command_line")
+
+    def run_tests(self, *names: str) -> None:
+        suite = unittest.TestSuite()
+        for name in names:
+            tests: Any = unittest.TestLoader().loadTestsFromName(name, sys.modules[__name__])
+            tests = tests if isinstance(tests, unittest.TestSuite) else [tests]
+            suite.addTests(test for test in tests if not any(part in test.id() for part in self.LEFT_OUT))
+        self.assertGreaterEqual(suite.countTestCases(), len(names))
+        suite.run(result := unittest.TestResult())
+        for test, text in result.errors + result.failures:
+            self.fail(f"{test.id()}\n{text}")
+
+    def test_macos(self) -> None:
+        """poll() without POLLRDHUP, and accepted sockets that do not block."""
+        with OtherSystem("macOS"):
+            self.run_tests("DialogueTest.test_through_a_socket", "SessionTest", "StopTest", "DisconnectTest")
+
+    def test_windows(self) -> None:
+        """No poll(), no fork(), shutdown() interrupts nothing, other options of sockets, and clocks that tick slowly."""
+        with (system := OtherSystem("Windows")):
+            self.run_tests("DialogueTest.test_through_a_socket", "SessionTest", "StopTest", "DisconnectTest")
+            self.run_tests("TlsTest", "WaitingTest")
+            for option, data in (("msg_noop_received", b"NOOP\r\n"), ("msg_server_shutdown", b"")):
+                options: dict[str, Any] = {"shutdown_timeout": 0.05, option: "250 " + "x" * 30_000_000}
+                with Server(**options) as server:
+                    with Client(server) as client:
+                        client.send(data)
+                        began = time.monotonic()
+                        server.stop()  # while it writes
+                        self.assertLess(time.monotonic() - began, 4)
+                self.assert_nothing_is_left(server)
+            server, client, _ = self.serve("NOOP: drop", shutdown_timeout=10 * TIMEOUT)
+            with mock.patch.object(smtpmock, "_LINGER", 10 * TIMEOUT):
+                client.ask("NOOP")
+                time.sleep(0.05)  # it would be enough if this were so now and then
+                stop_in_time(server)  # while it waits for the client's FIN
+            self.doCleanups()
+        used = {option for option, _ in system.options}
+        self.assertFalse(used & {socket.SO_REUSEADDR, socket.SO_RCVTIMEO, socket.SO_SNDTIMEO})
+        self.assertIn((socket.SO_LINGER, 4), system.options)
+        self.assertNotIn(socket.SHUT_RD, system.shutdowns)  # after it, Windows answers input with an RST
+
+    def test_a_timeval_of_another_size(self) -> None:
+        with OtherSystem("32 bits"):
+            self.run_tests("DialogueTest.test_through_a_socket", "SessionTest.test_silence")
+
+    def test_what_a_forked_child_does_is_registered_if_it_can_be(self) -> None:
+        with mock.patch.object(os, "register_at_fork") as register, OtherSystem("macOS"):
+            self.assertEqual([set(call.kwargs) for call in register.call_args_list], [{"after_in_child"}])
+
+    def test_a_clock_that_stands_still(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for name in ("time", "monotonic", "time_ns", "monotonic_ns"):
+                stack.enter_context(mock.patch.object(time, name, return_value=1_600_000_000))
+            server = Server(auth_users={"a": "b"}, multiple_message_receiving=True).start()
+            stack.callback(server.stop)
+            with Client(server) as client:
+                client.ask(ENVELOPE[0], *SEND * 3)
+                challenges = [client.ask("AUTH CRAM-MD5", "*")[0] for _ in range(3)]
+            self.assertEqual(len({message.id for message in server.wait_for_messages(3, 0)}), 3)
+            self.assertEqual(len(server.wait_for_messages(3, TIMEOUT)), 3)
+            with self.assertRaises(WaitTimeoutError):
+                server.wait_for_messages(9, 0.01)
+        self.assertEqual(({challenge[:4] for challenge in challenges}, len(set(challenges))), ({"334 "}, 3))
+
+    def test_a_delay_without_poll_is_no_busy_loop(self) -> None:
+        recv, looks = socket.socket.recv, list[int]()
+
+        def count(sock: socket.socket, size: int, flags: int = 0) -> bytes:
+            looks.extend([1] * bool(flags & socket.MSG_PEEK))
+            return recv(sock, size, flags)
+
+        for name in ("macOS", "Windows"):
+            with OtherSystem(name), mock.patch.object(socket.socket, "recv", count):
+                with self.subTest(name), Server(response_delay_noop=0.1) as server, Client(server) as client:
+                    looks.clear()
+                    self.assertEqual(client.ask("NOOP"), ["250 Ok"])
+                    self.assertTrue(1 <= len(looks) <= 10, len(looks))
+
+    def run_command_line(self, *argv: str) -> str:
+        """Run it in this process, which has no SIGQUIT but SIGBREAK, send a mail to it, and stop it by that signal."""
+
+        class Out(io.StringIO):
+            def write(self, text: str) -> int:
+                if port := re.search(r"listening on [\d.]+:(\d+)", text):
+                    thread = threading.Thread(target=send_and_stop, args=(int(port[1]),))
+                    thread.start()
+                    threads.append(thread)
+                return super().write(text)
+
+        def send_and_stop(port: int) -> None:
+            try:
+                send(port, b"Subject: hi\r\n\r\nbare\nCRLF\r\n")
+            finally:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+        threads: list[threading.Thread] = []
+        with OtherSystem("Windows"), mock.patch.dict(vars(signal), SIGBREAK=signal.SIGUSR1):
+            del vars(signal)["SIGQUIT"]
+            with contextlib.redirect_stdout(Out()) as out:
+                self.assertEqual(smtpmock.main(argv), 0)
+        threads[0].join(TIMEOUT)
+        return out.getvalue()
+
+    def test_the_command_line_without_sigquit(self) -> None:
+        self.assertIn("a@a.com", self.run_command_line())
+
+    def test_saved_mails(self) -> None:
+        """The names are ones that Windows takes, the bytes are the same, and no file is open when it gets its name."""
+        opened: list[Any] = []
+        real_open: Any = open
+        real_replace = os.replace
+
+        def open_like_windows(path: Any, mode: str = "r", *args: Any, newline: str | None = None, **kwargs: Any) -> Any:
+            newline = "\r\n" if newline is None and "b" not in mode and "r" not in mode else newline
+            opened.append(real_open(path, mode, *args, newline=newline, **kwargs))
+            return opened[-1]
+
+        def replace_like_windows(source: str, target: str) -> None:
+            self.assertTrue(all(file.closed for file in opened))
+            self.assertFalse(os.path.exists(target))
+            for path in (source, target):
+                self.assertRegex(os.path.basename(path), r"\A[\w.-]*\w\Z")
+            real_replace(source, target)
+
+        with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch("builtins.open", open_like_windows))
+            stack.enter_context(mock.patch("os.replace", replace_like_windows))
+            stack.enter_context(mock.patch("os.linesep", "\r\n"))
+            stack.enter_context(mock.patch("mailbox.linesep", b"\r\n"))
+            self.run_command_line(f"-saveDir={folder}/saved", f"-maildir={folder}/maildir")
+            files = {
+                path.suffix if path.parent.name == "saved" else "maildir": path for path in Path(folder).rglob("*.*")
+            }
+            mail, record, maildir = (files[kind].read_bytes() for kind in (".eml", ".json", "maildir"))
+        self.assertTrue(mail.endswith(b"Subject: hi\r\n\r\nbare\nCRLF\r\n"))
+        self.assertEqual(maildir, mail.replace(b"bare\n", b"bare\r\n"))  # the lines of a Maildir are the system's
+        self.assertEqual((b"\r\n" in record, json.loads(record)["content"][-11:]), (False, "bare\nCRLF\r\n"))
 
 
 class GarbageTest(unittest.TestCase):
