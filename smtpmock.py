@@ -3025,7 +3025,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.log = context.log
         # Only the session's thread sets these, and disconnect() ending. stop() reads is_idle and request.
         self.session = _Session(context, self.client_address[:2])
-        self.unsent = bytearray()
+        self.unsent: list[bytes] = []  # replies
         self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
         self.must_linger = False  # because the server closes first
         self.ignores_input = False  # of a client that goes on sending during stop(); only an RST wakes it for sure
@@ -3086,11 +3086,11 @@ class _Connection(socketserver.BaseRequestHandler):
         if is_logged:
             self.log.activity("SMTP response: ", reply.text if reply.data else "none")
         if not reply.trickle:
-            self.unsent += reply.data
+            self.unsent.append(reply.data)
         elif not self._trickle(reply):
             return False
         # The replies to commands that came together are sent together (RFC 2920).
-        if reply.next is _Next.COMMAND and len(self.unsent) < 65536:
+        if reply.next is _Next.COMMAND and len(self.unsent) < 1000:
             return True
         self._flush()
         return self._go_on(reply)
@@ -3166,7 +3166,7 @@ class _Connection(socketserver.BaseRequestHandler):
         for index in range(len(reply.data)):
             if index and not self._pause(reply.trickle):
                 return False
-            self.unsent += reply.data[index : index + 1]
+            self.unsent.append(reply.data[index : index + 1])
             self._flush()
         return True
 
@@ -3211,10 +3211,14 @@ class _Connection(socketserver.BaseRequestHandler):
                 self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
 
     def _flush(self) -> None:
-        while self.unsent:
-            if _MUST_LOOK:
+        if self.unsent:
+            data = b"".join(self.unsent)
+            self.unsent.clear()
+            while data and _MUST_LOOK:
                 self._await(selectors.EVENT_WRITE)
-            del self.unsent[: self.request.send(self.unsent)]
+                data = data[self.request.send(data) :]
+            if data:
+                self.request.sendall(data)
 
     def _read(self) -> bytes:
         """What the client sends next; empty at the end of the session."""
