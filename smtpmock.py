@@ -277,7 +277,7 @@ def _takes(options: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable
     return declare
 
 
-if not TYPE_CHECKING:  # which is told that it is dataclasses.dataclass
+if not TYPE_CHECKING:  # type checkers see dataclasses.dataclass instead
 
     def _fields(**options: Any) -> Callable[[type], type]:
         """Make a dataclass with the methods of _Fields. Generating them would take longer than everything else here."""
@@ -552,7 +552,7 @@ _PARAMETERS = {
 
 # -------------------------------------------------------------------------------------- violations
 
-# What the bytes show and the dialogue does not is kept in subclasses of its parts.
+# Subclasses of str and int carry facts that the text of the dialogue does not show.
 
 
 class _FaultyLine(str):
@@ -706,7 +706,7 @@ def _is_too_long(path: str) -> bool:
 
 
 class _Client:
-    """A client's request, which the checks look at, and what the client knows and has done before it."""
+    """One request, and the state of the client when it sent it."""
 
     line = reply = verb = argument = path = mechanism = ""  # verb is one of _REQUESTS, or any other word
     given: dict[str, str] = {}  # parameters of this request
@@ -715,7 +715,7 @@ class _Client:
     announced: dict[str, list[str]] = {}  # extensions, each with its words
     is_greeted = is_in_mail = is_challenged = has_begun_tls = was_told_421 = False
     was_refused_data = ignores_refusal = has_chunks = False
-    is_ahead = is_blind = False  # sent before the last reply, and allowed to be (RFC 2920)
+    was_pipelined = may_be_blind = False  # sent before the last reply, and allowed to be (RFC 2920)
 
     def read(self, request: _Request, reply: _Request) -> None:
         self.reply = str(reply or "")
@@ -748,7 +748,7 @@ class _Client:
     def advance(self) -> None:
         """Let the request and its reply take effect."""
         accepted = self.verb if self.reply and not self.is_refused else ""
-        self.is_ahead, self.is_blind = self.has_more, self.has_more and self.may_pipeline
+        self.was_pipelined, self.may_be_blind = self.has_more, self.has_more and self.may_pipeline
         self.was_told_421 = self.was_told_421 or self.reply.startswith("421")
         self.is_challenged, self.has_begun_tls = self.reply.startswith("334"), accepted == "STARTTLS"
         self.ignores_refusal = self.was_refused_data and self.verb not in _REQUESTS and self.line != "."
@@ -768,14 +768,14 @@ class _Client:
 
 # A code, the requests that it is about (none: all), and when a request is wrong.
 _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_Client], object]], ...] = (
-    ("after-421", (), lambda it: it.was_told_421 and not it.is_ahead and it.verb != "QUIT"),
+    ("after-421", (), lambda it: it.was_told_421 and not it.was_pipelined and it.verb != "QUIT"),
     ("no-hello-after-tls", (), lambda it: it.has_begun_tls and it.verb not in (*_HELLO, "QUIT")),
     ("data-after-refusal", (), lambda it: it.was_refused_data and it.verb not in _REQUESTS),
     ("data-before-354", ("DATA",), lambda it: it.sends_mail_early),
     ("pipelining", (), lambda it: it.has_more and not (it.may_pipeline or it.sends_mail_early)),
     ("pipelining-order", _LAST_OF_GROUP, lambda it: it.has_more and it.may_pipeline and not it.may_go_on),
     ("unknown-command", (), lambda it: it.is_unknown and it.reply[:1] == "5" and it.verb not in it.announced),
-    ("no-hello", ("MAIL",), lambda it: not (it.is_greeted or it.has_begun_tls or it.is_blind)),
+    ("no-hello", ("MAIL",), lambda it: not (it.is_greeted or it.has_begun_tls or it.may_be_blind)),
     ("hello-invalid", _HELLO, lambda it: not re.fullmatch(_STRICT_NAME, it.argument) and not it.has_literal),
     ("hello-not-fqdn", _HELLO, lambda it: re.fullmatch(_LABEL, it.argument)),
     ("unannounced-command", tuple(_KEYWORDS), lambda it: _KEYWORDS[it.verb] not in it.announced),
@@ -784,14 +784,14 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_Client], object]]
     ("superfluous-argument", ("DATA", "RSET", "QUIT", "STARTTLS"), lambda it: it.argument),
     ("bad-sequence", ("AUTH",), lambda it: it.is_in_mail),
     ("bad-sequence", ("DATA",), lambda it: it.has_chunks or it.parameters.get("BODY") == "BINARYMIME"),  # RFC 3030
-    ("bad-sequence", ("RCPT",), lambda it: not (it.is_in_mail or it.is_blind)),
-    ("nested-mail", ("MAIL",), lambda it: it.is_in_mail and not it.is_blind),
+    ("bad-sequence", ("RCPT",), lambda it: not (it.is_in_mail or it.may_be_blind)),
+    ("nested-mail", ("MAIL",), lambda it: it.is_in_mail and not it.may_be_blind),
     ("path-syntax", _PATHS, lambda it: not (re.fullmatch(_STRICT_COMMAND, it.line) and it.line.isprintable())),
     ("path-too-long", _PATHS, lambda it: _is_too_long(it.path)),
     ("unannounced-parameter", _PATHS, lambda it: it.needed.difference(it.announced)),
     ("undeclared-utf8", ("MAIL",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.given),
     ("undeclared-utf8", ("RCPT",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.parameters),
-    ("no-recipient", ("DATA", "BDAT"), lambda it: not ((it.is_in_mail and it.recipients) or it.is_blind)),
+    ("no-recipient", ("DATA", "BDAT"), lambda it: not ((it.is_in_mail and it.recipients) or it.may_be_blind)),
 )
 
 _Findings = Iterator[tuple[str, str]]  # codes, each with its line
@@ -1820,11 +1820,13 @@ class Handler:
         """The addresses or domains for rules to match."""
         return [name.strip("<>") for name in (value, argument) if isinstance(name, str)]
 
-    def _apply(self, aspects: dict[str, Any], usual: _Reply) -> _Reply:
-        """The usual reply, changed by the aspects that rules set."""
+    def _apply(self, aspects: dict[str, Any], normal: _Reply) -> _Reply:
+        """The normal reply, changed by the aspects that rules set."""
         if not aspects:
-            return usual
-        reply = usual._replace(delay=aspects.get("delay", usual.delay), trickle=aspects.get("trickle", usual.trickle))
+            return normal
+        reply = normal._replace(
+            delay=aspects.get("delay", normal.delay), trickle=aspects.get("trickle", normal.trickle)
+        )
         said = aspects.get("said")
         if said is not None:
             text = _decode(said).rstrip("\r\n") if isinstance(said, bytes) else self._fill(said)
@@ -1886,8 +1888,8 @@ class _PathHandler(Handler):
         return "msg_msg_size_is_too_big" if int(given.get("SIZE", 0)) > self.options.msg_size_limit else None
 
     def _allows(self, session: _Session, name: str, value: str) -> bool:
-        usual = _PARAMETERS.get(name, (self.verbs[0], name, "[^?]*"))
-        verb, extension, pattern = _PARAMETERS.get(f"{name}={value.upper()}", usual)
+        other = _PARAMETERS.get(name, (self.verbs[0], name, "[^?]*"))
+        verb, extension, pattern = _PARAMETERS.get(f"{name}={value.upper()}", other)
         is_esmtp = str(session.mail.steps["helo"].request)[:4].upper() == "EHLO"
         was_announced = is_esmtp and extension in self._extensions and verb in self.verbs
         return was_announced and re.fullmatch(pattern, value, re.IGNORECASE) is not None
@@ -2250,7 +2252,7 @@ class _Unknown(Handler):
 
     def _start(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
         # What follows an AUTH that was refused may be the answer to a challenge that was not sent.
-        before = str(session.mail.dialogue[-2:-1])[2:].upper()
+        before = str(session.mail.dialogue[-2] if session.mail.dialogue else "").upper()
         if verb.startswith("AUTH") or before.startswith(("AUTH", "***")):
             request = _hide(request, f"{request[:5]} ***" if verb.startswith("AUTH") else "***")
         return super()._start(session, verb, request, argument)
@@ -2451,7 +2453,10 @@ _State = Callable[[bytes, int], tuple[int, _Reply | None]]
 
 
 class _Session:
-    """One SMTP conversation, without a socket, a thread or a clock. In which pieces the bytes arrive has no effect."""
+    """One SMTP conversation, without a socket, a thread or a clock.
+
+    In which pieces the bytes arrive matters only for has_more.
+    """
 
     def __init__(self, context: _Context, peer: tuple[str, int]) -> None:
         self.context, self.handlers = context, context.handlers
@@ -3023,7 +3028,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.plain: socket.socket = self.request
         self.options = context.options
         self.log = context.log
-        # Only the session's thread sets these, and disconnect() ending. stop() reads is_idle and request.
+        # Only its thread sets these, but for what disconnect() and abort() set. stop() reads is_idle and request.
         self.session = _Session(context, self.client_address[:2])
         self.unsent: list[bytes] = []  # replies
         self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
@@ -3034,6 +3039,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.is_recorded = False  # has ended, and its messages are complete
         self.ending = _Next.COMMAND  # CLOSE or RESET if disconnect() ends it
         self.server.connections.add(self)
+        self.server.starting.discard(self.plain)
         if self.server.aborting.is_set():  # read after the add(); abort() does the reverse
             self.is_aborting = True
         self.log.activity("SMTP session started")
@@ -3268,7 +3274,7 @@ class _Connection(socketserver.BaseRequestHandler):
         return b""
 
     def shut_down(self, how: int) -> None:
-        """Interrupt what the session's thread waits for in the socket. Called by the thread that stops the server."""
+        """Interrupt what the session's thread waits for in the socket. Called by any thread."""
         with contextlib.suppress(OSError):  # it may have ended just now
             if how != socket.SHUT_RD or not _MUST_LOOK:  # after it, Windows answers input with an RST
                 socket.socket.shutdown(self.request, how)  # SSLSocket.shutdown() would forget that it is within TLS
@@ -3343,6 +3349,8 @@ class _Listener(socketserver.ThreadingTCPServer):
         super().__init__(address, _Connection, bind_and_activate=False)
         self.context = context
         self.connections: set[_Connection] = set()  # the open ones; add, discard and copy are atomic
+        self.starting: set[socket.socket] = set()  # of clients that are accepted and have no connection yet
+        self.accepting = threading.Lock()  # held while a client is accepted and added to these
         self.spare_threads: list[_SessionThread] = []  # they add themselves; only the listener's thread takes from it
         self.was_opened = False  # guarded by closing
         self.stopping = False  # never becomes False again, so any thread may set it
@@ -3387,7 +3395,9 @@ class _Listener(socketserver.ThreadingTCPServer):
 
     def handle_request(self) -> None:
         try:
-            client = self.get_request()
+            with self.accepting:
+                client = self.get_request()
+                self.starting.add(client[0])
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._log_shortage(error)
@@ -3399,6 +3409,7 @@ class _Listener(socketserver.ThreadingTCPServer):
             self._log_shortage(error)
             with contextlib.suppress(OSError):
                 client[0].send(b"421 No thread for another session\r\n")
+            self.starting.discard(client[0])
             self.shutdown_request(client[0])
         else:
             self.has_shortage = False
@@ -3466,7 +3477,14 @@ class _Listener(socketserver.ThreadingTCPServer):
             self.changed.notify_all()
 
     def disconnect(self, *, reset: bool) -> None:
-        """End the open sessions, and wait until they are recorded."""
+        """End the open sessions, and those that are about to begin, and wait until they are recorded."""
+        with self.accepting:
+            while client := self._accept_waiting():
+                self.context.early_ends.append(f"{_format_address(*client[1][:2])}: disconnect() ended it")
+                self.shutdown_request(client[0])
+            for sock in self.starting.copy():
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
         connections = self.connections.copy()
         for connection in connections:
             connection.disconnect(reset=reset)
@@ -3479,6 +3497,11 @@ class _Listener(socketserver.ThreadingTCPServer):
             for connection in connections:  # what waits until its client reads
                 connection.shut_down(socket.SHUT_RDWR)
             self.changed.wait_for(lambda: all(c.is_recorded for c in connections), _PATIENCE)
+
+    def _accept_waiting(self) -> Any:
+        """A client that waits to be accepted; None if there is none."""
+        with contextlib.suppress(OSError):
+            return self.get_request()
 
     def server_close(self) -> None:
         for sock in (self.socket, *self.wake):
@@ -3591,7 +3614,8 @@ class Server:
     def disconnect(self, reset: bool = False) -> None:
         """End all open sessions at once, with a FIN or an RST. New clients can connect.
 
-        All sessions are recorded when it returns; but it does not wait in the thread of a session, as in on_message.
+        All sessions are recorded when it returns, unless a function of yours holds one up for over 5 seconds. In the
+        thread of a session, as in on_message, it does not wait.
         """
         _check("reset", reset, _FLAG)
         listener = self._listener
@@ -3818,12 +3842,12 @@ class Server:
         messages, asyncio = self._mailbox.messages(purge=False), sys.modules.get("asyncio")
         if asyncio is not None and asyncio._get_running_loop() is not None:
             yield "this wait blocks the asyncio event loop of its thread: use await asyncio.to_thread(...)"
-        yield f"{len(messages)} are recorded{':' if messages else ''}"
+        yield f"recorded messages: {len(messages)}"
         if len(messages) > _REPORTED:
             yield "  ..."
         yield from (f"  {message!r}, subject {message.subject!r}" for message in messages[-_REPORTED:])
         connections = self._list_connections()
-        yield f"{len(connections)} sessions are open{':' if connections else ''}"
+        yield f"open sessions: {len(connections)}"
         for connection in connections[:_REPORTED]:
             session = connection.session
             dialogue = " / ".join(_format_dialogue(session.mail.dialogue[-2:]))
@@ -3849,7 +3873,7 @@ def _shared_smtp_server() -> Iterator[Server]:
 
 
 class _PytestPlugin:
-    """A fixture and hooks, and what they know of the present test."""
+    """The fixture, the hooks, and the state of the current test."""
 
     server: Server
 

@@ -2726,7 +2726,7 @@ class WaitingTest(unittest.TestCase):
             error = catch(WaitTimeoutError, server.wait_for_messages, 2, 0.01, lambda message: message.id == 1)
             port = client.socket.getsockname()[1]
         lines = str(error).splitlines()
-        start = ["1 of 2 matching messages came in 0.01 seconds", "  12 are recorded:", "    ..."]
+        start = ["1 of 2 matching messages came in 0.01 seconds", "  recorded messages: 12", "    ..."]
         self.assertEqual(lines[:3], start)
         recorded = "    <Message 12 from 'a@a.com' to ['b@b.com']: 18 bytes, accepted>, subject 'Grüße'"
         self.assertIn(recorded, lines)
@@ -2735,9 +2735,9 @@ class WaitingTest(unittest.TestCase):
         with Client(server) as client:
             client.ask(*SEND[:3])  # rules accept it without HELO
         server.wait_for_messages(14, TIMEOUT)
-        self.assertRegex(report(server), "(?s)^14 of 1000000000 messages .* 14 are recorded:.*last reply '250 ok'")
+        self.assertRegex(report(server), "(?s)^14 of 1000000000 messages .* recorded messages: 14.*last reply '250 ok'")
         error = catch(WaitTimeoutError, Server().wait_for_messages, 1, 0)
-        lines = ["0 of 1 messages came in 0 seconds", "  0 are recorded", "  0 sessions are open"]
+        lines = ["0 of 1 messages came in 0 seconds", "  recorded messages: 0", "  open sessions: 0"]
         self.assertEqual(str(error).splitlines(), lines)
 
     def test_a_slow_where_does_not_extend_the_timeout(self) -> None:
@@ -3535,7 +3535,7 @@ class TlsTest(ProcessCase):
                 with Client(server, greets=False) as begins, self.connect_ssl(server) as client:
                     client.ehlo()
                     self.assertEqual(server.url, f"smtps://127.0.0.1:{server.port}")
-                    self.assertTrue(wait_until(lambda: "2 sessions are open" in report(server)))
+                    self.assertTrue(wait_until(lambda: "open sessions: 2" in report(server)))
                     server.disconnect(reset=reset)
                     self.assertEqual([message.helo for message in server.messages()], [True])
                     self.assertEqual(begins.read(), "<reset>" if reset else "<closed>")
@@ -4326,17 +4326,26 @@ class DisconnectTest(ServerCase):
         self.assertEqual(client.read(), "<closed>")
         self.assertEqual(client.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), 0)
 
+    def test_clients_that_have_just_connected(self) -> None:
+        """No mail of theirs comes later."""
+        with Server() as server:
+            for _ in range(30):
+                with Client(server, greets=False) as client, contextlib.suppress(ConnectionError):
+                    client.send(b"EHLO a.com\r\n")
+                    server.disconnect()
+                    self.assertTrue(wait_until(lambda client: client.read() in ("<closed>", "<reset>"), client))
+
     def test_a_session_that_has_ended_is_not_open(self) -> None:
         """Though the server waits for the client's FIN."""
         server, client, recorder = self.serve("NOOP: drop")
         client.ask("NOOP")
         recorder.wait_for("session finished")
-        self.assertIn("0 sessions are open", report(server))
+        self.assertIn("open sessions: 0", report(server))
 
     def test_the_report_of_a_connection_without_a_command(self) -> None:
         server, _, _ = self.serve()
         server.disconnect()
-        self.assertRegex(report(server), "(?s)0 sessions are open.*disconnect[(][)] ended it")
+        self.assertRegex(report(server), "(?s)open sessions: 0.*disconnect[(][)] ended it")
 
     def test_a_server_that_is_not_running(self) -> None:
         Server().disconnect()
@@ -4869,7 +4878,7 @@ class LoggingTest(unittest.TestCase):
             logger.info.side_effect = logger.warning.side_effect = error
             with contextlib.redirect_stderr(io.StringIO()) as err, Server(logger=logger) as server:
                 send(server, "hi")
-                self.assertTrue(wait_until(lambda server: "0 sessions are open" in report(server), server))
+                self.assertTrue(wait_until(lambda server: "open sessions: 0" in report(server), server))
             self.assertEqual(err.getvalue(), f"smtpmock: the log is incomplete, its logger raised {error!r}\n")
             self.assertEqual([message.quit_sent for message in server.messages()], [True])
 
