@@ -508,9 +508,9 @@ def idle(server: Process, seconds: int) -> float:
 
 
 def time_import(subject: Subject, count: int) -> float:
-    """Milliseconds that an import takes in a new process, when its bytecode is there already."""
+    """Milliseconds of processor that an import takes in a new process, when its bytecode is there already."""
     names = "smtpmock" if subject.kind == "smtpmock" else "socketserver, re, dataclasses"
-    code = f"import time; began = time.perf_counter(); import {names}; print(time.perf_counter() - began)"
+    code = f"import time; began = time.process_time(); import {names}; print(time.process_time() - began)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(subject.path, Path(folder, "smtpmock.py"))
@@ -664,14 +664,14 @@ def run(report: Report) -> None:
     report.rate("messages", messages, 3600, above(float("-inf")), mail, polls=False)
     report.rate("NOOP", commands, 14400, above(float("-inf")), noop, polls=False)
     print("other figures:")
-    bounds = [*below(1.15, "floor"), *below(0.5, "aiosmtpd")]
+    bounds = [*below(1.15, "floor", 4), *below(0.5, "aiosmtpd", 4)]
     report.figure("start, mail, wait, stop, ms", lives, 100 // scale, bounds, list(report.subjects))
     none = report.figure("stop() with no client, ms", stops, 0, [], mocks)
     bound = 3 * statistics.median(none) + 10
-    report.figure("stop() with 100 idle clients, ms", stops, 100, below(bound), mocks)
-    report.figure("a waiter runs again after, ms", waits, 100 // scale, below(1.0), mocks)
+    report.figure("stop() with 100 idle clients, ms", stops, 100, below(bound, slack=4), mocks)
+    report.figure("a waiter runs again after, ms", waits, 100 // scale, below(1.0, slack=4), mocks)
     values = report.repeat(lambda subject: time_import(subject, 20 // scale), threads)
-    report.line("import, ms", values, below(1.3, "floor", 2))
+    report.line("import, ms of processor", values, below(1.3, "floor", 1.7))
     report.figure("memory of an open session, KB", open_sessions, 1000, below(1.5, "floor"), threads)
     report.figure("memory of a message of 1 KB, KB", recorded, 8000, below(4.0), threads)
     report.figure("switches while idle", idle, 3 if scale == 1 else 1, below(0.0), mocks)
