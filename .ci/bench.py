@@ -19,6 +19,7 @@ is far steadier: it leaves out what other programs take of the machine.
 
 Every round takes the servers in turn. Printed are medians over the rounds, half the span from the
 lowest to the highest, and the ratios, which are what to look at: in them the machine drops out.
+They are medians, too; that of the processor time with a client that sleeps is of the lowest figures.
 
 Exits with 1 if a count is wrong, or if a figure is beyond its limit, which is far from its target:
 a check that fails because the machine is busy would be worth nothing.
@@ -559,7 +560,7 @@ class Report:
                 values[name].append(measure(self.subjects[name]))
         return values
 
-    def line(self, name: str, values: dict[str, list[float]], bounds: list[Bound]) -> None:
+    def line(self, name: str, values: dict[str, list[float]], bounds: list[Bound], *, least: bool = False) -> None:
         cells, notes = [], []
         for subject in self.subjects:
             found = values.get(subject, [])
@@ -572,6 +573,8 @@ class Report:
         for other, sign, target, slack in bounds:
             pairs = zip(values["smtpmock"], values.get(other) or [1.0] * len(values["smtpmock"]), strict=True)
             value = statistics.median(mine / its if its else 1 + mine for mine, its in pairs)
+            if least:
+                value = min(values["smtpmock"]) / min(values[other])
             low, high = (value, target) if sign == "<=" else (target, value)
             note = f"/{other} {value:.2f}" if other else f"{value:.2f}"
             notes.append(f"{note} {sign} {target:g}" if math.isfinite(target) else note)
@@ -608,7 +611,10 @@ class Report:
                         found[kind].append((units / servers[kind].seconds, servers[kind].processor / units * 1e6))
         for index, (unit, bounds) in enumerate((("1/s", rates), ("us of processor", costs))):
             values = {kind: [pair[index] for pair in pairs] for kind, pairs in found.items()}
-            self.line(f"{name}, {unit}{'' if polls else ', sleeping'}", values, bounds)
+            # The system has a client that sleeps on the server's processor or on another, which costs three times as
+            # much and is chance. Only the least is about the server: both on one processor, at least for a turn.
+            row = f"{name}, {unit}{'' if polls else ', sleeping'}"
+            self.line(row, values, bounds, least=unit != "1/s" and not polls)
 
     def growth(self, name: str, scenario: Scenario, size: int, before: str = "") -> None:
         """10 times the work, 10 times the time: that of each unit at the larger size by that at the smaller."""
@@ -653,6 +659,7 @@ def body(count: int) -> list[bytes]:
 def run(report: Report) -> None:
     scale, mocks, threads = report.scale, report.mocks, report.threads
     # How far processor times may be from their targets is 15 % more than they were when this was written.
+    # Where the client sleeps it is more, because chance triples them.
     session, mail, noop = below(1.15, "floor", 1.2), below(1.25, "floor", 1.6), below(1.3, "floor", 1.5)
     print("the client polls:")
     report.rate("sessions", one_client, 600, above(1.0, 2.0), session)
@@ -661,6 +668,7 @@ def run(report: Report) -> None:
     report.rate("NOOP", commands, 7200, above(1.1), noop)
     report.rate("MB of bodies of 9 MB", big_body, 108, above(1.0, 10.0), below(other="floor"))
     report.rate("pipelined messages", pipelined, 6000, above(1.2), below(other="floor"))
+    session, mail, noop = (below(bounds[0].target, "floor", 4) for bounds in (session, mail, noop))
     print("the client sleeps:")
     report.rate("sessions", one_client, 600, above(float("-inf")), session, polls=False)
     report.rate("messages", messages, 7200, above(float("-inf")), mail, polls=False)
