@@ -1763,6 +1763,7 @@ class Handler:
             self.needs = ("auth", *self.needs)
         if options.tls_required and not self._before_tls:
             self.needs = ("tls", *self.needs)
+        self._needed = frozenset(self.needs)
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         """The reply that refuses this result of parse(), or None. session.message() is the Message as it is so far."""
@@ -1805,7 +1806,7 @@ class Handler:
     def _choose(self, session: _Session, value: Any) -> _Reply:
         """The reply without rules: to the sequence, the argument, the lists, and then to the command's own checks."""
         accepted = session.mail.accepted_steps
-        if not accepted.issuperset(self.needs):
+        if not accepted >= self._needed:
             missing = next(step for step in self.needs if step not in accepted)
             return self._find_reply(_DEMANDS.get(missing, self._bad_sequence))
         if value is None:
@@ -2325,6 +2326,7 @@ class _Body:
         self.stops = stops  # sizes at which rules apply, smallest first
         self._limit = limit
         self._is_kept = True
+        self._whole: bytes | None = None  # the content, if nothing else was to be done
         self._raw = bytearray(b"\r\n")  # so that the first line begins like any other
         self._pending = 0  # bytes at the end that may begin the end marker
 
@@ -2354,6 +2356,17 @@ class _Body:
             del self._raw[:-4]
         return stop, is_complete
 
+    def take_whole(self, data: bytes, start: int) -> int:
+        """Like feed() for a body that has come in one piece and without stuffed dots, as most do: 0 if it has not."""
+        if self.size or self._pending or self.stops or self.is_counted or data.startswith(b".", start):
+            return 0
+        end = data.find(b"\r\n.", start)
+        if end < 0 or not data.startswith(_END_OF_DATA, end) or end + 2 - start > self._limit:
+            return 0
+        self._whole = data[start : end + 2]
+        self.size = len(self._whole)
+        return end + len(_END_OF_DATA)
+
     def _find_end(self, data: bytes, start: int, end: int) -> tuple[int, bool]:
         """Look for the end marker, which may have begun in earlier data."""
         seam = bytes(self._raw[-4:])
@@ -2365,6 +2378,8 @@ class _Body:
 
     def content(self) -> bytes | None:
         """What arrived, without stuffed dots (RFC 5321 section 4.5.2); None if it is over the limit."""
+        if self._whole is not None:
+            return self._whole
         raw = self._raw
         if not self.is_counted and b"." in raw:  # a dot is found much faster than a dot behind CRLF
             raw = raw.replace(b"\r\n.", b"\r\n")
@@ -2597,7 +2612,8 @@ class _Session:
     def _take_body(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         body = self.mail.body
         assert body is not None
-        at, is_complete = body.feed(data, at)
+        end = body.take_whole(data, at)
+        at, is_complete = (end, True) if end else body.feed(data, at)
         pause = self._interrupt(body) if body.stops and body.size >= body.stops[0] else None
         if not is_complete or (pause is not None and pause.next.ends):
             return at, pause
@@ -2727,7 +2743,8 @@ class _Session:
         mail = self.mail
         mail.stamp = self.context.mailbox.stamp()
         mail.delivered = Message(mail, self.peer, mail.stamp, self.context.options.tolerated)
-        if not self._call(self.context.on_message, mail.delivered):
+        on_message = self.context.on_message
+        if on_message is not _ignore and not self._call(on_message, mail.delivered):
             mail.delivered = None
         return mail.delivered is not None
 
@@ -3037,9 +3054,11 @@ class _Connection(socketserver.BaseRequestHandler):
         self.reason = "left before any command"  # why it ended so
         self.is_aborting = False  # must end at once
         self.is_recorded = False  # has ended, and its messages are complete
-        self.ending = _Next.COMMAND  # CLOSE or RESET if disconnect() ends it
+        self.ending: _Next  # CLOSE or RESET if disconnect() ends it
         self.server.connections.add(self)
-        self.server.starting.discard(self.plain)
+        with self.server.accepting:
+            self.ending = self.server.starting.pop(self.plain)
+            self.is_aborting = self.must_linger = self.ending.ends
         if self.server.aborting.is_set():  # read after the add(); abort() does the reverse
             self.is_aborting = True
         self.log.activity("SMTP session started")
@@ -3051,7 +3070,9 @@ class _Connection(socketserver.BaseRequestHandler):
             goes_on = not self.options.implicit_tls or self._start_tls()
             goes_on = goes_on and self._say(self.session.greet())
             while goes_on and (data := self._read()):
-                goes_on = all(self._say(reply, self.session.request) for reply in self.session.receive(data))
+                for reply in self.session.receive(data):
+                    if not self._say(reply, self.session.request):
+                        return
         except OSError as error:  # the client is gone, or does not read
             self.log("warning", f"SMTP session broke off: {error}")
 
@@ -3349,8 +3370,8 @@ class _Listener(socketserver.ThreadingTCPServer):
         super().__init__(address, _Connection, bind_and_activate=False)
         self.context = context
         self.connections: set[_Connection] = set()  # the open ones; add, discard and copy are atomic
-        self.starting: set[socket.socket] = set()  # of clients that are accepted and have no connection yet
-        self.accepting = threading.Lock()  # held while a client is accepted and added to these
+        self.starting: dict[socket.socket, _Next] = {}  # how to end what was accepted and is no connection yet
+        self.accepting = threading.Lock()  # guards starting; held while a client is accepted and added to it
         self.spare_threads: list[_SessionThread] = []  # they add themselves; only the listener's thread takes from it
         self.was_opened = False  # guarded by closing
         self.stopping = False  # never becomes False again, so any thread may set it
@@ -3397,7 +3418,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         try:
             with self.accepting:
                 client = self.get_request()
-                self.starting.add(client[0])
+                self.starting[client[0]] = _Next.COMMAND
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._log_shortage(error)
@@ -3409,7 +3430,7 @@ class _Listener(socketserver.ThreadingTCPServer):
             self._log_shortage(error)
             with contextlib.suppress(OSError):
                 client[0].send(b"421 No thread for another session\r\n")
-            self.starting.discard(client[0])
+            del self.starting[client[0]]
             self.shutdown_request(client[0])
         else:
             self.has_shortage = False
@@ -3482,9 +3503,7 @@ class _Listener(socketserver.ThreadingTCPServer):
             while client := self._accept_waiting():
                 self.context.early_ends.append(f"{_format_address(*client[1][:2])}: disconnect() ended it")
                 self.shutdown_request(client[0])
-            for sock in self.starting.copy():
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+            self.starting = dict.fromkeys(self.starting, _Next.RESET if reset else _Next.CLOSE)
         connections = self.connections.copy()
         for connection in connections:
             connection.disconnect(reset=reset)
