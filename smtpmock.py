@@ -162,7 +162,10 @@ _NAMES = _Kind(
     lambda names: frozenset(map(_fold, names)),
 )
 _WORDS = _Kind("a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse, tuple)
-_CONTEXT = _Kind("an ssl.SSLContext", lambda value: hasattr(value, "wrap_socket"))
+_CONTEXT = _Kind(
+    "an ssl.SSLContext for servers, as ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)",
+    lambda value: hasattr(value, "wrap_socket") and value.check_hostname is not True,
+)
 _HANDLERS = _Kind("a list of subclasses of Handler", lambda value: isinstance(value, Iterable), normalise=tuple)
 _CALLABLE = _Kind("callable", callable)
 _LOGGER = _Kind(
@@ -3078,7 +3081,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def finish(self) -> None:
         self.session.end(*(None, self.ending.value) if self.ending.ends else ())
-        if self.session.request is None:
+        if self.session.request is None or self.reason.startswith("TLS"):
             begins_tls = self.session.begins_with(b"\x16\x03")
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
             reason = "disconnect() ended it" if self.ending.ends else reason
@@ -3558,7 +3561,7 @@ def _check_wait(count: object, timeout: object, where: object) -> None:
     _check("count", count, _COUNT)
     _check("timeout", timeout, _SECONDS)
     if where is not None:
-        _check("where", where, _CALLABLE)
+        _check("where", where, _Kind("a function of a Message; timeout is the argument after it", callable))
 
 
 def _join_options(configuration: Configuration | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -3925,7 +3928,6 @@ class _PytestPlugin:
 
     def check(self, item: Any) -> None:
         """Runs after a test that passed."""
-        __tracebackhide__ = True
         if item is self.test:
             self.server.check()
 
@@ -4361,14 +4363,18 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
     if "log" in given:
         options |= dict.fromkeys(_LOG_OPTIONS, given["log"])
     tls_cert, tls_key = given.pop("tls_cert", ""), given.pop("tls_key", "")
-    if tls_cert or tls_key:
+    if tls_key and not tls_cert:
+        raise ConfigurationError(f"{tls_key=}: needs tls_cert")
+    if tls_cert:
         import ssl
 
         options["ssl_context"] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             options["ssl_context"].load_cert_chain(tls_cert, tls_key or None)
         except OSError as error:
-            raise ConfigurationError(f"{tls_cert=}, {tls_key=}: cannot be loaded: {error.strerror or error}") from error
+            hint = "" if tls_key else "; without -tlsKey, the file must have the key, too"
+            reason = f"{error.strerror or error}{hint}"
+            raise ConfigurationError(f"{tls_cert=}, {tls_key=}: cannot be loaded: {reason}") from error
     return options
 
 

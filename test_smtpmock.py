@@ -2381,7 +2381,8 @@ auth_required=True                => auth_required=True: needs auth_users
 auth_requires_tls=True            => auth_requires_tls=True: needs ssl_context
 implicit_tls=True                 => implicit_tls=True: needs ssl_context
 tls_required=True                 => tls_required=True: needs ssl_context
-ssl_context=1                     => ssl_context=1: must be an ssl.SSLContext
+ssl_context=1                     => ssl_context=1: must be an ssl.SSLContext for servers, as ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+ssl_context=ssl.create_default_context() => {MORE}must be an ssl.SSLContext for servers{MORE}
 auth_mechanisms=["PLAIN","plian"] => auth_mechanisms: plian is unknown; did you mean PLAIN?
 auth_mechanisms=["GSSAPI"]        => auth_mechanisms: GSSAPI is unknown
 auth_mechanisms="PLAIN"           => auth_mechanisms='PLAIN': must be a list of words
@@ -2415,10 +2416,10 @@ server.wait_for_messages(-1)                   => count=-1: must be an integer f
 server.wait_for_messages(1.5)                  => count=1.5: {MORE}
 server.wait_for_messages(1, -1)                => timeout=-1: must be a number of seconds from 0 to 1000000
 server.wait_for_messages(1, None)              => timeout=None: {MORE}
-server.wait_for_messages(1, 1, "x")            => where='x': must be callable
+server.wait_for_messages(1, 1, "x")            => where='x': must be a function of a Message; timeout is the argument after it
 server.wait_for_messages_and_purge(-1)         => count=-1: must be an integer from 0 up
 server.wait_for_messages_and_purge(1, -1)      => timeout=-1: must be a number of seconds from 0 to 1000000
-server.wait_for_messages_and_purge(1, 1, "x")  => where='x': must be callable
+server.wait_for_messages_and_purge(1, 1, "x")  => where='x': must be a function of a Message; timeout is the argument after it
 server.disconnect(1)                           => reset=1: must be true or false
 configure(host="::1")                          => host='::1': cannot be changed by configure()
 configure(port=0)                              => port=0: cannot be changed by configure()
@@ -3610,7 +3611,7 @@ class TlsTest(ProcessCase):
         for flag, expected in (
             (f"-tlsCert={HERE / 'none'}", "No such file or directory"),
             (f"-tlsCert={__file__}", r"\[SSL\].*"),
-            (f"-tlsKey={self.pem}", "No such file or directory"),
+            (f"-tlsKey={self.pem}", "needs -tlsCert"),
         ):
             status, _, err = call_main(flag)
             self.assertEqual(status, 2)
@@ -5378,7 +5379,8 @@ rule RCPT: reply 450; rply 451          => rule 'RCPT: reply 450; rply 451': 'rp
 configure -msgRcpttoReceived="450       => No closing quotation
 configure -failFast -port=1             => -port=1: cannot be changed {MORE}
 configure -failFast -json               => -json: cannot be changed while the server runs
-configure -failFast -tlsCert=/dev/null  => -tlsCert='/dev/null', -tlsKey='': cannot be loaded: {MORE}
+configure -failFast -tlsCert=/dev/null  => {MORE}cannot be loaded: {MORE}; without -tlsKey, the file must have {MORE}
+configure -tlsKey=/dev/null             => -tlsKey='/dev/null': needs -tlsCert
 configure -failFst                      => -failFst: there is no such flag; did you mean -failFast?
 configure stray                         => stray: there is no such flag
 configure -implicitTls                  => -implicitTls=True: needs -tlsCert
