@@ -4499,8 +4499,10 @@ class OtherSystemsTest(ServerCase):
             with Client(server) as client:
                 client.ask(ENVELOPE[0], *SEND * 3)
                 challenges = [client.ask("AUTH CRAM-MD5", "*")[0] for _ in range(3)]
-            self.assertEqual(len({message.id for message in server.wait_for_messages(3, 0)}), 3)
-            self.assertEqual(len(server.wait_for_messages(3, TIMEOUT)), 3)
+            ids = [
+                message.id for message in server.wait_for_messages(3, 0)
+            ]  # and that of the session with the challenges
+            self.assertEqual(len(ids), len(set(ids)))
             with self.assertRaises(WaitTimeoutError):
                 server.wait_for_messages(9, 0.01)
         self.assertEqual(({challenge[:4] for challenge in challenges}, len(set(challenges))), ({"334 "}, 3))
