@@ -5031,7 +5031,8 @@ class CommandLineTest(unittest.TestCase):
 
         user = threading.Thread(target=use)
         handler = signal.getsignal(signal.SIGTERM)
-        with contextlib.redirect_stdout(mock.Mock(encoding="utf-8", write=write)):
+        no_file = mock.Mock(side_effect=OSError)  # argparse asks for its number since Python 3.14
+        with contextlib.redirect_stdout(mock.Mock(encoding="utf-8", write=write, fileno=no_file)):
             user.start()
             self.assertEqual(smtpmock.main(["-log", "-rule", "VRFY: reply 252 one", "--rule=EXPN: reply 252 two"]), 0)
         user.join(TIMEOUT)
