@@ -30,7 +30,6 @@ MIT licence, https://opensource.org/licenses/MIT. Copyright 2026 the smtpmock au
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import enum
 import errno
@@ -2427,7 +2426,8 @@ class _Mail:
 
     def make_copy(self) -> _Mail:
         """The same mail for another message, after its own was purged."""
-        mail = copy.copy(self)
+        mail = _Mail()
+        vars(mail).update(vars(self))
         mail.stamp = mail.delivered = mail.entry = None
         mail.start = len(self.dialogue)
         return mail
