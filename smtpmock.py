@@ -1050,10 +1050,11 @@ def _find_violations(message: Message) -> list[Violation]:
     if dialogue[3:4] != [_TRUNCATED]:
         found = [*_check_dialogue(dialogue, client)]
     else:  # of the commands, only these are certain
-        found, client.recipients = [], [address.lower() for address in message.rcpt_tos]
-        for step in ("helo", "mailfrom"):
-            client.read(message._steps[step].request, message._steps[step].response) if step in message._steps else None
+        found = []
+        for exchange in (message._steps[step] for step in ("helo", "mailfrom") if step in message._steps):
+            client.read(exchange.request, exchange.response)
             client.advance()
+        client.recipients = [address.lower() for address in message.rcpt_tos]
     # A client that got a 354 although it has no recipient must send a lone dot (RFC 2920 section 3.1).
     is_complete = body is not None and body.value is not None and not getattr(body.request, "is_partial", False)
     if body is not None and is_complete and (body.value or client.recipients):
@@ -2508,7 +2509,9 @@ class _Session:
         """The same for a mail whose body has arrived, without what the session said before it, except for HELO."""
         dialogue, message = self.mail.dialogue, self.message(size, content)
         verbs = (str(request)[:4].upper() for request in dialogue[-2::-2])
-        last = next((2 * number for number, verb in enumerate(verbs, 1) if verb == "MAIL"), len(dialogue))
+        last = next((2 * number for number, verb in enumerate(verbs, 1) if verb == "MAIL"), 0)
+        if not last:  # the mail has so many recipients that its beginning is truncated
+            return message
         alone = [*self.mail.make_next().dialogue, *dialogue[-last:], size, None]
         vars(message).update(_dialogue=alone, _said=len(alone))
         return message

@@ -1563,6 +1563,13 @@ class ViolationTest(ServerCase):
         self.assertEqual(list_codes([message]), ["header-missing", "no-message-id"])
         self.assertIn("S: <truncated>", message.transcript)
 
+    def test_a_mail_with_so_many_recipients_that_the_dialogue_is_truncated(self) -> None:
+        mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n%b\r\nhi\r\n.\r\n"
+        for header, code in ((b"", "250"), (b"Bcc: c@c.com\r\n", "550")):
+            memory = Memory(*ENVELOPE[:2], *ENVELOPE[2:] * 10_100, "DATA", strict=True, multiple_rcptto=True)
+            self.assertEqual(memory.feed(mail % header)[0][:3], code)
+            self.assertEqual("bcc-disclosed" in list_codes([memory.message()]), bool(header))
+
     def test_large_ones(self) -> None:
         """They raise nothing and take time that is linear in their size, or this would last for minutes."""
         nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\r\n\r\n--b%d\r\n" % (i, i) for i in range(500))
