@@ -22,7 +22,7 @@ One module, standard library only, one thread per connection. It reads from top 
     pytest          the plugin
     command line    python -m smtpmock
 
-PYTEST_DONT_REWRITE: it has no assertions, and pytest would warn if a test imported it before the plugin.
+PYTEST_DONT_REWRITE: else pytest would warn if a test imported this module before the plugin.
 
 MIT licence, https://opensource.org/licenses/MIT. Copyright 2026 the smtpmock authors.
 """
@@ -1657,7 +1657,7 @@ class _Rules:
         self.newest_first: tuple[Rule, ...] = ()  # replaced, never changed; so it can be read without the lock
         self.seed = seed
         self._seeded = 0  # how many rules have a generator of random numbers
-        self._lock = threading.Lock()  # guards the attributes above, and the hits of the rules
+        self._lock = threading.Lock()  # guards newest_first, _seeded and hits; configure() sets the other two
 
     def add(self, rule: Rule) -> None:
         with self._lock:
@@ -3388,6 +3388,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.has_shortage = False  # of descriptors or threads; it is logged once, by the listener's thread
         self.wake: tuple[socket.socket, ...] = ()  # a byte is sent to the first when the server stops
         try:
+            self.socket.setblocking(False)  # a client may be gone before it is accepted
             self.wake = socket.socketpair()
             if family == socket.AF_INET6:
                 self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # [::] takes IPv4, too
@@ -3400,7 +3401,6 @@ class _Listener(socketserver.ThreadingTCPServer):
     def open(self) -> None:
         with self.closing:
             if not self.stopping:  # a logger may have called stop() already
-                self.socket.setblocking(False)  # a client may be gone before it is accepted
                 self.selector = selectors.DefaultSelector()
                 self.was_opened = True  # before start(), which may be interrupted
                 try:
@@ -3436,7 +3436,8 @@ class _Listener(socketserver.ThreadingTCPServer):
             self._log_shortage(error)
             with contextlib.suppress(OSError):
                 client[0].send(b"421 No thread for another session\r\n")
-            del self.starting[client[0]]
+            with self.accepting:
+                del self.starting[client[0]]
             self.shutdown_request(client[0])
         else:
             self.has_shortage = False

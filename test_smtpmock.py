@@ -4346,6 +4346,12 @@ class DisconnectTest(ServerCase):
                     served += "250 Received" in client.read_all()
         self.assertLess(served, 15)
 
+    def test_while_it_starts(self) -> None:
+        """A logger may call it, and does not wait for a client."""
+        server = Server(logger=mock.Mock(info=lambda text: server.disconnect()))
+        self.assertEqual(in_threads(server.start), [server])
+        server.stop()
+
     def test_a_session_that_has_ended_is_not_open(self) -> None:
         """Though the server waits for the client's FIN."""
         server, client, recorder = self.serve("NOOP: drop")
