@@ -4348,7 +4348,7 @@ class DisconnectTest(ServerCase):
 
     def test_while_it_starts(self) -> None:
         """A logger may call it, and does not wait for a client."""
-        server = Server(logger=mock.Mock(info=lambda text: server.disconnect()))
+        server: Server = Server(logger=mock.Mock(info=lambda text: server.disconnect()))
         self.assertEqual(in_threads(server.start), [server])
         server.stop()
 
