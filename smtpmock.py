@@ -1072,19 +1072,15 @@ def _find_violations(message: Message) -> list[Violation]:
 
 
 class _Next(enum.Enum):
-    """What the server does after a reply. A transcript shows the values of those that end the session."""
+    """What the server does after a reply, if it does not wait for a command. All but TLS end the session."""
 
-    COMMAND = "<command>"
     TLS = "<tls>"
     CLOSE = "<closed>"
     RESET = "<reset>"  # closes with an RST
     SILENCE = "<silence>"  # stays connected, but answers nothing any more
 
-    def __init__(self, value: str) -> None:
-        self.ends = value in ("<closed>", "<reset>", "<silence>")
 
-
-_ENDINGS = [state.value for state in _Next if state.ends]
+_ENDINGS = [ending.value for ending in _Next if ending is not _Next.TLS]  # as transcripts show them
 _Request = str | int | None  # a client's line, the size of its body, or None where the server speaks unasked
 
 
@@ -1102,7 +1098,7 @@ class _Reply(NamedTuple):
     text: str
     data: bytes  # the text as it is sent
     delay: float = 0.0  # seconds before it
-    next: _Next = _Next.COMMAND
+    next: _Next | None = None
     accepts: bool = False  # whether the command takes effect
     trickle: float = 0.0  # seconds between the bytes
 
@@ -1746,7 +1742,7 @@ class Handler:
     _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
     _lenient_pattern = ""  # what parse() takes as pattern, with lenient_addresses
     _delay = ""  # the option that has it
-    _next = _Next.COMMAND  # if it is accepted
+    _next: _Next | None = None  # if it is accepted
     _before_tls = False  # whether tls_required allows it before STARTTLS
     _before_auth = True  # whether auth_required allows it before AUTH
     _annotates = False  # whether it belongs to the accepted message before it and does not begin another
@@ -1782,8 +1778,8 @@ class Handler:
     def _fill(self, text: str) -> str:
         return text.replace("{msg_size_limit}", str(self.options.msg_size_limit))
 
-    def _choose_next(self, accepts: bool) -> _Next:
-        return self._next if accepts else _Next.CLOSE if self.options.fail_fast else _Next.COMMAND
+    def _choose_next(self, accepts: bool) -> _Next | None:
+        return self._next if accepts else _Next.CLOSE if self.options.fail_fast else None
 
     def _start(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
         """Run the command; None if more must come before there is a reply."""
@@ -1954,7 +1950,7 @@ class _Data(Handler):
 
     def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
         reply = super()._run(session, stage, request, argument)
-        if reply.accepts and not reply.next.ends:
+        if reply.accepts and reply.next is None:
             session.expect_body()
         return reply
 
@@ -2016,7 +2012,7 @@ class _EndOfBody(Handler):
         reply = super()._run(session, stage, request, argument)
         if reply.accepts and not session.deliver():
             failed = self._find_reply("msg_msg_failed")
-            reply = failed._replace(delay=reply.delay, next=reply.next if reply.next.ends else failed.next)
+            reply = failed._replace(delay=reply.delay, next=reply.next or failed.next)
             # A copy, because on_message was given a message that has the list.
             session.mail.dialogue = [*session.mail.dialogue[:-1], reply.text]
             self._record(session.mail, _Exchange(request, reply.text, False, argument))
@@ -2468,7 +2464,7 @@ class _Context(NamedTuple):
 #         +-------------------------> _ignore_input --------------------------->+
 #
 # A reply that closes the connection, resets it or falls silent leads from any state to _ignore_input, for good.
-_State = Callable[[bytes, int], tuple[int, _Reply | None]]
+_State = Callable[["_Session", bytes, int], tuple[int, _Reply | None]]
 
 
 class _Session:
@@ -2484,7 +2480,7 @@ class _Session:
         self.request: _Request = None  # the last one, for the log
         self.has_more = False  # whether more had come together with it
         self.mail = _Mail()
-        self._take: _State = self._take_line
+        self._take: _State = _Session._take_line
         self._rest = b""  # the beginning of a line
         self._keeps_messages = context.options.multiple_message_receiving
         self._line_limit = _LINE_LIMIT if context.options.auth_users is None else _AUTH_LINE_LIMIT
@@ -2495,7 +2491,7 @@ class _Session:
 
     @property
     def is_receiving_body(self) -> bool:
-        return self._take == self._take_body
+        return self._take is _Session._take_body
 
     def message(self, request: _Request = None, content: bytes | None = None) -> Message:
         """The message as it would be recorded now; with a body that is not accepted yet."""
@@ -2544,9 +2540,9 @@ class _Session:
             data, self._rest = self._rest + data, b""
         at = 0
         while at < len(data):
-            at, reply = self._take(data, at)
+            at, reply = self._take(self, data, at)
             if reply is not None:
-                if reply.next is not _Next.COMMAND:  # what came in clear must have no effect within TLS
+                if reply.next is not None:  # what came in clear must have no effect within TLS
                     at = len(data)
                 yield reply
 
@@ -2593,7 +2589,7 @@ class _Session:
         end = data.find(b"\n", at, at + self._line_limit)
         if end < 0:
             return self._take_part_of_line(data, at)
-        self._take = self._take_line
+        self._take = _Session._take_line
         line = data[at:end]
         self.has_more = end + 1 < len(data)
         return end + 1, run(_find_faults(_decode(line.strip()), line))
@@ -2602,7 +2598,7 @@ class _Session:
         if len(data) - at < self._line_limit:
             self._rest = data[at:]
             return len(data), None
-        self._take = self._skip_line
+        self._take = _Session._skip_line
         self.has_more = False
         request = _FaultyLine(f"line of over {self._line_limit} bytes")
         request.faults = ("long-command",)
@@ -2612,7 +2608,7 @@ class _Session:
         end = data.find(b"\n", at)
         if end < 0:
             return len(data), None
-        self._take = self._take_line
+        self._take = _Session._take_line
         return end + 1, None
 
     def _take_body(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
@@ -2621,9 +2617,9 @@ class _Session:
         end = body.take_whole(data, at)
         at, is_complete = (end, True) if end else body.feed(data, at)
         pause = self._interrupt(body) if body.stops and body.size >= body.stops[0] else None
-        if not is_complete or (pause is not None and pause.next.ends):
+        if not is_complete or (pause is not None and pause.next):
             return at, pause
-        self._take = self._take_line
+        self._take = _Session._take_line
         self.has_more = at < len(data)
         reply = body.finish()
         return at, reply if pause is None else reply._replace(delay=pause.delay + reply.delay)
@@ -2632,13 +2628,13 @@ class _Session:
         return len(data), None
 
     def expect_answer(self, run: Callable[[str], _Reply]) -> None:
-        self._take = functools.partial(self._take_answer, run=run)
+        self._take = functools.partial(_Session._take_answer, run=run)
 
     def expect_body(self) -> None:
         """Have the body come next, up to its end marker."""
         self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.stops(), is_counted=False)
         self.mail.body.finish = self.finish_body
-        self._take = self._take_body
+        self._take = _Session._take_body
 
     def expect_chunk(self, size: int, request: str, run: Callable[[], _Reply]) -> _Reply | None:
         """Have so many bytes of the body come next, and then run the command that announced them."""
@@ -2649,7 +2645,7 @@ class _Session:
         if not size:
             return run()
         self.mail.body.missing, self.mail.body.finish = size, run
-        self._take = self._take_body
+        self._take = _Session._take_body
         return None
 
     def secure(self, version: str, cipher: str) -> None:
@@ -2657,7 +2653,7 @@ class _Session:
         self.erase((*_STEPS, "auth"))
         self.mail.accepted_steps.add("tls")
         self.mail.steps["tls"] = _Exchange(None, "", True, (version, cipher))
-        self._take = self._take_line
+        self._take = _Session._take_line
 
     # The commands.
 
@@ -2683,12 +2679,13 @@ class _Session:
             reply = handler._find_reply("msg_msg_failed")
             self.mail.dialogue += (request, reply.text)
         self.request = request
-        if reply.next is not _Next.COMMAND:
-            self._take = self._ignore_input
-            if reply.next.ends:
+        complete = completes and (reply.accepts or self._keeps_messages)
+        if reply.next is not None:
+            self._take = _Session._ignore_input
+            if reply.next is not _Next.TLS:
                 self.mail.dialogue += (None, reply.next.value)
-        complete = reply.next.ends or (completes and (reply.accepts or self._keeps_messages))
-        if request is not None and (complete or self.mail.entry is not None):
+                complete = True
+        if (complete or self.mail.entry is not None) and request is not None:
             self._publish(complete=complete, annotates=handler._annotates)
         return reply
 
@@ -2726,9 +2723,9 @@ class _Session:
         if "said" in aspects or "then" in aspects:
             aspects.setdefault("then", _Next.CLOSE)
         reply = handler._apply(aspects, _Reply("", b""))
-        if reply.next.ends:
+        if reply.next is not None:
             self._leave_body(body, reply.text)
-            self._take = self._ignore_input
+            self._take = _Session._ignore_input
             self.mail.dialogue += (None, reply.next.value)
             self._publish(complete=True)
         return reply
@@ -3060,11 +3057,11 @@ class _Connection(socketserver.BaseRequestHandler):
         self.reason = "left before any command"  # why it ended so
         self.is_aborting = False  # must end at once
         self.is_recorded = False  # has ended, and its messages are complete
-        self.ending: _Next  # CLOSE or RESET if disconnect() ends it
+        self.ending: _Next | None  # CLOSE or RESET if disconnect() ends it
         self.server.connections.add(self)
         with self.server.accepting:
             self.ending = self.server.starting.pop(self.plain)
-            self.is_aborting = self.must_linger = self.ending.ends
+            self.is_aborting = self.must_linger = self.ending is not None
         if self.server.aborting.is_set():  # read after the add(); abort() does the reverse
             self.is_aborting = True
         self.log.activity("SMTP session started")
@@ -3083,14 +3080,14 @@ class _Connection(socketserver.BaseRequestHandler):
             self.log("warning", f"SMTP session broke off: {error}")
 
     def finish(self) -> None:
-        self.session.end(*(None, self.ending.value) if self.ending.ends else ())
+        self.session.end(*(None, self.ending.value) if self.ending else ())
         if self.session.request is None or self.reason.startswith("TLS"):
             begins_tls = self.session.begins_with(b"\x16\x03")
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
-            reason = "disconnect() ended it" if self.ending.ends else reason
+            reason = "disconnect() ended it" if self.ending else reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
         self.is_recorded = True
-        if self.ending.ends:  # read after is_recorded is set; disconnect() does the reverse
+        if self.ending:  # read after is_recorded is set; disconnect() does the reverse
             with self.server.changed:
                 self.server.changed.notify_all()
         self.log.activity("SMTP session finished")
@@ -3107,14 +3104,14 @@ class _Connection(socketserver.BaseRequestHandler):
         """Log, wait and send. Returns whether the session goes on."""
         if self.is_aborting:
             return False
-        is_logged = self.log.shows_activity and (reply.data or reply.next.ends)  # unless a rule only delays a body
+        is_logged = self.log.shows_activity and (reply.data or reply.next)  # unless a rule only delays a body
         if is_logged and request is not None:
             self.log.activity("SMTP request: ", request)
         if reply.delay:
             self._flush()
             if not self._pause(reply.delay):
                 return False
-            if reply.data and reply.next is _Next.COMMAND and not self.session.is_secure and self._peek():
+            if reply.data and reply.next is None and not self.session.is_secure and self._peek():
                 self.session.note_early_input()
         if is_logged:
             self.log.activity("SMTP response: ", reply.text if reply.data else "none")
@@ -3123,10 +3120,10 @@ class _Connection(socketserver.BaseRequestHandler):
         elif not self._trickle(reply):
             return False
         # The replies to commands that came together are sent together (RFC 2920).
-        if reply.next is _Next.COMMAND and len(self.unsent) < 1000:
+        if reply.next is None and len(self.unsent) < 1000:
             return True
         self._flush()
-        return self._go_on(reply)
+        return reply.next is None or self._go_on(reply)
 
     def _go_on(self, reply: _Reply) -> bool:
         """Do what comes after a reply. Returns whether the session goes on."""
@@ -3145,7 +3142,7 @@ class _Connection(socketserver.BaseRequestHandler):
                 self.request.settimeout(0)  # announces the end, and does not wait for the client to do the same
                 with contextlib.suppress(OSError, ValueError):
                     self.request.unwrap()
-        return not reply.next.ends
+        return False
 
     def _reset(self) -> None:
         with contextlib.suppress(OSError):
@@ -3261,10 +3258,10 @@ class _Connection(socketserver.BaseRequestHandler):
             # is_idle is set before stopping is read, and stop() does the reverse, so one of the two sees the other.
             self.is_idle = is_idle = not self.session.is_receiving_body
             goes_on = not (is_idle and server.stopping)
-            if goes_on and (_MUST_LOOK or self.session.is_secure):
+            if goes_on and (_MUST_LOOK or self.request is not self.plain):
                 goes_on = self._await(selectors.EVENT_READ)
             if goes_on:
-                data: bytes = self.request.recv(65536 if is_idle else 262144)
+                data: bytes = self.request.recv(65536)  # from 128 KiB up, malloc() would map the buffer anew each time
                 self.is_idle = False
                 if not (is_idle and server.stopping):
                     return data
@@ -3376,7 +3373,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         super().__init__(address, _Connection, bind_and_activate=False)
         self.context = context
         self.connections: set[_Connection] = set()  # the open ones; add, discard and copy are atomic
-        self.starting: dict[socket.socket, _Next] = {}  # how to end what was accepted and is no connection yet
+        self.starting: dict[socket.socket, _Next | None] = {}  # how to end what was accepted and is no connection yet
         self.accepting = threading.Lock()  # guards starting; held while a client is accepted and added to it
         self.spare_threads: list[_SessionThread] = []  # they add themselves; only the listener's thread takes from it
         self.was_opened = False  # guarded by closing
@@ -3424,7 +3421,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         try:
             with self.accepting:
                 client = self.get_request()
-                self.starting[client[0]] = _Next.COMMAND
+                self.starting[client[0]] = None
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._log_shortage(error)

@@ -150,7 +150,12 @@ class Memory:
         self.delays.append(reply.delay)
         self.recorded.append(len(self.messages()))
         lines = reply.data.decode("utf-8", "surrogateescape").removesuffix("\r\n").split("\r\n")
-        return (lines if reply.data else []) + ([reply.next.value] if reply.next.ends else [])
+        return (lines if reply.data else []) + self._ending(reply)
+
+    @staticmethod
+    def _ending(reply: smtpmock._Reply) -> list[str]:
+        """How the connection ends after it, if it does."""
+        return [] if reply.next is None or reply.next is smtpmock._Next.TLS else [reply.next.value]
 
     def converse(self, pieces: Iterable[bytes]) -> list[int]:
         """Receive pieces, up to the end of the connection; how many lines the server says to each."""
@@ -160,7 +165,7 @@ class Memory:
             counts.append(sum(reply.data.count(b"\r\n") for reply in replies))
             if any(reply.next is smtpmock._Next.TLS for reply in replies):
                 self.secure()
-            if any(reply.next.ends for reply in replies):
+            if any(map(self._ending, replies)):
                 break
         self.end()
         return counts
