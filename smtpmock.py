@@ -612,11 +612,6 @@ def _parse_command(line: bytes) -> tuple[str, str, str]:
     return request, verb.upper() if verb.isascii() else "", argument
 
 
-# Clients repeat many lines. Those of other commands may hold a secret, which must not be kept.
-_parse_again = functools.lru_cache(maxsize=512)(_parse_command)
-_WITHOUT_SECRETS = frozenset((b"EHLO", b"HELO", b"MAIL", b"RCPT", b"DATA", b"RSET", b"NOOP", b"QUIT"))
-
-
 class Violation(NamedTuple):
     """A rule of SMTP or of mail that the client broke."""
 
@@ -1092,19 +1087,34 @@ class _AuthResult(NamedTuple):
     user: str | None = None
 
 
-class _Reply(NamedTuple):
-    """What the server says next, as data for the connection to carry out."""
-
-    text: str
-    data: bytes  # the text as it is sent
-    delay: float = 0.0  # seconds before it
-    next: _Next | None = None
-    accepts: bool = False  # whether the command takes effect
-    trickle: float = 0.0  # seconds between the bytes
-
-
 def _encode(text: str) -> bytes:
     return text.replace("\r\n", "\n").replace("\n", "\r\n").encode("utf-8", "surrogateescape") + b"\r\n"
+
+
+class _Reply:
+    """What the server says next, as data for the connection to carry out. Nothing changes it, because it is said again.
+
+    It is no NamedTuple, because their attributes take longer to read.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        data: bytes | None = None,
+        delay: float = 0.0,
+        next: _Next | None = None,
+        accepts: bool = False,
+        trickle: float = 0.0,
+    ) -> None:
+        self.text = text
+        self.data = _encode(text) if data is None else data  # what is sent
+        self.delay = delay  # seconds before it
+        self.next = next
+        self.accepts = accepts  # whether the command takes effect
+        self.trickle = trickle  # seconds between the bytes
+
+    def replace(self, **changes: Any) -> _Reply:
+        return _Reply(**{**vars(self), **changes})
 
 
 class _Exchange(NamedTuple):
@@ -1237,11 +1247,20 @@ class Message:
         self, mail: _Mail, peer: tuple[str, int], stamp: tuple[int, float], tolerated: Collection[str]
     ) -> None:
         # The session goes on appending to the lists, so their present lengths are kept with them.
-        fields = self.__dict__  # because __setattr__() allows nothing
-        fields["id"], fields["_stamped_at"] = stamp
-        fields["peer"], fields["_steps"], fields["_tolerated"] = peer, mail.steps.copy(), tolerated
-        fields["_recipients"], fields["_count"] = mail.recipients, len(mail.recipients)
-        fields["_dialogue"], fields["_said"], fields["_start"] = mail.dialogue, len(mail.dialogue), mail.start
+        self.__dict__.update(  # because __setattr__() allows nothing
+            {
+                "id": stamp[0],
+                "peer": peer,
+                "_stamped_at": stamp[1],
+                "_steps": mail.steps.copy(),
+                "_recipients": mail.recipients,
+                "_count": len(mail.recipients),
+                "_dialogue": mail.dialogue,
+                "_said": len(mail.dialogue),
+                "_start": mail.start,
+                "_tolerated": tolerated,
+            }
+        )
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
@@ -1763,6 +1782,9 @@ class Handler:
         if options.tls_required and not self._before_tls:
             self.needs = ("tls", *self.needs)
         self._needed = frozenset(self.needs)
+        self._erased = frozenset(self._erases)
+        for name in ("parse", "_keyword", "_step", "_annotates"):
+            setattr(self, name, getattr(self, name))  # because those of an instance take less time to read
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         """The reply that refuses this result of parse(), or None. session.message() is the Message as it is so far."""
@@ -1773,7 +1795,7 @@ class Handler:
         text = self._fill(getattr(self.options, option, option))
         accepts = option == self.received and not text.startswith(("4", "5"))
         delay = getattr(self.options, self._delay) if self._delay else 0.0
-        return _Reply(text, _encode(text), delay, self._choose_next(accepts), accepts)
+        return _Reply(text, None, delay, self._choose_next(accepts), accepts)
 
     def _fill(self, text: str) -> str:
         return text.replace("{msg_size_limit}", str(self.options.msg_size_limit))
@@ -1789,8 +1811,8 @@ class Handler:
 
     def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
         """Erase, check, record. The reply is sent later."""
-        if self._erases:
-            session.erase(self._erases)
+        if self._erased:
+            session.erase(self._erased)
         value = self.parse(argument)
         reply = self._choose(session, value)
         if session.rules.newest_first:
@@ -1824,16 +1846,14 @@ class Handler:
         """The normal reply, changed by the aspects that rules set."""
         if not aspects:
             return normal
-        reply = normal._replace(
-            delay=aspects.get("delay", normal.delay), trickle=aspects.get("trickle", normal.trickle)
-        )
+        reply = normal.replace(delay=aspects.get("delay", normal.delay), trickle=aspects.get("trickle", normal.trickle))
         said = aspects.get("said")
         if said is not None:
             text = _decode(said).rstrip("\r\n") if isinstance(said, bytes) else self._fill(said)
             data = said if isinstance(said, bytes) else _encode(text)
             accepts = bool(data) and not text.startswith(("4", "5"))
-            reply = reply._replace(text=text, data=data, next=self._choose_next(accepts), accepts=accepts)
-        return reply._replace(next=aspects["then"]) if "then" in aspects else reply
+            reply = reply.replace(text=text, data=data, next=self._choose_next(accepts), accepts=accepts)
+        return reply.replace(next=aspects["then"]) if "then" in aspects else reply
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
         if self._step:
@@ -1925,8 +1945,8 @@ class _Rcptto(_PathHandler):
     )
 
     def __init__(self, options: Configuration) -> None:
-        super().__init__(options)
         self._erases = () if options.multiple_rcptto else _STEPS[2:]
+        super().__init__(options)
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
         super()._record(mail, exchange)
@@ -2012,7 +2032,7 @@ class _EndOfBody(Handler):
         reply = super()._run(session, stage, request, argument)
         if reply.accepts and not session.deliver():
             failed = self._find_reply("msg_msg_failed")
-            reply = failed._replace(delay=reply.delay, next=reply.next or failed.next)
+            reply = failed.replace(delay=reply.delay, next=reply.next or failed.next)
             # A copy, because on_message was given a message that has the list.
             session.mail.dialogue = [*session.mail.dialogue[:-1], reply.text]
             self._record(session.mail, _Exchange(request, reply.text, False, argument))
@@ -2028,7 +2048,7 @@ class _EndOfChunks(_EndOfBody):
 
     def _make_reply(self, option: str) -> _Reply:
         reply = super()._make_reply(option)
-        return reply._replace(delay=reply.delay + self.options.response_delay_data)
+        return reply.replace(delay=reply.delay + self.options.response_delay_data)
 
 
 class _Rset(Handler):
@@ -2146,7 +2166,7 @@ class _Auth(Handler):
         except StopIteration as stop:
             result = stop.value
         else:
-            reply, run = _Reply(text, _encode(text), accepts=True), session.run
+            reply, run = _Reply(text, accepts=True), session.run
             if session.rules.newest_first:
                 aspects = session.decide((stage, "*"), command, None, [""], wanted=("delay", "trickle"))
                 reply = self._apply(aspects, reply)
@@ -2235,7 +2255,7 @@ class _Ehlo(_Helo):
             return reply
         *lines, last = [*reply.text.replace("\r\n", "\n").split("\n"), *(f"250 {name}" for name in extensions)]
         text = "\n".join([*(f"{line[:3]}-{line[4:]}" if line[:3].isdigit() else line for line in lines), last])
-        return reply._replace(text=text, data=_encode(text))
+        return reply.replace(text=text, data=None)
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
         reply = super()._choose(session, value)
@@ -2293,13 +2313,34 @@ def _check_handler(handler: Any) -> None:
             raise ConfigurationError(f"{name}.{attribute}={text!r}: must be {allowed}")
 
 
-def _make_handlers(options: Configuration, handlers: Any = ()) -> dict[str, Handler]:
-    """The table of verbs. The user's handlers replace built-in ones."""
-    for handler in handlers:
-        _check_handler(handler)
-    offered = [handler(options) for handler in _BUILT_IN if handler._is_offered(options)]
-    table = {verb: handler for handler in offered for verb in handler.verbs}
-    return table | {verb.upper(): made for made in (handler(options) for handler in handlers) for verb in made.verbs}
+# Lines of other commands may hold a secret, which must not be kept.
+_WITHOUT_SECRETS = (b"EHLO", b"HELO", b"MAIL", b"RCPT", b"DATA", b"RSET", b"NOOP", b"QUIT")
+
+
+class _Handlers(dict[str, Handler]):
+    """The handlers of a server by their verbs. Those of the user replace built-in ones."""
+
+    def __init__(self, options: Configuration, own: Iterable[Any] = ()) -> None:
+        for kind in own:
+            _check_handler(kind)
+        built_in = [kind(options) for kind in _BUILT_IN if kind._is_offered(options)]
+        super().__init__((verb, handler) for handler in built_in for verb in handler.verbs)
+        self.update((verb.upper(), handler) for handler in (kind(options) for kind in own) for verb in handler.verbs)
+        self.known: dict[bytes, tuple[Handler, str, str, str]] = {}  # found before, because clients repeat lines
+
+    def find(self, line: bytes) -> tuple[Handler, str, str, str]:
+        """The handler of a command line, the verb, the line and the argument."""
+        request, verb, argument = _parse_command(line)
+        handler = self.get(verb) or self["unknown"]
+        keyword = handler._keyword
+        if argument[: len(keyword)].upper() != keyword:
+            handler = self["unknown"]
+        command = handler, verb, request, argument[len(keyword) :].strip()
+        if line[:4] in _WITHOUT_SECRETS:
+            if len(self.known) >= 512:
+                self.known.clear()
+            self.known[line] = command
+        return command
 
 
 # ----------------------------------------------------------------------------------------- session
@@ -2317,22 +2358,24 @@ _TRUNCATED = "<truncated>"
 class _Body:
     """The body of a mail while it arrives, from DATA or in the chunks of BDAT."""
 
+    finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
+    size = 0  # bytes as they were sent, without the end marker and what may be its beginning
+    missing = 0  # bytes of the present chunk
+    _is_kept = True
+    _whole: bytes | None = None  # the content, if nothing else was to be done
+    _pending = 0  # bytes at the end that may begin the end marker
+
     def __init__(self, limit: int, stops: list[int], *, is_counted: bool) -> None:
         self.is_counted = is_counted  # comes in chunks, which have no end marker and no stuffed dots
-        self.missing = 0  # bytes of the present chunk
-        self.finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
-        self.size = 0  # bytes as they were sent, without the end marker and what may be its beginning
         self.stops = stops  # sizes at which rules apply, smallest first
         self._limit = limit
-        self._is_kept = True
-        self._whole: bytes | None = None  # the content, if nothing else was to be done
+        self._may_be_whole = not (is_counted or stops)  # nothing has come yet, and nothing but the end is looked for
         self._raw = bytearray(b"\r\n")  # so that the first line begins like any other
-        self._pending = 0  # bytes at the end that may begin the end marker
 
     def feed(self, data: bytes, start: int) -> tuple[int, bool]:
         """Take data from start on. Returns where in it the body, the chunk or the way to the next stop ends; and
         whether the body or chunk is complete."""
-        end = len(data)
+        end, self._may_be_whole = len(data), False
         if self.stops:
             end = min(end, start + max(self.stops[0] - self.size - self._pending, bool(self._pending)))
         if self.is_counted:
@@ -2357,7 +2400,7 @@ class _Body:
 
     def take_whole(self, data: bytes, start: int) -> int:
         """Like feed() for a body that has come in one piece and without stuffed dots, as most do: 0 if it has not."""
-        if self.size or self._pending or self.stops or self.is_counted or data.startswith(b".", start):
+        if not self._may_be_whole or data.startswith(b".", start):
             return 0
         end = data.find(b"\r\n.", start)
         if end < 0 or not data.startswith(_END_OF_DATA, end) or end + 2 - start > self._limit:
@@ -2414,11 +2457,12 @@ class _Mail:
     def make_next(self) -> _Mail:
         """The mail after this one. It begins with the greeting and with the steps that last."""
         mail = _Mail()
-        mail.steps = {name: self.steps[name] for name in ("tls", "helo", "auth") if name in self.steps}
-        mail.accepted_steps = self.accepted_steps & mail.steps.keys()
         mail.dialogue = self.dialogue[:2]
-        for step in mail.steps.values():
-            mail.dialogue += (step.request, step.response or None)
+        for step in ("tls", "helo", "auth"):
+            if step in self.steps:
+                mail.steps[step] = exchange = self.steps[step]
+                mail.dialogue += (exchange.request, exchange.response or None)
+        mail.accepted_steps = self.accepted_steps.intersection(mail.steps)
         return mail
 
     def make_copy(self) -> _Mail:
@@ -2441,7 +2485,7 @@ class _Context(NamedTuple):
     """What the sessions of a server share."""
 
     options: Configuration
-    handlers: dict[str, Handler]
+    handlers: _Handlers
     mailbox: _Mailbox
     log: _Log
     rules: _Rules
@@ -2538,13 +2582,13 @@ class _Session:
             ]
         if self._rest:
             data, self._rest = self._rest + data, b""
-        at = 0
-        while at < len(data):
+        at, end = 0, len(data)
+        while at < end:
             at, reply = self._take(self, data, at)
             if reply is not None:
-                if reply.next is not None:  # what came in clear must have no effect within TLS
-                    at = len(data)
                 yield reply
+                if reply.next is not None:  # what came in clear must have no effect within TLS
+                    return
 
     def end(self, *ending: _Request) -> None:
         """Record what is not yet recorded, because the connection ends.
@@ -2575,15 +2619,9 @@ class _Session:
         if end < 0:
             return self._take_part_of_line(data, at)
         line = data[at:end]
-        request, verb, argument = (_parse_again if line[:4] in _WITHOUT_SECRETS else _parse_command)(line)
+        handler, verb, request, argument = self.handlers.known.get(line) or self.handlers.find(line)
         self.has_more = end + 1 < len(data)
-        handler = self.handlers.get(verb) or self.handlers["unknown"]
-        keyword = handler._keyword
-        if keyword:
-            if argument[: len(keyword)].upper() != keyword:
-                handler = self.handlers["unknown"]
-            argument = argument[len(keyword) :]
-        return end + 1, handler._start(self, verb, request, argument.strip())
+        return end + 1, handler._start(self, verb, request, argument)
 
     def _take_answer(self, data: bytes, at: int, run: Callable[[str], _Reply]) -> tuple[int, _Reply | None]:
         end = data.find(b"\n", at, at + self._line_limit)
@@ -2622,7 +2660,7 @@ class _Session:
         self._take = _Session._take_line
         self.has_more = at < len(data)
         reply = body.finish()
-        return at, reply if pause is None else reply._replace(delay=pause.delay + reply.delay)
+        return at, reply if pause is None else reply.replace(delay=pause.delay + reply.delay)
 
     def _ignore_input(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         return len(data), None
@@ -2640,7 +2678,7 @@ class _Session:
         """Have so many bytes of the body come next, and then run the command that announced them."""
         self.request = request
         if self.mail.body is None:
-            self.erase(("data", "msg"))
+            self.erase(frozenset(("data", "msg")))
             self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.stops(), is_counted=True)
         if not size:
             return run()
@@ -2650,7 +2688,7 @@ class _Session:
 
     def secure(self, version: str, cipher: str) -> None:
         """Begin again within TLS. What was said before is forgotten (RFC 3207 section 4.2)."""
-        self.erase((*_STEPS, "auth"))
+        self.erase(frozenset((*_STEPS, "auth")))
         self.mail.accepted_steps.add("tls")
         self.mail.steps["tls"] = _Exchange(None, "", True, (version, cipher))
         self._take = _Session._take_line
@@ -2781,10 +2819,10 @@ class _Session:
         mail.stamp = mail.stamp or self.context.mailbox.stamp()
         return Message(mail, self.peer, mail.stamp, self.context.options.tolerated)
 
-    def erase(self, steps: Sequence[str]) -> None:
+    def erase(self, steps: frozenset[str]) -> None:
         """Forget these steps, unless they belong to an accepted message that is kept."""
         mail = self.mail
-        if mail.steps.keys().isdisjoint(steps) or (mail.entry is not None and self._keeps_messages):
+        if steps.isdisjoint(mail.steps) or (mail.entry is not None and self._keeps_messages):
             return
         if (
             self.context.on_erase is not _ignore
@@ -2861,7 +2899,8 @@ class _Mailbox:
         entry = _Entry(message)
         with self._lock:
             self._entries.append(entry)
-            self._show(entry)
+            if self._waiters:
+                self._show(entry)
         return entry
 
     def update(self, entry: _Entry, message: Message) -> bool:
@@ -3050,7 +3089,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.log = context.log
         # Only its thread sets these, but for what disconnect() and abort() set. stop() reads is_idle and request.
         self.session = _Session(context, self.client_address[:2])
-        self.unsent: list[bytes] = []  # replies
+        self.unsent = bytearray()  # replies
         self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
         self.must_linger = False  # because the server closes first
         self.ignores_input = False  # of a client that goes on sending during stop(); only an RST wakes it for sure
@@ -3116,11 +3155,11 @@ class _Connection(socketserver.BaseRequestHandler):
         if is_logged:
             self.log.activity("SMTP response: ", reply.text if reply.data else "none")
         if not reply.trickle:
-            self.unsent.append(reply.data)
+            self.unsent += reply.data
         elif not self._trickle(reply):
             return False
         # The replies to commands that came together are sent together (RFC 2920).
-        if reply.next is None and len(self.unsent) < 1000:
+        if reply.next is None and len(self.unsent) < 65536:
             return True
         self._flush()
         return reply.next is None or self._go_on(reply)
@@ -3196,7 +3235,7 @@ class _Connection(socketserver.BaseRequestHandler):
         for index in range(len(reply.data)):
             if index and not self._pause(reply.trickle):
                 return False
-            self.unsent.append(reply.data[index : index + 1])
+            self.unsent += reply.data[index : index + 1]
             self._flush()
         return True
 
@@ -3241,14 +3280,12 @@ class _Connection(socketserver.BaseRequestHandler):
                 self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
 
     def _flush(self) -> None:
+        while self.unsent and _MUST_LOOK:
+            self._await(selectors.EVENT_WRITE)
+            del self.unsent[: self.request.send(self.unsent)]
         if self.unsent:
-            data = b"".join(self.unsent)
+            self.request.sendall(self.unsent)
             self.unsent.clear()
-            while data and _MUST_LOOK:
-                self._await(selectors.EVENT_WRITE)
-                data = data[self.request.send(data) :]
-            if data:
-                self.request.sendall(data)
 
     def _read(self) -> bytes:
         """What the client sends next; empty at the end of the session."""
@@ -3294,7 +3331,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def _say_goodbye(self, text: str) -> bytes:
         self.session.end(None, text, None, _Next.CLOSE.value)
-        self._say(_Reply(text, _encode(text), next=_Next.CLOSE))
+        self._say(_Reply(text, next=_Next.CLOSE))
         return b""
 
     def shut_down(self, how: int) -> None:
@@ -3586,16 +3623,14 @@ class Server:
     def __init__(self, configuration: Configuration | None = None, **options: Any) -> None:
         self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
         self._host, self._port = given.host, given.port  # set by start(), which runs in one thread only
-        self._mailbox, self._rules = _Mailbox(), _Rules(given.seed)
-        log = _Log(None, given, deque(maxlen=100))  # failures for check() to tell
-        self._context = _Context(  # replaced, never changed
-            given, {}, self._mailbox, log, self._rules, given.on_message or _ignore, early_ends=deque(maxlen=_REPORTED)
-        )
+        handlers, log = _Handlers(given, given.handlers), _Log(given.logger, given, deque(maxlen=100))
+        self._mailbox, self._rules = _Mailbox(), _Rules(given.seed, handlers)
+        shared = (given, handlers, self._mailbox, log, self._rules, given.on_message or _ignore)
+        self._context = _Context(*shared, early_ends=deque(maxlen=_REPORTED))  # replaced, never changed
         self._warned: set[int] = set()  # the messages about which a warning was given; two threads may both warn of one
         # Guards changes of _listener and _context; not held while the user's code runs.
         self._lifecycle = threading.Lock()
         self._listener: _Listener | None = None
-        self._use(lambda options: options)
 
     def with_logger(self, logger: Logger | logging.Logger | None) -> Server:
         """Log to this Logger or logging.Logger from now on; None is the default one. reset() does not undo this."""
@@ -3620,7 +3655,7 @@ class Server:
         """Change the options for the sessions that begin from now on. If one is invalid, nothing has changed."""
         base = self._options
         options = change(base)
-        table = _make_handlers(options, options.handlers)
+        table = _Handlers(options, options.handlers)
         log = _Log(options.logger, options, self._context.log.failures)
         with self._lifecycle:
             if self._options is base:

@@ -106,7 +106,7 @@ class Memory:
         self._rules = smtpmock._Rules(configuration.seed)
         context = smtpmock._Context(
             configuration,
-            smtpmock._make_handlers(configuration, handlers),
+            smtpmock._Handlers(configuration, handlers),
             self._mailbox,
             smtpmock._Log(self.recorder, configuration, collections.deque()),
             self._rules,
