@@ -1821,7 +1821,9 @@ class Handler:
             value = self._read_loosely(argument) if value is None and reply.accepts else value
         text = reply.text if reply.data else None
         session.mail.dialogue.extend((request, _mark_early(text) if text and session.has_more else text))
-        self._record(session.mail, _Exchange(request, reply.text, reply.accepts, value))
+        # A call of _Exchange would run a Python function, and take twice as long.
+        exchange = tuple.__new__(_Exchange, (request, reply.text, reply.accepts, value))
+        self._record(session.mail, exchange)
         return reply
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
@@ -3298,7 +3300,9 @@ class _Connection(socketserver.BaseRequestHandler):
             if goes_on and (_MUST_LOOK or self.request is not self.plain):
                 goes_on = self._await(selectors.EVENT_READ)
             if goes_on:
-                data: bytes = self.request.recv(65536)  # from 128 KiB up, malloc() would map the buffer anew each time
+                body = self.session.mail.body
+                # From 128 KiB up, malloc() maps each buffer anew, which takes longer than to read a small body.
+                data: bytes = self.request.recv(262144 if body is not None and body.size else 65536)
                 self.is_idle = False
                 if not (is_idle and server.stopping):
                     return data
