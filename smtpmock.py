@@ -1247,20 +1247,11 @@ class Message:
         self, mail: _Mail, peer: tuple[str, int], stamp: tuple[int, float], tolerated: Collection[str]
     ) -> None:
         # The session goes on appending to the lists, so their present lengths are kept with them.
-        self.__dict__.update(  # because __setattr__() allows nothing
-            {
-                "id": stamp[0],
-                "peer": peer,
-                "_stamped_at": stamp[1],
-                "_steps": mail.steps.copy(),
-                "_recipients": mail.recipients,
-                "_count": len(mail.recipients),
-                "_dialogue": mail.dialogue,
-                "_said": len(mail.dialogue),
-                "_start": mail.start,
-                "_tolerated": tolerated,
-            }
-        )
+        fields = self.__dict__  # because __setattr__() allows nothing
+        fields["id"], fields["_stamped_at"] = stamp
+        fields["peer"], fields["_steps"], fields["_tolerated"] = peer, mail.steps.copy(), tolerated
+        fields["_recipients"], fields["_count"] = mail.recipients, len(mail.recipients)
+        fields["_dialogue"], fields["_said"], fields["_start"] = mail.dialogue, len(mail.dialogue), mail.start
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
@@ -1781,9 +1772,7 @@ class Handler:
             self.needs = ("auth", *self.needs)
         if options.tls_required and not self._before_tls:
             self.needs = ("tls", *self.needs)
-        self._needed = frozenset(self.needs)
-        self._erased = frozenset(self._erases)
-        for name in ("parse", "_keyword", "_step", "_annotates"):
+        for name in ("parse", "_keyword", "_step", "_annotates", "_erases"):
             setattr(self, name, getattr(self, name))  # because those of an instance take less time to read
 
     def refuse(self, session: _Session, value: Any) -> str | None:
@@ -1811,8 +1800,8 @@ class Handler:
 
     def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
         """Erase, check, record. The reply is sent later."""
-        if self._erased:
-            session.erase(self._erased)
+        if self._erases:
+            session.erase(self._erases)
         value = self.parse(argument)
         reply = self._choose(session, value)
         if session.rules.newest_first:
@@ -1829,7 +1818,8 @@ class Handler:
     def _choose(self, session: _Session, value: Any) -> _Reply:
         """The reply without rules: to the sequence, the argument, the lists, and then to the command's own checks."""
         accepted = session.mail.accepted_steps
-        if not accepted >= self._needed:
+        # Not by a set of the handler's: without a GIL, each use of it would lock it against the other sessions.
+        if not accepted.issuperset(self.needs):
             missing = next(step for step in self.needs if step not in accepted)
             return self._find_reply(_DEMANDS.get(missing, self._bad_sequence))
         if value is None:
@@ -2316,7 +2306,31 @@ def _check_handler(handler: Any) -> None:
 
 
 # Lines of other commands may hold a secret, which must not be kept.
-_WITHOUT_SECRETS = (b"EHLO", b"HELO", b"MAIL", b"RCPT", b"DATA", b"RSET", b"NOOP", b"QUIT")
+_WITHOUT_SECRETS = ("EHLO", "HELO", "MAIL", "RCPT", "DATA", "RSET", "NOOP", "QUIT")
+
+
+class _Commands(dict[str, tuple[Handler, str, str, str]]):
+    """The handler of a command line, the verb, the line and the argument. It keeps them, because clients repeat lines.
+
+    Its keys are the bytes of lines as Latin-1: without a GIL, other keys and get() lock a dict against other threads.
+    """
+
+    def __init__(self, handlers: _Handlers) -> None:
+        super().__init__()
+        self._handlers = handlers
+
+    def __missing__(self, line: str) -> tuple[Handler, str, str, str]:
+        request, verb, argument = _parse_command(line.encode("latin-1"))
+        handler = self._handlers.get(verb) or self._handlers["unknown"]
+        keyword = handler._keyword
+        if argument[: len(keyword)].upper() != keyword:
+            handler = self._handlers["unknown"]
+        command = handler, verb, request, argument[len(keyword) :].strip()
+        if verb in _WITHOUT_SECRETS and not handler.has_secret:
+            if len(self) >= 512:
+                self.clear()
+            self[line] = command
+        return command
 
 
 class _Handlers(dict[str, Handler]):
@@ -2328,21 +2342,7 @@ class _Handlers(dict[str, Handler]):
         built_in = [kind(options) for kind in _BUILT_IN if kind._is_offered(options)]
         super().__init__((verb, handler) for handler in built_in for verb in handler.verbs)
         self.update((verb.upper(), handler) for handler in (kind(options) for kind in own) for verb in handler.verbs)
-        self.known: dict[bytes, tuple[Handler, str, str, str]] = {}  # found before, because clients repeat lines
-
-    def find(self, line: bytes) -> tuple[Handler, str, str, str]:
-        """The handler of a command line, the verb, the line and the argument."""
-        request, verb, argument = _parse_command(line)
-        handler = self.get(verb) or self["unknown"]
-        keyword = handler._keyword
-        if argument[: len(keyword)].upper() != keyword:
-            handler = self["unknown"]
-        command = handler, verb, request, argument[len(keyword) :].strip()
-        if line[:4] in _WITHOUT_SECRETS:
-            if len(self.known) >= 512:
-                self.known.clear()
-            self.known[line] = command
-        return command
+        self.commands = _Commands(self)
 
 
 # ----------------------------------------------------------------------------------------- session
@@ -2520,7 +2520,7 @@ class _Session:
     """
 
     def __init__(self, context: _Context, peer: tuple[str, int]) -> None:
-        self.context, self.handlers = context, context.handlers
+        self.context, self.handlers, self.commands = context, context.handlers, context.handlers.commands
         self.peer = peer
         self.rules = context.rules
         self.request: _Request = None  # the last one, for the log
@@ -2620,8 +2620,7 @@ class _Session:
         end = data.find(b"\n", at, at + self._line_limit)
         if end < 0:
             return self._take_part_of_line(data, at)
-        line = data[at:end]
-        handler, verb, request, argument = self.handlers.known.get(line) or self.handlers.find(line)
+        handler, verb, request, argument = self.commands[data[at:end].decode("latin-1")]
         self.has_more = end + 1 < len(data)
         return end + 1, handler._start(self, verb, request, argument)
 
@@ -2680,7 +2679,7 @@ class _Session:
         """Have so many bytes of the body come next, and then run the command that announced them."""
         self.request = request
         if self.mail.body is None:
-            self.erase(frozenset(("data", "msg")))
+            self.erase(("data", "msg"))
             self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.stops(), is_counted=True)
         if not size:
             return run()
@@ -2690,7 +2689,7 @@ class _Session:
 
     def secure(self, version: str, cipher: str) -> None:
         """Begin again within TLS. What was said before is forgotten (RFC 3207 section 4.2)."""
-        self.erase(frozenset((*_STEPS, "auth")))
+        self.erase((*_STEPS, "auth"))
         self.mail.accepted_steps.add("tls")
         self.mail.steps["tls"] = _Exchange(None, "", True, (version, cipher))
         self._take = _Session._take_line
@@ -2821,10 +2820,10 @@ class _Session:
         mail.stamp = mail.stamp or self.context.mailbox.stamp()
         return Message(mail, self.peer, mail.stamp, self.context.options.tolerated)
 
-    def erase(self, steps: frozenset[str]) -> None:
+    def erase(self, steps: Sequence[str]) -> None:
         """Forget these steps, unless they belong to an accepted message that is kept."""
         mail = self.mail
-        if steps.isdisjoint(mail.steps) or (mail.entry is not None and self._keeps_messages):
+        if mail.steps.keys().isdisjoint(steps) or (mail.entry is not None and self._keeps_messages):
             return
         if (
             self.context.on_erase is not _ignore
