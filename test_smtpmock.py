@@ -196,6 +196,10 @@ class Memory:
     def is_in_body(self) -> bool:
         return self._session.is_receiving_body
 
+    def kept_lines(self) -> list[str]:
+        """The command lines that the server keeps."""
+        return list(self._session.commands)
+
     def messages(self, *, purge: bool = False) -> list[Message]:
         return self._mailbox.messages(purge=purge)
 
@@ -3178,6 +3182,15 @@ class HandlerTest(unittest.TestCase):
         replies = memory.say("EHLO a.com", "login a b", "LOGIN b", "LOGIN c", "LOGIN", "NOOP")
         self.assertEqual(replies, [RECEIVED, "250 Ok", "nonsense", "550 EHLO a.com", failed, "250 Ok"])
         self.assertIn("C: login ***\nS: 250 Ok\nC: LOGIN ***\n", memory.message().transcript)
+
+    def test_which_lines_a_server_keeps(self) -> None:
+        """Not many, and none that may hold a secret."""
+        noop = make_handler("", "250 hello", verbs=("NOOP",), has_secret=True)
+        memory = Memory(auth_users={"u": "p"}, handlers=[noop], multiple_rcptto=True)
+        memory.say("EHLO a.com", "NOOP secret", "AUTH LOGIN", "secret", "*", "NOOPsecret", "QUITE secret", *ENVELOPE)
+        self.assertEqual(memory.kept_lines(), [f"{line}\r" for line in ENVELOPE])
+        memory.say(*(f"RCPT TO:<{number}@b.com>" for number in range(2000)))
+        self.assertLess(len(memory.kept_lines()), 1000)
 
 
 # ------------------------------------------------------------------------------------ AUTH and TLS
