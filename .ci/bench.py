@@ -15,7 +15,8 @@ Beside the rate there is the processor time of the server per operation, from it
 is far steadier: it leaves out what other programs take of the machine.
 
 --against takes another smtpmock.py, for example of an older commit, and measures it in every row.
---free-threaded takes a Python without a GIL, and compares it with itself with the GIL on.
+--free-threaded takes a Python without a GIL, and compares it with itself with the GIL on. There, a session
+that waits for a lock spins, so the processor time tells whether sessions share one.
 
 Every round takes the servers in turn. Printed are medians over the rounds, half the span from the
 lowest to the highest, and the ratios, which are what to look at: in them the machine drops out.
@@ -699,7 +700,9 @@ def run_free_threaded(python: str, *, quick: bool) -> Report:
     subjects = {name: Subject(python, "smtpmock", environment={"PYTHON_GIL": gil[name]}) for name in gil}
     report = Report(subjects, quick=quick)
     rates = [Bound("with the GIL", ">=", 1.8)]
-    report.rate("free-threaded, 16 clients", many_clients, 1800, rates, below(other="with the GIL"), polls=False)
+    # Sessions that wait for a lock that they share spin: when they did, it was over 1.0.
+    costs = below(0.8, "with the GIL", 1.2)
+    report.rate("free-threaded, 16 clients", many_clients, 1800, rates, costs, polls=False)
     return report
 
 
