@@ -2085,47 +2085,16 @@ class _Starttls(Handler):
         return self._find_reply("msg_invalid_cmd_starttls_sequence") if is_secure else super()._choose(session, value)
 
 
-# A mechanism yields challenges, is sent the answers, and returns a user and a secret, or raises ValueError.
-_Mechanism = Generator[bytes, bytes, tuple[str, str]]
-
-
-def _run_plain(users: Any) -> _Mechanism:
-    """RFC 4616."""
-    _, user, secret = _decode((yield b"")).split("\0")
-    return user, secret
-
-
-def _run_login(users: Any) -> _Mechanism:
-    user = yield b"Username:"
-    secret = yield b"Password:"
-    return _decode(user), _decode(secret)
-
-
-def _run_cram_md5(users: Any) -> _Mechanism:
-    """RFC 2195. The client proves that it knows the secret without sending it."""
-    import hmac
-
-    challenge = b"<%d@smtpmock>" % int.from_bytes(os.urandom(12), "big")  # a clock may stand still between two
-    user, _, digest = _decode((yield challenge)).rpartition(" ")
-    if callable(users):
-        return user, f"{challenge.decode()} {digest}"
-    secret = users.get(user, "")
-    expected = hmac.new(secret.encode("utf-8", "surrogateescape"), challenge, "md5").hexdigest()
-    return user, secret if digest == expected else f"not {secret}"
-
-
-def _run_xoauth2(users: Any) -> _Mechanism:
-    """As Google and Microsoft define it. The secret is the token."""
-    match = re.fullmatch("user=([^\1]*)\1auth=Bearer ([^\1]*)\1\1", _decode((yield b"")))
-    if match is None:
-        raise ValueError("no user and token")
-    return match[1], match[2]
-
+# The challenges of each mechanism, and the pattern of the user and the secret in the answers, which NUL separates.
+_MECHANISMS = {
+    "PLAIN": ([""], "[^\0]*\0([^\0]*)\0([^\0]*)"),  # RFC 4616
+    "LOGIN": (["Username:", "Password:"], "(.*)\0(.*)"),
+    "CRAM-MD5": (["<{}@smtpmock>"], "(?:(.*) )?([^ ]*)"),  # RFC 2195; it has another number each time
+    "XOAUTH2": ([""], "user=([^\1]*)\1auth=Bearer ([^\1]*)\1\1"),  # as Google and Microsoft define it
+}
 
 # What Google sends for a token that it does not accept. The client answers with an empty line.
-_BAD_TOKEN = b'{"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"}\n'
-
-_MECHANISMS = dict(zip(_AUTH_MECHANISMS, (_run_plain, _run_login, _run_cram_md5, _run_xoauth2), strict=True))
+_BAD_TOKEN = '{"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"}\n'
 
 
 class _Auth(Handler):
@@ -2144,17 +2113,16 @@ class _Auth(Handler):
         name, _, initial = argument.partition(" ")
         shown = name if name.upper() in _MECHANISMS else "***" if name else ""
         words = (request.split(maxsplit=1)[0], shown, "***" if initial else "")
-        return session.run(self, verb, _hide(request, " ".join(filter(None, words))), argument)
+        request = _hide(request, " ".join(filter(None, words)))
+        return session.run(self, verb, request, (self._log_in(session, name.upper(), initial), request, None))
 
     def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
-        """The argument is that of the command or, for an answer, the login in progress, its command and the answer."""
+        """The argument is the login in progress, its command, and the answer to the last challenge."""
         import base64
 
-        if not isinstance(argument, tuple):
-            argument = self._log_in(session, argument), request, None
         login, command, answer = argument
         try:
-            text = f"334 {base64.b64encode(login.send(answer)).decode()}"
+            text = f"334 {base64.b64encode(login.send(answer).encode()).decode()}"
         except StopIteration as stop:
             result = stop.value
         else:
@@ -2171,50 +2139,60 @@ class _Auth(Handler):
         session.mail.dialogue[-2] = request
         return reply
 
-    def _log_in(self, session: _Session, argument: str) -> Generator[bytes, str, _AuthResult]:
+    def _log_in(self, session: _Session, name: str, initial: str) -> Generator[str, str, _AuthResult]:
         """Yield the challenges, receive the lines that answer them, and return the outcome."""
         import base64
 
-        name, _, initial = argument.partition(" ")
-        name = name.upper()
         result = _AuthResult("msg_auth_bad_response", name)
-        users: Any = self.options.auth_users
         refusal = self._refuse_mechanism(session, name)
         if refusal is not None:
             return result._replace(response=refusal)
-        mechanism = _MECHANISMS[name](users)
-        challenge = next(mechanism)
-        if initial and (challenge[:1] == b"<" or initial == "*"):  # the challenge of CRAM-MD5 has to be seen first
+        challenges, pattern = _MECHANISMS[name]
+        if initial and name == "CRAM-MD5":  # its challenge has to be seen first
             return result
-        line = "" if initial == "=" else initial or (yield challenge)
-        while line != "*":
+        answers = []
+        for text in challenges:
+            challenge = text.format(int.from_bytes(os.urandom(12), "big"))  # a clock may stand still between two
+            answer = initial or (yield challenge)
+            if answer == "*" and not initial:
+                return result._replace(response="msg_auth_cancelled")
             try:
-                challenge = mechanism.send(base64.b64decode(line.encode(), validate=True))
-            except StopIteration as stop:
-                user, secret = stop.value
-                break
+                answers.append(_decode(base64.b64decode("" if initial == "=" else answer, validate=True)))
             except ValueError:
                 return result
-            line = yield challenge
-        else:
-            return result._replace(response="msg_auth_cancelled")
-        is_valid = users(name, user, secret) if callable(users) else user in users and users[user] == secret
+            initial = ""
+        match = re.fullmatch(pattern, "\0".join(answers), re.DOTALL)
+        if match is None:
+            return result
+        user, secret = match[1] or "", match[2]
+        is_valid = self._check_secret(name, user, f"{challenge} {secret}" if name == "CRAM-MD5" else secret)
         if name == "XOAUTH2" and not is_valid and (yield _BAD_TOKEN) == "*":
             return result._replace(response="msg_auth_cancelled", user=user)
         return result._replace(response=self.received if is_valid else "msg_auth_failed", user=user)
 
+    def _check_secret(self, mechanism: str, user: str, secret: str) -> bool:
+        users: Any = self.options.auth_users
+        if callable(users):
+            return bool(users(mechanism, user, secret))
+        expected = users.get(user)
+        if mechanism == "CRAM-MD5" and expected is not None:  # proves that the client knows the secret
+            import hmac
+
+            challenge = secret.partition(" ")[0]
+            digest = hmac.new(expected.encode("utf-8", "surrogateescape"), challenge.encode(), "md5").hexdigest()
+            expected = f"{challenge} {digest}"
+        return bool(secret == expected)
+
     def _refuse_mechanism(self, session: _Session, mechanism: str) -> str | None:
-        steps = session.mail.accepted_steps
-        if self.options.auth_users is None:
-            return "msg_invalid_cmd"
-        if not steps.issuperset(self.needs):
-            return "msg_tls_required"
-        if "helo" not in steps or "auth" in steps or "mailfrom" in steps:
-            return "msg_auth_sequence"
-        if self.options.auth_requires_tls and not session.is_secure:
-            return "msg_auth_tls_required"
-        is_known = mechanism in map(str.upper, self.options.auth_mechanisms)
-        return None if is_known else "msg_auth_unknown_mechanism"
+        steps, options = session.mail.accepted_steps, self.options
+        refusals = {
+            "msg_invalid_cmd": options.auth_users is None,
+            "msg_tls_required": not steps.issuperset(self.needs),
+            "msg_auth_sequence": "helo" not in steps or "auth" in steps or "mailfrom" in steps,
+            "msg_auth_tls_required": options.auth_requires_tls and not session.is_secure,
+            "msg_auth_unknown_mechanism": mechanism not in map(str.upper, options.auth_mechanisms),
+        }
+        return next((option for option, is_refused in refusals.items() if is_refused), None)
 
     def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         return [value.user or ""]
