@@ -2341,46 +2341,45 @@ class _Body:
     finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
     size = 0  # bytes as they were sent, without the end marker and what may be its beginning
     missing = 0  # bytes of the present chunk
-    _is_kept = True
     _whole: bytes | None = None  # the content, if nothing else was to be done
     _pending = 0  # bytes at the end that may begin the end marker
+    _dropped = 0  # bytes of a body that is too long to be kept
 
     def __init__(self, limit: int, stops: list[int], *, is_counted: bool) -> None:
         self.is_counted = is_counted  # comes in chunks, which have no end marker and no stuffed dots
         self.stops = stops  # sizes at which rules apply, smallest first
         self._limit = limit
-        self._may_be_whole = not (is_counted or stops)  # nothing has come yet, and nothing but the end is looked for
         self._raw = bytearray(b"\r\n")  # so that the first line begins like any other
 
     def feed(self, data: bytes, start: int) -> tuple[int, bool]:
         """Take data from start on. Returns where in it the body, the chunk or the way to the next stop ends; and
         whether the body or chunk is complete."""
-        end, self._may_be_whole = len(data), False
+        raw, end, begin = self._raw, len(data), len(self._raw)
         if self.stops:
             end = min(end, start + max(self.stops[0] - self.size - self._pending, bool(self._pending)))
         if self.is_counted:
-            stop = min(end, start + self.missing)
-            self.missing -= stop - start
+            end = min(end, start + self.missing)
+            self.missing -= end - start
             is_complete = not self.missing
+            raw += data[start:end]
         else:
-            stop, is_complete = self._find_end(data, start, end)
-        self._raw += data[start:stop]
-        self.size += self._pending + stop - start
-        if is_complete and not self.is_counted:
-            self._pending = 3
-            del self._raw[-3:]
-        elif not self.is_counted:
-            self._pending = 2 * self._raw.endswith(b"\r\n.\r") or int(self._raw.endswith(b"\r\n."))
-        self.size -= self._pending
+            raw += data[start:end]
+            found = raw.find(_END_OF_DATA, max(0, begin - 4))  # it may have begun in earlier data
+            is_complete = found >= 0
+            if is_complete:
+                end = start + found + len(_END_OF_DATA) - begin
+                del raw[found + 2 :]
+            self._pending = 0 if is_complete else 2 * raw.endswith(b"\r\n.\r") or int(raw.endswith(b"\r\n."))
+        self.size = self._dropped + len(raw) - 2 - self._pending
         # At most one byte in four is a stuffed dot, so this much is too long even without them.
-        if not self._is_kept or len(self._raw) > self._limit * 4 // 3 + 10:
-            self._is_kept = False
-            del self._raw[:-4]
-        return stop, is_complete
+        if self._dropped or len(raw) > self._limit * 4 // 3 + 10:
+            self._dropped += max(0, len(raw) - 4)
+            del raw[:-4]
+        return end, is_complete
 
     def take_whole(self, data: bytes, start: int) -> int:
         """Like feed() for a body that has come in one piece and without stuffed dots, as most do: 0 if it has not."""
-        if not self._may_be_whole or data.startswith(b".", start):
+        if len(self._raw) > 2 or self.is_counted or self.stops or data.startswith(b".", start):
             return 0
         end = data.find(b"\r\n.", start)
         if end < 0 or not data.startswith(_END_OF_DATA, end) or end + 2 - start > self._limit:
@@ -2389,15 +2388,6 @@ class _Body:
         self.size = len(self._whole)
         return end + len(_END_OF_DATA)
 
-    def _find_end(self, data: bytes, start: int, end: int) -> tuple[int, bool]:
-        """Look for the end marker, which may have begun in earlier data."""
-        seam = bytes(self._raw[-4:])
-        found = (seam + data[start : min(start + 4, end)]).find(_END_OF_DATA)
-        if found >= 0:
-            return start + found - len(seam) + len(_END_OF_DATA), True
-        found = data.find(_END_OF_DATA, start, end)
-        return (end, False) if found < 0 else (found + len(_END_OF_DATA), True)
-
     def content(self) -> bytes | None:
         """What arrived, without stuffed dots (RFC 5321 section 4.5.2); None if it is over the limit."""
         if self._whole is not None:
@@ -2405,7 +2395,7 @@ class _Body:
         raw = self._raw
         if not self.is_counted and b"." in raw:  # a dot is found much faster than a dot behind CRLF
             raw = raw.replace(b"\r\n.", b"\r\n")
-        return bytes(memoryview(raw)[2:]) if self._is_kept and len(raw) - 2 <= self._limit else None
+        return bytes(memoryview(raw)[2:]) if not self._dropped and len(raw) - 2 <= self._limit else None
 
     def find_faults(self, content: bytes) -> None:
         """Keep with the size the first line whose dot was not doubled, and the first that is nothing but a dot."""
