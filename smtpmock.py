@@ -2014,7 +2014,7 @@ class _EndOfBody(Handler):
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         body = session.mail.body
-        violations = session.message_alone(body.size, value).violations if self.options.strict and body else []
+        violations = session.message(body.size, value, alone=True).violations if self.options.strict and body else []
         if not violations:
             return None
         text = str(violations[0]).encode("ascii", "backslashreplace").decode()
@@ -2435,14 +2435,6 @@ class _Mail:
         mail.accepted_steps = self.accepted_steps.intersection(mail.steps)
         return mail
 
-    def make_copy(self) -> _Mail:
-        """The same mail for another message, after its own was purged."""
-        mail = _Mail()
-        vars(mail).update(vars(self))
-        mail.stamp = mail.delivered = mail.entry = None
-        mail.start = len(self.dialogue)
-        return mail
-
     def accepted_recipients(self) -> list[str]:
         return [recipient.value for recipient in self.recipients if recipient.accepted]
 
@@ -2495,7 +2487,7 @@ class _Session:
         self.has_more = False  # whether more had come together with it
         self.mail = _Mail()
         self._take: _State = _Session._take_line
-        self._rest = b""  # the beginning of a line
+        self.rest = b""  # the beginning of a line
         self._keeps_messages = context.options.multiple_message_receiving
         self._line_limit = _LINE_LIMIT if context.options.auth_users is None else _AUTH_LINE_LIMIT
 
@@ -2507,23 +2499,20 @@ class _Session:
     def is_receiving_body(self) -> bool:
         return self._take is _Session._take_body
 
-    def message(self, request: _Request = None, content: bytes | None = None) -> Message:
-        """The message as it would be recorded now; with a body that is not accepted yet."""
+    def message(self, request: _Request = None, content: bytes | None = None, *, alone: bool = False) -> Message:
+        """The message as it would be recorded now; with a body that is not accepted yet.
+
+        Alone, it is without what the session said before the mail, except for HELO.
+        """
+        dialogue = self.mail.dialogue
         message = Message(self.mail, self.peer, (0, 0.0), self.context.options.tolerated)
+        if alone:
+            begin = next((at for at in range(len(dialogue) - 2, 0, -2) if str(dialogue[at])[:4].upper() == "MAIL"), 0)
+            # If there is none, the mail has so many recipients that its beginning is truncated.
+            dialogue = [*self.mail.make_next().dialogue, *dialogue[begin:]] if begin else dialogue
         if isinstance(request, int):
             message._steps["msg"] = _Exchange(request, "", False, content)
-            vars(message).update(_dialogue=[*message._dialogue, request, None], _said=message._said + 2)
-        return message
-
-    def message_alone(self, size: int, content: bytes | None) -> Message:
-        """The same for a mail whose body has arrived, without what the session said before it, except for HELO."""
-        dialogue, message = self.mail.dialogue, self.message(size, content)
-        verbs = (str(request)[:4].upper() for request in dialogue[-2::-2])
-        last = next((2 * number for number, verb in enumerate(verbs, 1) if verb == "MAIL"), 0)
-        if not last:  # the mail has so many recipients that its beginning is truncated
-            return message
-        alone = [*self.mail.make_next().dialogue, *dialogue[-last:], size, None]
-        vars(message).update(_dialogue=alone, _said=len(alone))
+            vars(message).update(_dialogue=[*dialogue, request, None], _said=len(dialogue) + 2)
         return message
 
     def note_early_input(self) -> None:
@@ -2534,24 +2523,16 @@ class _Session:
         if mail.entry is not None:
             self._publish(complete=False, annotates=True)
 
-    def begins_with(self, data: bytes) -> bool:
-        """Whether the client has sent this, and no line yet."""
-        return self._rest.startswith(data)
-
     def greet(self) -> _Reply:
         return self.run(self.handlers["connect"], "connect", None, "")
 
     def receive(self, data: bytes) -> Iterator[_Reply]:
         """Yield the replies to what data completes. A command is run when its reply is asked for."""
-        if len(self.mail.dialogue) > _DIALOGUE_LIMIT:
-            self.mail.dialogue = [
-                *self.mail.dialogue[:2],
-                None,
-                _TRUNCATED,
-                *self.mail.dialogue[-_DIALOGUE_LIMIT // 2 :],
-            ]
-        if self._rest:
-            data, self._rest = self._rest + data, b""
+        said = self.mail.dialogue
+        if len(said) > _DIALOGUE_LIMIT:
+            self.mail.dialogue = [*said[:2], None, _TRUNCATED, *said[-_DIALOGUE_LIMIT // 2 :]]
+        if self.rest:
+            data, self.rest = self.rest + data, b""
         at, end = 0, len(data)
         while at < end:
             at, reply = self._take(self, data, at)
@@ -2603,12 +2584,11 @@ class _Session:
 
     def _take_part_of_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         if len(data) - at < self._line_limit:
-            self._rest = data[at:]
+            self.rest = data[at:]
             return len(data), None
         self._take = _Session._skip_line
         self.has_more = False
-        request = _FaultyLine(f"line of over {self._line_limit} bytes")
-        request.faults = ("long-command",)
+        request = _add_faults(f"line of over {self._line_limit} bytes", ("long-command",))
         return at, self.run(self.handlers["too long"], "", request, "")
 
     def _skip_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
@@ -2666,16 +2646,17 @@ class _Session:
 
     def begin_mail_if_due(self, handler: Handler) -> None:
         """Leave a mail that is complete, unless this command annotates it."""
-        entry = self.mail.entry
-        if entry is None or handler._annotates:
+        mail = self.mail
+        if mail.entry is None or handler._annotates:
             return
         if self._keeps_messages:
             self._report_unaccepted()
-            self.mail = self.mail.make_next()
-        elif entry.is_purged:
-            self.mail = self.mail.make_copy()
+            self.mail = mail.make_next()
+        elif mail.entry.is_purged:  # so the rest of the session is another message
+            mail.stamp = mail.delivered = mail.entry = None
+            mail.start = len(mail.dialogue)
 
-    def run(self, handler: Handler, stage: str, request: _Request, argument: Any, *, completes: bool = False) -> _Reply:
+    def run(self, handler: Handler, stage: str, request: _Request, argument: Any) -> _Reply:
         """Run a command. What it completes is recorded before its reply is returned."""
         if self.mail.entry is not None:
             self.begin_mail_if_due(handler)
@@ -2686,7 +2667,7 @@ class _Session:
             reply = handler._find_reply("msg_msg_failed")
             self.mail.dialogue += (request, reply.text)
         self.request = request
-        complete = completes and (reply.accepts or self._keeps_messages)
+        complete = handler._step == "msg" and (reply.accepts or self._keeps_messages)
         if reply.next is not None:
             self._take = _Session._ignore_input
             if reply.next is not _Next.TLS:
@@ -2704,7 +2685,7 @@ class _Session:
         content = body.content()
         if content is not None and len(content) < body.size:
             body.find_faults(content)
-        reply = self.run(handler, "message", body.size, content, completes=True)
+        reply = self.run(handler, "message", body.size, content)
         self.mail.body = None
         self.request = self.request if request is None else request
         return reply
@@ -2793,12 +2774,8 @@ class _Session:
         mail = self.mail
         if mail.steps.keys().isdisjoint(steps) or (mail.entry is not None and self._keeps_messages):
             return
-        if (
-            self.context.on_erase is not _ignore
-            and "msg" in steps
-            and "msg" in mail.steps
-            and not mail.steps["msg"].accepted
-        ):
+        body = mail.steps.get("msg") if "msg" in steps else None
+        if body is not None and not body.accepted and self.context.on_erase is not _ignore:
             self._call(self.context.on_erase, self._make_message())
         for step in steps:
             mail.steps.pop(step, None)
@@ -3090,7 +3067,7 @@ class _Connection(socketserver.BaseRequestHandler):
     def finish(self) -> None:
         self.session.end(*(None, self.ending.value) if self.ending else ())
         if self.session.request is None or self.reason.startswith("TLS"):
-            begins_tls = self.session.begins_with(b"\x16\x03")
+            begins_tls = self.session.rest.startswith(b"\x16\x03")
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
             reason = "disconnect() ended it" if self.ending else reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
