@@ -2014,7 +2014,7 @@ class _EndOfBody(Handler):
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         body = session.mail.body
-        violations = session.message_alone(body.size, value).violations if self.options.strict and body else []
+        violations = session.message(body.size, value, alone=True).violations if self.options.strict and body else []
         if not violations:
             return None
         text = str(violations[0]).encode("ascii", "backslashreplace").decode()
@@ -2085,47 +2085,16 @@ class _Starttls(Handler):
         return self._find_reply("msg_invalid_cmd_starttls_sequence") if is_secure else super()._choose(session, value)
 
 
-# A mechanism yields challenges, is sent the answers, and returns a user and a secret, or raises ValueError.
-_Mechanism = Generator[bytes, bytes, tuple[str, str]]
-
-
-def _run_plain(users: Any) -> _Mechanism:
-    """RFC 4616."""
-    _, user, secret = _decode((yield b"")).split("\0")
-    return user, secret
-
-
-def _run_login(users: Any) -> _Mechanism:
-    user = yield b"Username:"
-    secret = yield b"Password:"
-    return _decode(user), _decode(secret)
-
-
-def _run_cram_md5(users: Any) -> _Mechanism:
-    """RFC 2195. The client proves that it knows the secret without sending it."""
-    import hmac
-
-    challenge = b"<%d@smtpmock>" % int.from_bytes(os.urandom(12), "big")  # a clock may stand still between two
-    user, _, digest = _decode((yield challenge)).rpartition(" ")
-    if callable(users):
-        return user, f"{challenge.decode()} {digest}"
-    secret = users.get(user, "")
-    expected = hmac.new(secret.encode("utf-8", "surrogateescape"), challenge, "md5").hexdigest()
-    return user, secret if digest == expected else f"not {secret}"
-
-
-def _run_xoauth2(users: Any) -> _Mechanism:
-    """As Google and Microsoft define it. The secret is the token."""
-    match = re.fullmatch("user=([^\1]*)\1auth=Bearer ([^\1]*)\1\1", _decode((yield b"")))
-    if match is None:
-        raise ValueError("no user and token")
-    return match[1], match[2]
-
+# The challenges of each mechanism, and the pattern of the user and the secret in the answers, which NUL separates.
+_MECHANISMS = {
+    "PLAIN": ([""], "[^\0]*\0([^\0]*)\0([^\0]*)"),  # RFC 4616
+    "LOGIN": (["Username:", "Password:"], "(.*)\0(.*)"),
+    "CRAM-MD5": (["<{}@smtpmock>"], "(?:(.*) )?([^ ]*)"),  # RFC 2195; it has another number each time
+    "XOAUTH2": ([""], "user=([^\1]*)\1auth=Bearer ([^\1]*)\1\1"),  # as Google and Microsoft define it
+}
 
 # What Google sends for a token that it does not accept. The client answers with an empty line.
-_BAD_TOKEN = b'{"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"}\n'
-
-_MECHANISMS = dict(zip(_AUTH_MECHANISMS, (_run_plain, _run_login, _run_cram_md5, _run_xoauth2), strict=True))
+_BAD_TOKEN = '{"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"}\n'
 
 
 class _Auth(Handler):
@@ -2144,17 +2113,16 @@ class _Auth(Handler):
         name, _, initial = argument.partition(" ")
         shown = name if name.upper() in _MECHANISMS else "***" if name else ""
         words = (request.split(maxsplit=1)[0], shown, "***" if initial else "")
-        return session.run(self, verb, _hide(request, " ".join(filter(None, words))), argument)
+        request = _hide(request, " ".join(filter(None, words)))
+        return session.run(self, verb, request, (self._log_in(session, name.upper(), initial), request, None))
 
     def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
-        """The argument is that of the command or, for an answer, the login in progress, its command and the answer."""
+        """The argument is the login in progress, its command, and the answer to the last challenge."""
         import base64
 
-        if not isinstance(argument, tuple):
-            argument = self._log_in(session, argument), request, None
         login, command, answer = argument
         try:
-            text = f"334 {base64.b64encode(login.send(answer)).decode()}"
+            text = f"334 {base64.b64encode(login.send(answer).encode()).decode()}"
         except StopIteration as stop:
             result = stop.value
         else:
@@ -2171,50 +2139,60 @@ class _Auth(Handler):
         session.mail.dialogue[-2] = request
         return reply
 
-    def _log_in(self, session: _Session, argument: str) -> Generator[bytes, str, _AuthResult]:
+    def _log_in(self, session: _Session, name: str, initial: str) -> Generator[str, str, _AuthResult]:
         """Yield the challenges, receive the lines that answer them, and return the outcome."""
         import base64
 
-        name, _, initial = argument.partition(" ")
-        name = name.upper()
         result = _AuthResult("msg_auth_bad_response", name)
-        users: Any = self.options.auth_users
         refusal = self._refuse_mechanism(session, name)
         if refusal is not None:
             return result._replace(response=refusal)
-        mechanism = _MECHANISMS[name](users)
-        challenge = next(mechanism)
-        if initial and (challenge[:1] == b"<" or initial == "*"):  # the challenge of CRAM-MD5 has to be seen first
+        challenges, pattern = _MECHANISMS[name]
+        if initial and name == "CRAM-MD5":  # its challenge has to be seen first
             return result
-        line = "" if initial == "=" else initial or (yield challenge)
-        while line != "*":
+        answers = []
+        for text in challenges:
+            challenge = text.format(int.from_bytes(os.urandom(12), "big"))  # a clock may stand still between two
+            answer = initial or (yield challenge)
+            if answer == "*" and not initial:
+                return result._replace(response="msg_auth_cancelled")
             try:
-                challenge = mechanism.send(base64.b64decode(line.encode(), validate=True))
-            except StopIteration as stop:
-                user, secret = stop.value
-                break
+                answers.append(_decode(base64.b64decode("" if initial == "=" else answer, validate=True)))
             except ValueError:
                 return result
-            line = yield challenge
-        else:
-            return result._replace(response="msg_auth_cancelled")
-        is_valid = users(name, user, secret) if callable(users) else user in users and users[user] == secret
+            initial = ""
+        match = re.fullmatch(pattern, "\0".join(answers), re.DOTALL)
+        if match is None:
+            return result
+        user, secret = match[1] or "", match[2]
+        is_valid = self._check_secret(name, user, f"{challenge} {secret}" if name == "CRAM-MD5" else secret)
         if name == "XOAUTH2" and not is_valid and (yield _BAD_TOKEN) == "*":
             return result._replace(response="msg_auth_cancelled", user=user)
         return result._replace(response=self.received if is_valid else "msg_auth_failed", user=user)
 
+    def _check_secret(self, mechanism: str, user: str, secret: str) -> bool:
+        users: Any = self.options.auth_users
+        if callable(users):
+            return bool(users(mechanism, user, secret))
+        expected = users.get(user)
+        if mechanism == "CRAM-MD5" and expected is not None:  # proves that the client knows the secret
+            import hmac
+
+            challenge = secret.partition(" ")[0]
+            digest = hmac.new(expected.encode("utf-8", "surrogateescape"), challenge.encode(), "md5").hexdigest()
+            expected = f"{challenge} {digest}"
+        return bool(secret == expected)
+
     def _refuse_mechanism(self, session: _Session, mechanism: str) -> str | None:
-        steps = session.mail.accepted_steps
-        if self.options.auth_users is None:
-            return "msg_invalid_cmd"
-        if not steps.issuperset(self.needs):
-            return "msg_tls_required"
-        if "helo" not in steps or "auth" in steps or "mailfrom" in steps:
-            return "msg_auth_sequence"
-        if self.options.auth_requires_tls and not session.is_secure:
-            return "msg_auth_tls_required"
-        is_known = mechanism in map(str.upper, self.options.auth_mechanisms)
-        return None if is_known else "msg_auth_unknown_mechanism"
+        steps, options = session.mail.accepted_steps, self.options
+        refusals = {
+            "msg_invalid_cmd": options.auth_users is None,
+            "msg_tls_required": not steps.issuperset(self.needs),
+            "msg_auth_sequence": "helo" not in steps or "auth" in steps or "mailfrom" in steps,
+            "msg_auth_tls_required": options.auth_requires_tls and not session.is_secure,
+            "msg_auth_unknown_mechanism": mechanism not in map(str.upper, options.auth_mechanisms),
+        }
+        return next((option for option, is_refused in refusals.items() if is_refused), None)
 
     def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         return [value.user or ""]
@@ -2363,46 +2341,45 @@ class _Body:
     finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
     size = 0  # bytes as they were sent, without the end marker and what may be its beginning
     missing = 0  # bytes of the present chunk
-    _is_kept = True
     _whole: bytes | None = None  # the content, if nothing else was to be done
     _pending = 0  # bytes at the end that may begin the end marker
+    _dropped = 0  # bytes of a body that is too long to be kept
 
     def __init__(self, limit: int, stops: list[int], *, is_counted: bool) -> None:
         self.is_counted = is_counted  # comes in chunks, which have no end marker and no stuffed dots
         self.stops = stops  # sizes at which rules apply, smallest first
         self._limit = limit
-        self._may_be_whole = not (is_counted or stops)  # nothing has come yet, and nothing but the end is looked for
         self._raw = bytearray(b"\r\n")  # so that the first line begins like any other
 
     def feed(self, data: bytes, start: int) -> tuple[int, bool]:
         """Take data from start on. Returns where in it the body, the chunk or the way to the next stop ends; and
         whether the body or chunk is complete."""
-        end, self._may_be_whole = len(data), False
+        raw, end, begin = self._raw, len(data), len(self._raw)
         if self.stops:
             end = min(end, start + max(self.stops[0] - self.size - self._pending, bool(self._pending)))
         if self.is_counted:
-            stop = min(end, start + self.missing)
-            self.missing -= stop - start
+            end = min(end, start + self.missing)
+            self.missing -= end - start
             is_complete = not self.missing
+            raw += data[start:end]
         else:
-            stop, is_complete = self._find_end(data, start, end)
-        self._raw += data[start:stop]
-        self.size += self._pending + stop - start
-        if is_complete and not self.is_counted:
-            self._pending = 3
-            del self._raw[-3:]
-        elif not self.is_counted:
-            self._pending = 2 * self._raw.endswith(b"\r\n.\r") or int(self._raw.endswith(b"\r\n."))
-        self.size -= self._pending
+            raw += data[start:end]
+            found = raw.find(_END_OF_DATA, max(0, begin - 4))  # it may have begun in earlier data
+            is_complete = found >= 0
+            if is_complete:
+                end = start + found + len(_END_OF_DATA) - begin
+                del raw[found + 2 :]
+            self._pending = 0 if is_complete else 2 * raw.endswith(b"\r\n.\r") or int(raw.endswith(b"\r\n."))
+        self.size = self._dropped + len(raw) - 2 - self._pending
         # At most one byte in four is a stuffed dot, so this much is too long even without them.
-        if not self._is_kept or len(self._raw) > self._limit * 4 // 3 + 10:
-            self._is_kept = False
-            del self._raw[:-4]
-        return stop, is_complete
+        if self._dropped or len(raw) > self._limit * 4 // 3 + 10:
+            self._dropped += max(0, len(raw) - 4)
+            del raw[:-4]
+        return end, is_complete
 
     def take_whole(self, data: bytes, start: int) -> int:
         """Like feed() for a body that has come in one piece and without stuffed dots, as most do: 0 if it has not."""
-        if not self._may_be_whole or data.startswith(b".", start):
+        if len(self._raw) > 2 or self.is_counted or self.stops or data.startswith(b".", start):
             return 0
         end = data.find(b"\r\n.", start)
         if end < 0 or not data.startswith(_END_OF_DATA, end) or end + 2 - start > self._limit:
@@ -2411,15 +2388,6 @@ class _Body:
         self.size = len(self._whole)
         return end + len(_END_OF_DATA)
 
-    def _find_end(self, data: bytes, start: int, end: int) -> tuple[int, bool]:
-        """Look for the end marker, which may have begun in earlier data."""
-        seam = bytes(self._raw[-4:])
-        found = (seam + data[start : min(start + 4, end)]).find(_END_OF_DATA)
-        if found >= 0:
-            return start + found - len(seam) + len(_END_OF_DATA), True
-        found = data.find(_END_OF_DATA, start, end)
-        return (end, False) if found < 0 else (found + len(_END_OF_DATA), True)
-
     def content(self) -> bytes | None:
         """What arrived, without stuffed dots (RFC 5321 section 4.5.2); None if it is over the limit."""
         if self._whole is not None:
@@ -2427,7 +2395,7 @@ class _Body:
         raw = self._raw
         if not self.is_counted and b"." in raw:  # a dot is found much faster than a dot behind CRLF
             raw = raw.replace(b"\r\n.", b"\r\n")
-        return bytes(memoryview(raw)[2:]) if self._is_kept and len(raw) - 2 <= self._limit else None
+        return bytes(memoryview(raw)[2:]) if not self._dropped and len(raw) - 2 <= self._limit else None
 
     def find_faults(self, content: bytes) -> None:
         """Keep with the size the first line whose dot was not doubled, and the first that is nothing but a dot."""
@@ -2465,14 +2433,6 @@ class _Mail:
                 mail.steps[step] = exchange = self.steps[step]
                 mail.dialogue += (exchange.request, exchange.response or None)
         mail.accepted_steps = self.accepted_steps.intersection(mail.steps)
-        return mail
-
-    def make_copy(self) -> _Mail:
-        """The same mail for another message, after its own was purged."""
-        mail = _Mail()
-        vars(mail).update(vars(self))
-        mail.stamp = mail.delivered = mail.entry = None
-        mail.start = len(self.dialogue)
         return mail
 
     def accepted_recipients(self) -> list[str]:
@@ -2527,7 +2487,7 @@ class _Session:
         self.has_more = False  # whether more had come together with it
         self.mail = _Mail()
         self._take: _State = _Session._take_line
-        self._rest = b""  # the beginning of a line
+        self.rest = b""  # the beginning of a line
         self._keeps_messages = context.options.multiple_message_receiving
         self._line_limit = _LINE_LIMIT if context.options.auth_users is None else _AUTH_LINE_LIMIT
 
@@ -2539,23 +2499,20 @@ class _Session:
     def is_receiving_body(self) -> bool:
         return self._take is _Session._take_body
 
-    def message(self, request: _Request = None, content: bytes | None = None) -> Message:
-        """The message as it would be recorded now; with a body that is not accepted yet."""
+    def message(self, request: _Request = None, content: bytes | None = None, *, alone: bool = False) -> Message:
+        """The message as it would be recorded now; with a body that is not accepted yet.
+
+        Alone, it is without what the session said before the mail, except for HELO.
+        """
+        dialogue = self.mail.dialogue
         message = Message(self.mail, self.peer, (0, 0.0), self.context.options.tolerated)
+        if alone:
+            begin = next((at for at in range(len(dialogue) - 2, 0, -2) if str(dialogue[at])[:4].upper() == "MAIL"), 0)
+            # If there is none, the mail has so many recipients that its beginning is truncated.
+            dialogue = [*self.mail.make_next().dialogue, *dialogue[begin:]] if begin else dialogue
         if isinstance(request, int):
             message._steps["msg"] = _Exchange(request, "", False, content)
-            vars(message).update(_dialogue=[*message._dialogue, request, None], _said=message._said + 2)
-        return message
-
-    def message_alone(self, size: int, content: bytes | None) -> Message:
-        """The same for a mail whose body has arrived, without what the session said before it, except for HELO."""
-        dialogue, message = self.mail.dialogue, self.message(size, content)
-        verbs = (str(request)[:4].upper() for request in dialogue[-2::-2])
-        last = next((2 * number for number, verb in enumerate(verbs, 1) if verb == "MAIL"), 0)
-        if not last:  # the mail has so many recipients that its beginning is truncated
-            return message
-        alone = [*self.mail.make_next().dialogue, *dialogue[-last:], size, None]
-        vars(message).update(_dialogue=alone, _said=len(alone))
+            vars(message).update(_dialogue=[*dialogue, request, None], _said=len(dialogue) + 2)
         return message
 
     def note_early_input(self) -> None:
@@ -2566,24 +2523,16 @@ class _Session:
         if mail.entry is not None:
             self._publish(complete=False, annotates=True)
 
-    def begins_with(self, data: bytes) -> bool:
-        """Whether the client has sent this, and no line yet."""
-        return self._rest.startswith(data)
-
     def greet(self) -> _Reply:
         return self.run(self.handlers["connect"], "connect", None, "")
 
     def receive(self, data: bytes) -> Iterator[_Reply]:
         """Yield the replies to what data completes. A command is run when its reply is asked for."""
-        if len(self.mail.dialogue) > _DIALOGUE_LIMIT:
-            self.mail.dialogue = [
-                *self.mail.dialogue[:2],
-                None,
-                _TRUNCATED,
-                *self.mail.dialogue[-_DIALOGUE_LIMIT // 2 :],
-            ]
-        if self._rest:
-            data, self._rest = self._rest + data, b""
+        said = self.mail.dialogue
+        if len(said) > _DIALOGUE_LIMIT:
+            self.mail.dialogue = [*said[:2], None, _TRUNCATED, *said[-_DIALOGUE_LIMIT // 2 :]]
+        if self.rest:
+            data, self.rest = self.rest + data, b""
         at, end = 0, len(data)
         while at < end:
             at, reply = self._take(self, data, at)
@@ -2635,12 +2584,11 @@ class _Session:
 
     def _take_part_of_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         if len(data) - at < self._line_limit:
-            self._rest = data[at:]
+            self.rest = data[at:]
             return len(data), None
         self._take = _Session._skip_line
         self.has_more = False
-        request = _FaultyLine(f"line of over {self._line_limit} bytes")
-        request.faults = ("long-command",)
+        request = _add_faults(f"line of over {self._line_limit} bytes", ("long-command",))
         return at, self.run(self.handlers["too long"], "", request, "")
 
     def _skip_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
@@ -2698,16 +2646,17 @@ class _Session:
 
     def begin_mail_if_due(self, handler: Handler) -> None:
         """Leave a mail that is complete, unless this command annotates it."""
-        entry = self.mail.entry
-        if entry is None or handler._annotates:
+        mail = self.mail
+        if mail.entry is None or handler._annotates:
             return
         if self._keeps_messages:
             self._report_unaccepted()
-            self.mail = self.mail.make_next()
-        elif entry.is_purged:
-            self.mail = self.mail.make_copy()
+            self.mail = mail.make_next()
+        elif mail.entry.is_purged:  # so the rest of the session is another message
+            mail.stamp = mail.delivered = mail.entry = None
+            mail.start = len(mail.dialogue)
 
-    def run(self, handler: Handler, stage: str, request: _Request, argument: Any, *, completes: bool = False) -> _Reply:
+    def run(self, handler: Handler, stage: str, request: _Request, argument: Any) -> _Reply:
         """Run a command. What it completes is recorded before its reply is returned."""
         if self.mail.entry is not None:
             self.begin_mail_if_due(handler)
@@ -2718,7 +2667,7 @@ class _Session:
             reply = handler._find_reply("msg_msg_failed")
             self.mail.dialogue += (request, reply.text)
         self.request = request
-        complete = completes and (reply.accepts or self._keeps_messages)
+        complete = handler._step == "msg" and (reply.accepts or self._keeps_messages)
         if reply.next is not None:
             self._take = _Session._ignore_input
             if reply.next is not _Next.TLS:
@@ -2736,7 +2685,7 @@ class _Session:
         content = body.content()
         if content is not None and len(content) < body.size:
             body.find_faults(content)
-        reply = self.run(handler, "message", body.size, content, completes=True)
+        reply = self.run(handler, "message", body.size, content)
         self.mail.body = None
         self.request = self.request if request is None else request
         return reply
@@ -2825,12 +2774,8 @@ class _Session:
         mail = self.mail
         if mail.steps.keys().isdisjoint(steps) or (mail.entry is not None and self._keeps_messages):
             return
-        if (
-            self.context.on_erase is not _ignore
-            and "msg" in steps
-            and "msg" in mail.steps
-            and not mail.steps["msg"].accepted
-        ):
+        body = mail.steps.get("msg") if "msg" in steps else None
+        if body is not None and not body.accepted and self.context.on_erase is not _ignore:
             self._call(self.context.on_erase, self._make_message())
         for step in steps:
             mail.steps.pop(step, None)
@@ -3122,7 +3067,7 @@ class _Connection(socketserver.BaseRequestHandler):
     def finish(self) -> None:
         self.session.end(*(None, self.ending.value) if self.ending else ())
         if self.session.request is None or self.reason.startswith("TLS"):
-            begins_tls = self.session.begins_with(b"\x16\x03")
+            begins_tls = self.session.rest.startswith(b"\x16\x03")
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
             reason = "disconnect() ended it" if self.ending else reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
