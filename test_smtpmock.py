@@ -540,11 +540,6 @@ R: quit \n                      S: 221 Closing connection  S: <closed>
 R: EHLO example.com\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\nhi\r\n.\r\nRSET\r\nQUIT\r\n
 S: 250 Received  S: 250 Received  S: 250 Received  S: {READY}  S: 250 Received  S: 250 Ok
 S: 221 Closing connection  S: <closed>
-== a command is not answered before its end
-R: NOOP
-R: \r
-R: \nNO  S: 250 Ok
-R: OP\n  S: 250 Ok
 == nothing is answered after QUIT
 R: QUIT\r\nNOOP\r\n  S: 221 Closing connection  S: <closed>
 == after an accepted message the next one begins  -- multiple_message_receiving=True  + in body
@@ -552,24 +547,17 @@ C: .                          S: 250 Received
 C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
 C: MAIL FROM:<a@example.com>  S: 250 Received
-== the same after RSET  -- multiple_message_receiving=True  + in body
-C: .     S: 250 Received
-C: RSET  S: 250 Ok
-C: DATA  S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 
 # ---- Sequence
-== each command too early
-C: MAIL FROM:<a@example.com>  S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
-C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
-C: HELO example.com           S: 250 Received
-C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
-C: MAIL FROM:<a@example.com>  S: 250 Received
-C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 == sequence is checked before the argument
-C: MAIL FROM:nonsense  S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
-C: RCPT TO:nonsense    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
-C: DATA x              S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-C: RSET x              S: 503 Bad sequence of commands. HELO should be the first
+C: MAIL FROM:nonsense          S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
+C: RCPT TO:nonsense            S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+C: DATA x                      S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+C: RSET x                      S: 503 Bad sequence of commands. HELO should be the first
+C: HELO example.com            S: 250 Received
+C: RCPT TO:<b@example.com>     S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+C: MAIL FROM:<a@example.com>   S: 250 Received
+C: DATA                        S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 == RSET drops the envelope, not HELO  + envelope
 C: RSET                       S: 250 Ok
 C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
@@ -686,9 +674,6 @@ C: .                          S: 299 got it
 C: MAIL FROM:<a@example.com>  S: 450 later
 C: RCPT TO:<b@example.com>    S: 250 fine
 C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== DATA that is refused by its text is not followed by a body  -- msg_data_received="554 no"  + envelope
-C: DATA  S: 554 no
-C: NOOP  S: 250 Ok
 
 # ---- Extensions: what is announced, and parameters
 == extensions are announced to EHLO, not to HELO
@@ -759,9 +744,6 @@ R: BDAT 2 LAST\r\nhi  S: 250 Received
 == rule: a chunk is refused  -- rule: BDAT: reply 451 not now; times=1  + chunking
 R: BDAT 6\r\nNOOP\r\n  S: 451 not now
 C: BDAT 0 LAST         S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== rule: a body in chunks is refused  -- rule: message: reply 452 full  + chunking
-R: BDAT 2\r\nhi  S: 250 Received
-C: BDAT 0 LAST   S: 452 full
 
 # ---- AUTH
 == PLAIN  + login
@@ -916,8 +898,6 @@ C: VRFY carol              S: 250 Carol
 C: VRFY dave               S: {UNRECOGNIZED}
 == rule: too busy to talk  -- rule: connect: reply 421 Too busy; close
 S: 421 Too busy  S: <closed>
-== rule: actions add up  -- rule: NOOP: reply 450 no; close; delay 0; times=1
-C: NOOP  S: 450 no  S: <closed>
 == rule: a close after the normal reply  -- rule: NOOP: close
 C: NOOP  S: 250 Ok  S: <closed>
 == rule: aspects of several rules add up, and the newest has each  -- rule: NOOP: reply 450 first; close
@@ -943,8 +923,6 @@ C: {x*5000}  S: 450 no
 C: {x*5000}  S: 500 Line too long
 == rule: silence  -- rule: RCPT TO b@example.com: silence  + sender
 C: RCPT TO:<b@example.com>  S: <silence>
-== rule: the body is cut at a byte  -- rule: message: drop; after=10  + in body
-R: Subject: x\r\nthis is not read  S: <closed>
 == rule: the body is cut at its first byte  -- rule: message: reset ;after=0  + in body
 R: x  S: <reset>
 == rule: a body shorter than that is not cut  -- rule: message: reset; after=6
@@ -1131,69 +1109,56 @@ class PiecesTest(unittest.TestCase):
 # with the item before it. Indented lines go on.
 VIOLATIONS = read_table(r"""
 == the default options
-clean: ENVELOPE | HEAD | Subject: Hi | | Hello | END
-clean: HELO a.example.com | MAIL | RCPT | DATA | HEAD | | Hello | END
-clean: HELLO | MAIL FROM:<> | RCPT | RSET | QUIT
-clean: HELLO | MAIL FROM:<@x.org,@y.org:a@example.com> | RSET | QUIT
-clean: HELLO | MAIL FROM:<> | RCPT TO:<Postmaster> | RSET | QUIT
+clean: HELO a.example.com | NOOP {x*505} | MAIL | RCPT | DATA | HEAD | Subject: =?utf-8?q?{x*64}?= | X: {x*995} | |
+    {x*998} | .. | ... | ..hidden | a.b | END
+clean: HELLO | MAIL FROM:<> | RCPT TO:<Postmaster> | RSET | MAIL FROM:<@x.org,@y.org:a@example.com> |
+    RCPT TO:<@{a*40}.example.com,@{b*40}.example.com:b@example.com> | RSET |
+    MAIL FROM:<"a b>c"@example.com> | RCPT TO:<"b\"b"@example.com> | RSET | QUIT
 clean: EHLO [192.0.2.1] | MAIL FROM:<a@[192.0.2.1]> | RCPT TO:<b@[IPv6:2001:db8::1]> | RSET |
     EHLO [IPv6:2001:db8::1] | QUIT
-clean: HELLO | MAIL FROM:<"a b>c"@example.com> | RCPT TO:<"b\"b"@example.com> | RSET | QUIT
-clean: ENVELOPE | HEAD | | .. | ... | ..hidden | a.b | END
 clean: ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary="=_1" | | For the readers of 1990 | --=_1 |
     Content-Type: multipart/alternative; boundary="=_2" | | --=_2 | Content-Type: text/plain; charset=utf-8 |
     CTE: quoted-printable | | Gr=C3=BC=C3=9Fe = | an alle=20 | | --=_2 |
     Content-Type: text/html; charset=iso-8859-15 | CTE: base64 | | PGI+R3L83zwvYj4= |
     --=_2-- | | --=_1 | Content-Type: message/rfc822 | | Subject: one in the other |
-    Date: its faults are of others | | Hello | --=_1 | Content-Type: application/octet-stream; name="a.bin" |
-    CTE: base64 | Content-Disposition: attachment; filename="a.bin" | | {AAAA*19} | AAAAAA== |
-    --=_1-- | END
+    Date: its faults are of others | | Hello | --=_1 | Content-Type: application/pdf; name*=utf-8''%C3%BC.pdf |
+    CTE: base64 (c) | Content-Disposition: attachment; filename*0*=utf-8''%C3%BC; filename*1=".pdf" | | {AAAA*19} |
+    AAAAAA== | --=_1-- | END
 clean: ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (CST) | From: =?utf-8?q?J=C3=BCrgen?= <a@example.com> |
     Sender: =?iso-8859-1*en?Q?J=FCrgen?= (=?utf-8?b?w7w=?=) <a@example.com> |
     To: "B, b" <b@example.com>, list: =?utf-8?b?w7w=?= <c@example.com>;, d@example.com |
     Cc: undisclosed-recipients:; | Message-ID: |  <1@example.com> | Subject: =?utf-8?b?w7w=?= |
     {SP}=?utf-8?q?=C3=BC_x?= and 1=?2 | | END
-clean: ENVELOPE | HEAD | MIME | Content-Type: application/pdf; name*=utf-8''%C3%BC.pdf |
-    Content-Disposition: attachment; filename*0*=utf-8''%C3%BC; filename*1=".pdf" |
-    CTE: base64 | | AAAA | END
-clean: NOOP | HELP | HELLO | VRFY b | NOOP what | ehlo a.example.com | mail from:<a@example.com> |
+clean: LHLO a.example.com | NOOP | HELP | HELLO | VRFY b | NOOP what | ehlo a.example.com | mail from:<a@example.com> |
     rcpt to:<b@example.com> | QUIT
 clean: ENVELOPE | From: a@example | R:.com\nX
-clean: HELLO | NOOP {x*505} | MAIL | RCPT | DATA | HEAD | X: {x*995} | | {x*998} | END
-clean: ENVELOPE | HEAD | Subject: =?utf-8?q?{x*64}?= | | END
 clean: ENVELOPE | HEAD | MIME | Content-Type: multipart/digest; boundary="a'()+_,-./:=? 9" | | --a'()+_,-./:=? 9 | |
     Subject: Hi | | Hello | --a'()+_,-./:=? 9-- | END
-bare-lf: R:EHLO a.example.com\n | QUIT
-bare-cr: HELLO | R:NOOP a\rb\r\n | QUIT
-bare-cr: R:EHLO a.example.com\r\r\n | QUIT
-nul-byte: HELLO | R:NOOP a\0b\r\n | QUIT
-long-command: HELLO | NOOP {x*506} | QUIT
+bare-lf, bare-cr x2, nul-byte, long-command, command-space x2: R:EHLO a.example.com\n | R:NOOP a\rb\r\n |
+    R:NOOP\r\r\n | R:NOOP a\0b\r\n | NOOP {x*506} | R: NOOP\r\n | R:QUIT \r\n
 long-command, path-too-long, long-command, path-too-long, unannounced-parameter: HELLO |
     MAIL FROM:<{a*600}@example.com> | RCPT TO:<{a*1100}@example.com> NOTIFY=NEVER | QUIT
-command-space x2: R: EHLO a.example.com\r\n | R:QUIT \r\n
 data-before-354: ENVELOPE | + DATE | + FROM | + ID | +  | + . | QUIT
 pipelining x2: HELLO | MAIL | + RCPT | + RSET | QUIT
 pipelining: ENVELOPE | HEAD | | . | + QUIT
-unknown-command x3: HELLO | FOO bar | FOO bar | QÜIT | | QUIT
+unknown-command x4: HELLO | FOO bar | FOO bar | QÜIT | | AUTH=PLAIN c2VjcmV0 | QUIT
 no-hello: MAIL | QUIT
 hello-invalid, no-hello, hello-invalid x2: EHLO my_host | MAIL | EHLO | EHLO a.example.com here | QUIT
-hello-invalid: EHLO 192.0.2.1 | QUIT
 hello-not-fqdn x2: EHLO vm | HELO localhost | QUIT
 unannounced-command x5: HELLO | STARTTLS | AUTH PLAIN AHUAcA== | MAIL | RCPT | BDAT 5 | ETRN a.example.com | RSET |
     HELO a.example.com | AUTH LOGIN | QUIT
 nested-mail: HELLO | MAIL | MAIL FROM:<b@example.com> | QUIT
-path-syntax x7: HELLO | MAIL FROM: <a@example.com> | RSET | MAIL FROM:a@example.com | RCPT TO:Bob <b@example.com> |
-    RCPT TO:<a@b@example.com> | RCPT TO:<> | RCPT TO:<b@example..com> | RCPT <b@example.com> | QUIT
-path-too-long x2, undeclared-utf8, path-too-long: HELLO | MAIL FROM:<{a*65}@example.com> | RSET |
-    MAIL FROM:<{a*64}@example.com> | RCPT TO:<{ä*65}@{b.*10}example.com> | RCPT TO:<a@{bcde.*49}example.com> | QUIT
-unstuffed-dot: ENVELOPE | HEAD | | .hidden | END
+path-syntax x8: HELLO | MAIL FROM: <a@example.com> | RSET | MAIL FROM:a@example.com | RCPT TO:Bob <b@example.com> |
+    RCPT TO:<a@b@example.com> | RCPT TO:<> | RCPT TO:<b@example..com> | RCPT <b@example.com> |
+    RSET | R:MAIL FROM:<a\x01b@example.com>\r\n | QUIT
+path-too-long x2, undeclared-utf8, path-too-long x2, undeclared-utf8: HELLO | MAIL FROM:<{a*65}@example.com> | RSET |
+    MAIL FROM:<{a*64}@example.com> | RCPT TO:<{ä*65}@{b.*10}example.com> | RCPT TO:<a@{bcde.*49}example.com> | RSET |
+    MAIL FROM:<{ü*40}@example.com> | QUIT
 bare-lf, header-missing, no-message-id: ENVELOPE | R:From: alice@example.com\r\n\r\nHello\n\r\n | END
-bare-cr: ENVELOPE | HEAD | | R:a\rb\r\n | END
-nul-byte: ENVELOPE | HEAD | | R:a\0b\r\n | END
+unstuffed-dot, bare-cr, nul-byte, long-line: ENVELOPE | HEAD | | .hidden | R:a\rb\r\n | R:a\0b\r\n | {x*999} | END
 bare-lf, false-end: ENVELOPE | HEAD | | R:a\n.\r\n | END
 bare-cr, false-end: ENVELOPE | HEAD | | R:a\r.\rb\r\n | END
 false-end, bare-lf: ENVELOPE | HEAD | | R:a\r\n.\nb\r\n | END
-long-line: ENVELOPE | HEAD | | {x*999} | END
 8bit-unannounced: ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 |
     CTE: 8bit | | Grüße | END
 header-syntax, header-missing x2, no-message-id: ENVELOPE | Hello | END
@@ -1209,10 +1174,10 @@ bad-date: ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 GMT | FROM | ID | | END
 bad-address x5: ENVELOPE | DATE | From: =?utf-8?q?J=C3=BCrgen_=3Ca=40example=2Ecom=3E?= |
     Sender: Doe, John <a@example.com> | Reply-To: bob | To: | Cc: <a@example.com | ID | | END
 no-mime-version: ENVELOPE | HEAD | Content-Type: text/plain; charset=utf-8 | CTE: 7bit | | END
-encoded-word x8: ENVELOPE | DATE | From: =?utf-8?q?J?=<a@example.com> | ID | X-1: =?utf-8?q??= |
+encoded-word x9, encoded-word-long: ENVELOPE | DATE | From: =?utf-8?q?J?=<a@example.com> | ID | X-1: =?utf-8?q??= |
     X-2: =?utf-8?b?w7w?= | X-3: =?utf-8?q?=C3?= | X-4: =?utf-8?q?a b?= | X-5: =?nothing?q?ab?= |
-    X-6: a=?utf-8?q?ab?= | X-7: =?utf-8?x?ab?= | | END
-encoded-word-long: ENVELOPE | HEAD | Subject: =?utf-8?q?{x*65}?= | | END
+    X-6: a=?utf-8?q?ab?= | X-7: =?utf-8?x?ab?= | X-8: =?utf-8?q?caf=?= |
+    X-9: =?utf-8?q?{x*65}?= | | END
 encoded-parameter: ENVELOPE | HEAD | MIME | Content-Type: text/plain |
     Content-Disposition: attachment; filename="=?utf-8?q?=C3=BC?=" | | END
 bad-content-type: ENVELOPE | HEAD | MIME | Content-Type: text | | END
@@ -1225,28 +1190,21 @@ bad-encoding x2: ENVELOPE | HEAD | MIXED | | --x | CTE: utf-8 | | Hello | --x | 
 bad-encoding: ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | Hello | --x-- | END
 bad-base64 x3: ENVELOPE | HEAD | MIXED | | --x | CTE: base64 | | Hello! | --x | CTE: base64 | | AAA | --x |
     CTE: base64 | | {AAAA*20} | --x-- | END
-8bit-unannounced, bad-quoted-printable x3: ENVELOPE | HEAD | MIXED | | --x | CTE: quoted-printable | | 1 = 1 | --x |
-    CTE: quoted-printable | | Grüße | --x | CTE: quoted-printable | | {x*79} | --x-- | END
+8bit-unannounced, bad-quoted-printable x4: ENVELOPE | HEAD | MIXED | | --x | CTE: quoted-printable | | 1 = 1 | --x |
+    CTE: quoted-printable | | Grüße | --x | CTE: quoted-printable | | {x*79} |
+    --x | CTE: quoted-printable | | trailing{SP} | | --x-- | END
 wrong-charset x3: ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 |
     CTE: quoted-printable | | =FC | --x | Content-Type: text/html; charset=nothing | | Hello |
     --x | CTE: base64 | | w7w= | --x-- | END
 clean: ENVELOPE | Date: (c) fri, 21 nov 1997 09:55 -0600 (a (b) c) | FROM | Message-ID: (c) <a@b.c> (c (d)) (e) | | END
-clean: ENVELOPE | HEAD | MIME | CTE: base64 (c) | | YQ== | END
 clean: ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/global-headers | CTE: base64 | | YQ== | --x-- | END
-clean: HELLO | MAIL | RCPT TO:<@{a*40}.example.com,@{b*40}.example.com:b@example.com> | QUIT
-clean: LHLO a.example.com | QUIT
 bad-date: ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | FROM | ID | | END
 bad-date: ENVELOPE | Date: 31 Feb 2025 09:55:06 -0600 | FROM | ID | | END
 bad-date: ENVELOPE | Date: 21 Nov 1997 09:55:06 +0099 | FROM | ID | | END
-hello-invalid x3: EHLO bücher.example | EHLO [999.1.1.1] | EHLO [foo:bar] | QUIT
-path-syntax: HELLO | R:MAIL FROM:<a\x01b@example.com>\r\n | QUIT
-path-too-long, undeclared-utf8: HELLO | MAIL FROM:<{ü*40}@example.com> | QUIT
+hello-invalid x4: EHLO 192.0.2.1 | EHLO bücher.example | EHLO [999.1.1.1] | EHLO [foo:bar] | QUIT
 unstuffed-dot, false-end, bare-lf: ENVELOPE | HEAD | | .foo | R:.\nbar\r\n | END
-bad-quoted-printable: ENVELOPE | HEAD | MIME | CTE: quoted-printable | | trailing{SP} | END
-encoded-word: ENVELOPE | HEAD | Subject: =?utf-8?q?caf=?= | | END
-header-syntax: ENVELOPE | HEAD | MIXED | | --x | hi there | --x-- | END
-8bit-unannounced, header-raw: ENVELOPE | HEAD | MIXED | | --x | Content-Type: image/png; name="ä" | | --x-- | END
-unknown-command x2: HELLO | AUTH=PLAIN c2VjcmV0 | FOO | QUIT
+8bit-unannounced, header-syntax, header-raw: ENVELOPE | HEAD | MIXED | | --x | hi there | --x |
+    Content-Type: image/png; name="ä" | | --x-- | END
 == SIZE  -- extensions=["SIZE"]
 clean: HELLO | MAIL FROM:<a@example.com> SIZE=117 | RCPT | DATA | HEAD | | Hello | END
 clean: HELLO | MAIL FROM:<a@example.com> SIZE=115 | RCPT | DATA | HEAD | | Hello | END
@@ -1274,52 +1232,39 @@ clean: HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | Co
 8bit-undeclared, 8bit-in-7bit: ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | | Grüße | END
 == STARTTLS  -- ssl_context=True
 clean: HELLO | STARTTLS | ENVELOPE | HEAD | | END
-clean: HELLO | STARTTLS | QUIT
 no-hello-after-tls: HELLO | STARTTLS | MAIL | QUIT
 pipelining: HELLO | STARTTLS | + EHLO b.example.com | HELLO | QUIT
 unannounced-command: HELLO | STARTTLS | HELLO | STARTTLS | QUIT
 superfluous-argument x4: HELLO | STARTTLS now | MAIL | RCPT | DATA BODY=8BITMIME | RSET all | QUIT please | QUIT
 == STARTTLS and AUTH, several mails  -- ssl_context=True, auth_users={"u": "p"}, auth_requires_tls=True
 -- multiple_message_receiving=True, multiple_rcptto=True
-clean: HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | MAIL | RCPT |
+clean: HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | RSET | MAIL | RCPT |
     RCPT TO:<c@example.com> | DATA | HEAD | | END
 == AUTH  -- auth_users={"u": "p"}
-clean: HELLO | AUTH PLAIN AHUAcA== | QUIT
-clean: HELLO | AUTH LOGIN | dQ== | cA== | QUIT
-clean: HELLO | AUTH PLAIN | * | QUIT
-clean: HELLO | AUTH XOAUTH2 | {YWJj*900} | QUIT
-clean: HELLO | MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT
-long-command: HELLO | AUTH XOAUTH2 {YWJj*900} | QUIT
-unannounced-mechanism: HELLO | AUTH NTLM AAAA | QUIT
-bad-sequence x2: HELLO | RCPT | MAIL | AUTH PLAIN AHUAcA== | RSET | QUIT
+clean: HELLO | AUTH PLAIN | * | AUTH XOAUTH2 | {YWJj*900} | AUTH LOGIN | dQ== | cA== |
+    MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT
+long-command, unannounced-mechanism, bad-sequence x2: HELLO | AUTH XOAUTH2 {YWJj*900} | AUTH NTLM AAAA | RCPT | MAIL |
+    AUTH PLAIN AHUAcA== | RSET | QUIT
 == AUTH in a group  -- auth_users={"u": "p"}, extensions=["PIPELINING"]
 clean: HELLO | AUTH PLAIN AHUAcA== | + MAIL | + RSET | + QUIT
 pipelining-order x2: HELLO | AUTH LOGIN | + dQ== | + cA== | QUIT
-== CHUNKING  -- extensions=["CHUNKING"]
-clean: HELLO | MAIL | RCPT |
-    R:BDAT 110\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
-    R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT
 == CHUNKING in a group  -- extensions=["CHUNKING", "PIPELINING"]
 clean: HELLO |
-    R:MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nBDAT 110 LAST\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
-    QUIT
+    R:MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nBDAT 110\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
+    R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT
 == SMTPUTF8 and 8BITMIME  -- extensions=["SMTPUTF8", "8BITMIME"]
 clean: HELLO | MAIL FROM:<jürgen@exämple.com> SMTPUTF8 BODY=8BITMIME | RCPT TO:<jürgen@exämple.com> | DATA | HEAD |
     Subject: Grüße | | END
 == DSN  -- extensions=["DSN"]
 clean: HELLO | MAIL FROM:<a@example.com> RET=HDRS ENVID=QQ314159 |
     RCPT TO:<b@example.com> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;b@example.com | RSET | QUIT
-== several mails  -- multiple_message_receiving=True
-clean: ENVELOPE | HEAD | | . | RSET | MAIL | RCPT | DATA | HEAD | | END
 == a recipient refused  -- not_registered_emails=["b@example.com"]
-clean: HELLO | MAIL | RCPT | QUIT
 no-recipient: ENVELOPE | QUIT
 == DATA refused  -- msg_data_received="554 No"
 clean: ENVELOPE | RSET | QUIT
 == a mail refused  -- msg_msg_received="451 Later"
 clean: ENVELOPE | HEAD | | . | MAIL | RCPT | DATA | HEAD | | END
 == a 421  -- blacklisted_mailfrom_emails=["a@example.com"]
-clean: HELLO | MAIL | QUIT
 after-421 x2: HELLO | MAIL | RSET | NOOP | QUIT
 == a mail that is too large  -- msg_size_limit=10
 clean: ENVELOPE | HEAD | END
@@ -1562,15 +1507,12 @@ HELO, SEND, RSET, NOOP, HELO => HELO
 HELO, SEND, MAIL => HELO, MAIL
 HELO, NOOP, RSET, NOOP, MAIL => HELO, MAIL
 HELO, RSET, NOOP => HELO, RSET 250, noop
-HELO, NOOP, RSET => HELO, RSET 250
 HELO, SEND, RCPT TO:<c@c.com> => HELO, MAIL, RCPT TO:<c@c.com> 250
 HELO, SEND, RCPT TO:<bad> => HELO, MAIL, RCPT TO:<bad> 501
 HELO, SEND, NOOP, DATA, new, . => HELO, MAIL, RCPT, DATA, new 250, noop
 HELO, SEND, DATA x => HELO, MAIL, RCPT, DATA x 502
 HELO, SEND, RSET => HELO, RSET 250
 HELO, SEND, RSET x => HELO, RSET x 502
-HELO, SEND, NOOP => HELO, SEND, noop
-HELO, MAIL, RCPT, DATA, .hi, . => HELO, SEND
 HELO, SEND, FOO, NOOPX => HELO, SEND
 HELO, SEND, SEND => HELO, SEND
 HELO, SEND, RSET, SEND, QUIT => HELO, SEND, quit
@@ -1580,7 +1522,6 @@ HELO, MAIL, RCPT, RCPT TO:<bad>, RCPT TO:<c@c.com> => HELO, MAIL, RCPT, RCPT TO:
 HELO, MAIL, RCPT TO:<bad> => HELO, MAIL, RCPT TO:<bad> 501
 HELO, SEND, RCPT TO:<c@c.com> => HELO, MAIL, RCPT, RCPT TO:<c@c.com> 250, DATA, hi 250
 HELO, MAIL, RCPT, MAIL, RCPT TO:<c@c.com> => HELO, MAIL, RCPT TO:<c@c.com> 250
-HELO, MAIL, RCPT, RSET => HELO, RSET 250
 HELO, SEND, SEND => HELO, SEND
 == several messages, one recipient  -- multiple_message_receiving=True
 HELO, SEND, SEND, QUIT => HELO, SEND + HELO, SEND, quit
@@ -2295,7 +2236,6 @@ class GrammarTest(unittest.TestCase):
 # Options that are refused, and their errors.
 BAD_OPTIONS = """
 prot=25                           => prot=25: there is no such option; did you mean port?
-multiple_rcpto=True               => multiple_rcpto=True: there is no such option; did you mean multiple_rcptto?
 qqqqqqqq=None                     => qqqqqqqq=None: there is no such option
 port=65536                        => port=65536: must be an integer from 0 to 65535
 port=-1                           => port=-1:{MORE}
@@ -2313,7 +2253,6 @@ shutdown_timeout=1e999-1e999      => shutdown_timeout=nan:{MORE}
 shutdown_timeout=None             => shutdown_timeout=None:{MORE}
 not_registered_emails="a@a.com"   => not_registered_emails='a@a.com': must be a list{MORE}
 not_registered_emails=[1]         => not_registered_emails=[1]: must be a list of strings
-not_registered_emails=5           => not_registered_emails=5:{MORE}
 auth_users="a:b"                  => auth_users='a:b': must be a mapping of users{MORE}
 auth_users=["a"]                  => auth_users=['a']: must be a mapping of users{MORE}
 auth_users={"a": 1}               => auth_users={'a': 1}: must be a mapping of users{MORE}
@@ -2325,7 +2264,6 @@ tls_required=True                 => tls_required=True: needs ssl_context
 ssl_context=1                     => ssl_context=1: must be an ssl.SSLContext for servers, as ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 ssl_context=ssl.create_default_context() => {MORE}must be an ssl.SSLContext for servers{MORE}
 auth_mechanisms=["PLAIN","plian"] => auth_mechanisms: plian is unknown; did you mean PLAIN?
-auth_mechanisms=["GSSAPI"]        => auth_mechanisms: GSSAPI is unknown
 auth_mechanisms="PLAIN"           => auth_mechanisms='PLAIN': must be a list of words
 tolerated=["bare-fl"]             => tolerated: bare-fl is unknown; did you mean bare-lf?
 extensions=["SIEZ"]               => extensions: SIEZ is unknown; did you mean SIZE{MORE}
@@ -2340,8 +2278,6 @@ Server(logger=object())                        => logger={MORE}must be a logger 
 Server(on_message=1)                           => on_message=1: must be callable
 Server(on_mesage=1)                            => on_mesage=1: there is no such option; did you mean on_message?
 Server(handlers=1)                             => handlers=1: must be a list of subclasses of Handler
-Server(handlers=None)                          => handlers{MORE} subclasses of Handler
-Server(handlers=[1])                           => handlers{MORE} subclass of Handler
 Server(handlers=[object])                      => handlers{MORE} subclass of Handler
 Server(handlers=[vrfy()(Configuration())])     => handlers{MORE} subclass of Handler
 Server(handlers=[vrfy(verbs="VRFY")])          => Vrfy.verbs{MORE}must be a tuple of strings, as{MORE}
@@ -2354,28 +2290,20 @@ Server(handlers=[vrfy(received="msg_noop_recieved")]) => Vrfy.received{MORE}or a
 Server(handlers=[vrfy(bad_argument="what?")])  => Vrfy.bad_argument{MORE}must be a text that begins with three digits{MORE}
 Server(handlers=[vrfy(parse=None)])            => Vrfy.parse{MORE}must be callable
 server.wait_for_messages(-1)                   => count=-1: must be an integer from 0 up
-server.wait_for_messages(1.5)                  => count=1.5: {MORE}
 server.wait_for_messages(1, -1)                => timeout=-1: must be a number of seconds from 0 to 1000000
-server.wait_for_messages(1, None)              => timeout=None: {MORE}
 server.wait_for_messages(1, 1, "x")            => where='x': must be a function of a Message; timeout is the argument after it
-server.wait_for_messages_and_purge(-1)         => count=-1: must be an integer from 0 up
-server.wait_for_messages_and_purge(1, -1)      => timeout=-1: must be a number of seconds from 0 to 1000000
 server.wait_for_messages_and_purge(1, 1, "x")  => where='x': must be a function of a Message; timeout is the argument after it
 server.disconnect(1)                           => reset=1: must be true or false
 configure(host="::1")                          => host='::1': cannot be changed by configure()
-configure(port=0)                              => port=0: cannot be changed by configure()
 configure(fail_fsat=True)                      => fail_fsat=True: there is no such option; did you mean fail_fast?
-configure(fail_fast=1)                         => fail_fast=1: must be true or false
 configure(tls_required=True)                   => tls_required=True: needs ssl_context
 configure(on_message=1)                        => on_message=1: must be callable
-configure(handlers=[int])                      => handlers: <class 'int'> must be a subclass of Handler
 configure(configuration=Configuration(port=1)) => port=1: cannot be changed by configure()
 configure(configuration="x")                   => configuration='x': must be a Configuration
 server.on("")                                  => stage='': must be connect, message, * or a verb{MORE}
 server.on(None)                                => stage=None: {MORE}
 server.on("MAIL TWICE")                        => stage='MAIL TWICE': {MORE}
 server.on("RCTP")                              => stage='RCTP': {MORE}did you mean RCPT?
-server.on("CONNCET")                           => stage='CONNCET': {MORE}did you mean connect?
 server.on("MAILFROM")                          => stage='MAILFROM': {MORE}did you mean MAIL?
 server.on("BODY")                              => stage='BODY': {MORE}did you mean message?
 server.on("END")                               => stage='END': {MORE}did you mean message?
