@@ -130,11 +130,6 @@ class Memory:
         """Give a Server an on_message as the command line does."""
         server._context = server._context._replace(on_message=on_message)
 
-    @staticmethod
-    def saver(folder: Path) -> Callable[[Message], object]:
-        """The on_message of --save-dir."""
-        return smtpmock._Folder(str(folder))
-
     def on(self, stage: str, match: Any = None, **conditions: Any) -> smtpmock.Rule:
         conditions = {"times": None, "probability": 1.0, "after": None, **conditions}
         return smtpmock.Rule(self._rules, stage, match, **conditions)
@@ -157,18 +152,15 @@ class Memory:
         """How the connection ends after it, if it does."""
         return [] if reply.next is None or reply.next is smtpmock._Next.TLS else [reply.next.value]
 
-    def converse(self, pieces: Iterable[bytes]) -> list[int]:
-        """Receive pieces, up to the end of the connection; how many lines the server says to each."""
-        counts = []
+    def converse(self, pieces: Iterable[bytes], size: int) -> None:
+        """Receive pieces, in parts of this size, up to the end of the connection."""
         for piece in pieces:
-            replies = self.replies(piece)
-            counts.append(sum(reply.data.count(b"\r\n") for reply in replies))
+            replies = [reply for at in range(0, len(piece), size) for reply in self.replies(piece[at : at + size])]
             if any(reply.next is smtpmock._Next.TLS for reply in replies):
                 self.secure()
             if any(map(self._ending, replies)):
                 break
         self.end()
-        return counts
 
     CODES: ClassVar[Mapping[str, tuple[str, str, str]]] = smtpmock._VIOLATIONS
 
@@ -543,11 +535,6 @@ R: quit \n                      S: 221 Closing connection  S: <closed>
 R: EHLO example.com\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\nhi\r\n.\r\nRSET\r\nQUIT\r\n
 S: 250 Received  S: 250 Received  S: 250 Received  S: {READY}  S: 250 Received  S: 250 Ok
 S: 221 Closing connection  S: <closed>
-== a command is not answered before its end
-R: NOOP
-R: \r
-R: \nNO  S: 250 Ok
-R: OP\n  S: 250 Ok
 == nothing is answered after QUIT
 R: QUIT\r\nNOOP\r\n  S: 221 Closing connection  S: <closed>
 == after an accepted message the next one begins  -- multiple_message_receiving=True  + in body
@@ -555,24 +542,17 @@ C: .                          S: 250 Received
 C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
 C: MAIL FROM:<a@example.com>  S: 250 Received
-== the same after RSET  -- multiple_message_receiving=True  + in body
-C: .     S: 250 Received
-C: RSET  S: 250 Ok
-C: DATA  S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 
 # ---- Sequence
-== each command too early
-C: MAIL FROM:<a@example.com>  S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
-C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
-C: HELO example.com           S: 250 Received
-C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
-C: MAIL FROM:<a@example.com>  S: 250 Received
-C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 == sequence is checked before the argument
-C: MAIL FROM:nonsense  S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
-C: RCPT TO:nonsense    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
-C: DATA x              S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-C: RSET x              S: 503 Bad sequence of commands. HELO should be the first
+C: MAIL FROM:nonsense          S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
+C: RCPT TO:nonsense            S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+C: DATA x                      S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+C: RSET x                      S: 503 Bad sequence of commands. HELO should be the first
+C: HELO example.com            S: 250 Received
+C: RCPT TO:<b@example.com>     S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+C: MAIL FROM:<a@example.com>   S: 250 Received
+C: DATA                        S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 == RSET drops the envelope, not HELO  + envelope
 C: RSET                       S: 250 Ok
 C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
@@ -597,21 +577,16 @@ C: DATA  S: {READY}
 C: .     S: 250 Received
 
 # ---- Arguments
-== bad arguments
+== bad arguments  -- msg_invalid_cmd="500 unknown", msg_invalid_cmd_rset_arg="501 rset"
 C: HELO | EHLO a..com  S: 501 HELO requires domain address or valid address literal
 C: EHLO example.com           S: 250 Received
 C: MAIL FROM:nonsense         S: 501 MAIL FROM requires valid email address
 C: MAIL FROM:<a@example.com>  S: 250 Received
 C: RCPT TO:<>                 S: 501 RCPT TO requires valid email address
 C: RCPT TO:<Postmaster>       S: 250 Received
-C: DATA x | RSET x | QUIT x  S: {UNRECOGNIZED}
+C: DATA x | QUIT x            S: 500 unknown
+C: RSET x                     S: 501 rset
 C: NOOP x                     S: 250 Ok
-== an argument where none may be, with texts of one's own
--- msg_invalid_cmd="500 unknown", msg_invalid_cmd_rset_arg="501 rset"
-+ envelope
-C: DATA x  S: 500 unknown
-C: RSET x  S: 501 rset
-C: QUIT x  S: 500 unknown
 == the null sender
 C: HELO example.com | MAIL FROM:<> | MAIL FROM: <>  S: 250 Received
 C: MAIL FROM:<Postmaster>  S: 501 MAIL FROM requires valid email address
@@ -639,19 +614,10 @@ C: RCPT TO:<somebody@a.com>        S: 250 Received
 # ---- Fail fast
 == fail fast: a bad argument  -- fail_fast=True
 C: HELO a..com  S: 501 HELO requires domain address or valid address literal  S: <closed>
-== fail fast: a bad sequence  -- fail_fast=True
-C: DATA  S: 503 Bad sequence of commands. DATA should be used after RCPT TO  S: <closed>
-== fail fast: an unknown command  -- fail_fast=True
-C: FOO  S: {UNRECOGNIZED}  S: <closed>
 == fail fast: an unknown recipient among several
 -- fail_fast=True, multiple_rcptto=True, not_registered_emails=["c@example.com"]
 + envelope
 C: RCPT TO:<c@example.com>  S: 550 User not found  S: <closed>
-== fail fast: a body that is too long  -- fail_fast=True, msg_size_limit=3  + in body
-C: body
-C: .  S: 552 Message exceeded max size of 3 bytes  S: <closed>
-== fail fast: a line that is too long  -- fail_fast=True
-C: NOOP {x*4096}  S: 500 Line too long  S: <closed>
 == fail fast: a rule  -- fail_fast=True  -- rule: NOOP: reply 450 no
 C: NOOP  S: 450 no  S: <closed>
 
@@ -703,9 +669,6 @@ C: .                          S: 299 got it
 C: MAIL FROM:<a@example.com>  S: 450 later
 C: RCPT TO:<b@example.com>    S: 250 fine
 C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== DATA that is refused by its text is not followed by a body  -- msg_data_received="554 no"  + envelope
-C: DATA  S: 554 no
-C: NOOP  S: 250 Ok
 
 # ---- Extensions: what is announced, and parameters
 == extensions are announced to EHLO, not to HELO
@@ -776,13 +739,8 @@ R: BDAT 2 LAST\r\nhi  S: 250 Received
 == rule: a chunk is refused  -- rule: BDAT: reply 451 not now; times=1  + chunking
 R: BDAT 6\r\nNOOP\r\n  S: 451 not now
 C: BDAT 0 LAST         S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== rule: a body in chunks is refused  -- rule: message: reply 452 full  + chunking
-R: BDAT 2\r\nhi  S: 250 Received
-C: BDAT 0 LAST   S: 452 full
 
 # ---- AUTH
-== PLAIN  + login
-C: AUTH PLAIN {b64 \0alice\0sécret}  S: 235 Authentication succeeded
 == PLAIN, without an initial response, for another identity  + login
 C: auth plain                    S: 334{SP}
 C: {b64 authzid\0alice\0sécret}  S: 235 Authentication succeeded
@@ -790,11 +748,6 @@ C: {b64 authzid\0alice\0sécret}  S: 235 Authentication succeeded
 C: AUTH LOGIN    S: 334 VXNlcm5hbWU6
 C: {b64 alice}   S: 334 UGFzc3dvcmQ6
 C: {b64 sécret}  S: 235 Authentication succeeded
-== LOGIN, with an initial response  + login
-C: Auth Login {b64 alice}  S: 334 UGFzc3dvcmQ6
-C: {b64 sécret}            S: 235 Authentication succeeded
-== XOAUTH2  + login
-C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
 == XOAUTH2, without an initial response  + login
 C: AUTH xoauth2                              S: 334{SP}
 C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
@@ -818,12 +771,22 @@ C: AUTH LOGIN               S: 503 Bad sequence of commands. AUTH should be used
 == AUTH after MAIL, and the parameter AUTH, which is announced with it  + login
 C: MAIL FROM:<a@a.com> AUTH=<>  S: 250 Received
 C: AUTH LOGIN               S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
-== AUTH before EHLO  -- auth_users={}
-C: AUTH LOGIN  S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
-== AUTH is required  -- auth_required=True  + login
-C: MAIL FROM:<a@a.com> | MAIL FROM:nonsense  S: 530 Authentication required
+== AUTH is required  -- auth_required=True, auth_users={"bob": ""}, extensions=["CHUNKING"]
+C: RCPT TO:<b@b.com>         S: 530 Authentication required
+C: EHLO a.com                S: 250-Received  S: 250-CHUNKING  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
+C: MAIL FROM:<a@a.com> | MAIL FROM:nonsense | RCPT TO:<b@b.com> | DATA  S: 530 Authentication required
+R: BDAT 2 LAST\r\nhi         S: 530 Authentication required
+C: NOOP | RSET               S: 250 Ok
+C: HELP                      S: {UNRECOGNIZED}
 C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
-C: MAIL FROM:<a@a.com>       S: 250 Received
+C: MAIL FROM:<a@a.com> | RCPT TO:<b@b.com>  S: 250 Received
+C: DATA                      S: {READY}
+== mechanisms are announced in their order  -- auth_users={"bob": ""}, auth_mechanisms=["plain", "LOGIN"]
+C: EHLO a.com                S: 250-Received  S: 250 AUTH PLAIN LOGIN
+C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
+== a mechanism that is not announced  -- auth_users={"bob": ""}, auth_mechanisms=("XOAUTH2",)
+C: EHLO a.com                S: 250-Received  S: 250 AUTH XOAUTH2
+C: AUTH PLAIN {b64 \0bob\0}  S: 504 Unrecognized authentication type
 == a line of AUTH may be longer  -- auth_users={"alice": "{t*8000}"}
 C: EHLO example.com                                         S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
 C: AUTH XOAUTH2                                             S: 334{SP}
@@ -923,9 +886,9 @@ C: VRFY carol              S: 250 Carol
 C: VRFY dave               S: {UNRECOGNIZED}
 == rule: too busy to talk  -- rule: connect: reply 421 Too busy; close
 S: 421 Too busy  S: <closed>
-== rule: actions add up  -- rule: NOOP: reply 450 no; close; delay 0; times=1
-C: NOOP  S: 450 no  S: <closed>
-== rule: a close after the normal reply  -- rule: NOOP: close
+== rule: the order of actions does not matter  -- rule: NOOP: drop; reply 450 no
+C: NOOP  S: <closed>
+== rule: the last end counts, and a close comes after the normal reply  -- rule: NOOP: drop; close
 C: NOOP  S: 250 Ok  S: <closed>
 == rule: aspects of several rules add up, and the newest has each  -- rule: NOOP: reply 450 first; close
 -- rule: NOOP: reply 451 second
@@ -950,8 +913,6 @@ C: {x*5000}  S: 450 no
 C: {x*5000}  S: 500 Line too long
 == rule: silence  -- rule: RCPT TO b@example.com: silence  + sender
 C: RCPT TO:<b@example.com>  S: <silence>
-== rule: the body is cut at a byte  -- rule: message: drop; after=10  + in body
-R: Subject: x\r\nthis is not read  S: <closed>
 == rule: the body is cut at its first byte  -- rule: message: reset ;after=0  + in body
 R: x  S: <reset>
 == rule: a body shorter than that is not cut  -- rule: message: reset; after=6
@@ -1055,25 +1016,25 @@ class DialogueTest(unittest.TestCase):
             with self.subTest(title), Server(**options) as server:
                 Memory.add_rules(server, rules)
                 with Client(server, greets=False) as client:
-                    self.converse(client, DIALOGUES[title].lines)
-
-    def converse(self, client: Client, lines: Iterable[str]) -> None:
-        for line in lines:
-            if line[0] != "S":
-                client.send(read_sent(line))
-            elif line == "S: <silence>":
-                client.assert_silence()
-            else:
-                self.assertEqual(client.read(), line[3:])
+                    for line in DIALOGUES[title].lines:
+                        if line[0] != "S":
+                            client.send(read_sent(line))
+                        elif line == "S: <silence>":
+                            client.assert_silence()
+                        else:
+                            self.assertEqual(client.read(), line[3:])
 
     def test_each_text(self) -> None:
+        """Its default, and others. With fail_fast, each refusal ends the session, and nothing else does."""
         for row in TEXTS.strip().splitlines():
             option, options, lines = (part.strip() for part in f"{row} | |".split("|")[:3])
-            for text in ("299 custom", "custom"):
+            default = getattr(Configuration(), option)
+            ends = ["<closed>"] * (default[0] in "45" or option == "msg_quit_cmd")
+            for text in ("299 custom", "custom", *([] if "{" in default else [default])):
                 with self.subTest(option, text=text):
-                    memory = Memory(**{**read_options(options), option: text})
+                    memory = Memory(**{**read_options(options), option: text}, fail_fast=True)
                     said = memory.greet() + memory.say(*(read_line(line) for line in lines.split(" / ") if line))
-                    self.assertEqual([line for line in said if line != "<closed>"][-1], text)
+                    self.assertEqual(said[-1 - len(ends) :], [text, *ends])
 
     def test_all_texts_have_a_dialogue(self) -> None:
         texts = [field.name for field in dataclasses.fields(Configuration) if field.name.startswith("msg_")]
@@ -1089,43 +1050,24 @@ class DialogueTest(unittest.TestCase):
                 memory.say(*(line for command in lines for line in command))
                 self.assertEqual(memory.delays, [0.5 * (name == other) for other in names])
 
-
-class PiecesTest(unittest.TestCase):
-    """The same bytes in any pieces give the same replies and messages.
-
-    Only whether something came too early depends on the pieces.
-    """
-
-    STREAMS: Sequence[tuple[dict[str, Any], bytes]] = [
-        ({}, b"EHLO a.com\r\n" + MAIL + b"RSET\r\n" + MAIL + b"QUIT\r\n"),
-        ({"multiple_message_receiving": True}, b"EHLO a.com\r\n" + MAIL * 3 + b"NOOP\r\nQUIT\r\n"),
-        ({}, b"HELO a.com\r\n" + MAIL.replace(b"body", b"..a\r\n...\r\n.b\r\n\r.\r\n\n.\n..")),
-        ({}, b"HELO a.com\nMAIL FROM:<>\nRCPT TO:<b@b.com>\nDATA\n.\r\n" + b"NOOP\nDATA\nhalf a bo\r\n.d"),
-        ({"msg_size_limit": 20}, b"HELO a.com\r\n" + MAIL.replace(b"body", b"a\r\n.\r.\r\n..\r\n" * 9) + b"NOOP\r\n"),
-        ({}, b"NOOP " + b"x" * 5000 + b"\r\nNOOP\r\n" + b"y" * 4094 + b"\r\n" + b"z" * 4095 + b"\r\nHELO a.com"),
-        ({"multiple_rcptto": True, "fail_fast": True}, b"HELO a.com\r\n" + MAIL + b"\x00\xff\r\nNOOP\r\n"),
-    ]
-
     def converse(self, pieces: Iterable[bytes], options: dict[str, Any]) -> tuple[list[str], list[Any]]:
-        memory = Memory(**options)
+        """What the server says, and what it records, but for what only depends on the pieces."""
+        memory = Memory(**options, tolerated=["pipelining", "data-before-354", "after-421"])
         said = [line for piece in pieces for line in memory.feed(piece)]
         memory.end()
-        records = [message.to_dict() for message in memory.messages()]
-        for record in records:
-            early = ("pipelining", "data-before-354")
-            record["violations"] = [found for found in record["violations"] if found["code"] not in early]
-        return said, records
+        return said, [message.to_dict() for message in memory.messages()]
 
-    def test_random_pieces(self) -> None:
-        for number, (options, stream) in enumerate(self.STREAMS):
-            whole = self.converse([stream], options)
-            for seed in range(30):
-                with self.subTest(stream=number, seed=seed):
+    def test_the_pieces_that_bytes_come_in_do_not_matter(self) -> None:
+        for title, entry in DIALOGUES.items():
+            stream = b"".join(read_sent(line) for line in entry.lines if line[0] != "S") + b"NOOP\r\nhalf\r\n.d"
+            whole = self.converse([stream], entry.options)
+            for seed in range(10):
+                with self.subTest(title, seed=seed):
                     rng = random.Random(seed)
                     count = rng.choice((1, 3, 30, len(stream) - 1))
                     cuts = sorted(rng.sample(range(1, len(stream)), min(count, len(stream) - 1)))
                     pieces = [stream[i:j] for i, j in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-                    self.assertEqual(self.converse(pieces, options), whole)
+                    self.assertEqual(self.converse(pieces, entry.options), whole)
 
 
 # -------------------------------------------------------------------------------------- violations
@@ -1135,69 +1077,56 @@ class PiecesTest(unittest.TestCase):
 # with the item before it. Indented lines go on.
 VIOLATIONS = read_table(r"""
 == the default options
-clean: ENVELOPE | HEAD | Subject: Hi | | Hello | END
-clean: HELO a.example.com | MAIL | RCPT | DATA | HEAD | | Hello | END
-clean: HELLO | MAIL FROM:<> | RCPT | RSET | QUIT
-clean: HELLO | MAIL FROM:<@x.org,@y.org:a@example.com> | RSET | QUIT
-clean: HELLO | MAIL FROM:<> | RCPT TO:<Postmaster> | RSET | QUIT
+clean: HELO a.example.com | NOOP {x*505} | MAIL | RCPT | DATA | HEAD | Subject: =?utf-8?q?{x*64}?= | X: {x*995} | |
+    {x*998} | .. | ... | ..hidden | a.b | END
+clean: HELLO | MAIL FROM:<> | RCPT TO:<Postmaster> | RSET | MAIL FROM:<@x.org,@y.org:a@example.com> |
+    RCPT TO:<@{a*40}.example.com,@{b*40}.example.com:b@example.com> | RSET |
+    MAIL FROM:<"a b>c"@example.com> | RCPT TO:<"b\"b"@example.com> | RSET | QUIT
 clean: EHLO [192.0.2.1] | MAIL FROM:<a@[192.0.2.1]> | RCPT TO:<b@[IPv6:2001:db8::1]> | RSET |
     EHLO [IPv6:2001:db8::1] | QUIT
-clean: HELLO | MAIL FROM:<"a b>c"@example.com> | RCPT TO:<"b\"b"@example.com> | RSET | QUIT
-clean: ENVELOPE | HEAD | | .. | ... | ..hidden | a.b | END
 clean: ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary="=_1" | | For the readers of 1990 | --=_1 |
     Content-Type: multipart/alternative; boundary="=_2" | | --=_2 | Content-Type: text/plain; charset=utf-8 |
     CTE: quoted-printable | | Gr=C3=BC=C3=9Fe = | an alle=20 | | --=_2 |
     Content-Type: text/html; charset=iso-8859-15 | CTE: base64 | | PGI+R3L83zwvYj4= |
     --=_2-- | | --=_1 | Content-Type: message/rfc822 | | Subject: one in the other |
-    Date: its faults are of others | | Hello | --=_1 | Content-Type: application/octet-stream; name="a.bin" |
-    CTE: base64 | Content-Disposition: attachment; filename="a.bin" | | {AAAA*19} | AAAAAA== |
-    --=_1-- | END
+    Date: its faults are of others | | Hello | --=_1 | Content-Type: application/pdf; name*=utf-8''%C3%BC.pdf |
+    CTE: base64 (c) | Content-Disposition: attachment; filename*0*=utf-8''%C3%BC; filename*1=".pdf" | | {AAAA*19} |
+    AAAAAA== | --=_1-- | END
 clean: ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (CST) | From: =?utf-8?q?J=C3=BCrgen?= <a@example.com> |
     Sender: =?iso-8859-1*en?Q?J=FCrgen?= (=?utf-8?b?w7w=?=) <a@example.com> |
     To: "B, b" <b@example.com>, list: =?utf-8?b?w7w=?= <c@example.com>;, d@example.com |
     Cc: undisclosed-recipients:; | Message-ID: |  <1@example.com> | Subject: =?utf-8?b?w7w=?= |
     {SP}=?utf-8?q?=C3=BC_x?= and 1=?2 | | END
-clean: ENVELOPE | HEAD | MIME | Content-Type: application/pdf; name*=utf-8''%C3%BC.pdf |
-    Content-Disposition: attachment; filename*0*=utf-8''%C3%BC; filename*1=".pdf" |
-    CTE: base64 | | AAAA | END
-clean: NOOP | HELP | HELLO | VRFY b | NOOP what | ehlo a.example.com | mail from:<a@example.com> |
+clean: LHLO a.example.com | NOOP | HELP | HELLO | VRFY b | NOOP what | ehlo a.example.com | mail from:<a@example.com> |
     rcpt to:<b@example.com> | QUIT
 clean: ENVELOPE | From: a@example | R:.com\nX
-clean: HELLO | NOOP {x*505} | MAIL | RCPT | DATA | HEAD | X: {x*995} | | {x*998} | END
-clean: ENVELOPE | HEAD | Subject: =?utf-8?q?{x*64}?= | | END
 clean: ENVELOPE | HEAD | MIME | Content-Type: multipart/digest; boundary="a'()+_,-./:=? 9" | | --a'()+_,-./:=? 9 | |
     Subject: Hi | | Hello | --a'()+_,-./:=? 9-- | END
-bare-lf: R:EHLO a.example.com\n | QUIT
-bare-cr: HELLO | R:NOOP a\rb\r\n | QUIT
-bare-cr: R:EHLO a.example.com\r\r\n | QUIT
-nul-byte: HELLO | R:NOOP a\0b\r\n | QUIT
-long-command: HELLO | NOOP {x*506} | QUIT
+bare-lf, bare-cr x2, nul-byte, long-command, command-space x2: R:EHLO a.example.com\n | R:NOOP a\rb\r\n |
+    R:NOOP\r\r\n | R:NOOP a\0b\r\n | NOOP {x*506} | R: NOOP\r\n | R:QUIT \r\n
 long-command, path-too-long, long-command, path-too-long, unannounced-parameter: HELLO |
     MAIL FROM:<{a*600}@example.com> | RCPT TO:<{a*1100}@example.com> NOTIFY=NEVER | QUIT
-command-space x2: R: EHLO a.example.com\r\n | R:QUIT \r\n
 data-before-354: ENVELOPE | + DATE | + FROM | + ID | +  | + . | QUIT
 pipelining x2: HELLO | MAIL | + RCPT | + RSET | QUIT
 pipelining: ENVELOPE | HEAD | | . | + QUIT
-unknown-command x3: HELLO | FOO bar | QÜIT | | QUIT
+unknown-command x4: HELLO | FOO bar | FOO bar | QÜIT | | AUTH=PLAIN c2VjcmV0 | QUIT
 no-hello: MAIL | QUIT
 hello-invalid, no-hello, hello-invalid x2: EHLO my_host | MAIL | EHLO | EHLO a.example.com here | QUIT
-hello-invalid: EHLO 192.0.2.1 | QUIT
 hello-not-fqdn x2: EHLO vm | HELO localhost | QUIT
 unannounced-command x5: HELLO | STARTTLS | AUTH PLAIN AHUAcA== | MAIL | RCPT | BDAT 5 | ETRN a.example.com | RSET |
     HELO a.example.com | AUTH LOGIN | QUIT
 nested-mail: HELLO | MAIL | MAIL FROM:<b@example.com> | QUIT
-path-syntax x7: HELLO | MAIL FROM: <a@example.com> | RSET | MAIL FROM:a@example.com | RCPT TO:Bob <b@example.com> |
-    RCPT TO:<a@b@example.com> | RCPT TO:<> | RCPT TO:<b@example..com> | RCPT <b@example.com> | QUIT
-path-too-long x2, undeclared-utf8, path-too-long: HELLO | MAIL FROM:<{a*65}@example.com> | RSET |
-    MAIL FROM:<{a*64}@example.com> | RCPT TO:<{ä*65}@{b.*10}example.com> | RCPT TO:<a@{bcde.*49}example.com> | QUIT
-unstuffed-dot: ENVELOPE | HEAD | | .hidden | END
+path-syntax x8: HELLO | MAIL FROM: <a@example.com> | RSET | MAIL FROM:a@example.com | RCPT TO:Bob <b@example.com> |
+    RCPT TO:<a@b@example.com> | RCPT TO:<> | RCPT TO:<b@example..com> | RCPT <b@example.com> |
+    RSET | R:MAIL FROM:<a\x01b@example.com>\r\n | QUIT
+path-too-long x2, undeclared-utf8, path-too-long x2, undeclared-utf8: HELLO | MAIL FROM:<{a*65}@example.com> | RSET |
+    MAIL FROM:<{a*64}@example.com> | RCPT TO:<{ä*65}@{b.*10}example.com> | RCPT TO:<a@{bcde.*49}example.com> | RSET |
+    MAIL FROM:<{ü*40}@example.com> | QUIT
 bare-lf, header-missing, no-message-id: ENVELOPE | R:From: alice@example.com\r\n\r\nHello\n\r\n | END
-bare-cr: ENVELOPE | HEAD | | R:a\rb\r\n | END
-nul-byte: ENVELOPE | HEAD | | R:a\0b\r\n | END
+unstuffed-dot, bare-cr, nul-byte, long-line: ENVELOPE | HEAD | | .hidden | R:a\rb\r\n | R:a\0b\r\n | {x*999} | END
 bare-lf, false-end: ENVELOPE | HEAD | | R:a\n.\r\n | END
 bare-cr, false-end: ENVELOPE | HEAD | | R:a\r.\rb\r\n | END
 false-end, bare-lf: ENVELOPE | HEAD | | R:a\r\n.\nb\r\n | END
-long-line: ENVELOPE | HEAD | | {x*999} | END
 8bit-unannounced: ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 |
     CTE: 8bit | | Grüße | END
 header-syntax, header-missing x2, no-message-id: ENVELOPE | Hello | END
@@ -1213,10 +1142,10 @@ bad-date: ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 GMT | FROM | ID | | END
 bad-address x5: ENVELOPE | DATE | From: =?utf-8?q?J=C3=BCrgen_=3Ca=40example=2Ecom=3E?= |
     Sender: Doe, John <a@example.com> | Reply-To: bob | To: | Cc: <a@example.com | ID | | END
 no-mime-version: ENVELOPE | HEAD | Content-Type: text/plain; charset=utf-8 | CTE: 7bit | | END
-encoded-word x8: ENVELOPE | DATE | From: =?utf-8?q?J?=<a@example.com> | ID | X-1: =?utf-8?q??= |
+encoded-word x9, encoded-word-long: ENVELOPE | DATE | From: =?utf-8?q?J?=<a@example.com> | ID | X-1: =?utf-8?q??= |
     X-2: =?utf-8?b?w7w?= | X-3: =?utf-8?q?=C3?= | X-4: =?utf-8?q?a b?= | X-5: =?nothing?q?ab?= |
-    X-6: a=?utf-8?q?ab?= | X-7: =?utf-8?x?ab?= | | END
-encoded-word-long: ENVELOPE | HEAD | Subject: =?utf-8?q?{x*65}?= | | END
+    X-6: a=?utf-8?q?ab?= | X-7: =?utf-8?x?ab?= | X-8: =?utf-8?q?caf=?= |
+    X-9: =?utf-8?q?{x*65}?= | | END
 encoded-parameter: ENVELOPE | HEAD | MIME | Content-Type: text/plain |
     Content-Disposition: attachment; filename="=?utf-8?q?=C3=BC?=" | | END
 bad-content-type: ENVELOPE | HEAD | MIME | Content-Type: text | | END
@@ -1229,28 +1158,21 @@ bad-encoding x2: ENVELOPE | HEAD | MIXED | | --x | CTE: utf-8 | | Hello | --x | 
 bad-encoding: ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | Hello | --x-- | END
 bad-base64 x3: ENVELOPE | HEAD | MIXED | | --x | CTE: base64 | | Hello! | --x | CTE: base64 | | AAA | --x |
     CTE: base64 | | {AAAA*20} | --x-- | END
-8bit-unannounced, bad-quoted-printable x3: ENVELOPE | HEAD | MIXED | | --x | CTE: quoted-printable | | 1 = 1 | --x |
-    CTE: quoted-printable | | Grüße | --x | CTE: quoted-printable | | {x*79} | --x-- | END
+8bit-unannounced, bad-quoted-printable x4: ENVELOPE | HEAD | MIXED | | --x | CTE: quoted-printable | | 1 = 1 | --x |
+    CTE: quoted-printable | | Grüße | --x | CTE: quoted-printable | | {x*79} |
+    --x | CTE: quoted-printable | | trailing{SP} | | --x-- | END
 wrong-charset x3: ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 |
     CTE: quoted-printable | | =FC | --x | Content-Type: text/html; charset=nothing | | Hello |
     --x | CTE: base64 | | w7w= | --x-- | END
 clean: ENVELOPE | Date: (c) fri, 21 nov 1997 09:55 -0600 (a (b) c) | FROM | Message-ID: (c) <a@b.c> (c (d)) (e) | | END
-clean: ENVELOPE | HEAD | MIME | CTE: base64 (c) | | YQ== | END
 clean: ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/global-headers | CTE: base64 | | YQ== | --x-- | END
-clean: HELLO | MAIL | RCPT TO:<@{a*40}.example.com,@{b*40}.example.com:b@example.com> | QUIT
-clean: LHLO a.example.com | QUIT
 bad-date: ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | FROM | ID | | END
 bad-date: ENVELOPE | Date: 31 Feb 2025 09:55:06 -0600 | FROM | ID | | END
 bad-date: ENVELOPE | Date: 21 Nov 1997 09:55:06 +0099 | FROM | ID | | END
-hello-invalid x3: EHLO bücher.example | EHLO [999.1.1.1] | EHLO [foo:bar] | QUIT
-path-syntax: HELLO | R:MAIL FROM:<a\x01b@example.com>\r\n | QUIT
-path-too-long, undeclared-utf8: HELLO | MAIL FROM:<{ü*40}@example.com> | QUIT
+hello-invalid x4: EHLO 192.0.2.1 | EHLO bücher.example | EHLO [999.1.1.1] | EHLO [foo:bar] | QUIT
 unstuffed-dot, false-end, bare-lf: ENVELOPE | HEAD | | .foo | R:.\nbar\r\n | END
-bad-quoted-printable: ENVELOPE | HEAD | MIME | CTE: quoted-printable | | trailing{SP} | END
-encoded-word: ENVELOPE | HEAD | Subject: =?utf-8?q?caf=?= | | END
-header-syntax: ENVELOPE | HEAD | MIXED | | --x | hi there | --x-- | END
-8bit-unannounced, header-raw: ENVELOPE | HEAD | MIXED | | --x | Content-Type: image/png; name="ä" | | --x-- | END
-unknown-command x2: HELLO | AUTH=PLAIN c2VjcmV0 | FOO | QUIT
+8bit-unannounced, header-syntax, header-raw: ENVELOPE | HEAD | MIXED | | --x | hi there | --x |
+    Content-Type: image/png; name="ä" | | --x-- | END
 == SIZE  -- extensions=["SIZE"]
 clean: HELLO | MAIL FROM:<a@example.com> SIZE=117 | RCPT | DATA | HEAD | | Hello | END
 clean: HELLO | MAIL FROM:<a@example.com> SIZE=115 | RCPT | DATA | HEAD | | Hello | END
@@ -1278,52 +1200,39 @@ clean: HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | Co
 8bit-undeclared, 8bit-in-7bit: ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | | Grüße | END
 == STARTTLS  -- ssl_context=True
 clean: HELLO | STARTTLS | ENVELOPE | HEAD | | END
-clean: HELLO | STARTTLS | QUIT
 no-hello-after-tls: HELLO | STARTTLS | MAIL | QUIT
 pipelining: HELLO | STARTTLS | + EHLO b.example.com | HELLO | QUIT
 unannounced-command: HELLO | STARTTLS | HELLO | STARTTLS | QUIT
 superfluous-argument x4: HELLO | STARTTLS now | MAIL | RCPT | DATA BODY=8BITMIME | RSET all | QUIT please | QUIT
 == STARTTLS and AUTH, several mails  -- ssl_context=True, auth_users={"u": "p"}, auth_requires_tls=True
 -- multiple_message_receiving=True, multiple_rcptto=True
-clean: HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | MAIL | RCPT |
+clean: HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | RSET | MAIL | RCPT |
     RCPT TO:<c@example.com> | DATA | HEAD | | END
 == AUTH  -- auth_users={"u": "p"}
-clean: HELLO | AUTH PLAIN AHUAcA== | QUIT
-clean: HELLO | AUTH LOGIN | dQ== | cA== | QUIT
-clean: HELLO | AUTH PLAIN | * | QUIT
-clean: HELLO | AUTH XOAUTH2 | {YWJj*900} | QUIT
-clean: HELLO | MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT
-long-command: HELLO | AUTH XOAUTH2 {YWJj*900} | QUIT
-unannounced-mechanism: HELLO | AUTH NTLM AAAA | QUIT
-bad-sequence x2: HELLO | RCPT | MAIL | AUTH PLAIN AHUAcA== | RSET | QUIT
+clean: HELLO | AUTH PLAIN | * | AUTH XOAUTH2 | {YWJj*900} | AUTH LOGIN | dQ== | cA== |
+    MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT
+long-command, unannounced-mechanism, bad-sequence x2: HELLO | AUTH XOAUTH2 {YWJj*900} | AUTH NTLM AAAA | RCPT | MAIL |
+    AUTH PLAIN AHUAcA== | RSET | QUIT
 == AUTH in a group  -- auth_users={"u": "p"}, extensions=["PIPELINING"]
 clean: HELLO | AUTH PLAIN AHUAcA== | + MAIL | + RSET | + QUIT
 pipelining-order x2: HELLO | AUTH LOGIN | + dQ== | + cA== | QUIT
-== CHUNKING  -- extensions=["CHUNKING"]
-clean: HELLO | MAIL | RCPT |
-    R:BDAT 110\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
-    R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT
 == CHUNKING in a group  -- extensions=["CHUNKING", "PIPELINING"]
 clean: HELLO |
-    R:MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nBDAT 110 LAST\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
-    QUIT
+    R:MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nBDAT 110\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
+    R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT
 == SMTPUTF8 and 8BITMIME  -- extensions=["SMTPUTF8", "8BITMIME"]
 clean: HELLO | MAIL FROM:<jürgen@exämple.com> SMTPUTF8 BODY=8BITMIME | RCPT TO:<jürgen@exämple.com> | DATA | HEAD |
     Subject: Grüße | | END
 == DSN  -- extensions=["DSN"]
 clean: HELLO | MAIL FROM:<a@example.com> RET=HDRS ENVID=QQ314159 |
     RCPT TO:<b@example.com> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;b@example.com | RSET | QUIT
-== several mails  -- multiple_message_receiving=True
-clean: ENVELOPE | HEAD | | . | RSET | MAIL | RCPT | DATA | HEAD | | END
 == a recipient refused  -- not_registered_emails=["b@example.com"]
-clean: HELLO | MAIL | RCPT | QUIT
 no-recipient: ENVELOPE | QUIT
 == DATA refused  -- msg_data_received="554 No"
 clean: ENVELOPE | RSET | QUIT
 == a mail refused  -- msg_msg_received="451 Later"
 clean: ENVELOPE | HEAD | | . | MAIL | RCPT | DATA | HEAD | | END
 == a 421  -- blacklisted_mailfrom_emails=["a@example.com"]
-clean: HELLO | MAIL | QUIT
 after-421 x2: HELLO | MAIL | RSET | NOOP | QUIT
 == a mail that is too large  -- msg_size_limit=10
 clean: ENVELOPE | HEAD | END
@@ -1395,8 +1304,6 @@ def list_codes(messages: Iterable[Message]) -> list[str]:
 
 
 class ViolationTest(ServerCase):
-    """What clients did wrong."""
-
     def rows(self) -> Iterator[tuple[str, dict[str, Any], list[str], list[bytes]]]:
         """A row, its options, the expected codes, and what the client sends."""
         for entry in VIOLATIONS.values():
@@ -1406,38 +1313,17 @@ class ViolationTest(ServerCase):
                 codes = [code for code, count in counted for _ in range(int(count))]
                 yield line, entry.options, codes, read_pieces(text)
 
-    def test_in_memory(self) -> None:
+    def test_the_table(self) -> None:
+        """Each piece as a whole and, where it is but a line, in parts."""
         for row, options, expected, pieces in self.rows():
-            memory = Memory(**options)
-            memory.greet()
-            memory.converse(pieces)
-            with self.subTest(row):
-                self.assertEqual(list_codes(memory.messages()), expected)
-            for found in [found for message in memory.messages() for found in Memory.findings(message)]:
-                self.assertTrue(len(found.line) <= 200 and str(found).isprintable(), found)
-
-    def test_through_a_socket(self) -> None:
-        """In small pieces, so that nothing is pipelined."""
-        tried = 0
-        for row, options, expected, pieces in self.rows():
-            if (
-                not {"ssl_context", "rules"}.isdisjoint(options)
-                or max(map(len, pieces)) > 200
-                or any(b"\r\n" in piece[:-2] for piece in pieces)
-            ):
-                continue
-            counts = Memory(**options).converse(pieces)
-            with self.subTest(row), Server(**options) as server, Client(server) as client:
-                for piece, count in zip(pieces, counts, strict=False):
-                    for index in range(0, len(piece), 7):
-                        client.send(piece[index : index + 7])
-                    for _ in range(count):
-                        client.read()
-                client.socket.shutdown(socket.SHUT_WR)
-                client.read_all()
-                self.assertEqual(list_codes(server.wait_for_messages(1, TIMEOUT)), expected)
-            tried += 1
-        self.assertGreater(tried, 30)
+            for size in (sys.maxsize,) if any(b"\r\n" in piece[:-2] for piece in pieces) else (sys.maxsize, 7):
+                memory = Memory(**options)
+                memory.greet()
+                memory.converse(pieces, size)
+                with self.subTest(row, size=size):
+                    self.assertEqual(list_codes(memory.messages()), expected)
+                for found in [found for message in memory.messages() for found in Memory.findings(message)]:
+                    self.assertTrue(len(found.line) <= 200 and str(found).isprintable(), found)
 
     def test_the_table_is_complete(self) -> None:
         rows = [expected for _, _, expected, _ in self.rows()]
@@ -1460,10 +1346,6 @@ class ViolationTest(ServerCase):
         message.violations.clear()
         self.assertEqual(len(message.violations), 2)
 
-    def test_one_code_and_line_is_reported_once(self) -> None:
-        message = Memory(*ENVELOPE, "FOO", "FOO", "BAR").message()
-        self.assertEqual([found.line for found in message.violations], ["FOO", "BAR"])
-
     def test_a_secret_is_not_shown(self) -> None:
         secret = "AHUAcA=="
         memory = Memory("EHLO a.com", auth_users={"u": "q"}, multiple_message_receiving=True)
@@ -1472,18 +1354,6 @@ class ViolationTest(ServerCase):
         codes = ["bare-lf", "pipelining", "pipelining", "bare-lf"]
         self.assertEqual([found.code for found in message.violations], codes)
         self.assertNotIn(secret, pickle.dumps(message).decode("latin-1"))
-        for lines, users in itertools.product(
-            (
-                [f"AUTH PLAIN {secret}", secret],  # a login in two lines by mistake
-                ["AUTH LOGIN", secret, secret, "*"],
-                ["AUTH NTLM", secret, "EHLO a.com"],
-                [f"AUTH=PLAIN {secret}", f"AUTH: PLAIN {secret}"],
-            ),
-            (None, {"u": "q"}),
-        ):
-            with self.subTest(lines, users=users):
-                message = Memory("EHLO a.com", *lines, auth_users=users).message()
-                self.assertNotIn(secret, pickle.dumps(message).decode("latin-1") + repr(message.to_dict()))
 
     def test_tolerated(self) -> None:
         message = Memory("EHLO a", "FOO", tolerated=("unknown-command", "hello-not-fqdn")).message()
@@ -1533,15 +1403,6 @@ class ViolationTest(ServerCase):
             send(server, "Subject: 1", "Subject: 2")
             server.wait_for_messages(2, TIMEOUT)
             self.assertEqual([found.code for found in server.violations()], ["header-missing"] * 4)
-
-    def test_what_comes_before_a_reply_that_is_delayed(self) -> None:
-        server, client, recorder = self.serve("EHLO: delay 0.3", log_server_activity=True)
-        client.send(b"EHLO a.example.com\r\n")
-        recorder.wait_for("EHLO")  # so that the server does not read what follows together with this
-        client.send(b"QUIT\r\n")
-        client.read_all()
-        (found,) = Memory.findings(server.messages()[0])
-        self.assertEqual((found.code, found.line), ("pipelining", "EHLO a.example.com"))
 
     def test_what_is_recorded_already_does_not_change(self) -> None:
         """Even if more comes before its reply is sent."""
@@ -1614,15 +1475,12 @@ HELO, SEND, RSET, NOOP, HELO => HELO
 HELO, SEND, MAIL => HELO, MAIL
 HELO, NOOP, RSET, NOOP, MAIL => HELO, MAIL
 HELO, RSET, NOOP => HELO, RSET 250, noop
-HELO, NOOP, RSET => HELO, RSET 250
 HELO, SEND, RCPT TO:<c@c.com> => HELO, MAIL, RCPT TO:<c@c.com> 250
 HELO, SEND, RCPT TO:<bad> => HELO, MAIL, RCPT TO:<bad> 501
 HELO, SEND, NOOP, DATA, new, . => HELO, MAIL, RCPT, DATA, new 250, noop
 HELO, SEND, DATA x => HELO, MAIL, RCPT, DATA x 502
 HELO, SEND, RSET => HELO, RSET 250
 HELO, SEND, RSET x => HELO, RSET x 502
-HELO, SEND, NOOP => HELO, SEND, noop
-HELO, MAIL, RCPT, DATA, .hi, . => HELO, SEND
 HELO, SEND, FOO, NOOPX => HELO, SEND
 HELO, SEND, SEND => HELO, SEND
 HELO, SEND, RSET, SEND, QUIT => HELO, SEND, quit
@@ -1632,7 +1490,6 @@ HELO, MAIL, RCPT, RCPT TO:<bad>, RCPT TO:<c@c.com> => HELO, MAIL, RCPT, RCPT TO:
 HELO, MAIL, RCPT TO:<bad> => HELO, MAIL, RCPT TO:<bad> 501
 HELO, SEND, RCPT TO:<c@c.com> => HELO, MAIL, RCPT, RCPT TO:<c@c.com> 250, DATA, hi 250
 HELO, MAIL, RCPT, MAIL, RCPT TO:<c@c.com> => HELO, MAIL, RCPT TO:<c@c.com> 250
-HELO, MAIL, RCPT, RSET => HELO, RSET 250
 HELO, SEND, SEND => HELO, SEND
 == several messages, one recipient  -- multiple_message_receiving=True
 HELO, SEND, SEND, QUIT => HELO, SEND + HELO, SEND, quit
@@ -1659,11 +1516,15 @@ HELO, SEND => HELO, MAIL, RCPT, DATA, 552
 HELO, SEND => HELO, MAIL, RCPT, DATA, hi 451
 == what rules made of a mail  -- rule: RCPT: reply 250 welcome  -- rule: message: reply 451 try later |
 HELO, MAIL, RCPT TO:<no body>, DATA, hi, ., NOOP => HELO, MAIL, RCPT TO:<no body> 250, DATA, hi 451, noop
+== a body that a rule refuses ends its mail, which stays  -- multiple_message_receiving=True
+-- rule: message: reply 552 no; times=1
+HELO, SEND, RSET, SEND, NOOP => HELO, MAIL, RCPT, DATA, hi 552, RSET 250 + HELO, SEND, noop
 == chunks  -- extensions=["CHUNKING"]
 HELO, MAIL, RCPT, BDAT 4, hi, BDAT 0 LAST => HELO, MAIL, RCPT, BDAT 0 LAST 250, hi 250
 HELO, MAIL, RCPT, BDAT 4, hi, RSET, MAIL, RCPT, BDAT 0 LAST => HELO, MAIL, RCPT, BDAT 0 LAST 250, 250
 HELO, MAIL, RCPT, BDAT 4, hi, HELO, MAIL, RCPT, DATA, new, . => HELO, MAIL, RCPT, DATA, new 250
 HELO, MAIL, RCPT, BDAT 4, hi, MAIL, RCPT, DATA, new, . => HELO, MAIL, RCPT, DATA, new 250
+BDAT 100 LAST, half => BDAT 100 LAST, half
 HELO, MAIL, RCPT, BDAT 4, hi, BDAT 10 LAST, half => HELO, MAIL, RCPT, BDAT 4 250, hihalf
 == chunks of several mails  -- extensions=["CHUNKING"], multiple_message_receiving=True
 HELO, MAIL, RCPT, BDAT 4 LAST, hi, MAIL, RCPT, BDAT 4 LAST, hi => HELO, BDAT + HELO, BDAT
@@ -1686,6 +1547,10 @@ HELO / SEND => content=b"hi\r\n", msg_request="hi\r\n", msg_response="250 Receiv
 HELO / SEND => rset_request="", rset_response="", rset=False, noop=False, quit_sent=False, is_consistent=True
 HELO / SEND / NOOP / QUIT => noop=True, quit_sent=True, id=1, peer=("192.0.2.1", 4321)
 HELO / SEND => auth_request="", auth_response="", auth=False, auth_user=None, auth_mechanism=None, tls=None
+HELO / SEND / RSET => id=1, received_at=None
+HELO / SEND / RSET / SEND => id=2, is_consistent=True
+== each message has an id  -- multiple_message_receiving=True
+HELO / SEND / NOOP / SEND / RSET / MAIL FROM:nobody => id=3
 == requests and senders
 Ehlo\ta.com => helo_request="Ehlo\ta.com"
  EHLO a.com \r => helo_request="EHLO a.com"
@@ -1710,8 +1575,13 @@ HELO / SEND => is_consistent=False, data=True
 == inconsistent by the recipient  -- rule: DATA: reply 354 go  -- rule: RCPT: reply 550 no
 HELO / SEND => is_consistent=False, data=True
 == inconsistent by the body  -- rule: message: reply 550 no
-HELO / SEND => is_consistent=False, data=True
-== logins  -- auth_users={"alice": "s", "bob": ""}
+HELO / SEND => is_consistent=False, data=True, refusals=[("<4 bytes>", "550 no")]
+== logins  -- auth_users={"alice": "sécret", "bob": ""}
+HELO / auth plain {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_mechanism="PLAIN", auth_request="auth plain ***"
+HELO / AUTH PLAIN / {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_mechanism="PLAIN"
+HELO / AUTH LOGIN / {b64 alice} / {b64 sécret} => auth=True, auth_user="alice", auth_request="AUTH LOGIN"
+HELO / AUTH XOAUTH2 {b64 user=alice\1auth=Bearer sécret\1\1} => auth=True, auth_user="alice", auth_mechanism="XOAUTH2"
+HELO / AUTH LOGIN {b64 alice} / {b64 sécret} => auth_mechanism="LOGIN", auth_response="235 Authentication succeeded"
 HELO / AUTH PLAIN {b64 \0mallory\0guess} / QUIT => auth=False, auth_user="mallory", auth_response="535 Authentication credentials invalid"
 HELO / AUTH PLAIN {b64 \0bob\0} / AUTH LOGIN / HELO / SEND => auth=True, auth_user="bob"
 """)
@@ -1773,18 +1643,13 @@ class RecordTest(unittest.TestCase):
                 with self.subTest(title, said=said):
                     message, expected = memory.message(), read_options(facts)
                     self.assertEqual({name: getattr(message, name) for name in expected}, expected)
+                    self.assertNotRegex(str(message.to_dict()), "sécret|c8OpY3JldA")
 
     def test_nothing_is_kept_of_nonsense(self) -> None:
         message = Memory("nonsense").message()
         for name in PUBLIC:
             if re.match("helo|mailfrom|mail_from|rcpt|data|msg|content|rset|noop|quit|auth|tls|is_", name):
                 self.assertFalse(getattr(message, name), name)
-
-    def test_half_a_line_is_no_command(self) -> None:
-        memory = Memory()
-        memory.feed(b"EHLO a.com")
-        memory.end()
-        self.assertEqual(memory.messages(), [])
 
     def test_a_client_that_leaves_in_the_body(self) -> None:
         memory = Memory(*ENVELOPE, "DATA", "half")
@@ -1856,6 +1721,61 @@ class RecordTest(unittest.TestCase):
         memory = Memory("NOOP", rules=["NOOP: drop"])
         self.assertEqual(repr(memory.message()), "<Message 1 from None to []: 0 bytes, no reply>")
 
+    # The dialogue as text.
+
+    def test_the_dialogues_are_their_own_transcripts(self) -> None:
+        """Where a session has one message, no secret, and no body, which would be one line."""
+        count = 0
+        for title, entry in DIALOGUES.items():
+            lines = [line.strip() for line in entry.lines]
+            others = ["C: .", f"S: {READY}"]
+            if "multiple_message_receiving" in entry.options or any(
+                line[0] == "R" or line in others or len(line) > 4000 or "AUTH " in line.upper() for line in lines
+            ):
+                continue
+            memory = Memory(**entry.options)
+            memory.greet()
+            memory.say(*(line[3:] for line in entry.lines if line[0] == "C"))
+            memory.end()
+            for message in memory.messages():
+                count += 1
+                with self.subTest(title):
+                    self.assertEqual([line.strip() for line in message.transcript.splitlines()], lines)
+        self.assertGreater(count, 10)
+
+    def test_a_body_is_one_line_of_a_transcript(self) -> None:
+        ends = "S: 221 Closing connection|S: <closed>"
+        for lines, end in (
+            (["DATA", "hi", "..", ".", "QUIT"], f"C: DATA|S: {READY}|C: <8 bytes>|S: {RECEIVED}|C: QUIT|{ends}"),
+            (["BDAT 4 LAST", "hi", "BDAT 4", "hi", "BDAT 10 LAST", "half"], "C: BDAT 10 LAST|C: <10 bytes>"),
+            (["DATA", "hi"], f"S: {READY}|C: <4 bytes>"),
+            (["BDAT 4 LAST", "hi"], "C: BDAT 4 LAST|C: <4 bytes>|S: 250 Received"),
+        ):
+            transcript = Memory(*ENVELOPE, *lines, extensions=["CHUNKING"]).message().transcript
+            self.assertEqual(transcript.splitlines()[-len(end.split("|")) :], end.split("|"))
+
+    def test_the_transcript_of_each_mail_of_a_session(self) -> None:
+        memory = Memory(multiple_message_receiving=True)
+        memory.greet()
+        memory.say("NOOP", "EHLO a.com", *SEND, "RSET", "MAIL FROM:nobody", *SEND, "QUIT")
+        first, second = (message.transcript.splitlines() for message in memory.messages())
+        self.assertEqual(first[:5], ["S: 220 Welcome", "C: NOOP", "S: 250 Ok", "C: EHLO a.com", "S: 250 Received"])
+        self.assertEqual(first[-2:], ["C: RSET", "S: 250 Ok"])
+        start = ["S: 220 Welcome", "C: EHLO a.com", "S: 250 Received", "C: MAIL FROM:nobody"]
+        self.assertEqual((second[:4], second[-1]), (start, "S: <closed>"))
+
+    def test_of_an_endless_session_only_the_greeting_is_kept(self) -> None:
+        memory = Memory(multiple_message_receiving=True)
+        memory.greet()
+        memory.say(ENVELOPE[0])
+        for _ in range(30):
+            memory.feed(b"NOOP\r\n" * 1000)
+        memory.say(*SEND, *SEND)
+        first, second = (message.transcript for message in memory.messages())
+        self.assertLess(len(first.splitlines()), 30000)
+        self.assertTrue(first.startswith("S: 220 Welcome\n"))
+        self.assertTrue(second.startswith("S: 220 Welcome\nC: EHLO a.com\nS: 250 Received\nC: MAIL"))
+
 
 # -------------------------------------------------------------------------------------------- mail
 
@@ -1888,14 +1808,6 @@ Content-Type: text/plain; charset=iso-8859-1
 Content-Transfer-Encoding: 8bit
 
 Sie zahlen 5 \xa3 f\xfcr alles.
-== Outlook, ISO-8859-1 as quoted-printable  -- text="Schön, bis später =)\n"
-Subject: RE: Treffen
-Content-Type: text/plain; charset="iso-8859-1"
-Content-Transfer-Encoding: quoted-printable
-MIME-Version: 1.0
-
-Sch=F6n, =
-bis sp=E4ter =3D)
 == Thunderbird, nested, with two attachments
 -- subject="Rechnung", text="Hallöchen!", html='<img src="cid:1">Hallöchen!'
 -- attachments=[(None, "image/gif", b"GIF89a\1\0\1\0\0\0\0,")
@@ -1928,11 +1840,8 @@ Content-ID: <1>
 Content-Transfer-Encoding: base64
 
 R0lGODlhAQABAAAAACw=
-
 --------------C2--
-
 --------------B1--
-
 --------------A0
 Content-Type: application/pdf; name="=?UTF-8?B?UmVjaG51bmcgZsO8ciBKw7ZyZy5wZGY=?="
 Content-Disposition: attachment; filename*0*=UTF-8''Rechnung%20f%C3%BCr%20J%C3%B6;
@@ -1947,16 +1856,18 @@ Content-Transfer-Encoding: quoted-printable
 
 5 =E2=82=AC
 --------------A0--
-== Outlook, encoded words in a file's name, a mail in the mail  -- text=None, html="<p>see below</p>"
+== Outlook, encoded words in a file's name, a mail in the mail  -- text=None, html="<p>Schön, bis später =)</p>"
 -- attachments=[("Berícht.bin", "application/octet-stream", b"\0\xff\1")
 -- (None, "message/rfc822", b"Subject: report\r\nContent-Type: text/plain\r\n\r\nthe first")]
 Subject: FW: report
 Content-Type: multipart/mixed; boundary=XX
 
 --XX
-Content-Type: text/html; charset=us-ascii
+Content-Type: text/html; charset="iso-8859-1"
+Content-Transfer-Encoding: quoted-printable
 
-<p>see below</p>
+<p>Sch=F6n, =
+bis sp=E4ter =3D)</p>
 --XX
 Content-Type: application/octet-stream; name="=?iso-8859-1?Q?Ber=EDcht.bin?="
 Content-Disposition: attachment; filename="=?iso-8859-1?Q?Ber=EDcht.bin?="
@@ -2123,20 +2034,7 @@ class MailTest(unittest.TestCase):
                 self.assertIn("Received: from [192.0.2.1] ([192.0.2.1])", message.received_header)
                 self.assertNotIn(b"\r", message.as_bytes().replace(b"\r\n", b""))
 
-    def test_the_mail_that_was_accepted_is_no_more(self) -> None:
-        """In a session of one message, RSET undoes it."""
-        memory = receive_mail()
-        memory.say("RSET")
-        (message,) = memory.messages()
-        self.assertEqual((message.id, message.received_at), (1, None))
-        memory.say(*SEND)
-        self.assertEqual((memory.messages()[0].id, memory.messages()[0].received_at is None), (2, False))
-
-    def test_ids(self) -> None:
-        memory = receive_mail(multiple_message_receiving=True)
-        memory.say("NOOP", *SEND, "RSET", "MAIL FROM:nobody")
-        memory.end()
-        self.assertEqual(ids(memory.messages()), [1, 2, 3])
+    def test_a_message_after_a_purge_has_another_id(self) -> None:
         memory = receive_mail()
         purged = memory.messages(purge=True)
         memory.say(ENVELOPE[1])  # begins another message
@@ -2169,11 +2067,7 @@ class MailTest(unittest.TestCase):
         text = self.receive(b"Subject: hi\r\n\r\n\xc3\xa9\r\n").to_dict()
         self.assertEqual((text["content"], text["content_encoding"]), ("Subject: hi\r\n\r\né\r\n", "utf-8"))
 
-
-class SharedMessageTest(unittest.TestCase):
-    """A message in two threads."""
-
-    def test_copies_while_it_is_parsed(self) -> None:
+    def test_copies_while_another_thread_parses_it(self) -> None:
         self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(1e-6)
         original = Memory(*ENVELOPE, "DATA", "Subject: hi", "", "body", ".").message()
@@ -2184,72 +2078,6 @@ class SharedMessageTest(unittest.TestCase):
             while parser.is_alive():
                 self.assertEqual(copy.copy(message).content, original.content)
             parser.join()
-
-
-class TranscriptTest(unittest.TestCase):
-    """The dialogue of a message as text."""
-
-    def test_a_chunk_that_is_not_complete(self) -> None:
-        memory = Memory(extensions=["CHUNKING"])
-        memory.feed(b"BDAT 100 LAST\r\nabc")
-        message = memory.message()
-        self.assertEqual((message.data_request, message.content), ("BDAT 100 LAST", b"abc"))
-        self.assertTrue(message.transcript.endswith("C: BDAT 100 LAST\nC: <3 bytes>"), message.transcript)
-
-    maxDiff = None
-
-    def test_the_dialogues_are_their_own_transcripts(self) -> None:
-        """Where a session has one message, no secret, and no body, which would be one line."""
-        count = 0
-        for title, entry in DIALOGUES.items():
-            lines = [line.strip() for line in entry.lines]
-            others = ["C: .", f"S: {READY}"]
-            if "multiple_message_receiving" in entry.options or any(
-                line[0] == "R" or line in others or len(line) > 4000 or "AUTH " in line.upper() for line in lines
-            ):
-                continue
-            memory = Memory(**entry.options)
-            memory.greet()
-            memory.say(*(line[3:] for line in entry.lines if line[0] == "C"))
-            memory.end()
-            for message in memory.messages():
-                count += 1
-                with self.subTest(title):
-                    self.assertEqual([line.strip() for line in message.transcript.splitlines()], lines)
-        self.assertGreater(count, 10)
-
-    def test_a_body_is_one_line(self) -> None:
-        ends = "S: 221 Closing connection|S: <closed>"
-        for lines, end in (
-            (["DATA", "hi", "..", ".", "QUIT"], f"C: DATA|S: {READY}|C: <8 bytes>|S: {RECEIVED}|C: QUIT|{ends}"),
-            (["BDAT 4 LAST", "hi", "BDAT 4", "hi", "BDAT 10 LAST", "half"], "C: BDAT 10 LAST|C: <10 bytes>"),
-            (["DATA", "hi"], f"S: {READY}|C: <4 bytes>"),
-            (["BDAT 4 LAST", "hi"], "C: BDAT 4 LAST|C: <4 bytes>|S: 250 Received"),
-        ):
-            transcript = Memory(*ENVELOPE, *lines, extensions=["CHUNKING"]).message().transcript
-            self.assertEqual(transcript.splitlines()[-len(end.split("|")) :], end.split("|"))
-
-    def test_each_mail_of_a_session(self) -> None:
-        memory = Memory(multiple_message_receiving=True)
-        memory.greet()
-        memory.say("NOOP", "EHLO a.com", *SEND, "RSET", "MAIL FROM:nobody", *SEND, "QUIT")
-        first, second = (message.transcript.splitlines() for message in memory.messages())
-        self.assertEqual(first[:5], ["S: 220 Welcome", "C: NOOP", "S: 250 Ok", "C: EHLO a.com", "S: 250 Received"])
-        self.assertEqual(first[-2:], ["C: RSET", "S: 250 Ok"])
-        start = ["S: 220 Welcome", "C: EHLO a.com", "S: 250 Received", "C: MAIL FROM:nobody"]
-        self.assertEqual((second[:4], second[-1]), (start, "S: <closed>"))
-
-    def test_of_an_endless_session_only_the_greeting_is_kept(self) -> None:
-        memory = Memory(multiple_message_receiving=True)
-        memory.greet()
-        memory.say(ENVELOPE[0])
-        for _ in range(30):
-            memory.feed(b"NOOP\r\n" * 1000)
-        memory.say(*SEND, *SEND)
-        first, second = (message.transcript for message in memory.messages())
-        self.assertLess(len(first.splitlines()), 30000)
-        self.assertTrue(first.startswith("S: 220 Welcome\n"))
-        self.assertTrue(second.startswith("S: 220 Welcome\nC: EHLO a.com\nS: 250 Received\nC: MAIL"))
 
 
 # ----------------------------------------------------------------------------------------- grammar
@@ -2363,13 +2191,52 @@ class GrammarTest(unittest.TestCase):
                     memory.feed(line)
                     self.assertLess(time.thread_time() - began, 2)
 
+    # Names that are in use and that the grammar of SMTP does not have: lenient_addresses.
+
+    HOSTS = ("123456789012", "web_1.proj_default", "_x", "a.com.")
+    ADDRESSES = ("root", "root@web1", "a@srv_1.example.com", "a@example.com.", '"a b"', "a@1234", "a.b@_")
+    BAD_HOSTS = ("", "a b", "a..b", ".a", "a@b", "[1.2.3]", "a\u0080")
+    BAD_ADDRESSES = ("", "<root", "root>", "a b", "a@", "@a", "a@b@c", "a@b..c", "a..b@c", "a@[1.2.3]", "<a\u0080>")
+    LONG_ADDRESSES = ("a_" * 2000 + "!@", "a@" + "1_" * 1900 + "..", "a." * 2000 + "@", '"' + "a" * 4000)
+
+    def test_lenient_addresses_are_accepted_only_with_the_option(self) -> None:
+        for lenient, code in ((True, "250"), (False, "501")):
+            for line in (f"{verb} {host}" for host in self.HOSTS for verb in ("HELO", "EHLO")):
+                self.assertEqual(Memory(lenient_addresses=lenient).say(line)[0][:3], code, line)
+            for address, form in itertools.product(self.ADDRESSES, ("{}", "<{}>", "Jo <{}>")):
+                with self.subTest(address, lenient=lenient, form=form):
+                    memory = Memory("EHLO a.com", lenient_addresses=lenient)
+                    path = form.format(address)
+                    replies = memory.say(f"MAIL FROM:{path}", "MAIL FROM:<a@a.com>", f"RCPT TO:{path}")
+                    self.assertEqual([reply[:3] for reply in replies], [code, "250", code])
+                    self.assertEqual(memory.message().rcpt_tos, [address] * lenient)
+
+    def test_what_is_not_even_lenient_is_refused(self) -> None:
+        """And takes no long time."""
+        memory = Memory(lenient_addresses=True)
+        for host in self.BAD_HOSTS:
+            self.assertIn("501", memory.say(f"EHLO {host}")[0], host)
+        memory.say("EHLO a.com")
+        for path in (*self.BAD_ADDRESSES, *(f"<{path}>" for path in self.LONG_ADDRESSES)):
+            self.assertIn("501", memory.say(f"MAIL FROM:{path}")[0], path)
+        replies = memory.say("MAIL FROM:<>", "RCPT TO:<Postmaster>", "RCPT TO:<a@[127.0.0.1]>", "RCPT TO:<>")
+        self.assertEqual(replies, [RECEIVED] * 3 + ["501 RCPT TO requires valid email address"])
+
+    def test_lenient_addresses_with_parameters_lists_and_rules(self) -> None:
+        options: dict[str, Any] = {"extensions": ["SIZE"], "blacklisted_rcptto_emails": ["root"]}
+        memory = Memory("EHLO web_1", lenient_addresses=True, rules=["RCPT a_1.com: reply 450 later"], **options)
+        replies = memory.say("MAIL FROM:root SIZE=5", "RCPT TO:<ROOT>", "RCPT TO:<b@a_1.com>", "RCPT TO:<b@a.com>")
+        self.assertEqual(replies, [RECEIVED, "421 Service not available", "450 later", RECEIVED])
+        message = memory.message()
+        self.assertEqual((message.mail_from, message.mailfrom_parameters), ("root", {"SIZE": "5"}))
+        self.assertTrue(message.as_bytes().startswith(b"Return-Path: <root>\r\n"))
+
 
 # ----------------------------------------------------------------------------------- configuration
 
 # Options that are refused, and their errors.
 BAD_OPTIONS = """
 prot=25                           => prot=25: there is no such option; did you mean port?
-multiple_rcpto=True               => multiple_rcpto=True: there is no such option; did you mean multiple_rcptto?
 qqqqqqqq=None                     => qqqqqqqq=None: there is no such option
 port=65536                        => port=65536: must be an integer from 0 to 65535
 port=-1                           => port=-1:{MORE}
@@ -2378,7 +2245,6 @@ port=True                         => port=True:{MORE}
 port=25.0                         => port=25.0:{MORE}
 host=None                         => host=None: must be a string without lone surrogates
 fail_fast=1                       => fail_fast=1: must be true or false
-msg_greeting=b"x"                 => msg_greeting=b'x': must be a string without lone surrogates
 msg_greeting="220 \\ud800"        => msg_greeting={MORE}: must be a string without lone surrogates
 msg_size_limit=-1                 => msg_size_limit=-1: must be an integer from 0 up
 session_timeout=0                 => session_timeout=0: must be a number of seconds from 0.001 to 1000000
@@ -2388,7 +2254,6 @@ shutdown_timeout=1e999-1e999      => shutdown_timeout=nan:{MORE}
 shutdown_timeout=None             => shutdown_timeout=None:{MORE}
 not_registered_emails="a@a.com"   => not_registered_emails='a@a.com': must be a list{MORE}
 not_registered_emails=[1]         => not_registered_emails=[1]: must be a list of strings
-not_registered_emails=5           => not_registered_emails=5:{MORE}
 auth_users="a:b"                  => auth_users='a:b': must be a mapping of users{MORE}
 auth_users=["a"]                  => auth_users=['a']: must be a mapping of users{MORE}
 auth_users={"a": 1}               => auth_users={'a': 1}: must be a mapping of users{MORE}
@@ -2400,7 +2265,6 @@ tls_required=True                 => tls_required=True: needs ssl_context
 ssl_context=1                     => ssl_context=1: must be an ssl.SSLContext for servers, as ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 ssl_context=ssl.create_default_context() => {MORE}must be an ssl.SSLContext for servers{MORE}
 auth_mechanisms=["PLAIN","plian"] => auth_mechanisms: plian is unknown; did you mean PLAIN?
-auth_mechanisms=["GSSAPI"]        => auth_mechanisms: GSSAPI is unknown
 auth_mechanisms="PLAIN"           => auth_mechanisms='PLAIN': must be a list of words
 tolerated=["bare-fl"]             => tolerated: bare-fl is unknown; did you mean bare-lf?
 extensions=["SIEZ"]               => extensions: SIEZ is unknown; did you mean SIZE{MORE}
@@ -2415,8 +2279,6 @@ Server(logger=object())                        => logger={MORE}must be a logger 
 Server(on_message=1)                           => on_message=1: must be callable
 Server(on_mesage=1)                            => on_mesage=1: there is no such option; did you mean on_message?
 Server(handlers=1)                             => handlers=1: must be a list of subclasses of Handler
-Server(handlers=None)                          => handlers{MORE} subclasses of Handler
-Server(handlers=[1])                           => handlers{MORE} subclass of Handler
 Server(handlers=[object])                      => handlers{MORE} subclass of Handler
 Server(handlers=[vrfy()(Configuration())])     => handlers{MORE} subclass of Handler
 Server(handlers=[vrfy(verbs="VRFY")])          => Vrfy.verbs{MORE}must be a tuple of strings, as{MORE}
@@ -2429,28 +2291,20 @@ Server(handlers=[vrfy(received="msg_noop_recieved")]) => Vrfy.received{MORE}or a
 Server(handlers=[vrfy(bad_argument="what?")])  => Vrfy.bad_argument{MORE}must be a text that begins with three digits{MORE}
 Server(handlers=[vrfy(parse=None)])            => Vrfy.parse{MORE}must be callable
 server.wait_for_messages(-1)                   => count=-1: must be an integer from 0 up
-server.wait_for_messages(1.5)                  => count=1.5: {MORE}
 server.wait_for_messages(1, -1)                => timeout=-1: must be a number of seconds from 0 to 1000000
-server.wait_for_messages(1, None)              => timeout=None: {MORE}
 server.wait_for_messages(1, 1, "x")            => where='x': must be a function of a Message; timeout is the argument after it
-server.wait_for_messages_and_purge(-1)         => count=-1: must be an integer from 0 up
-server.wait_for_messages_and_purge(1, -1)      => timeout=-1: must be a number of seconds from 0 to 1000000
 server.wait_for_messages_and_purge(1, 1, "x")  => where='x': must be a function of a Message; timeout is the argument after it
 server.disconnect(1)                           => reset=1: must be true or false
 configure(host="::1")                          => host='::1': cannot be changed by configure()
-configure(port=0)                              => port=0: cannot be changed by configure()
 configure(fail_fsat=True)                      => fail_fsat=True: there is no such option; did you mean fail_fast?
-configure(fail_fast=1)                         => fail_fast=1: must be true or false
 configure(tls_required=True)                   => tls_required=True: needs ssl_context
 configure(on_message=1)                        => on_message=1: must be callable
-configure(handlers=[int])                      => handlers: <class 'int'> must be a subclass of Handler
 configure(configuration=Configuration(port=1)) => port=1: cannot be changed by configure()
 configure(configuration="x")                   => configuration='x': must be a Configuration
 server.on("")                                  => stage='': must be connect, message, * or a verb{MORE}
 server.on(None)                                => stage=None: {MORE}
 server.on("MAIL TWICE")                        => stage='MAIL TWICE': {MORE}
 server.on("RCTP")                              => stage='RCTP': {MORE}did you mean RCPT?
-server.on("CONNCET")                           => stage='CONNCET': {MORE}did you mean connect?
 server.on("MAILFROM")                          => stage='MAILFROM': {MORE}did you mean MAIL?
 server.on("BODY")                              => stage='BODY': {MORE}did you mean message?
 server.on("END")                               => stage='END': {MORE}did you mean message?
@@ -2495,14 +2349,6 @@ server.on("RCPT", r'"a\"b"@x.com'), server.on("RCPT", "a@[1.2.3.4]")
 
 
 class ConfigurationTest(ServerCase):
-    """Options, good and bad."""
-
-    def test_defaults(self) -> None:
-        options = Configuration()
-        self.assertEqual((options.host, options.port), ("127.0.0.1", 0))
-        self.assertEqual((options.session_timeout, options.shutdown_timeout), (30, 1))
-        self.assertEqual(options.msg_size_limit, 10485760)
-
     def test_bad_options(self) -> None:
         for options, error in read_errors(BAD_OPTIONS):
             for make in ("Configuration", "Server"):
@@ -2528,10 +2374,6 @@ class ConfigurationTest(ServerCase):
         self.assertEqual(client.ask(*ENVELOPE, *SEND[2:]), [*[RECEIVED] * 3, READY, RECEIVED])
         for call in GOOD_CALLS.strip().splitlines():
             eval(call, names)
-
-    def test_a_name_wins_over_a_configuration(self) -> None:
-        server = Server(Configuration(port=2525, host="::1"), host="[::]")
-        self.assertEqual((server.host, server.port), ("[::]", 2525))
 
     def test_errors_are_what_they_resemble(self) -> None:
         errors = (ConfigurationError, ServerStateError, ServerStartError, WaitTimeoutError)
@@ -2611,16 +2453,10 @@ class SignatureTest(unittest.TestCase):
         self.assertEqual(dataclasses.asdict(original)["msg_greeting"], "220 Welcome")
 
     def test_positional_arguments(self) -> None:
-        cases: list[tuple[Any, list[Any], dict[str, Any]]] = [
-            (Configuration, [1], {}),
-            (smtpmock.Action, ["x"], {"reply": "y"}),
-            (smtpmock.Action, [None] * 6, {}),
-            (Server, [None, None], {}),
-            (Server, [None], {"configuration": None}),
-        ]
-        for make, values, fields in cases:
-            with self.subTest(make), self.assertRaises(TypeError):
-                make(*values, **fields)
+        calls = "Configuration(1) | Action('x', reply='y') | Action(*[None] * 6) | Server(None, None)"
+        for call in (*calls.split(" | "), "Server(None, configuration=None)"):
+            with self.subTest(call), self.assertRaises(TypeError):
+                eval(f"smtpmock.{call}")
         self.assertEqual(smtpmock.Action("x", None, 1.5), smtpmock.Action(reply="x", delay=1.5))
 
 
@@ -2628,8 +2464,6 @@ class SignatureTest(unittest.TestCase):
 
 
 class WaitingTest(unittest.TestCase):
-    """The mailbox of a server, in several threads."""
-
     def receive(self, *contents: bytes | str) -> Server:
         """A server that has these mails."""
         server = Server(multiple_message_receiving=True).start()
@@ -2645,6 +2479,11 @@ class WaitingTest(unittest.TestCase):
         self.assertEqual(len(server.wait_for_messages(2, 0)), 3)
         self.assertEqual(len(server.wait_for_messages_and_purge(3, 0)), 3)
         self.assertEqual(server.messages(), [])
+        send(server, "4")
+        server.reset()
+        self.assertEqual(server.messages(), [])
+        send(server, "5")
+        self.assertEqual(ids(server.messages()), [5])
 
     def test_woken_by_the_message(self) -> None:
         server = self.receive()
@@ -2678,21 +2517,6 @@ class WaitingTest(unittest.TestCase):
             return bool(in_threads(lambda: message in server.messages())[0])
 
         self.assertEqual(len(server.wait_for_messages(2, TIMEOUT, where)), 2)
-
-    def test_where_while_clients_send(self) -> None:
-        """The first that matches, and each message is looked at as it comes, and when it changes."""
-        server = self.receive()
-        seen: list[int] = []
-
-        def where(message: Message) -> bool:
-            seen.append(message.id)
-            return message.content == b"7-3\r\n"
-
-        senders = [lambda n=n: send(server, *(f"{n}-{count}" for count in range(20))) for n in range(16)]
-        found = in_threads(lambda: server.wait_for_messages(1, TIMEOUT, where), *senders)[0]
-        self.assertEqual([message.content for message in found], [b"7-3\r\n"])
-        self.assertEqual(len(server.messages()), 320)
-        self.assertLessEqual(len(seen), 2 * 320)
 
     def test_where_of_a_message_that_changes(self) -> None:
         server = self.receive()
@@ -2770,13 +2594,6 @@ class WaitingTest(unittest.TestCase):
         with mock.patch("time.monotonic", mock.Mock(side_effect=itertools.count(0, 0.01))):
             self.assertEqual(catch(WaitTimeoutError, server.wait_for_messages, 1, 0.3, where).messages, [])
 
-    def test_reset(self) -> None:
-        server = self.receive("hi")
-        server.reset()
-        self.assertEqual(server.messages(), [])
-        send(server, "hi")
-        self.assertEqual(ids(server.messages()), [2])
-
     def test_purging_while_clients_send(self) -> None:
         """Every message is handed out once, whatever purges it."""
         server = self.receive()
@@ -2802,8 +2619,6 @@ class WaitingTest(unittest.TestCase):
 
 
 class OnMessageTest(unittest.TestCase):
-    """The function that is called with each accepted message."""
-
     def test_called_before_the_reply(self) -> None:
         with Server(on_message=(hold := Hold())) as server, Client(server) as client:
             client.mail()
@@ -2935,12 +2750,6 @@ class RuleTest(ServerCase):
         self.assertEqual(memory.say("NOOP", "NOOP", "NOOP"), ["450 shown", "450 hidden", "250 Ok"])
         self.assertEqual((hidden.hits, slow.hits, memory.delays), (1, 2, [0.5, 0.5, 0]))
 
-    def test_the_order_of_actions_does_not_matter(self) -> None:
-        memory, other = Memory(), Memory()
-        memory.on("NOOP").drop().reply("450 no")
-        other.on("NOOP").drop().close()
-        self.assertEqual((memory.say("NOOP"), other.say("NOOP")), (["<closed>"], ["250 Ok", "<closed>"]))
-
     def test_the_end_marker_is_no_part_of_the_body(self) -> None:
         for after, data, content, reply in (
             (5, b"abc\r\n.\r\n", b"abc\r\n", "<closed>"),
@@ -2954,24 +2763,21 @@ class RuleTest(ServerCase):
                 with self.subTest(after=after, step=step):
                     self.assertEqual((said, memory.message().content), ([reply], content))
 
-    def test_patterns(self) -> None:
-        memory = Memory()
-        memory.on("Mail From", re.compile("SIZE=[0-9]{3}")).reply("552 no")
-        replies = memory.say("EHLO a.com", "MAIL FROM:<a@a.com> SIZE=100", "MAIL FROM:<a@a.com>")
-        self.assertEqual(replies, [RECEIVED, "552 no", RECEIVED])
-
-    def test_the_function_of_the_line(self) -> None:
+    def test_patterns_and_functions_of_the_line(self) -> None:
         memory = Memory()
         seen: list[str] = []
 
         def has(word: str) -> Any:
             return lambda line: [seen.append(line), word in line][1]  # type: ignore[func-returns-value]
 
-        memory.on("MAIL", has("SIZE")).reply("552 no")
+        memory.on("Mail From", re.compile("SIZE=[0-9]{3}")).reply("552 no")
+        memory.on("MAIL", has("big")).reply("553 no")
         memory.on("message", has("virus")).reply("554 virus")
-        memory.say("EHLO a.com", "MAIL FROM:<SIZE@a.com>", "mail from:<a@a.com>", "RCPT TO:<b@b.com>", "DATA")
+        lines = ["MAIL FROM:<big@a.com> SIZE=100", "MAIL FROM:<a@a.com> SIZE=100", "mail from:<a@a.com>"]
+        self.assertEqual(memory.say("EHLO a.com", *lines), [RECEIVED, "553 no", "552 no", RECEIVED])
+        memory.say("RCPT TO:<b@b.com>", "DATA")
         self.assertEqual(memory.say("a virus", "."), ["554 virus"])
-        self.assertEqual(seen, ["MAIL FROM:<SIZE@a.com>", "mail from:<a@a.com>", "a virus\r\n"])
+        self.assertEqual(seen, [*lines, "a virus\r\n"])
 
     def test_a_close_after_the_mail_was_taken(self) -> None:
         seen: list[Message] = []
@@ -2995,32 +2801,18 @@ class RuleTest(ServerCase):
         self.assertEqual((seen, quota.hits), ([(ENVELOPE[1], True)] * 5, 5))
         memory.recorder.wait_for("a rule returned 1: must be None, a reply or an Action")
 
-    def test_a_function_of_the_mail(self) -> None:
-        seen: list[tuple[Any, ...]] = []
         memory = Memory(*ENVELOPE)
 
         @memory.on("message")
         def refuse(request: str, message: Message) -> str | None:
-            seen.append((message.subject, message.content, message.mail_from, message.is_consistent))
-            return "554 spam" if message.subject == "spam" else None
+            found = (message.subject, message.content, message.mail_from, message.is_consistent)
+            return "554 spam" if found == ("spam", b"Subject: spam\r\n\r\n", "a@a.com", False) else None
 
-        replies = memory.say("DATA", "Subject: spam", "", ".")
-        self.assertEqual((replies[-1], seen), ("554 spam", [("spam", b"Subject: spam\r\n\r\n", "a@a.com", False)]))
-
-    def test_functions_that_raise(self) -> None:
-        def fail(*_: object) -> Any:
-            raise KeyError("mine")
-
-        makes: list[Any] = [lambda memory: memory.on("MAIL")(fail), lambda memory: memory.on("MAIL", fail).drop()]
-        for make in makes:
-            memory = Memory()
-            rule = make(memory)
-            self.assertEqual(memory.say(*ENVELOPE[:2])[-1], "451 Local error in processing")
-            text = memory.recorder.wait_for("Traceback")[1]
-            self.assertRegex(text, r"(?s)a rule failed: .* in fail\n.*KeyError: 'mine'")
-            rule.remove()
-            self.assertEqual(memory.say(ENVELOPE[1]), [RECEIVED])
-            self.assertEqual(memory.message().mailfrom_response, RECEIVED)
+        self.assertEqual(memory.say("DATA", "Subject: spam", "", ".")[-1], "554 spam")
+        memory.on("NOOP")(lambda *_: 1 / 0)
+        self.assertEqual(memory.say("NOOP"), ["451 Local error in processing"])
+        text = memory.recorder.wait_for("a rule failed: Traceback")[1]
+        self.assertRegex(text, "(?s) in <lambda>\n.*ZeroDivisionError: division by zero")
 
     def test_challenges_are_delayed_and_trickle(self) -> None:
         memory = Memory("EHLO a.com", auth_users={"a": "b"}, rules=["*: delay 0.5", "AUTH: trickle 0.25"])
@@ -3108,24 +2900,6 @@ class RuleTest(ServerCase):
             found.append(client.ask(*["NOOP"] * 50))
         self.assertEqual(found[0], found[1])
 
-    def test_stop_keeps_its_promise(self) -> None:
-        for action, timeout, end, outcome in (
-            ("silence", 10 * TIMEOUT, "<closed>", "stopped successfully"),
-            (f"trickle {10 * TIMEOUT}", 0.05, "2", "force stopped"),
-            (f"delay {10 * TIMEOUT}", 0.05, "<closed>", "force stopped"),
-        ):
-            server, client, _ = self.serve(f"NOOP: {action}", shutdown_timeout=timeout, logger=(recorder := Recorder()))
-            with self.subTest(action), contextlib.ExitStack() as stack:
-                clients = [client, *(stack.enter_context(Client(server)) for _ in range(9))]
-                for other in clients:
-                    other.send(b"NOOP\r\n")
-                for _ in clients:
-                    recorder.wait_for("SMTP request: NOOP")
-                stop_in_time(server)
-                self.assertEqual([other.read() for other in clients], [end] * 10)
-                self.assertIn(outcome, recorder.wait_for("SMTP mock server was")[1])
-                self.assertEqual(len(server.messages()), 10)
-
     def test_silence_ends_with_the_session_timeout(self) -> None:
         server, client, recorder = self.serve("EHLO: silence", session_timeout=0.05)
         client.send(b"EHLO a.com\r\n")
@@ -3136,8 +2910,6 @@ class RuleTest(ServerCase):
 
 
 class HandlerTest(unittest.TestCase):
-    """Commands of one's own."""
-
     def test_added_with_its_rules(self) -> None:
         expand = make_handler(
             "EXPN", "250 one of {msg_size_limit}", verbs=("EXPN", "expand"), needs=("helo",), bad_argument="501 whom?",
@@ -3149,14 +2921,6 @@ class HandlerTest(unittest.TestCase):
         memory = Memory(handlers=[expand], rules=["expn x: reply 252 maybe"])
         self.assertEqual(memory.say("EXPN x"), ["252 maybe"])
 
-    def test_one_that_replaces_another_and_raises(self) -> None:
-        def refuse(*_: object) -> str | None:
-            raise RuntimeError("mine")
-
-        memory = Memory(handlers=[make_handler("NOOP", "msg_quit_cmd", refuse=refuse)])
-        self.assertEqual(memory.say("NOOP", "QUIT")[:2], ["451 Local error in processing", "221 Closing connection"])
-        self.assertRegex(memory.recorder.wait_for("Traceback")[1], r"(?s)^Noop failed: Traceback .*RuntimeError: mine")
-
     def test_verbs_that_are_also_stages(self) -> None:
         memory = Memory(handlers=[make_handler("", "250 hello", verbs=("CONNECT", "MESSAGE"))])
         self.assertEqual(memory.greet(), ["220 Welcome"])
@@ -3164,7 +2928,7 @@ class HandlerTest(unittest.TestCase):
         self.assertEqual(replies, ["250 hello"] * 2 + [RECEIVED] * 3 + [READY, RECEIVED])
 
     def test_what_it_may_do(self) -> None:
-        """Return any text from refuse(), read the message so far, raise in parse(), and have a secret."""
+        """Return any text from refuse(), read the message so far, raise, and have a secret."""
 
         class Login(smtpmock.Handler):
             verbs = ("LOGIN",)
@@ -3179,8 +2943,9 @@ class HandlerTest(unittest.TestCase):
 
         memory = Memory(handlers=[Login])
         failed = "451 Local error in processing"
-        replies = memory.say("EHLO a.com", "login a b", "LOGIN b", "LOGIN c", "LOGIN", "NOOP")
-        self.assertEqual(replies, [RECEIVED, "250 Ok", "nonsense", "550 EHLO a.com", failed, "250 Ok"])
+        replies = memory.say("EHLO a.com", "login a b", "LOGIN b", "LOGIN c", "LOGIN", "LOGIN d", "NOOP")
+        self.assertEqual(replies, [RECEIVED, "250 Ok", "nonsense", "550 EHLO a.com", failed, failed, "250 Ok"])
+        self.assertRegex(memory.recorder.wait_for("KeyError: 'd'")[1], "^Login failed: Traceback ")
         self.assertIn("C: login ***\nS: 250 Ok\nC: LOGIN ***\n", memory.message().transcript)
 
     def test_which_lines_a_server_keeps(self) -> None:
@@ -3200,7 +2965,7 @@ def b64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
 
-class AuthTest(unittest.TestCase):
+class AuthTest(ServerCase):
     """What the dialogues do not show: what is kept, and what is not."""
 
     USERS = {"alice": "sécret", "bob": ""}
@@ -3214,21 +2979,6 @@ class AuthTest(unittest.TestCase):
         memory = Memory(auth_users={"u": "p"}, rules=["AUTH: reply 454 later; delay 0.5; times=1"])
         for end in ("454 later", self.SUCCEEDED):
             self.assertEqual(memory.say("EHLO a.com", "AUTH LOGIN", b64("u"), b64("p"))[-1], end)
-
-    def test_recorded_without_the_secret(self) -> None:
-        plain, token = b64("\0alice\0sécret"), b64("user=alice\1auth=Bearer sécret\1\1")
-        for mechanism, lines in (
-            ("PLAIN", [f"auth plain {plain}"]),
-            ("PLAIN", ["AUTH PLAIN", plain]),
-            ("LOGIN", ["AUTH LOGIN", b64("alice"), b64("sécret")]),
-            ("XOAUTH2", [f"AUTH XOAUTH2 {token}"]),
-        ):
-            message = self.memory(*lines).message()
-            self.assertEqual((message.auth_mechanism, message.auth_user, message.auth), (mechanism, "alice", True))
-            self.assertEqual(message.auth_response, self.SUCCEEDED)
-            self.assertEqual(message.auth_request.upper().split()[:2], ["AUTH", mechanism])
-            for secret in (plain, token, b64("sécret"), "sécret"):
-                self.assertNotIn(secret, str(message.to_dict()))
 
     def test_cram_md5(self) -> None:
         challenges = set()
@@ -3285,45 +3035,23 @@ class AuthTest(unittest.TestCase):
             "AUTH": "AUTH",
             "AUTH login c2VjcmV0 / c2VjcmV0": "AUTH login *** / ***",
             "AUTH LOGIN / *": "AUTH LOGIN / *",
+            "AUTH PLAIN c2VjcmV0 / c2VjcmV0": "AUTH PLAIN *** / ***",  # a login in two lines by mistake
+            "AUTH LOGIN / c2VjcmV0 / c2VjcmV0 / +": "AUTH LOGIN / *** / *** / ***",
+            "AUTH NTLM / c2VjcmV0": "AUTH *** / ***",
+            "AUTH=PLAIN c2VjcmV0 / AUTH: PLAIN c2VjcmV0": "AUTH= *** / AUTH: ***",
         }.items():
-            for users in ({"alice": "secret"}, None)[: 1 if "/" in lines else 2]:
-                with self.subTest(lines), Server(auth_users=users, logger=(recorder := Recorder())) as server:
-                    with Client(server) as client:
-                        client.send("\r\n".join(["EHLO a.com", *lines.split(" / "), "QUIT", ""]).encode())
-                        client.read_all()
-                    transcript = server.wait_for_messages(1, TIMEOUT)[0].transcript
-                recorder.wait_for("was stopped")
-                self.assertEqual(re.findall("(?m)^C: (.*)", transcript), ["EHLO a.com", *shown.split(" / "), "QUIT"])
-                self.assertNotIn("c2VjcmV0", str(recorder.seen))
-
-    def test_smtplib(self) -> None:
-        with Server(auth_users={"alice": "secret"}) as server:
-            for mechanism, method in (("PLAIN", "plain"), ("LOGIN", "login"), ("CRAM-MD5", "cram_md5")):
-                with self.subTest(mechanism), Smtp(server) as client:
-                    client.ehlo()
-                    client.user, client.password = "alice", "secret"
-                    self.assertEqual(client.auth(mechanism, getattr(client, f"auth_{method}"))[0], 235)
-
-    def test_each_command_of_a_mail_needs_the_login_that_is_required(self) -> None:
-        options: dict[str, Any] = {"auth_users": {"u": "p"}, "auth_required": True, "extensions": ["CHUNKING"]}
-        memory = Memory("EHLO a.com", **options)
-        replies = memory.say("MAIL FROM:<a@a.com>", "RCPT TO:<b@b.com>", "DATA", "BDAT 2 LAST", "")
-        self.assertEqual(replies, ["530 Authentication required"] * 4)
-        self.assertEqual(memory.say("NOOP", "RSET", "HELP"), ["250 Ok", "250 Ok", UNRECOGNIZED])
-        memory.say("AUTH PLAIN " + b64("\0u\0p"))
-        self.assertEqual(memory.say(*SEND), [RECEIVED, RECEIVED, READY, RECEIVED])
-        self.assertEqual(Memory(**options).say("RCPT TO:<b@b.com>"), ["530 Authentication required"])
-
-    def test_mechanisms_are_announced_and_accepted_in_their_order(self) -> None:
-        plain, unknown = "AUTH PLAIN " + b64("\0u\0p"), "504 Unrecognized authentication type"
-        for names, announced, reply in (
-            (["plain", "LOGIN"], "250 AUTH PLAIN LOGIN", self.SUCCEEDED),
-            (("XOAUTH2",), "250 AUTH XOAUTH2", unknown),
-        ):
-            with self.subTest(names):
-                memory = Memory(auth_users={"u": "p"}, auth_mechanisms=names)
-                self.assertEqual(memory.say("EHLO a.com", plain), ["250-Received", announced, reply])
-                self.assertIn("C: AUTH PLAIN ***\n", memory.message().transcript)
+            for users in ({"alice": "secret"}, None)[: 1 if "*" in lines else 2]:
+                with self.subTest(lines, users=users):
+                    server, client, recorder = self.serve(auth_users=users)
+                    client.send("\r\n".join(["EHLO a.com", *lines.split(" / "), "QUIT", ""]).encode())
+                    client.read_all()
+                    (message,) = server.wait_for_messages(1, TIMEOUT)
+                    server.stop()
+                    recorder.wait_for("was stopped")
+                    self.assertNotIn("c2VjcmV0", str(recorder.seen) + pickle.dumps(message).decode("latin-1"))
+                    self.assertNotIn("c2VjcmV0", repr(message.to_dict()))
+                    requests = re.findall("(?m)^C: (.*)", message.transcript)
+                    self.assertEqual(requests, ["EHLO a.com", *shown.split(" / "), "QUIT"])
 
     def test_a_refused_token_is_explained_before_the_535(self) -> None:
         token = b64("user=u\1auth=Bearer wrong\1\1")
@@ -3342,48 +3070,6 @@ class AuthTest(unittest.TestCase):
                 message = memory.message()
                 self.assertEqual((message.auth, message.auth_user, message.auth_response), (False, "u", end))
                 self.assertNotIn(token, message.transcript)
-
-
-class LenientAddressesTest(unittest.TestCase):
-    """Names that are in use and that the grammar of SMTP does not have."""
-
-    HOSTS = ("123456789012", "web_1.proj_default", "_x", "a.com.")
-    ADDRESSES = ("root", "root@web1", "a@srv_1.example.com", "a@example.com.", '"a b"', "a@1234", "a.b@_")
-    BAD_HOSTS = ("", "a b", "a..b", ".a", "a@b", "[1.2.3]", "a\u0080")
-    BAD_ADDRESSES = ("", "<root", "root>", "a b", "a@", "@a", "a@b@c", "a@b..c", "a..b@c", "a@[1.2.3]", "<a\u0080>")
-    LONG_ADDRESSES = ("a_" * 2000 + "!@", "a@" + "1_" * 1900 + "..", "a." * 2000 + "@", '"' + "a" * 4000)
-
-    def test_accepted_and_only_with_the_option(self) -> None:
-        for lenient, code in ((True, "250"), (False, "501")):
-            for line in (f"{verb} {host}" for host in self.HOSTS for verb in ("HELO", "EHLO")):
-                self.assertEqual(Memory(lenient_addresses=lenient).say(line)[0][:3], code, line)
-            for address, form in itertools.product(self.ADDRESSES, ("{}", "<{}>", "Jo <{}>")):
-                with self.subTest(address, lenient=lenient, form=form):
-                    memory = Memory("EHLO a.com", lenient_addresses=lenient)
-                    path = form.format(address)
-                    replies = memory.say(f"MAIL FROM:{path}", "MAIL FROM:<a@a.com>", f"RCPT TO:{path}")
-                    self.assertEqual([reply[:3] for reply in replies], [code, "250", code])
-                    self.assertEqual(memory.message().rcpt_tos, [address] * lenient)
-
-    def test_what_else_is_refused_still_is(self) -> None:
-        """And takes no long time."""
-        memory = Memory(lenient_addresses=True)
-        for host in self.BAD_HOSTS:
-            self.assertIn("501", memory.say(f"EHLO {host}")[0], host)
-        memory.say("EHLO a.com")
-        for path in (*self.BAD_ADDRESSES, *(f"<{path}>" for path in self.LONG_ADDRESSES)):
-            self.assertIn("501", memory.say(f"MAIL FROM:{path}")[0], path)
-        replies = memory.say("MAIL FROM:<>", "RCPT TO:<Postmaster>", "RCPT TO:<a@[127.0.0.1]>", "RCPT TO:<>")
-        self.assertEqual(replies, [RECEIVED] * 3 + ["501 RCPT TO requires valid email address"])
-
-    def test_with_parameters_lists_and_rules(self) -> None:
-        options: dict[str, Any] = {"extensions": ["SIZE"], "blacklisted_rcptto_emails": ["root"]}
-        memory = Memory("EHLO web_1", lenient_addresses=True, rules=["RCPT a_1.com: reply 450 later"], **options)
-        replies = memory.say("MAIL FROM:root SIZE=5", "RCPT TO:<ROOT>", "RCPT TO:<b@a_1.com>", "RCPT TO:<b@a.com>")
-        self.assertEqual(replies, [RECEIVED, "421 Service not available", "450 later", RECEIVED])
-        message = memory.message()
-        self.assertEqual((message.mail_from, message.mailfrom_parameters), ("root", {"SIZE": "5"}))
-        self.assertTrue(message.as_bytes().startswith(b"Return-Path: <root>\r\n"))
 
 
 class ProcessCase(unittest.TestCase):
@@ -3499,47 +3185,30 @@ class TlsTest(ProcessCase):
             self.assertEqual(message.to_dict()["tls"], list(message.tls or ()))
             self.assertTrue(message.transcript.startswith("S: 220 Welcome\nC: ehlo"))
 
-    def test_a_text_within_tls(self) -> None:
-        memory = Memory("EHLO a.com", "STARTTLS", ssl_context=True, msg_invalid_cmd_starttls_sequence="503 custom")
+    def test_what_was_said_before_it_is_forgotten(self) -> None:
+        """The hello and the login. Each mail after it has its cipher."""
+        options: dict[str, Any] = {"auth_users": {"u": "s"}, "auth_required": True, "ssl_context": True}
+        options["multiple_message_receiving"] = True
+        login = f"AUTH PLAIN {b64(chr(0) + 'u' + chr(0) + 's')}"
+        memory = Memory("EHLO a.com", login, "STARTTLS", msg_invalid_cmd_starttls_sequence="503 custom", **options)
         memory.secure()
-        self.assertEqual(memory.say("STARTTLS"), ["503 custom"])
-
-    def test_a_login_before_it_is_forgotten(self) -> None:
-        with self.server(auth_users={"u": "s"}, auth_required=True) as server, Smtp(server) as client:
-            client.login("u", "s")
-            client.starttls(context=self.trusting())
-            client.ehlo()
-            self.assertEqual(client.mail("a@a.com"), (530, b"Authentication required"))
-            client.login("u", "s")
-            client.quit()
-        self.assertEqual((server.messages()[0].auth, server.messages()[0].tls is not None), (True, True))
-
-    def test_implicit(self) -> None:
-        with self.server(implicit_tls=True, multiple_message_receiving=True) as server:
-            with self.connect_ssl(server) as client:
-                client.ehlo()
-                self.assertFalse(client.has_extn("starttls"))
-                for _ in range(2):
-                    client.sendmail("a@a.com", ["b@b.com"], "hi")
-            self.assertEqual([bool(message.tls) for message in server.messages()], [True, True])
+        replies = memory.say("STARTTLS", "HELO a.com", "MAIL FROM:<a@a.com>", login)
+        self.assertEqual([reply[:10] for reply in replies], ["503 custom", "250 Receiv", "530 Authen", "235 Authen"])
+        memory.say(*SEND, *SEND)
+        kept = [(message.auth, message.tls) for message in memory.messages()]
+        self.assertEqual(kept, [(True, ("TLSv1.3", "AES"))] * 2)
 
     def test_a_reply_that_the_client_does_not_read_at_once(self) -> None:
+        """It is sent as a whole, and the client is told that nothing follows."""
         with self.server(implicit_tls=True, msg_noop_received="250 " + "x" * 10_000_000) as server:
             with Client(server, greets=False) as plain:
-                with self.trusting().wrap_socket(plain.socket, server_hostname="localhost") as client:
+                context, name = self.trusting(), "localhost"
+                with context.wrap_socket(plain.socket, server_hostname=name, suppress_ragged_eofs=False) as client:
                     client.sendall(b"NOOP\r\n")
                     self.recorder.wait_for("response: 250 x")
                     client.sendall(b"QUIT\r\n")
                     data = b"".join(iter(lambda: client.recv(1 << 20), b""))
-                    self.assertTrue(data.endswith(b"x\r\n221 Closing connection\r\n"))
-
-    def test_the_client_is_told_that_nothing_follows(self) -> None:
-        with self.server(implicit_tls=True) as server, Client(server, greets=False) as plain:
-            context = self.trusting()
-            with context.wrap_socket(plain.socket, server_hostname="localhost", suppress_ragged_eofs=False) as client:
-                client.sendall(b"QUIT\r\n")
-                data = b"".join(iter(lambda: client.recv(100), b""))
-                self.assertEqual(data, b"220 Welcome\r\n221 Closing connection\r\n")
+        self.assertEqual(data, b"220 Welcome\r\n250 %b\r\n221 Closing connection\r\n" % (b"x" * 10_000_000))
 
     def test_what_was_sent_before_the_handshake_has_no_effect(self) -> None:
         with self.server() as server, Client(server) as client:
@@ -3560,6 +3229,7 @@ class TlsTest(ProcessCase):
             with self.subTest(reset=reset), self.server(implicit_tls=True) as server:
                 with Client(server, greets=False) as begins, self.connect_ssl(server) as client:
                     client.ehlo()
+                    self.assertFalse(client.has_extn("starttls"))
                     self.assertEqual(server.url, f"smtps://127.0.0.1:{server.port}")
                     self.assertTrue(wait_until(lambda: "open sessions: 2" in report(server)))
                     server.disconnect(reset=reset)
@@ -3633,22 +3303,12 @@ class TlsTest(ProcessCase):
         with self.connect_ssl(self.port(process)) as client:
             client.login("u", "s")
             client.sendmail("a@a.com", ["b@b.com"], "hi")
-        for flag, expected in (
-            (f"-tlsCert={HERE / 'none'}", "No such file or directory"),
-            (f"-tlsCert={__file__}", r"\[SSL\].*"),
-            (f"-tlsKey={self.pem}", "needs -tlsCert"),
-        ):
-            status, _, err = call_main(flag)
-            self.assertEqual(status, 2)
-            self.assertRegex(err, rf"\Asmtpmock: [^\n]*{expected}[^\n]*\n\Z")
 
 
 # ------------------------------------------------------------------------------------- server life
 
 
 class StartTest(ServerCase):
-    """start(), and what may be in its way."""
-
     def test_life(self) -> None:
         server = Server()
         self.assertEqual((server.host, server.port, server.is_running), ("127.0.0.1", 0, False))
@@ -3786,8 +3446,6 @@ class StartTest(ServerCase):
 
 
 class StopTest(ServerCase):
-    """stop(), and what it does to the sessions."""
-
     def test_idle_sessions_get_a_421_at_once(self) -> None:
         with contextlib.ExitStack() as stack:
             server = Server(shutdown_timeout=10 * TIMEOUT, session_timeout=10 * TIMEOUT).start()
@@ -3813,17 +3471,30 @@ class StopTest(ServerCase):
         recorder.wait_for("stopped successfully")
         self.assert_nothing_is_left(server)
 
-    def test_a_long_body_is_cut_off(self) -> None:
-        server, client, recorder = self.serve(shutdown_timeout=0.2)
-        client.mail(b"half")
-        recorder.wait_for("request: DATA")
-        began = time.monotonic()
-        server.stop()
-        self.assertTrue(0.2 <= time.monotonic() - began < TIMEOUT)
-        self.assertEqual(client.read(), "<closed>")
-        self.assertEqual([message.rcptto for message in server.messages()], [True])
-        recorder.wait_for("force stopped")
-        self.assert_nothing_is_left(server)
+    def test_it_keeps_its_promise(self) -> None:
+        """Sessions in the middle of something are cut off when its time is over, but not before that."""
+        stopped, forced = "was stopped successfully", "was force stopped"
+        for rule, lines, timeout, ends, outcome in (
+            ("NOOP: silence", ["NOOP"], 10 * TIMEOUT, [], stopped),
+            (f"NOOP: trickle {10 * TIMEOUT}", ["NOOP"], 0.05, ["2"], forced),
+            (f"NOOP: delay {10 * TIMEOUT}", ["NOOP"], 0.05, [], forced),
+            ("NOOP: drop", [*ENVELOPE, "DATA"], 0.2, [READY], forced),  # in a body
+        ):
+            server, client, _ = self.serve(rule, shutdown_timeout=timeout, logger=(recorder := Recorder()))
+            with self.subTest(rule), contextlib.ExitStack() as stack:
+                clients = [client, *(stack.enter_context(Client(server)) for _ in range(9))]
+                for other in clients:
+                    other.ask(*lines[:-1])
+                    other.send(lines[-1].encode() + b"\r\n")
+                for _ in clients:
+                    recorder.wait_for(f"SMTP request: {lines[-1]}")
+                began = time.monotonic()
+                stop_in_time(server)
+                self.assertTrue(outcome == stopped or time.monotonic() - began >= timeout)
+                self.assertEqual([other.read_all() for other in clients], [[*ends, "<closed>"]] * 10)
+                self.assertIn(outcome, recorder.wait_for("SMTP mock server was")[1])
+                self.assertEqual([message.data for message in server.messages()], [lines[-1] == "DATA"] * 10)
+                self.assert_nothing_is_left(server)
 
     def test_a_client_that_does_not_read_is_cut_off(self) -> None:
         server, client, recorder = self.serve(shutdown_timeout=0.1, msg_noop_received="250 " + "x" * 10_000_000)
@@ -3855,15 +3526,6 @@ class StopTest(ServerCase):
         self.assertEqual(in_threads(user, *floods), [RECEIVED, None, None, None])
         self.assert_nothing_is_left(server)
 
-    def test_stop_from_a_session(self) -> None:
-        def stop(message: Message) -> None:
-            server.stop()
-
-        server, client, recorder = self.serve(shutdown_timeout=0.1, on_message=stop)
-        client.mail()
-        recorder.wait_for("stopped")
-        self.assertFalse(server.is_running)
-
     def test_code_that_holds_up_a_session_does_not_hold_up_stop(self) -> None:
         server = Server(on_message=(hold := Hold()), shutdown_timeout=0).start()
         with Client(server) as client, mock.patch.object(smtpmock, "_PATIENCE", 0.01):
@@ -3875,36 +3537,41 @@ class StopTest(ServerCase):
         self.assertTrue(wait_until(lambda: not self.threads()))
 
     def test_a_logger_that_stops_the_server(self) -> None:
-        for text in ("started on port", "shutdown mode", "was stopped"):
-            server = Server()
-
-            def log(message: str, text: str = text, server: Server = server) -> None:
-                with contextlib.suppress(ServerStateError):
-                    if text in message:
-                        server.stop()
-
-            server.with_logger(types.SimpleNamespace(info=log, warning=log, error=log, info_activity=log))
-
-            def live(server: Server = server) -> None:
-                server.start()
-                with contextlib.suppress(ServerStateError):
+        def log(message: str) -> None:
+            with contextlib.suppress(ServerStateError):
+                if text in message:
                     server.stop()
 
+        def live() -> None:
+            server.start()
+            with contextlib.suppress(ServerStateError):
+                server.stop()
+
+        server = Server(logger=types.SimpleNamespace(info=log, warning=log, error=log, info_activity=log))
+        for text in ("started on port", "shutdown mode", "was stopped"):
             with self.subTest(text):
                 self.assertEqual(in_threads(live), [None])
                 self.assertFalse(server.is_running)
                 self.assert_nothing_is_left(server)
 
-    def test_a_session_that_stops_the_server_while_another_thread_does(self) -> None:
+    def test_a_session_that_stops_the_server(self) -> None:
+        """Alone, or while another thread does."""
+
         def on_message(message: Message) -> None:
-            recorder.wait_for("shutdown mode")
+            if not is_alone:
+                recorder.wait_for("shutdown mode")
             server.stop()
 
-        server, client, recorder = self.serve(on_message=on_message, shutdown_timeout=TIMEOUT)
-        client.mail()
-        server.stop()
-        self.assertEqual((len(server.messages()), client.read()), (1, RECEIVED))
-        self.assert_nothing_is_left(server)
+        for is_alone, timeout in ((True, 0.1), (False, TIMEOUT)):
+            server, client, recorder = self.serve(on_message=on_message, shutdown_timeout=timeout)
+            client.mail()
+            if is_alone:
+                recorder.wait_for("stopped")
+                self.assertFalse(server.is_running)
+            else:
+                server.stop()
+                self.assertEqual((len(server.messages()), client.read()), (1, RECEIVED))
+                self.assert_nothing_is_left(server)
 
     def test_a_client_that_is_sending_gets_an_rst(self) -> None:
         """It does not hang when the server cuts it off, though nobody reads what it sends."""
@@ -4026,8 +3693,6 @@ class InterruptTest(ServerCase):
 
 
 class SessionTest(ServerCase):
-    """Sessions as the server sees them begin and end."""
-
     def test_silence(self) -> None:
         with Server(session_timeout=0.05, msg_session_timeout="421 wake up") as server:
             with Client(server) as client:
@@ -4039,23 +3704,15 @@ class SessionTest(ServerCase):
                 transcript = server.wait_for_messages(1, TIMEOUT)[0].transcript
                 self.assertEqual(transcript.splitlines()[-2:], ["S: 421 wake up", "S: <closed>"])
 
-    def test_a_shutdown(self) -> None:
-        with Server(msg_server_shutdown="421 bye") as server, Client(server) as client:
+    def test_an_accepted_message_stays_accepted(self) -> None:
+        for end, said in ((Server.stop, ["421 bye", "<closed>"]), (Server.disconnect, ["<closed>"])):
+            server, client, _ = self.serve(msg_server_shutdown="421 bye")
             client.ask(ENVELOPE[0], *SEND)
-            server.stop()
-            self.assertEqual(client.read(), "421 bye")
-        (message,) = server.messages()
-        self.assertTrue(message.is_consistent)
-        self.assertEqual(message.transcript.splitlines()[-3:], [f"S: {RECEIVED}", "S: 421 bye", "S: <closed>"])
-
-    def test_a_port_probe_records_nothing(self) -> None:
-        with Server(logger=(recorder := Recorder())) as server:
-            Client(server, greets=False).reset()
-            with Client(server):
-                pass
-            recorder.wait_for("session finished")
-            recorder.wait_for("session finished")
-            self.assertEqual(server.messages(), [])
+            end(server)
+            self.assertEqual(client.read_all(), said)
+            (message,) = server.messages()
+            self.assertTrue(message.is_consistent)
+            self.assertTrue(message.transcript.endswith("\nS: ".join(["", RECEIVED, *said])), message.transcript)
 
     def test_clients_that_vanish_are_recorded(self) -> None:
         for lines in (ENVELOPE[:1], ENVELOPE, [*ENVELOPE, "DATA"], ["\x00\udcff"]):
@@ -4072,6 +3729,15 @@ class SessionTest(ServerCase):
                         self.assertEqual(message.content, b"half a line")
                     with Client(server) as other:
                         self.assertEqual(other.greeting, "220 Welcome")
+
+    def test_a_mail_is_there_when_the_sendmail_of_smtplib_returns(self) -> None:
+        with Server(multiple_message_receiving=True) as server, Smtp(server) as client:
+            for body in (b"hi", b"\xff\x00 8-bit", b".dots\r\n..\r\n.", b"", "ünïcode".encode(), b"x" * 300_000):
+                for end in (b"", b"\r\n"):
+                    client.sendmail("a@a.com", ["b@b.com"], body + end)
+                    (message,) = server.messages_and_purge()
+                    self.assertEqual((message.content.removesuffix(b"\r\n"), message.is_consistent), (body, True))
+            client.quit()
 
     def test_half_closed(self) -> None:
         for lines, reply in ((b"EHLO a.com\r\n" + MAIL, RECEIVED), (b"NOOP\r\n", "250 Ok")):
@@ -4101,8 +3767,6 @@ class SessionTest(ServerCase):
 
 
 class ConfigureTest(ServerCase):
-    """configure(), reset() after it, and url."""
-
     def test_two_threads_change_options(self) -> None:
         """At the worst moment: while the handlers of the first change are made."""
 
@@ -4148,21 +3812,21 @@ class ConfigureTest(ServerCase):
         """An output of the command line stays."""
         given: list[str] = []
         taken: list[Message] = []
-        with Server(on_message=lambda message: given.append("old")) as server:
-            send(server, "1")
-            server.configure(on_message=lambda message: given.append("new"))
-            send(server, "2")
-            server.configure(fail_fast=True)
-            send(server, "3")
-            server.configure(on_message=None)
-            send(server, "4")
-            server.reset()
-            send(server, "5")
-            Memory.set_output(server, taken.append)
-            server.configure(fail_fast=False)
-            server.reset()
-            send(server, "6")
-        self.assertEqual((given, len(taken)), (["old", "new", "new", "old"], 1))
+        server = Server(on_message=lambda message: given.append("old"))
+        changes: Sequence[Callable[[], object]] = (
+            lambda: server.configure(on_message=lambda message: given.append("new")),
+            lambda: server.configure(fail_fast=True),
+            lambda: server.configure(on_message=None),
+            server.reset,
+            lambda: [Memory.set_output(server, taken.append), server.configure(fail_fast=False)],
+            server.reset,
+        )
+        with server:
+            send(server, "hi")
+            for change in changes:
+                change()
+                send(server, "hi")
+        self.assertEqual((given, len(taken)), (["old", "new", "new", "old"], 2))
 
     def test_a_warning_about_discarded_mail(self) -> None:
         """It is turned off by an option that is set explicitly, as long as that is in force."""
@@ -4224,17 +3888,6 @@ class ConfigureTest(ServerCase):
         self.assertEqual(told(server).count("ValueError"), 3)
         server.check()
 
-    def test_the_log(self) -> None:
-        output = io.StringIO()
-        with Server() as server, contextlib.redirect_stdout(output):
-            server.configure(log_to_stdout=True, log_server_activity=True)
-            Client(server).__exit__()
-            self.assertTrue(wait_until(lambda: "session finished" in output.getvalue()))
-            server.reset()
-            size = len(output.getvalue())
-            Client(server).__exit__()
-        self.assertEqual(len(output.getvalue()), size)
-
     def test_url(self) -> None:
         context = mock.Mock(spec=ssl.SSLContext)
         for options, url in (
@@ -4255,9 +3908,9 @@ class DisconnectTest(ServerCase):
     def test_what_a_session_waits_for(self) -> None:
         rules = ("RSET: delay 1000", "VRFY: silence", "EXPN: delay 1000; close", "NOOP: delay 0.001")
         waits: Sequence[tuple[Sequence[str], bytes, str | None]] = (
-            ([], b"", None),  # the first command
-            (ENVELOPE[:1], b"", None),
-            (ENVELOPE[:1], b"half", None),  # the rest of a line
+            ([], b"EHLO a.com", None),  # the rest of the first line
+            (ENVELOPE[:1], b"", None),  # a command
+            (ENVELOPE[:1], b"half", None),
             ([*ENVELOPE, "DATA"], b"half\r\n", None),  # that of a body
             (ENVELOPE[:1], b"RSET\r\n", None),  # the end of a delay
             (ENVELOPE[:1], b"EXPN\r\n", "S: <closed>"),
@@ -4278,15 +3931,6 @@ class DisconnectTest(ServerCase):
                 with Client(server) as other:
                     self.assertEqual(other.ask("NOOP"), ["250 Ok"])
 
-    def test_an_accepted_message_stays_accepted(self) -> None:
-        server, client, _ = self.serve()
-        client.ask(ENVELOPE[0], *SEND)
-        server.disconnect()
-        self.assertEqual(client.read(), "<closed>")
-        (message,) = server.messages()
-        self.assertTrue(message.is_consistent)
-        self.assertEqual(message.transcript.splitlines()[-2:], [f"S: {RECEIVED}", "S: <closed>"])
-
     def test_a_client_that_closed_its_end_or_does_not_read(self) -> None:
         for reset, _ in self.ENDS:
             server, client, recorder = self.serve("NOOP: delay 1000", msg_rset_received="250 " + "x" * 10_000_000)
@@ -4300,12 +3944,6 @@ class DisconnectTest(ServerCase):
                 recorder.wait_for("response: 250 x")
                 server.disconnect(reset)
                 self.assertEqual(len(server.messages()), 2)
-
-    def test_a_client_that_closed_its_end_gets_a_delayed_reply(self) -> None:
-        _, client, _ = self.serve("NOOP: delay 0.02")
-        client.send(b"NOOP\r\n")
-        client.socket.shutdown(socket.SHUT_WR)
-        self.assertEqual(client.read_all(), ["250 Ok", "<closed>"])
 
     def test_in_a_callback(self) -> None:
         """Of two sessions at once, which do not wait for each other."""
@@ -4366,10 +4004,11 @@ class DisconnectTest(ServerCase):
         self.assertLess(served, 15)
 
     def test_while_it_starts(self) -> None:
-        """A logger may call it, and does not wait for a client."""
+        """A logger may call it, and does not wait for a client; when it does not run, nothing happens."""
         server: Server = Server(logger=mock.Mock(info=lambda text: server.disconnect()))
         self.assertEqual(in_threads(server.start), [server])
         server.stop()
+        server.disconnect()
 
     def test_a_session_that_has_ended_is_not_open(self) -> None:
         """Though the server waits for the client's FIN."""
@@ -4382,9 +4021,6 @@ class DisconnectTest(ServerCase):
         server, _, _ = self.serve()
         server.disconnect()
         self.assertRegex(report(server), "(?s)open sessions: 0.*disconnect[(][)] ended it")
-
-    def test_a_server_that_is_not_running(self) -> None:
-        Server().disconnect()
 
 
 class OtherSystem:
@@ -4534,10 +4170,8 @@ class OtherSystemsTest(ServerCase):
             with Client(server) as client:
                 client.ask(ENVELOPE[0], *SEND * 3)
                 challenges = [client.ask("AUTH CRAM-MD5", "*")[0] for _ in range(3)]
-            ids = [
-                message.id for message in server.wait_for_messages(3, 0)
-            ]  # and that of the session with the challenges
-            self.assertEqual(len(ids), len(set(ids)))
+            found = ids(server.wait_for_messages(3, 0))  # and that of the session with the challenges
+            self.assertEqual(len(found), len(set(found)))
             with self.assertRaises(WaitTimeoutError):
                 server.wait_for_messages(9, 0.01)
         self.assertEqual(({challenge[:4] for challenge in challenges}, len(set(challenges))), ({"334 "}, 3))
@@ -4559,34 +4193,25 @@ class OtherSystemsTest(ServerCase):
     def run_command_line(self, *argv: str) -> str:
         """Run it in this process, which has no SIGQUIT but SIGBREAK, send a mail to it, and stop it by that signal."""
 
-        class Out(io.StringIO):
-            def write(self, text: str) -> int:
-                if port := re.search(r"listening on [\d.]+:(\d+)", text):
-                    thread = threading.Thread(target=send_and_stop, args=(int(port[1]),))
-                    thread.start()
-                    threads.append(thread)
-                return super().write(text)
-
         def send_and_stop(port: int) -> None:
             try:
                 send(port, b"Subject: hi\r\n\r\nbare\nCRLF\r\n")
             finally:
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
-        threads: list[threading.Thread] = []
         with OtherSystem("Windows"), mock.patch.dict(vars(signal), SIGBREAK=signal.SIGUSR1):
             del vars(signal)["SIGQUIT"]
-            with contextlib.redirect_stdout(Out()) as out:
-                self.assertEqual(smtpmock.main(argv), 0)
-        threads[0].join(TIMEOUT)
-        return out.getvalue()
+            return run_main(send_and_stop, *argv)
 
     def test_the_command_line_without_sigquit(self) -> None:
         self.assertIn("a@a.com", self.run_command_line())
 
     def test_saved_mails(self) -> None:
-        """The names are ones that Windows takes, the bytes are the same, and no file is open when it gets its name."""
-        opened: list[Any] = []
+        """The names are ones that Windows takes, the bytes are the same, and no file is open when it gets its name.
+
+        That of the mail it gets last.
+        """
+        opened, named = list[Any](), list[str]()
         real_open: Any = open
         real_replace = os.replace
 
@@ -4600,6 +4225,7 @@ class OtherSystemsTest(ServerCase):
             self.assertFalse(os.path.exists(target))
             for path in (source, target):
                 self.assertRegex(os.path.basename(path), r"\A[\w.-]*\w\Z")
+            named.extend(path.suffix for path in Path(folder).glob("saved/*.*") if path.suffix in (".eml", ".json"))
             real_replace(source, target)
 
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -4612,6 +4238,7 @@ class OtherSystemsTest(ServerCase):
                 path.suffix if path.parent.name == "saved" else "maildir": path for path in Path(folder).rglob("*.*")
             }
             mail, record, maildir = (files[kind].read_bytes() for kind in (".eml", ".json", "maildir"))
+        self.assertEqual(named, [".json"])
         self.assertTrue(mail.endswith(b"Subject: hi\r\n\r\nbare\nCRLF\r\n"))
         self.assertEqual(maildir, mail.replace(b"bare\n", b"bare\r\n"))  # the lines of a Maildir are the system's
         self.assertEqual((b"\r\n" in record, json.loads(record)["content"][-11:]), (False, "bare\nCRLF\r\n"))
@@ -4816,28 +4443,10 @@ class ResourceTest(ServerCase, ProcessCase):
         self.assertEqual(self.run_python(code), "end\n")
 
 
-# ------------------------------------------------------------------------------------ real clients
-
-
-class SmtplibTest(unittest.TestCase):
-    """smtplib in its usual manners."""
-
-    def test_it_is_there_when_sendmail_returns(self) -> None:
-        with Server(multiple_message_receiving=True) as server, Smtp(server) as client:
-            for body in (b"hi", b"\xff\x00 8-bit", b".dots\r\n..\r\n.", b"", "ünïcode".encode(), b"x" * 300_000):
-                for end in (b"", b"\r\n"):
-                    client.sendmail("a@a.com", ["b@b.com"], body + end)
-                    (message,) = server.messages_and_purge()
-                    self.assertEqual((message.content.removesuffix(b"\r\n"), message.is_consistent), (body, True))
-            client.quit()
-
-
 # ----------------------------------------------------------------------------------------- logging
 
 
 class LoggingTest(unittest.TestCase):
-    """What is logged, and to where."""
-
     SESSION: Sequence[str] = [
         "SMTP session started",
         "SMTP response: 220 Welcome",
@@ -4901,14 +4510,6 @@ class LoggingTest(unittest.TestCase):
         self.assertIn("INFO:smtpmock.test:SMTP request: EHLO example.com", logs.output)
         self.assertEqual(logs.records[-2].levelname, "WARNING")
 
-    def test_bodies_are_not_logged(self) -> None:
-        with Server(logger=(recorder := Recorder())) as server:
-            send(server, "secret")
-            recorder.wait_for("finished")
-        text = str(recorder.seen)
-        self.assertNotIn("secret", text)
-        self.assertIn("SMTP request: message binary data portion", text)
-
     def test_a_logger_that_raises(self) -> None:
         """Be it no Exception, as what pytest.fail() raises."""
         for error in (ZeroDivisionError(), type("Failed", (BaseException,), {})()):
@@ -4946,49 +4547,60 @@ def parse_flags(*argv: str) -> Any:
     return made.call_args.kwargs
 
 
+def run_main(use: Callable[[int], object], *argv: str, early: Callable[[int], object] = lambda port: None) -> str:
+    """Run main() until a signal that use() sends, in a thread; what it printed. early() runs when the port is told."""
+
+    class Out(io.StringIO):
+        def write(self, text: str) -> int:
+            if port := re.search(r"listening on [\d.]+:(\d+)", text):
+                early(int(port[1]))
+                user.append(threading.Thread(target=use, args=(int(port[1]),)))
+                user[0].start()
+            return super().write(text)
+
+    user: list[threading.Thread] = []
+    with contextlib.redirect_stdout(Out()) as out:
+        status = smtpmock.main(argv)
+    user[0].join(TIMEOUT)
+    assert status == 0
+    return out.getvalue()
+
+
 # Command lines that are refused, and why.
 BAD_FLAGS = """
 -port=99999             => -port=99999: must be an integer from 0 to 65535
 -port=x                 => -port='x': must be an integer from 0 to 65535
 -port=                  => -port='': must be an integer from 0 to 65535
--port=-1                => -port=-1: must be an integer from 0 to 65535
 -log=maybe              => -log='maybe': must be true or false
--json=maybe             => -json='maybe': must be true or false
 -prot=1                 => -prot: there is no such flag; did you mean -port?
 --multiple-rcpto        => --multiple-rcpto: there is no such flag; did you mean --multiple-rcptto?
 -port                   => -port: needs a value
 -failfast               => -failfast: there is no such flag; did you mean --fail-fast?
 -rule                   => -rule: needs a value
 stray                   => stray: there is no such flag
--multiple-rcptto        => -multiple-rcptto: there is no such flag; did you mean --multiple-rcptto?
 -sessionTimeout=nan     => -sessionTimeout=nan: must be a number of seconds from 0.001 to 1000000
--authRequired           => -authRequired=True: needs -authUsers
 -extensions=AUTH        => -extensions: AUTH is announced with the option -authUsers
+-tlsCert=none.pem       => -tlsCert='none.pem'{MORE}No such file or directory{MORE}
 -implicitTls            => -implicitTls=True: needs -tlsCert
 -saveDir=/dev/null/x    => cannot write to /dev/null/x: Not a directory
 --maildir=/dev/null/x   => cannot write to /dev/null/x: Not a directory
--saveDir=/proc/x        => cannot write to /proc/x: No such file or directory
 """
 BAD_RULE_FLAGS = r"""
 RCPT reply                    => must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'
 : drop                        => must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'
 a b c d: drop                 => must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'
 RCPT: rply 450                => 'rply' must be {ACTIONS}
-RCPT: reply                   => reply=(): must be one string or more
 RCPT: reply 450; tims=2       => 'tims' must be {ACTIONS}
 RCPT: times=2                 => it has no action
 RCPT: reply 450; times=x      => times='x': must be an integer from 1 up
 RCPT: reply 450; times        => times='': must be an integer from 1 up
 RCPT: delay soon              => delay='soon': must be a number of seconds from 0 to 1000000
-RCPT: drop; after=1           => after=1: is for the stage message, not for RCPT
 RCPT: silence please          => 'please' must not follow silence
 RCPT: raw \x                  => raw='\\x': must be bytes
 """
 
 
 class CommandLineTest(unittest.TestCase):
-    """main(), in this process."""
-
     VALUES: Mapping[str, tuple[str, Any]] = {
         "bool": ("true", True),
         "str": ("a = b", "a = b"),
@@ -5029,6 +4641,10 @@ class CommandLineTest(unittest.TestCase):
                 status, out, err = call_main(flag)
                 self.assertEqual((status, out), (1 if "/" in flag else 2, ""))
                 self.assertRegex(err.removeprefix("smtpmock: ").removesuffix("\n"), error)
+        with Server() as server:
+            status, _, err = call_main(f"-port={server.port}")
+        self.assertEqual(status, 1)
+        self.assertRegex(err, rf"\Asmtpmock: cannot listen on 127\.0\.0\.1:{server.port}: [^\n]*in use\n\Z")
 
     def test_bad_rules(self) -> None:
         ends = "close or drop or reset or silence"
@@ -5042,38 +4658,27 @@ class CommandLineTest(unittest.TestCase):
         """A run of main(), with a mail, until a signal. No default timeout disturbs it."""
         self.addCleanup(socket.setdefaulttimeout, None)
         socket.setdefaulttimeout(0.001)
-        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
-        def write(text: str) -> None:
-            """Take a line; when the port is announced, clients can connect but are not served yet."""
-            match = re.match("smtpmock: listening on (.*):(.*)", text)
-            if match:
-                with socket.create_connection((match[1], int(match[2])), TIMEOUT) as early:
-                    early.settimeout(0.02)
-                    self.assertRaises(TimeoutError, early.recv, 1)
-            lines.put(text)
+        def connect_early(port: int) -> None:
+            """When the port is announced, clients can connect but are not served yet."""
+            with socket.create_connection(("127.0.0.1", port), TIMEOUT) as client:
+                client.settimeout(0.02)
+                self.assertRaises(TimeoutError, client.recv, 1)
 
-        def use() -> None:
-            with Smtp(int(lines.get(timeout=TIMEOUT).rpartition(":")[2])) as client:
+        def use(port: int) -> None:
+            with Smtp(port) as client:
                 assert (client.docmd("VRFY"), client.docmd("EXPN")) == ((252, b"one"), (252, b"two"))
                 client.sendmail("a@a.com", ["b@b.com"], "hi")
                 signal.raise_signal(signal.SIGTERM)
                 assert client.getreply()[0] == 421
                 client.close()
 
-        user = threading.Thread(target=use)
         handler = signal.getsignal(signal.SIGTERM)
-        no_file = mock.Mock(side_effect=OSError)  # argparse asks for its number since Python 3.14
-        with contextlib.redirect_stdout(mock.Mock(encoding="utf-8", write=write, fileno=no_file)):
-            user.start()
-            self.assertEqual(smtpmock.main(["-log", "-rule", "VRFY: reply 252 one", "--rule=EXPN: reply 252 two"]), 0)
-        user.join(TIMEOUT)
+        run_main(use, "-log", "-rule", "VRFY: reply 252 one", "--rule=EXPN: reply 252 two", early=connect_early)
         self.assertIs(signal.getsignal(signal.SIGTERM), handler)
 
 
 class HelpTest(unittest.TestCase):
-    """-h, which is a page, and -helpAll."""
-
     def read(self, flag: str) -> str:
         status, out, err = call_main(flag)
         self.assertEqual((status, err), (0, ""))
@@ -5134,8 +4739,6 @@ class HelpTest(unittest.TestCase):
 
 
 class ProcessTest(ProcessCase):
-    """The command line as a process, with real signals."""
-
     def test_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
             with self.subTest(number.name):
@@ -5197,15 +4800,6 @@ class ProcessTest(ProcessCase):
             self.assertEqual(client.getreply(), (250, b"Ok"))
         self.assertEqual(process.wait(TIMEOUT), 0)
 
-    def test_errors(self) -> None:
-        with Server() as server:
-            in_use = rf"cannot listen on 127\.0\.0\.1:{server.port}: .*in use"
-            for flag, status, error in (("-prot=1", 2, "-prot: .*"), (f"-port={server.port}", 1, in_use)):
-                process = self.start(flag)
-                out, err = process.communicate(timeout=TIMEOUT)
-                self.assertEqual((process.returncode, out), (status, ""))
-                self.assertRegex(err, rf"\Asmtpmock: {error}\n\Z")
-
     def test_a_killed_one_leaves_its_port(self) -> None:
         process = self.start()
         port = self.port(process)
@@ -5235,9 +4829,13 @@ class OutputTest(ProcessCase):
 
     def test_a_mail_that_one_output_cannot_take_is_in_none(self) -> None:
         maildir = self.folder.parent / "maildir"
-        port = self.port(self.start(f"-saveDir={self.folder}", f"-maildir={maildir}", "-log"))
+        process = self.start(f"-saveDir={self.folder}", f"-maildir={maildir}", "-json")
+        port = json.loads(process.stdout.readline())["port"]
         shutil.rmtree(maildir / "tmp")
         self.refuse(port)
+        error = json.loads(process.stdout.readline())
+        text = "a mail was refused, because it cannot be saved: "
+        self.assertEqual((error["event"], error["error"][: len(text)]), ("error", text))
         self.assertEqual(self.names(), [])
         (maildir / "tmp").mkdir()
         send(port, "hi")
@@ -5271,19 +4869,6 @@ class OutputTest(ProcessCase):
             printer("three")
             self.assertEqual(disk.data, b"one\ntw\nthree\n")
 
-    def test_temporary_files_look_like_no_mail(self) -> None:
-        seen: list[str] = []
-        replace = os.replace
-
-        def look_and_replace(source: str, target: str) -> None:
-            seen.extend(path.name for kind in ("eml", "json") for path in Path(source).parent.glob(f"*.{kind}"))
-            replace(source, target)
-
-        with mock.patch("os.replace", look_and_replace):
-            self.folder.mkdir(parents=True)
-            receive_mail(on_message=Memory.saver(self.folder))
-        self.assertEqual((seen, self.names()), (["000001.json"], self.pairs(1)))
-
     def names(self) -> list[str]:
         return sorted(path.name for path in self.folder.iterdir())
 
@@ -5308,6 +4893,7 @@ class OutputTest(ProcessCase):
         self.assertEqual(json.loads(out), {"event": "done", "command": "stop", "messages": 2})
         self.assertEqual(process.returncode, 0)
         self.assertIn("SMTP request: message binary data portion", err)
+        self.assertNotIn("Subject", err)
         seen = [(line["event"], line["subject"], line["is_consistent"], line["id"]) for line in lines]
         self.assertEqual(seen, [("message", "one", True, 1), ("message", "two", True, 2), ("message", None, False, 3)])
         self.assertEqual((lines[0]["content_encoding"], lines[1]["content"]), ("base64", "Subject: two\r\n"))
@@ -5409,20 +4995,15 @@ class OutputTest(ProcessCase):
 # Commands that change nothing, and what is said about them.
 BAD_COMMANDS = """
 foo                                     => 'foo': must be rule RULE, configure FLAG..., clear, reset, purge, check, {MORE}
-clear all                               => 'clear all': must be rule RULE, configure FLAG..., clear, reset, {MORE}
 stop now                                => 'stop now': must be {MORE}
 rule                                    => rule '': must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'
 rule RCPT: reply 450; delay soon        => rule 'RCPT: reply 450; delay soon': delay='soon': must be a number of {MORE}
-rule RCPT: reply 450; rply 451          => rule 'RCPT: reply 450; rply 451': 'rply' must be {MORE}
 configure -msgRcpttoReceived="450       => No closing quotation
 configure -failFast -port=1             => -port=1: cannot be changed {MORE}
 configure -failFast -json               => -json: cannot be changed while the server runs
 configure -failFast -tlsCert=/dev/null  => {MORE}cannot be loaded: {MORE}; without -tlsKey, the file must have {MORE}
 configure -tlsKey=/dev/null             => -tlsKey='/dev/null': needs -tlsCert
 configure -failFst                      => -failFst: there is no such flag; did you mean -failFast?
-configure stray                         => stray: there is no such flag
-configure -implicitTls                  => -implicitTls=True: needs -tlsCert
-disconnect resett                       => 'disconnect resett': must be {MORE}
 """
 
 
@@ -5552,13 +5133,6 @@ class ControlTest(ProcessCase):
                 self.reader.join(TIMEOUT)
                 self.assertTrue(self.lines.empty())
 
-    def test_a_stdin_that_cannot_be_read(self) -> None:
-        error = "cannot read from stdin: it is closed"
-        status, out, err = self.run_shell("-control <&-")
-        self.assertEqual(
-            (status, json.loads(out), err), (1, {"event": "error", "error": error}, f"smtpmock: {error}\n")
-        )
-
     def test_errors_at_the_start(self) -> None:
         for flag in ("-json", "--json=true", "-control"):
             for argv, status, error in (
@@ -5573,8 +5147,6 @@ class ControlTest(ProcessCase):
 
 @unittest.skipUnless(threading.current_thread() is threading.main_thread(), "signals reach the main thread only")
 class ControlInProcessTest(unittest.TestCase):
-    """-control, in this process."""
-
     def test_it_obeys(self) -> None:
         text = "rule RCPT: reply 450 later\nclear\nrule x\nconfigure -failFast\nreset\ndisconnect\ncheck"
         commands = text.splitlines()
@@ -5589,10 +5161,13 @@ class ControlInProcessTest(unittest.TestCase):
         names = ["listening", "done", "done", "error", "done", "done", "done", "done", "error", "done"]
         self.assertEqual([event["event"] for event in events], names)
 
-    def test_a_stdin_without_a_file(self) -> None:
-        with mock.patch("sys.stdin", io.StringIO("stop\n")):
-            status, _, err = call_main("-control")
-        self.assertEqual((status, err), (1, "smtpmock: cannot read from stdin: it is closed\n"))
+    def test_a_stdin_that_cannot_be_read(self) -> None:
+        error = "cannot read from stdin: it is closed"
+        for stdin in (None, io.StringIO("stop\n")):
+            with mock.patch("sys.stdin", stdin):
+                status, out, err = call_main("-control")
+            self.assertEqual((status, err), (1, f"smtpmock: {error}\n"))
+            self.assertEqual(json.loads(out), {"event": "error", "error": error})
 
 
 # ---------------------------------------------------------------------------- what a failing test is told
@@ -5613,15 +5188,13 @@ class TellingTest(unittest.TestCase):
 
     def test_recipients_that_were_not_kept(self) -> None:
         text = "1 of 2 accepted recipients was not kept; multiple_rcptto=True keeps them all"
-        for name, arguments in {
-            "messages": [],
-            "messages_and_purge": [],
-            "message": [],
-            "wait_for_messages": [1],
-        }.items():
+        calls: Sequence[Callable[[Server], object]] = (
+            Server.messages, Server.messages_and_purge, Server.message, lambda server: server.wait_for_messages(1)
+        )  # fmt: skip
+        for call in calls:
             with Server() as server, Smtp(server) as client:
                 client.sendmail("a@a.com", ["b@b.com", "c@c.com"], "hi")
-                self.assert_warns(text, functools.partial(getattr(server, name), *arguments))
+                self.assert_warns(text, lambda call=call, server=server: call(server))  # type: ignore[misc]
                 self.assert_silent(server.messages)  # once per message
         for value in (True, False):
             with Server(Configuration(multiple_rcptto=value)) as server, Smtp(server) as client:
@@ -5677,15 +5250,6 @@ class TellingTest(unittest.TestCase):
             with self.assertRaisesRegex(WaitTimeoutError, text):
                 server.message()
 
-    def test_a_body_that_was_refused(self) -> None:
-        """With several messages it ends its mail, which stays."""
-        memory = Memory(multiple_message_receiving=True, rules=["message: reply 552 no; times=1"])
-        memory.say(*ENVELOPE, *SEND[2:], "RSET", *SEND, "NOOP")
-        refused, accepted = memory.messages()
-        self.assertEqual((refused.refusals, refused.content), ([("<4 bytes>", "552 no")], b"hi\r\n"))
-        self.assertEqual((refused.rcpt_tos, refused.rset), (["b@b.com"], True))
-        self.assertEqual((accepted.is_consistent, accepted.refusals), (True, []))
-
     def test_rules_that_were_never_hit(self) -> None:
         with Server() as server:
             server.check()
@@ -5712,13 +5276,15 @@ class TellingTest(unittest.TestCase):
         self.addCleanup(setattr, threading, "excepthook", threading.excepthook)
         threading.excepthook = lambda arguments: shown.append(str(arguments.exc_value))
         with Server(on_message=fail, handlers=[make_handler("VRFY", parse=parse)], auth_users=fail) as server:
-            server.on("NOOP")(fail)
+            server.on("NOOP", times=1)(fail)
+            rule = server.on("HELP", fail).drop()
             with Client(server) as client:
                 lines = ["NOOP", "VRFY", *ENVELOPE, *SEND[2:], "RSET", f"AUTH PLAIN {b64(chr(0) + 'a' + chr(0) + 'b')}"]
-                replies = client.ask(*lines)
+                replies = client.ask(*lines, "HELP", "NOOP")
+            rule.remove()
             failed = "451 Local error in processing"
-            self.assertEqual([replies[index] for index in (0, 1, 7, 9)], [failed] * 4)
-            self.assertEqual(shown, ["callback", "handler", "callback", "callback"])
+            self.assertEqual([replies[index] for index in (0, 1, 7, 9, 10, 11)], [failed] * 5 + ["250 Ok"])
+            self.assertEqual(shown, ["callback", "handler", "callback", "callback", "callback"])
             self.assertIn("on_message failed: AssertionError: callback", told(server).splitlines())
             server.check()  # which has told
 
@@ -5741,10 +5307,11 @@ class TellingTest(unittest.TestCase):
             self.assertEqual((len(lines), "MuteError" in lines[0]), (100, True))
 
     def test_connections_that_ended_early(self) -> None:
-        """The report has the last ten."""
+        """The report has the last ten, and nothing is recorded of them."""
         with Server() as server:
-            for _ in range(11):
-                Client(server, greets=False).__exit__()
+            ways: list[Callable[[Client], object]] = [Client.reset, Client.__exit__]
+            for leave in ways * 6:
+                leave(Client(server, greets=False))
             ended = "ended early: 127.0.0.1:"
             self.assertTrue(wait_until(lambda: report(server).count(ended) == 10), report(server))
             self.assertIn("left before any command", report(server))
@@ -5752,7 +5319,7 @@ class TellingTest(unittest.TestCase):
                 client.send(b"\x16\x03\x01\x02\x00\x01")
             text = "the client began TLS, but this port begins in plain text"
             self.assertTrue(wait_until(lambda: text in report(server)), report(server))
-            self.assertEqual(report(server).count("ended early"), 10)
+            self.assertEqual((report(server).count("ended early"), server.messages()), (10, []))
 
     def test_a_wait_in_a_coroutine(self) -> None:
         async def wait(server: Server) -> None:
@@ -5835,12 +5402,7 @@ class NarrationTest(ProcessCase):
                 self.assertRaises(smtplib.SMTPDataError, send, port, "hi")
 
             _, errors, _ = self.run_by_hand(f"-saveDir={path}", sender=remove_and_send)
-            text = "a mail was refused, because it cannot be saved: "
-            self.assertRegex(errors, f"^smtpmock: {text}.*No such file.*\n$")
-            process = self.start("-json", f"-saveDir={path}")
-            remove_and_send(json.loads(process.stdout.readline())["port"])
-            error = json.loads(process.stdout.readline())
-            self.assertEqual((error["event"], error["error"][: len(text)]), ("error", text))
+            self.assertRegex(errors, "^smtpmock: a mail was refused, because it cannot be saved: .*No such file.*\n$")
 
     @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
     def test_colours(self) -> None:
@@ -5864,8 +5426,10 @@ class NarrationTest(ProcessCase):
 # --------------------------------------------------------------------------------- the file itself
 
 
-class ModuleTest(ProcessCase):
-    """The module as a file."""
+class PackageTest(ProcessCase):
+    """The module, and the package that pyproject.toml makes of it."""
+
+    project = (HERE / "pyproject.toml").read_text(encoding="utf-8")
 
     def test_what_it_imports(self) -> None:
         code = """
@@ -5894,6 +5458,23 @@ class ModuleTest(ProcessCase):
             for name in ast.walk(node):
                 if isinstance(name, ast.Name) and id(name) not in annotations and getattr(node, "name", "") != "main":
                     self.assertGreaterEqual(name.lineno, defined.get(name.id, 0), f"{name.id} in line {name.lineno}")
+
+    def test_it_runs_and_is_typed(self) -> None:
+        files = dict(re.findall(r'^"(.+)" = "(smtpmock/.+)"$', self.project, re.MULTILINE))
+        self.assertEqual(sorted(files.values()), ["smtpmock/__init__.py", "smtpmock/__main__.py", "smtpmock/py.typed"])
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "smtpmock").mkdir()
+            for source, target in files.items():
+                shutil.copy(HERE / source, Path(folder, target))
+            said = self.finish(self.launch("-W", "error", "-m", "smtpmock", "-v", cwd=folder))
+            self.assertEqual(said.splitlines()[0], f"smtpmock: {smtpmock.__version__}")
+
+    def test_what_it_says_of_the_module(self) -> None:
+        description = re.search('^description = "(.*)"$', self.project, re.MULTILINE)
+        assert description is not None
+        self.assertEqual(description[1], (smtpmock.__doc__ or "").splitlines()[0])
+        self.assertIn('[project.scripts]\nsmtpmock = "smtpmock:main"\n', self.project)
+        self.assertIn('[project.entry-points.pytest11]\nsmtpmock = "smtpmock"\n', self.project)
 
 
 class PytestTest(unittest.TestCase):
@@ -5944,8 +5525,6 @@ class PytestTest(unittest.TestCase):
             with leftover:
                 self.assertEqual(leftover.read(), "<closed>")
             self.assertEqual(self.server.messages(), [])
-
-    def test_a_stopped_server_is_started_again(self) -> None:
         with self.run_test():
             self.server.stop()
         with self.run_test(), Client(self.server) as client:
@@ -5989,6 +5568,8 @@ class PytestTest(unittest.TestCase):
             lines = message.splitlines()
             self.assertEqual(lines[0], repr(self.server.messages()[0]))
             self.assertIn("C: <4 bytes>", lines)
+            wrong = ["header-missing", "header-missing", "no-message-id"]
+            self.assertEqual([line.partition(":")[0] for line in lines[-3:]], wrong)
             self.assertEqual(session, "a session is open:\nS: 220 Welcome\nC: EHLO open.example.com\nS: 250 Received")
             self.assertEqual(self.sections(item, "call"), [])  # nothing happened since
             self.plugin.pytest_runtest_makereport(item, mock.Mock(excinfo=None))  # of a phase that passed
@@ -6012,42 +5593,8 @@ class PytestTest(unittest.TestCase):
         with self.run_test() as item:
             self.assertEqual(self.sections(item, "call"), ["no session"])
 
-    def test_what_the_client_did_wrong_is_in_the_report(self) -> None:
-        with (
-            self.run_test() as item,
-            mock.patch.multiple(Message, create=True, violations=["a violation"], warnings=["a warning"]),
-        ):
-            send(self.server, "hi")
-            self.assertEqual(self.sections(item, "call")[0].splitlines()[-2:], ["a violation", "a warning"])
-
-
-class PackageTest(ProcessCase):
-    """The package that pyproject.toml makes of the module."""
-
-    def setUp(self) -> None:
-        self.project = (HERE / "pyproject.toml").read_text(encoding="utf-8")
-
-    def test_it_runs_and_is_typed(self) -> None:
-        files = dict(re.findall(r'^"(.+)" = "(smtpmock/.+)"$', self.project, re.MULTILINE))
-        self.assertEqual(sorted(files.values()), ["smtpmock/__init__.py", "smtpmock/__main__.py", "smtpmock/py.typed"])
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "smtpmock").mkdir()
-            for source, target in files.items():
-                shutil.copy(HERE / source, Path(folder, target))
-            said = self.finish(self.launch("-W", "error", "-m", "smtpmock", "-v", cwd=folder))
-            self.assertEqual(said.splitlines()[0], f"smtpmock: {smtpmock.__version__}")
-
-    def test_what_it_says_of_the_module(self) -> None:
-        description = re.search('^description = "(.*)"$', self.project, re.MULTILINE)
-        assert description is not None
-        self.assertEqual(description[1], (smtpmock.__doc__ or "").splitlines()[0])
-        self.assertIn('[project.scripts]\nsmtpmock = "smtpmock:main"\n', self.project)
-        self.assertIn('[project.entry-points.pytest11]\nsmtpmock = "smtpmock"\n', self.project)
-
 
 class ReadmeTest(ProcessCase):
-    """The README is true."""
-
     def setUp(self) -> None:
         self.text = (HERE / "README.md").read_text(encoding="utf-8")
 
