@@ -1114,6 +1114,7 @@ class _Reply:
         self.trickle = trickle  # seconds between the bytes
 
     def replace(self, **changes: Any) -> _Reply:
+        """A reply with these changes; data=None encodes its text."""
         return _Reply(**{**vars(self), **changes})
 
 
@@ -1768,6 +1769,7 @@ class Handler:
         self._accepting = self._make_reply(self.received)
         if options.lenient_addresses and self._lenient_pattern:
             self.parse = functools.partial(self.parse, pattern=self._lenient_pattern)
+        self.needs = tuple(self.needs)
         if options.auth_required and not self._before_auth:
             self.needs = ("auth", *self.needs)
         if options.tls_required and not self._before_tls:
@@ -1784,7 +1786,7 @@ class Handler:
         text = self._fill(getattr(self.options, option, option))
         accepts = option == self.received and not text.startswith(("4", "5"))
         delay = getattr(self.options, self._delay) if self._delay else 0.0
-        return _Reply(text, None, delay, self._choose_next(accepts), accepts)
+        return _Reply(text, delay=delay, next=self._choose_next(accepts), accepts=accepts)
 
     def _fill(self, text: str) -> str:
         return text.replace("{msg_size_limit}", str(self.options.msg_size_limit))
@@ -1937,8 +1939,8 @@ class _Rcptto(_PathHandler):
     )
 
     def __init__(self, options: Configuration) -> None:
-        self._erases = () if options.multiple_rcptto else _STEPS[2:]
         super().__init__(options)
+        self._erases = () if options.multiple_rcptto else _STEPS[2:]
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
         super()._record(mail, exchange)
@@ -2283,14 +2285,15 @@ def _check_handler(handler: Any) -> None:
             raise ConfigurationError(f"{name}.{attribute}={text!r}: must be {allowed}")
 
 
-# Lines of other commands may hold a secret, which must not be kept.
+# Commands whose lines may be kept. Those of others may hold a secret.
 _WITHOUT_SECRETS = ("EHLO", "HELO", "MAIL", "RCPT", "DATA", "RSET", "NOOP", "QUIT")
 
 
 class _Commands(dict[str, tuple[Handler, str, str, str]]):
-    """The handler of a command line, the verb, the line and the argument. It keeps them, because clients repeat lines.
+    """The handler of each command line, the verb, the request (the stripped line) and the argument.
 
-    Its keys are the bytes of lines as Latin-1: without a GIL, other keys and get() lock a dict against other threads.
+    It keeps up to 512 of them, because clients repeat lines. Any thread may add one, in one atomic step. A key is a
+    line as Latin-1, because Python 3.13 without a GIL locks a dict for any other key than a str, and for get().
     """
 
     def __init__(self, handlers: _Handlers) -> None:
@@ -2304,7 +2307,7 @@ class _Commands(dict[str, tuple[Handler, str, str, str]]):
         if argument[: len(keyword)].upper() != keyword:
             handler = self._handlers["unknown"]
         command = handler, verb, request, argument[len(keyword) :].strip()
-        if verb in _WITHOUT_SECRETS and not handler.has_secret:
+        if verb in _WITHOUT_SECRETS and not handler.has_secret and len(line) < 512:
             if len(self) >= 512:
                 self.clear()
             self[line] = command
@@ -2458,7 +2461,7 @@ class _Context(NamedTuple):
 
 
 # A session is in one state, which is the method that takes the next bytes. It returns where it stopped and
-# the reply, if there is one.
+# the reply, if there is one. It is kept unbound, because a bound method would make the session a reference cycle.
 #
 #                    line too long                        the rest of the line
 #         +-------------------------> _skip_line ------------------------------>+
@@ -2538,7 +2541,7 @@ class _Session:
             at, reply = self._take(self, data, at)
             if reply is not None:
                 yield reply
-                if reply.next is not None:  # what came in clear must have no effect within TLS
+                if reply.next is not None:  # drop the rest; what came in clear must have no effect within TLS
                     return
 
     def end(self, *ending: _Request) -> None:
@@ -2551,6 +2554,7 @@ class _Session:
             ending = ()
         if body is not None:
             self._leave_body(body, "")
+        self._take = _Session._ignore_input  # a login that is not complete refers to the session
         mail.dialogue += ending
         if self.request is not None and (mail.entry is None or body is not None or ending):
             self._publish(complete=True, annotates=body is None)
@@ -2845,7 +2849,7 @@ class _Mailbox:
         entry = _Entry(message)
         with self._lock:
             self._entries.append(entry)
-            if self._waiters:
+            if self._waiters:  # else there is no need for the call
                 self._show(entry)
         return entry
 
@@ -3245,17 +3249,20 @@ class _Connection(socketserver.BaseRequestHandler):
                 goes_on = self._await(selectors.EVENT_READ)
             if goes_on:
                 body = self.session.mail.body
-                # From 128 KiB up, malloc() maps each buffer anew, which takes longer than to read a small body.
+                # From 128 KiB up, glibc's malloc() maps each buffer anew, which takes longer than to read a small body.
                 data: bytes = self.request.recv(262144 if body is not None and body.size else 65536)
                 self.is_idle = False
                 if not (is_idle and server.stopping):
                     return data
                 self.ignores_input = bool(data)
-            return self._say_goodbye(self.options.msg_server_shutdown)
+            farewell = self.options.msg_server_shutdown
         except (TimeoutError, BlockingIOError):
-            return self._say_goodbye(self.options.msg_session_timeout)
+            farewell = self.options.msg_session_timeout
         except ConnectionError:  # an RST ends a session like a FIN
             return b""
+        self.session.end(None, farewell, None, _Next.CLOSE.value)
+        self._say(_Reply(farewell, next=_Next.CLOSE))
+        return b""
 
     def _await(self, event: int, seconds: float | None = None) -> bool:
         """Wait until it can read or write. False if it is idle, and a stop has begun.
@@ -3276,11 +3283,6 @@ class _Connection(socketserver.BaseRequestHandler):
                 if not _MUST_LOOK or time.monotonic() >= deadline:
                     raise TimeoutError("timed out")
         return not (self.is_idle and self.server.stopping)
-
-    def _say_goodbye(self, text: str) -> bytes:
-        self.session.end(None, text, None, _Next.CLOSE.value)
-        self._say(_Reply(text, next=_Next.CLOSE))
-        return b""
 
     def shut_down(self, how: int) -> None:
         """Interrupt what the session's thread waits for in the socket. Called by any thread."""

@@ -188,6 +188,12 @@ class Memory:
     def is_in_body(self) -> bool:
         return self._session.is_receiving_body
 
+    def is_forgotten(self) -> bool:
+        """Whether nothing is left of the session once nobody refers to it, even without garbage collection."""
+        session = weakref.ref(self._session)
+        del self._session
+        return session() is None
+
     def kept_lines(self) -> list[str]:
         """The command lines that the server keeps."""
         return list(self._session.commands)
@@ -2020,10 +2026,9 @@ class MailTest(unittest.TestCase):
             self.assertNotIn("for", self.receive(b"", recipient).received_header)
         memory = receive_mail(peer=("fe80::1%eth0", 25))
         self.assertIn("from a.com ([IPv6:fe80::1])\r\n", memory.message().received_header)
-        memory = Memory(*ENVELOPE[:2], "RCPT TO:nobody")
-        self.assertEqual(memory.message().as_bytes(), b"Return-Path: <a@a.com>\r\n")
-        memory.say("HELO")
-        self.assertEqual(memory.message().as_bytes(), b"")
+        lines = (*ENVELOPE[:2], "RCPT TO:nobody")
+        self.assertEqual(Memory(*lines).message().as_bytes(), b"Return-Path: <a@a.com>\r\n")
+        self.assertEqual(Memory(*lines, "HELO").message().as_bytes(), b"")
 
     def test_one_that_only_rules_accepted(self) -> None:
         for lines in (SEND, ("HELO", *SEND), ("HELO a b\rc", *SEND), ("MAIL x", "MAIL FROM:<a\rX: y>", *SEND[1:])):
@@ -3286,6 +3291,16 @@ class TlsTest(ProcessCase):
             with contextlib.closing(self.connect_ssl(server)) as client:
                 self.assertEqual(client.getreply(), (421, b"Session timeout, closing connection"))
 
+    def test_a_farewell_that_the_client_does_not_read(self) -> None:
+        """It is tried once, and the session breaks off."""
+        server = self.server(implicit_tls=True, session_timeout=0.2, msg_server_shutdown="421 " + "x" * 20_000_000)
+        with contextlib.closing(self.connect_ssl(server.start())) as client:
+            client.noop()
+            server.stop()
+        self.recorder.wait_for("stopped successfully")
+        self.assertEqual(len([text for _, text in self.recorder.seen if "response: 421" in text]), 1)
+        server.check()
+
     def test_rules(self) -> None:
         with self.server() as server:
             Memory.add_rules(server, ["STARTTLS: reply 454 TLS not available; times=1", "NOOP: reset"])
@@ -4286,6 +4301,15 @@ class GarbageTest(unittest.TestCase):
             self.assertIn(len(found) - found.count("<closed>"), counts)
             said += found
         return said.count(RECEIVED)
+
+    def test_no_session_is_left_for_the_garbage_collector(self) -> None:
+        gc.disable()
+        self.addCleanup(gc.enable)
+        for line in ("NOOP", "QUIT", "STARTTLS", "AUTH LOGIN", "MAIL FROM:<a@a.com>", "DATA", "x" * 20_000, "BDAT 9"):
+            memory = Memory("EHLO a.com", auth_users={"u": "p"}, ssl_context=True, extensions=["CHUNKING"])
+            memory.say(*ENVELOPE[1:] * (line in ("DATA", "BDAT 9")), line)
+            memory.end()
+            self.assertTrue(memory.is_forgotten(), line)
 
     def test_what_is_endless_or_too_long_is_not_kept(self) -> None:
         for start in (b"", b"DATA\r\n", b"BDAT 99999999999\r\n", b"BDAT 99999999999 LAST\r\n"):

@@ -700,7 +700,7 @@ def run_free_threaded(python: str, *, quick: bool) -> Report:
     subjects = {name: Subject(python, "smtpmock", environment={"PYTHON_GIL": gil[name]}) for name in gil}
     report = Report(subjects, quick=quick)
     rates = [Bound("with the GIL", ">=", 1.8)]
-    # Sessions that wait for a lock that they share spin: when they did, it was over 1.0.
+    # Sessions that wait for a lock that they share spin. When they did, this was over 1.0.
     costs = below(0.8, "with the GIL", 1.2)
     report.rate("free-threaded, 16 clients", many_clients, 1800, rates, costs, polls=False)
     return report
