@@ -739,12 +739,12 @@ C: {b64 sécret}  S: 235 Authentication succeeded
 C: AUTH xoauth2                              S: 334{SP}
 C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
 == a refused token is explained before the 535  + login
-C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer wrong\1\1}  S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
+C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer wrong\1\1}
+S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
 C:               S: 535 Authentication credentials invalid
 C: AUTH XOAUTH2  S: 334{SP}
-C: {b64 user=alice\1auth=Bearer wrong\1\1}  S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
-C: {b64 user=alice\1auth=Bearer wrong\1\1}  S: 535 Authentication credentials invalid
-C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer wrong\1\1}  S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
+C: {b64 user=alice\1auth=Bearer wrong\1\1}
+S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
 C: *             S: 501 Authentication cancelled
 C: NOOP          S: 250 Ok
 == a wrong secret, a wrong user, an unknown mechanism  + login
@@ -985,7 +985,7 @@ class DialogueTest(unittest.TestCase):
     """The dialogues in memory, and some of them through a socket."""
 
     def test_in_memory(self) -> None:
-        """A dialogue is its own transcript, where it is one message without a secret or a body, which would be one line."""
+        """A dialogue is its own transcript, where it is one message without a secret and a body."""
         transcripts = 0
         for title, entry in DIALOGUES.items():
             with self.subTest(title):
@@ -1051,24 +1051,51 @@ class DialogueTest(unittest.TestCase):
                 memory.say(*(line for command in lines for line in command))
                 self.assertEqual(memory.delays, [0.5 * (name == other) for other in names])
 
+    GARBAGE: Sequence[bytes] = [
+        b"EHLO a.com", b"HELO [1.2.3.4]", b"MAIL FROM:<a@a.com>", b"MAIL FROM:<>", b"RCPT TO:<b@b.com>", b"DATA", b".",
+        b"RSET", b"NOOP", b"QUIT", b"FOO", b"", b"\x00", b"\xff\xfe", b"\r", b" ", b"\t", b"x" * 5000, "дядя".encode(),
+    ]  # fmt: skip
+
+    def make_garbage(self, rng: random.Random) -> bytes:
+        line = bytearray(rng.choice(self.GARBAGE))
+        for _ in range(rng.choice((0, 0, 0, 1, 3))):
+            at = rng.randrange(len(line) + 1)
+            line[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+        return bytes(line).replace(b"\n", b"")[:6000]
+
+    def streams(self) -> Iterator[tuple[str, dict[str, Any], bytes]]:
+        """The dialogues, and what no client would send, from a generator with a fixed seed."""
+        for title, entry in DIALOGUES.items():
+            stream = b"".join(read_sent(line) for line in entry.lines if line[0] != "S") + b"NOOP\r\nhalf\r\n.d"
+            yield title, entry.options, stream
+        for seed in range(200):
+            rng = random.Random(seed)
+            names = ("fail_fast", "multiple_rcptto", "multiple_message_receiving")
+            options: dict[str, Any] = {name: rng.random() < 0.3 for name in names}
+            options["msg_size_limit"] = rng.choice((0, 20, 10_000))
+            lines = [self.make_garbage(rng) + rng.choice((b"\n", b"\r\n")) for _ in range(30)]
+            yield f"garbage {seed}", options, b"".join(lines)
+
     def converse(self, pieces: Iterable[bytes], options: dict[str, Any]) -> tuple[list[str], list[Any]]:
         """What the server says, and what it records, but for what only depends on the pieces."""
         memory = Memory(**options, tolerated=["pipelining", "data-before-354", "after-421"])
         said = [line for piece in pieces for line in memory.feed(piece)]
         memory.end()
+        for message in memory.messages():
+            self.assertEqual(message.content.decode("utf-8", "surrogateescape"), message.msg_request)
+            self.assertTrue(repr(message) and all(map(str, message.violations + message.warnings)))
         return said, [message.to_dict() for message in memory.messages()]
 
     def test_the_pieces_that_bytes_come_in_do_not_matter(self) -> None:
-        for title, entry in DIALOGUES.items():
-            stream = b"".join(read_sent(line) for line in entry.lines if line[0] != "S") + b"NOOP\r\nhalf\r\n.d"
-            whole = self.converse([stream], entry.options)
-            for seed in range(10):
+        for title, options, stream in self.streams():
+            whole = self.converse([stream], options)
+            for seed in range(5):
                 with self.subTest(title, seed=seed):
                     rng = random.Random(seed)
                     count = rng.choice((1, 3, 30, len(stream) - 1))
                     cuts = sorted(rng.sample(range(1, len(stream)), min(count, len(stream) - 1)))
                     pieces = [stream[i:j] for i, j in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-                    self.assertEqual(self.converse(pieces, entry.options), whole)
+                    self.assertEqual(self.converse(pieces, options), whole)
 
 
 # -------------------------------------------------------------------------------------- violations
@@ -1113,7 +1140,6 @@ pipelining: ENVELOPE | HEAD | | . | + QUIT
 unknown-command x4: HELLO | FOO bar | FOO bar | QÜIT | | AUTH=PLAIN c2VjcmV0 | QUIT
 no-hello: MAIL | QUIT
 hello-invalid, no-hello, hello-invalid x2: EHLO my_host | MAIL | EHLO | EHLO a.example.com here | QUIT
-hello-not-fqdn x2: EHLO vm | HELO localhost | QUIT
 unannounced-command x5: HELLO | STARTTLS | AUTH PLAIN AHUAcA== | MAIL | RCPT | BDAT 5 | ETRN a.example.com | RSET |
     HELO a.example.com | AUTH LOGIN | QUIT
 nested-mail: HELLO | MAIL | MAIL FROM:<b@example.com> | QUIT
@@ -1132,13 +1158,11 @@ false-end, bare-lf: ENVELOPE | HEAD | | R:a\r\n.\nb\r\n | END
     CTE: 8bit | | Grüße | END
 header-syntax, header-missing x2, no-message-id: ENVELOPE | Hello | END
 header-syntax, header-missing x2, no-message-id: ENVELOPE | R: Hello\r\n | END
-header-syntax: ENVELOPE | HEAD | Subject : Hi | | END
 header-missing x2, no-message-id: ENVELOPE | END
-header-raw: ENVELOPE | HEAD | Subject: Grüße | | END
-header-duplicate x2: ENVELOPE | HEAD | Subject: a | subject: b | TO: c@example.com | Comments: a | Comments: b | |
-    END
-bad-message-id: ENVELOPE | DATE | FROM | Message-ID: <1> | | END
-bad-date: ENVELOPE | Date: Ven, 21 nov 1997 09:55:06 GMT | FROM | ID | | END
+header-syntax: ENVELOPE | HEAD | Subject : Hi | | END
+header-raw, header-duplicate x2: ENVELOPE | HEAD | X: Grüße | Subject: a | subject: b | TO: c@example.com |
+    Comments: a | Comments: b | | END
+bad-date, bad-message-id: ENVELOPE | Date: Ven, 21 nov 1997 09:55:06 GMT | FROM | Message-ID: <1> | | END
 bad-date: ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 GMT | FROM | ID | | END
 bad-address x5: ENVELOPE | DATE | From: =?utf-8?q?J=C3=BCrgen_=3Ca=40example=2Ecom=3E?= |
     Sender: Doe, John <a@example.com> | Reply-To: bob | To: | Cc: <a@example.com | ID | | END
@@ -1170,7 +1194,8 @@ clean: ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/global-headers | 
 bad-date: ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | FROM | ID | | END
 bad-date: ENVELOPE | Date: 31 Feb 2025 09:55:06 -0600 | FROM | ID | | END
 bad-date: ENVELOPE | Date: 21 Nov 1997 09:55:06 +0099 | FROM | ID | | END
-hello-invalid x4: EHLO 192.0.2.1 | EHLO bücher.example | EHLO [999.1.1.1] | EHLO [foo:bar] | QUIT
+hello-not-fqdn x2, hello-invalid x4: EHLO vm | HELO localhost | EHLO 192.0.2.1 | EHLO bücher.example |
+    EHLO [999.1.1.1] | EHLO [foo:bar] | QUIT
 unstuffed-dot, false-end, bare-lf: ENVELOPE | HEAD | | .foo | R:.\nbar\r\n | END
 8bit-unannounced, header-syntax, header-raw: ENVELOPE | HEAD | MIXED | | --x | hi there | --x |
     Content-Type: image/png; name="ä" | | --x-- | END
@@ -1183,13 +1208,18 @@ clean: HELLO | MAIL FROM:<a@example.com> SIZE=115 | RCPT | DATA | HEAD | | Hello
 size-understated: HELLO | MAIL FROM:<a@example.com> SIZE=107 | RCPT | DATA | HEAD | | END
 == what is tolerated  -- tolerated=["unknown-command", "hello-not-fqdn"]
 clean: EHLO a | FOO | QUIT
-== PIPELINING  -- extensions=["PIPELINING"]
+== PIPELINING, CHUNKING and AUTH  -- extensions=["PIPELINING", "CHUNKING"], auth_users={"u": "p"}
 clean: HELLO | MAIL | + RCPT | + DATA | HEAD | | Hello |
     R:.\r\nMAIL FROM:<c@example.com>\r\nRCPT TO:<d@example.com>\r\nDATA\r\n | HEAD | | Hello | . | + QUIT
 clean: HELLO | MAIL | RSET | + MAIL | + RCPT | + QUIT
 data-before-354: ENVELOPE | + DATE | + FROM | + ID | +  | + . | QUIT
 pipelining: HELLO | + QUIT
 pipelining-order x2: HELLO | HELLO | + NOOP | + QUIT
+clean: HELLO | AUTH PLAIN AHUAcA== | + MAIL | + RSET | + QUIT
+pipelining-order x2: HELLO | AUTH LOGIN | + dQ== | + cA== | QUIT
+clean: HELLO |
+    R:MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nBDAT 110\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
+    R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT
 == a sender refused in a group
 -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
 clean: HELLO | MAIL | + RCPT | + DATA | RSET | QUIT
@@ -1219,13 +1249,6 @@ clean: HELLO | AUTH PLAIN | * | AUTH XOAUTH2 | {YWJj*900} | AUTH LOGIN | dQ== | 
     MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT
 long-command, unannounced-mechanism, bad-sequence x2: HELLO | AUTH XOAUTH2 {YWJj*900} | AUTH NTLM AAAA | RCPT | MAIL |
     AUTH PLAIN AHUAcA== | RSET | QUIT
-== AUTH in a group  -- auth_users={"u": "p"}, extensions=["PIPELINING"]
-clean: HELLO | AUTH PLAIN AHUAcA== | + MAIL | + RSET | + QUIT
-pipelining-order x2: HELLO | AUTH LOGIN | + dQ== | + cA== | QUIT
-== CHUNKING in a group  -- extensions=["CHUNKING", "PIPELINING"]
-clean: HELLO |
-    R:MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nBDAT 110\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
-    R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT
 == SMTPUTF8, 8BITMIME, DSN, DELIVERBY, FUTURERELEASE and XCLIENT
 -- extensions=["SMTPUTF8", "8BITMIME", "DSN", "DELIVERBY", "FUTURERELEASE 100 100", "XCLIENT"]
 undeclared-utf8 x2: HELLO | MAIL FROM:<jürgen@example.com> SMTPUTF8 | RSET | MAIL FROM:<jürgen@example.com> | RSET |
@@ -1555,13 +1578,13 @@ HELO / SEND => is_consistent=False, data=True
 == inconsistent by the body  -- rule: message: reply 550 no
 HELO / SEND => is_consistent=False, data=True, refusals=[("<4 bytes>", "550 no")]
 == logins  -- auth_users={"alice": "sécret", "bob": ""}
-HELO / auth plain {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_mechanism="PLAIN", auth_request="auth plain ***"
+HELO / auth plain {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_request="auth plain ***"
 HELO / AUTH PLAIN / {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_mechanism="PLAIN"
 HELO / AUTH LOGIN / {b64 alice} / {b64 sécret} => auth=True, auth_user="alice", auth_request="AUTH LOGIN"
 HELO / AUTH XOAUTH2 {b64 user=alice\1auth=Bearer sécret\1\1} => auth=True, auth_user="alice", auth_mechanism="XOAUTH2"
-HELO / AUTH XOAUTH2 {b64 user=bob\1auth=Bearer wrong\1\1} / * => auth=False, auth_user="bob", auth_response="501 Authentication cancelled"
+HELO / AUTH XOAUTH2 {b64 user=bob\1auth=Bearer wrong\1\1} / * => auth=False, auth_user="bob", auth_mechanism="XOAUTH2"
 HELO / AUTH LOGIN {b64 alice} / {b64 sécret} => auth_mechanism="LOGIN", auth_response="235 Authentication succeeded"
-HELO / AUTH PLAIN {b64 \0mallory\0guess} / QUIT => auth=False, auth_user="mallory", auth_response="535 Authentication credentials invalid"
+HELO / AUTH PLAIN {b64 \0mallory\0guess} => auth_user="mallory", auth_response="535 Authentication credentials invalid"
 HELO / AUTH PLAIN {b64 \0bob\0} / AUTH LOGIN / HELO / SEND => auth=True, auth_user="bob"
 """)
 
@@ -1674,11 +1697,12 @@ class RecordTest(unittest.TestCase):
             (["NOOP", *SEND[:3]], 4, [], ["HELO, MAIL, RCPT, DATA"]),
         ):
             memory = receive_mail()
-            self.assertEqual(len(memory.messages(purge=True)), 1)
+            (purged,) = memory.messages(purge=True)
             self.assertEqual(len(memory.say(*lines)), replies)
             self.assertEqual(list(map(summarize, memory.messages())), list(map(keep, before)))
             memory.end()
             self.assertEqual(list(map(summarize, memory.messages())), list(map(keep, after)))
+            self.assertNotIn(purged.id, ids(memory.messages()))
 
     def test_a_purge_at_any_moment_loses_nothing(self) -> None:
         """The second mail of a session, and a purge in the middle of each of its commands."""
@@ -1998,12 +2022,6 @@ class MailTest(unittest.TestCase):
                 self.ask_all(message)
                 self.assertIn("Received: from [192.0.2.1] ([192.0.2.1])", message.received_header)
                 self.assertNotIn(b"\r", message.as_bytes().replace(b"\r\n", b""))
-
-    def test_a_message_after_a_purge_has_another_id(self) -> None:
-        memory = receive_mail()
-        purged = memory.messages(purge=True)
-        memory.say(ENVELOPE[1])  # begins another message
-        self.assertEqual(len({*ids(purged), memory.message().id}), 2)
 
     def test_copies(self) -> None:
         message = Memory(ENVELOPE[0], "MAIL FROM:<a@a.com> SIZE=5", *SEND[1:], extensions=["SIZE"]).message()
@@ -2955,7 +2973,6 @@ class AuthTest(ServerCase):
         self.assertEqual(len(challenges), 3)
         for answer, expected in (("nobody x", self.FAILED), ("bob x", self.FAILED)):
             self.assertEqual(self.memory().say("AUTH CRAM-MD5", b64(answer))[1], expected)
-        self.assertEqual(self.memory().say("AUTH CRAM-MD5", "*")[1], "501 Authentication cancelled")
 
     def test_each_mail_has_it(self) -> None:
         memory = self.memory(self.LOGIN, *SEND, *SEND, multiple_message_receiving=True)
@@ -3942,15 +3959,13 @@ class DisconnectTest(ServerCase):
         server.disconnect()
 
     def test_a_session_that_has_ended_is_not_open(self) -> None:
-        """Though the server waits for the client's FIN."""
+        """Though the server waits for the client's FIN. The report says what ended one without a command."""
         server, client, recorder = self.serve("NOOP: drop")
         client.ask("NOOP")
         recorder.wait_for("session finished")
         self.assertIn("open sessions: 0", report(server))
-
-    def test_the_report_of_a_connection_without_a_command(self) -> None:
-        server, _, _ = self.serve()
-        server.disconnect()
+        with Client(server):
+            server.disconnect()
         self.assertRegex(report(server), "(?s)open sessions: 0.*disconnect[(][)] ended it")
 
 
@@ -4173,48 +4188,8 @@ class OtherSystemsTest(ServerCase):
         self.assertEqual((b"\r\n" in record, json.loads(record)["content"][-11:]), (False, "bare\nCRLF\r\n"))
 
 
-class GarbageTest(unittest.TestCase):
-    """Bytes that no client would send, from a generator with a fixed seed."""
-
-    PARTS: Sequence[bytes] = [
-        b"EHLO a.com", b"HELO [1.2.3.4]", b"MAIL FROM:<a@a.com>", b"MAIL FROM:<>", b"RCPT TO:<b@b.com>", b"DATA", b".",
-        b"RSET", b"NOOP", b"QUIT", b"FOO", b"", b"\x00", b"\xff\xfe", b"\r", b" ", b"\t", b"x" * 5000, "дядя".encode(),
-    ]  # fmt: skip
-
-    def make_line(self, rng: random.Random) -> bytes:
-        line = bytearray(rng.choice(self.PARTS))
-        for _ in range(rng.choice((0, 0, 0, 1, 3))):
-            at = rng.randrange(len(line) + 1)
-            line[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
-        return bytes(line).replace(b"\n", b"")[:6000]
-
-    def test_in_memory(self) -> None:
-        """Each line that is not of a body has one reply, and the records are consistent."""
-        for seed in range(400):
-            rng = random.Random(seed)
-            names = ("fail_fast", "multiple_rcptto", "multiple_message_receiving")
-            options: dict[str, Any] = {name: rng.random() < 0.3 for name in names}
-            memory = Memory(**options, msg_size_limit=rng.choice((0, 20, 10_000)))
-            with self.subTest(seed=seed):
-                accepted = self.count_accepted(memory, rng)
-                memory.end()
-                for message in memory.messages():
-                    self.assertEqual(message.is_consistent, bool(message.msg and message.rcpt_tos))
-                    self.assertEqual(message.content.decode("utf-8", "surrogateescape"), message.msg_request)
-                    self.assertLessEqual(len(message.rcpt_tos), len(message.rcptto_request_response))
-                    self.assertTrue(repr(message))
-                    self.assertTrue(all(map(str, message.violations + message.warnings)))
-                self.assertLessEqual(len(memory.messages()), 1 + accepted)
-
-    def count_accepted(self, memory: Memory, rng: random.Random) -> int:
-        """Say some lines, and check that there are as many replies; how often something was received."""
-        said: list[str] = []
-        for _ in range(30):
-            counts = (0,) if "<closed>" in said else (0, 1) if memory.is_in_body else (1,)
-            found = memory.feed(self.make_line(rng) + rng.choice((b"\n", b"\r\n")))
-            self.assertIn(len(found) - found.count("<closed>"), counts)
-            said += found
-        return said.count(RECEIVED)
+class ResourceTest(ServerCase, ProcessCase):
+    """What a process may run out of, or do to its server."""
 
     def test_what_is_endless_or_too_long_is_not_kept(self) -> None:
         for start in (b"", b"DATA\r\n", b"BDAT 99999999999\r\n", b"BDAT 99999999999 LAST\r\n"):
@@ -4230,10 +4205,6 @@ class GarbageTest(unittest.TestCase):
             if start in (b"", b"DATA\r\n"):
                 replies = memory.say("", ".", "NOOP")
                 self.assertEqual([reply[:3] for reply in replies[-2:]], ["552" if start else "502", "250"])
-
-
-class ResourceTest(ServerCase, ProcessCase):
-    """What a process may run out of, or do to its server."""
 
     @unittest.skipIf(sys.platform == "win32", "Windows has no such limit")
     def test_no_more_descriptors(self) -> None:
