@@ -483,8 +483,8 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
 # --------------------------------------------------------------------------------------- dialogues
 
 # C: is a line of the client, or several with | between them which are answered alike, R: bytes of the client with
-# Python's escapes, S: a line of the server, which can stand beside what it answers. The server has ended the connection, or says nothing any more, where it says
-# <closed>, <reset> or <silence>. A dialogue that begins with the client has S: 220 Welcome before that.
+# Python's escapes, S: a line of the server, which can stand beside what it answers. The server has ended the
+# connection, or says nothing any more, where it says <closed>, <reset> or <silence>. A dialogue that begins with the client has S: 220 Welcome before that.
 
 PREFIXES = read_table(r"""
 == hello
@@ -673,9 +673,6 @@ C: EHLO a.com  S: 250-Received  S: 250-DSN  S: 250-STARTTLS  S: 250 AUTH PLAIN L
 == a parameter of an extension that is not announced  -- extensions=["8BITMIME"]
 C: EHLO a.com                           S: 250-Received  S: 250 8BITMIME
 C: MAIL FROM:<a@a.com> SIZE=1 | MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 555 Parameter not recognized or not implemented
-== BODY=BINARYMIME  -- extensions=["BINARYMIME", "CHUNKING"]
-C: EHLO a.com                           S: 250-Received  S: 250-BINARYMIME  S: 250 CHUNKING
-C: MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 250 Received
 == a parameter after HELO  -- extensions=["SIZE"]
 C: HELO a.com                  S: 250 Received
 C: MAIL FROM:<a@a.com> SIZE=1  S: 555 Parameter not recognized or not implemented
@@ -714,12 +711,11 @@ S: 503 Bad sequence of commands. HELO should be the first
 R: BDAT 2\r\nhi  S: 250 Received
 C: DATA          S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: BDAT 0 LAST   S: 250 Received
-== a chunk that is too long  -- msg_size_limit=5  + chunking
-R: BDAT 6 LAST\r\n123456  S: 552 Message exceeded max size of 5 bytes
-C: NOOP                   S: 250 Ok
 == chunks that are too long together  -- msg_size_limit=5  + chunking
 R: BDAT 5\r\n12345BDAT 1\r\n1BDAT 0 LAST\r\n  S: 250 Received  S: 552 Message exceeded max size of 5 bytes
 S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
+R: BDAT 6 LAST\r\n123456  S: 552 Message exceeded max size of 5 bytes
 == chunks without a size  + chunking
 C: BDAT | BDAT x | BDAT 1 x | BDAT -1 | BDAT 1 LAST x  S: 501 BDAT requires a size in bytes
 R: BDAT 2 LAST\r\nhi  S: 250 Received
@@ -982,8 +978,6 @@ def read_sent(line: str) -> bytes:
 
 
 class DialogueTest(unittest.TestCase):
-    """The dialogues in memory, and some of them through a socket."""
-
     def test_in_memory(self) -> None:
         """A dialogue is its own transcript, where it is one message without a secret and a body."""
         transcripts = 0
@@ -1149,7 +1143,6 @@ path-syntax x8: HELLO | MAIL FROM: <a@example.com> | RSET | MAIL FROM:a@example.
 path-too-long x2, undeclared-utf8, path-too-long x2, undeclared-utf8: HELLO | MAIL FROM:<{a*65}@example.com> | RSET |
     MAIL FROM:<{a*64}@example.com> | RCPT TO:<{ä*65}@{b.*10}example.com> | RCPT TO:<a@{bcde.*49}example.com> | RSET |
     MAIL FROM:<{ü*40}@example.com> | QUIT
-bare-lf, header-missing, no-message-id: ENVELOPE | R:From: alice@example.com\r\n\r\nHello\n\r\n | END
 unstuffed-dot, bare-cr, nul-byte, long-line: ENVELOPE | HEAD | | .hidden | R:a\rb\r\n | R:a\0b\r\n | {x*999} | END
 bare-lf, false-end: ENVELOPE | HEAD | | R:a\n.\r\n | END
 bare-cr, false-end: ENVELOPE | HEAD | | R:a\r.\rb\r\n | END
@@ -1158,7 +1151,6 @@ false-end, bare-lf: ENVELOPE | HEAD | | R:a\r\n.\nb\r\n | END
     CTE: 8bit | | Grüße | END
 header-syntax, header-missing x2, no-message-id: ENVELOPE | Hello | END
 header-syntax, header-missing x2, no-message-id: ENVELOPE | R: Hello\r\n | END
-header-missing x2, no-message-id: ENVELOPE | END
 header-syntax: ENVELOPE | HEAD | Subject : Hi | | END
 header-raw, header-duplicate x2: ENVELOPE | HEAD | X: Grüße | Subject: a | subject: b | TO: c@example.com |
     Comments: a | Comments: b | | END
@@ -1217,17 +1209,19 @@ pipelining: HELLO | + QUIT
 pipelining-order x2: HELLO | HELLO | + NOOP | + QUIT
 clean: HELLO | AUTH PLAIN AHUAcA== | + MAIL | + RSET | + QUIT
 pipelining-order x2: HELLO | AUTH LOGIN | + dQ== | + cA== | QUIT
-clean: HELLO |
-    R:MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nBDAT 110\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
+clean: HELLO | MAIL | + RCPT | + R:BDAT 110\r\n | + DATE | + FROM | + To: b@example.com | + ID | +  |
     R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT
-== a sender refused in a group
+== a sender refused
 -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
 clean: HELLO | MAIL | + RCPT | + DATA | RSET | QUIT
-== a recipient refused in a group  -- extensions=["PIPELINING"], not_registered_emails=["b@example.com"]
+bad-sequence, no-recipient: ENVELOPE | QUIT
+== a recipient refused  -- extensions=["PIPELINING"], not_registered_emails=["b@example.com"]
 clean: HELLO | MAIL | + RCPT | + DATA | RSET | + MAIL FROM:<c@example.com> | + RCPT TO:<c@example.com> | + DATA |
     HEAD | | END
-== a 421 in a group  -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"]
+no-recipient: ENVELOPE | QUIT
+== a 421  -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"]
 clean: HELLO | MAIL | + RCPT | + DATA | QUIT
+after-421 x2: HELLO | MAIL | RSET | NOOP | QUIT
 == 8BITMIME  -- extensions=["8BITMIME"]
 clean: HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | MIME |
     Content-Type: text/plain; charset="utf-8" | CTE: 8bit | | Grüße | END
@@ -1257,14 +1251,10 @@ clean: HELLO | MAIL FROM:<jürgen@exämple.com> SMTPUTF8 BODY=8BITMIME | RCPT TO
     Subject: Grüße | | END
 clean: HELLO | XCLIENT NAME=a | MAIL FROM:<a@example.com> RET=HDRS ENVID=QQ314159 BY=120;R HOLDFOR=120 |
     RCPT TO:<b@example.com> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;b@example.com | RSET | QUIT
-== a recipient refused  -- not_registered_emails=["b@example.com"]
-no-recipient: ENVELOPE | QUIT
 == DATA refused  -- msg_data_received="554 No"
 clean: ENVELOPE | RSET | QUIT
 == a mail refused  -- msg_msg_received="451 Later"
 clean: ENVELOPE | HEAD | | . | MAIL | RCPT | DATA | HEAD | | END
-== a 421  -- blacklisted_mailfrom_emails=["a@example.com"]
-after-421 x2: HELLO | MAIL | RSET | NOOP | QUIT
 == a mail that is too large  -- msg_size_limit=10
 clean: ENVELOPE | HEAD | END
 == several recipients  -- multiple_rcptto=True
@@ -1272,18 +1262,14 @@ clean: ENVELOPE | HEAD | Bcc: B <b@example.com> | | END
 bcc-disclosed: HELLO | MAIL | RCPT | RCPT TO:<c@example.com> | DATA | HEAD | Bcc: C <c@example.com> | | END
 == a 421 as the greeting  -- msg_greeting="421 Too busy"
 after-421: HELLO | QUIT
-== DATA refused for now  -- msg_data_received="451 Later"
+== DATA refused for now  -- extensions=["PIPELINING"], msg_data_received="451 Later"
 data-after-refusal: ENVELOPE | HEAD | QUIT | | R:Hello\n | . | QUIT
-== DATA refused in a group  -- extensions=["PIPELINING"], msg_data_received="451 Later"
 pipelining-order, data-after-refusal: ENVELOPE | + DATE | +  | + . | QUIT
 == AUTH where STARTTLS is offered  -- auth_users={"u": "p"}, ssl_context=True
 auth-in-clear x2: HELLO | AUTH PLAIN AHUAcAA= | auth login | dQ== | cA== | QUIT
-== a sender refused  -- blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
-bad-sequence, no-recipient: ENVELOPE | QUIT
 == BINARYMIME  -- extensions=["CHUNKING", "BINARYMIME", "8BITMIME"]
-clean: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT |
-    R:BDAT 164 LAST\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nMessage-ID: <1@example.com>\r\nMIME-Version: 1.0\r\nContent-Transfer-Encoding: binary\r\n\r\n\0\n\xff\r\n |
-    QUIT
+clean: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | R:BDAT 164 LAST\r\n | + DATE | + FROM | + ID | + MIME |
+    + CTE: binary | +  | + R:\0\n\xff\r\n | QUIT
 bad-sequence, bare-lf: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | DATA | HEAD | | R:a\n\r\n | END
 bad-sequence: HELLO | MAIL | RCPT | R:BDAT 3\r\nabc | DATA | QUIT
 == no recipient, and a lone dot  -- not_registered_emails=["b@example.com"]  -- rule: DATA: reply 354 Go on
@@ -1475,7 +1461,6 @@ class ViolationTest(ServerCase):
 RECORDS = read_table(r"""
 == one message, one recipient
 HELO, SEND, QUIT => HELO, SEND, quit
- =>
 nonsense =>
 HELO, SEND, HELO b.com => HELO b.com 250
 HELO, SEND, RSET, NOOP, HELO => HELO
@@ -1501,7 +1486,6 @@ HELO, SEND, SEND => HELO, SEND
 == several messages, one recipient  -- multiple_message_receiving=True
 HELO, SEND, SEND, QUIT => HELO, SEND + HELO, SEND, quit
 HELO, SEND, RSET, NOOP, QUIT => HELO, SEND, RSET 250, noop, quit
-HELO, SEND, HELO => HELO, SEND + HELO
 HELO, SEND, EHLO => HELO, SEND + EHLO 501
 HELO, SEND, FOO => HELO, SEND + HELO
 HELO, SEND, RCPT TO:<c@c.com> => HELO, SEND + HELO, RCPT TO:<c@c.com> 503
@@ -1548,6 +1532,7 @@ HELO / SEND => content=b"hi\r\n", msg_request="hi\r\n", msg_response="250 Receiv
 HELO / SEND => rset_request="", rset_response="", rset=False, noop=False, quit_sent=False, is_consistent=True
 HELO / SEND / NOOP / QUIT => noop=True, quit_sent=True, id=1, peer=("192.0.2.1", 4321)
 HELO / SEND => auth_request="", auth_response="", auth=False, auth_user=None, auth_mechanism=None, tls=None
+nonsense => helo=False, mail_from=None, rcpt_tos=[], content=b"", msg_request="", auth_user=None, is_consistent=False
 HELO / SEND / RSET => id=1, received_at=None
 HELO / SEND / RSET / SEND => id=2, is_consistent=True
 == each message has an id  -- multiple_message_receiving=True
@@ -1577,6 +1562,8 @@ HELO / SEND => is_consistent=False, data=True
 HELO / SEND => is_consistent=False, data=True
 == inconsistent by the body  -- rule: message: reply 550 no
 HELO / SEND => is_consistent=False, data=True, refusals=[("<4 bytes>", "550 no")]
+== a mail that was taken, and then a close  -- rule: message: reply 250 got it; close
+HELO / SEND => is_consistent=True, msg_response="250 got it", id=1
 == logins  -- auth_users={"alice": "sécret", "bob": ""}
 HELO / auth plain {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_request="auth plain ***"
 HELO / AUTH PLAIN / {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_mechanism="PLAIN"
@@ -1646,12 +1633,6 @@ class RecordTest(unittest.TestCase):
                     message, expected = memory.message(), read_options(facts)
                     self.assertEqual({name: getattr(message, name) for name in expected}, expected)
                     self.assertNotRegex(str(message.to_dict()), "sécret|c8OpY3JldA")
-
-    def test_nothing_is_kept_of_nonsense(self) -> None:
-        message = Memory("nonsense").message()
-        for name in PUBLIC:
-            if re.match("helo|mailfrom|mail_from|rcpt|data|msg|content|rset|noop|quit|auth|tls|is_", name):
-                self.assertFalse(getattr(message, name), name)
 
     def test_a_client_that_leaves_in_the_body(self) -> None:
         memory = Memory(*ENVELOPE, "DATA", "half")
@@ -1772,11 +1753,7 @@ class RecordTest(unittest.TestCase):
 MAILS = read_table(r"""
 == smtplib, no header at all  -- subject=None, text="Hello\n", html=None, attachments=[]
 Hello
-== an indented text without a header  -- subject=None, text="  Hello\n"
-  Hello
 == an empty one  -- subject=None, text="", html=None, attachments=[]
-== an empty body  -- subject="empty", text=""
-Subject: empty\n
 == no empty line after the header  -- subject="hi", text=""
 Subject: hi
 == mutt, UTF-8 as 8bit  -- subject="Grüße aus Köln, mit einem langen Betreff – der zweite Teil", text="Schöne Grüße\n"
@@ -2280,12 +2257,9 @@ server.wait_for_messages_and_purge(1, 1, "x")  => where='x': must be a function 
 server.disconnect(1)                           => reset=1: must be true or false
 configure(host="::1")                          => host='::1': cannot be changed by configure()
 configure(fail_fsat=True)                      => fail_fsat=True: there is no such option; did you mean fail_fast?
-configure(tls_required=True)                   => tls_required=True: needs ssl_context
-configure(on_message=1)                        => on_message=1: must be callable
 configure(configuration=Configuration(port=1)) => port=1: cannot be changed by configure()
 configure(configuration="x")                   => configuration='x': must be a Configuration
 server.on("")                                  => stage='': must be connect, message, * or a verb{MORE}
-server.on(None)                                => stage=None: {MORE}
 server.on("MAIL TWICE")                        => stage='MAIL TWICE': {MORE}
 server.on("RCTP")                              => stage='RCTP': {MORE}did you mean RCPT?
 server.on("MAILFROM")                          => stage='MAILFROM': {MORE}did you mean MAIL?
@@ -2321,7 +2295,6 @@ server.on("MAIL").raw("x")                     => raw='x': must be bytes
 server.on("MAIL")(1)                           => rule=1: must be callable
 Action(time=2)                                 => time=2: there is no such option; there are reply, raw, delay, tri{MORE}
 Action(then="closed")                          => then='closed': must be one of close, drop, reset, silence
-Action(delay="soon")                           => delay='soon': must be a number of seconds{MORE}
 """
 GOOD_CALLS = r"""
 Server(extensions=["XSIZE", "FOO", "size 5"])
@@ -2662,7 +2635,6 @@ MAIL FROM          | hello    | MAIL FROM:<a@example.com>
 RCPT b@example.com | sender   | RCPT TO:<b@example.com>
 DATA               | envelope | DATA
 message            | in body  | .
-RSET               |          | RSET
 NOOP               |          | NOOP
 QUIT               |          | QUIT
 XYZ                |          | xyz
@@ -2704,11 +2676,9 @@ class RuleTest(ServerCase):
         server.stop()
         with server, Client(server) as other:
             self.assertEqual(other.greeting, "220 Moin")
-            for clear in (server.clear_rules, server.reset):
-                server.on("*").reply("450 no")
-                self.assertEqual(other.ask("NOOP"), ["450 no"])
-                clear()
-                self.assertEqual(other.ask("NOOP"), ["250 Ok"])
+            server.clear_rules()
+        with server, Client(server) as other:
+            self.assertEqual(other.greeting, "220 Welcome")
 
     def test_no_action_and_the_same_one_twice(self) -> None:
         """Without one, a rule does nothing; a second call replaces the first."""
@@ -2759,12 +2729,6 @@ class RuleTest(ServerCase):
         memory.say("RCPT TO:<b@b.com>", "DATA")
         self.assertEqual(memory.say("a virus", "."), ["554 virus"])
         self.assertEqual(seen, [*lines, "a virus\r\n"])
-
-    def test_a_close_after_the_mail_was_taken(self) -> None:
-        seen: list[Message] = []
-        (message,) = receive_mail(rules=["message: reply 250 got it; close"], on_message=seen.append).messages()
-        self.assertEqual((message.is_consistent, ids(seen)), (True, [message.id]))
-        self.assertTrue(message.transcript.endswith("S: 250 got it\nS: <closed>"))
 
     def test_functions(self) -> None:
         memory = Memory("EHLO a.com")
@@ -3035,8 +2999,6 @@ class AuthTest(ServerCase):
 
 
 class ProcessCase(unittest.TestCase):
-    """Tests of the command line as a process."""
-
     def launch(self, *arguments: str, cwd: str | Path = HERE, **options: Any) -> Any:
         """A Python process, with pipes."""
         process = subprocess.Popen(
@@ -3096,8 +3058,6 @@ rWyhsX65xF28RK6NGaKw316mRPCdDHXRS9nvPe/3/sirsDjLLkzfGOUF
 
 
 class TlsTest(ProcessCase):
-    """STARTTLS and implicit TLS, as clients see them."""
-
     pem: Path
 
     @classmethod
@@ -3301,6 +3261,9 @@ class StartTest(ServerCase):
             self.assertIsInstance(caught.exception.errno, int)
             self.assertEqual(recorder.wait_for("cannot listen")[0], "error")
             self.assertFalse(second.is_running)
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                catch(ServerStartError, Server(port=first.port, log_to_stdout=True).start)
+            self.assertRegex(err.getvalue(), "^ERROR: .* cannot listen on ")
         with second:
             pass
         self.assert_nothing_is_left(second)
@@ -3322,11 +3285,8 @@ class StartTest(ServerCase):
         for host, reached_at in hosts.items():
             with self.subTest(host), Server(host=host) as server, Client(server) as client:
                 self.assertEqual((server.host, client.greeting), (reached_at, "220 Welcome"))
-
-    @unittest.skipUnless(socket.has_dualstack_ipv6(), "this machine has no dual stack")
-    def test_every_address_takes_ipv4_too(self) -> None:
-        with Server(host="[::]") as server, socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as client:
-            self.assertEqual(client.recv(100), b"220 Welcome\r\n")
+                if host == "[::]" and socket.has_dualstack_ipv6():  # every address, be it of IPv4
+                    send(server.port, "hi")
 
     def test_threads_are_used_again(self) -> None:
         """But not kept in any number."""
@@ -4385,11 +4345,6 @@ class LoggingTest(unittest.TestCase):
                 self.run_session(Server(**dict[str, Any](dict.fromkeys(names, True))))
             self.assertEqual(len(out.getvalue().splitlines()), count)
 
-    def test_errors_go_to_stderr(self) -> None:
-        with Server() as first, contextlib.redirect_stderr(io.StringIO()) as err:
-            catch(ServerStartError, Server(port=first.port, log_to_stdout=True).start)
-        self.assertRegex(err.getvalue(), "^ERROR: .* cannot listen on ")
-
     def test_a_narrow_encoding(self) -> None:
         raw = io.BytesIO()
         with io.TextIOWrapper(raw, "ascii", write_through=True) as out, contextlib.redirect_stdout(out):
@@ -5123,9 +5078,8 @@ class TellingTest(unittest.TestCase):
             with Client(server) as client:
                 client.ask(*ENVELOPE[:2])
                 error = catch(WaitTimeoutError, server.message)  # asserted too early
-                self.assertRegex(
-                    str(error), r"(?s)^0 accepted messages where there should be 1.*C: MAIL FROM:<a@a.com> / S"
-                )
+                text = "(?s)^0 accepted messages where there should be 1.*C: MAIL FROM:<a@a.com> / S"
+                self.assertRegex(str(error), text)
                 self.assertEqual(error.messages, [])
             send(server, "Subject: one\n\n", "Subject: two\n\n")
             self.assertEqual(server.message(lambda message: message.subject == "two").subject, "two")
@@ -5148,10 +5102,8 @@ class TellingTest(unittest.TestCase):
                 client.ask(*ENVELOPE, "RSET", "QUIT")
             (message,) = server.messages()
             self.assertEqual((message.refusals, message.to_dict()["refusals"]), ([refused], [list(refused)]))
-            text = "not accepted, 'RCPT TO:<b@b.com>' was refused with '550 User not found'"
-            self.assertIn(text, repr(message))
-            with self.assertRaisesRegex(WaitTimeoutError, text):
-                server.message()
+            error = catch(WaitTimeoutError, server.message)
+            self.assertIn("not accepted, 'RCPT TO:<b@b.com>' was refused with '550 User not found'", str(error))
 
     def test_rules_that_were_never_hit(self) -> None:
         with Server() as server:
