@@ -206,19 +206,6 @@ class Memory:
         self.end()
         return self.messages()[-1]
 
-    def purge_during(self, line: str) -> list[Message]:
-        """Receive a line, and purge at the last moment before it is recorded; what was purged."""
-        purged: list[Message] = []
-        update = self._mailbox.update
-
-        def purge_and_update(*arguments: Any) -> bool:
-            purged.extend(self.messages(purge=True))
-            return update(*arguments)
-
-        with mock.patch.object(self._mailbox, "update", purge_and_update):
-            self.say(line)
-        return purged
-
 
 class Client:
     """An SMTP client that says what it is told, byte for byte. It has read the greeting, if it greets."""
@@ -502,8 +489,8 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
 # --------------------------------------------------------------------------------------- dialogues
 
 # C: is a line of the client, or several with | between them which are answered alike, R: bytes of the client with
-# Python's escapes, S: a line of the server, which can stand beside what it answers. The server has ended the connection, or says nothing any more, where it says
-# <closed>, <reset> or <silence>. A dialogue that begins with the client has S: 220 Welcome before that.
+# Python's escapes, S: a line of the server, which can stand beside what it answers. The server has ended the
+# connection, or says nothing any more, where it says <closed>, <reset> or <silence>. A dialogue that begins with the client has S: 220 Welcome before that.
 
 PREFIXES = read_table(r"""
 == hello
@@ -692,9 +679,6 @@ C: EHLO a.com  S: 250-Received  S: 250-DSN  S: 250-STARTTLS  S: 250 AUTH PLAIN L
 == a parameter of an extension that is not announced  -- extensions=["8BITMIME"]
 C: EHLO a.com                           S: 250-Received  S: 250 8BITMIME
 C: MAIL FROM:<a@a.com> SIZE=1 | MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 555 Parameter not recognized or not implemented
-== BODY=BINARYMIME  -- extensions=["BINARYMIME", "CHUNKING"]
-C: EHLO a.com                           S: 250-Received  S: 250-BINARYMIME  S: 250 CHUNKING
-C: MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 250 Received
 == a parameter after HELO  -- extensions=["SIZE"]
 C: HELO a.com                  S: 250 Received
 C: MAIL FROM:<a@a.com> SIZE=1  S: 555 Parameter not recognized or not implemented
@@ -733,12 +717,11 @@ S: 503 Bad sequence of commands. HELO should be the first
 R: BDAT 2\r\nhi  S: 250 Received
 C: DATA          S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: BDAT 0 LAST   S: 250 Received
-== a chunk that is too long  -- msg_size_limit=5  + chunking
-R: BDAT 6 LAST\r\n123456  S: 552 Message exceeded max size of 5 bytes
-C: NOOP                   S: 250 Ok
 == chunks that are too long together  -- msg_size_limit=5  + chunking
 R: BDAT 5\r\n12345BDAT 1\r\n1BDAT 0 LAST\r\n  S: 250 Received  S: 552 Message exceeded max size of 5 bytes
 S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
+R: BDAT 6 LAST\r\n123456  S: 552 Message exceeded max size of 5 bytes
 == chunks without a size  + chunking
 C: BDAT | BDAT x | BDAT 1 x | BDAT -1 | BDAT 1 LAST x  S: 501 BDAT requires a size in bytes
 R: BDAT 2 LAST\r\nhi  S: 250 Received
@@ -757,6 +740,15 @@ C: {b64 sécret}  S: 235 Authentication succeeded
 == XOAUTH2, without an initial response  + login
 C: AUTH xoauth2                              S: 334{SP}
 C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
+== a refused token is explained before the 535  + login
+C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer wrong\1\1}
+S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
+C:               S: 535 Authentication credentials invalid
+C: AUTH XOAUTH2  S: 334{SP}
+C: {b64 user=alice\1auth=Bearer wrong\1\1}
+S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
+C: *             S: 501 Authentication cancelled
+C: NOOP          S: 250 Ok
 == a wrong secret, a wrong user, an unknown mechanism  + login
 C: AUTH GSSAPI | AUTH  S: 504 Unrecognized authentication type
 C: AUTH PLAIN {b64 \0alice\0wrong} | AUTH PLAIN {b64 \0nobody\0}  S: 535 Authentication credentials invalid
@@ -787,12 +779,10 @@ C: HELP                      S: {UNRECOGNIZED}
 C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
 C: MAIL FROM:<a@a.com> | RCPT TO:<b@b.com>  S: 250 Received
 C: DATA                      S: {READY}
-== mechanisms are announced in their order  -- auth_users={"bob": ""}, auth_mechanisms=["plain", "LOGIN"]
+== only mechanisms that are announced are accepted  -- auth_users={"bob": ""}, auth_mechanisms=["plain", "LOGIN"]
 C: EHLO a.com                S: 250-Received  S: 250 AUTH PLAIN LOGIN
+C: AUTH XOAUTH2 | AUTH CRAM-MD5  S: 504 Unrecognized authentication type
 C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
-== a mechanism that is not announced  -- auth_users={"bob": ""}, auth_mechanisms=("XOAUTH2",)
-C: EHLO a.com                S: 250-Received  S: 250 AUTH XOAUTH2
-C: AUTH PLAIN {b64 \0bob\0}  S: 504 Unrecognized authentication type
 == a line of AUTH may be longer  -- auth_users={"alice": "{t*8000}"}
 C: EHLO example.com                                         S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
 C: AUTH XOAUTH2                                             S: 334{SP}
@@ -843,11 +833,6 @@ C: DATA                       S: {READY}
 C: .                          S: 450 d
 C: RCPT TO:<c@example.com>    S: 250 Received
 C: DATA                       S: 450 c
-== rule: twice, then as usual  -- rule: RCPT: reply 450 4.2.0 Greylisted; times=2  + sender
-C: RCPT TO:<b@example.com>  S: 450 4.2.0 Greylisted
-C: DATA                     S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-C: RCPT TO:<b@example.com>  S: 450 4.2.0 Greylisted
-C: RCPT TO:<b@example.com>  S: 250 Received
 == rule: a sequence, the last of which stays  -- rule: NOOP: reply 451 later | 452 again |
 -- rule: RSET: reply 250 one | 250 two
 C: NOOP  S: 451 later
@@ -999,9 +984,9 @@ def read_sent(line: str) -> bytes:
 
 
 class DialogueTest(unittest.TestCase):
-    """The dialogues in memory, and some of them through a socket."""
-
     def test_in_memory(self) -> None:
+        """A dialogue is its own transcript, where it is one message without a secret and a body."""
+        transcripts = 0
         for title, entry in DIALOGUES.items():
             with self.subTest(title):
                 memory = Memory(**entry.options)
@@ -1014,6 +999,16 @@ class DialogueTest(unittest.TestCase):
                         self.assertEqual(said, [], "the server has said more")
                         said = memory.feed(read_sent(line))
                 self.assertEqual(said, [], "the server has said more")
+                memory.end()
+                others = "R: | AUTH |^C: [.]$|^S: 354 Ready|.{4000}"
+                if "multiple_message_receiving" not in entry.options and not any(
+                    re.search(others, line, re.IGNORECASE) for line in entry.lines
+                ):
+                    for message in memory.messages():
+                        transcripts += 1
+                        shown = [line.strip() for line in message.transcript.splitlines()]
+                        self.assertEqual(shown, [line.strip() for line in entry.lines])
+        self.assertGreater(transcripts, 10)
 
     def test_through_a_socket(self) -> None:
         for title in map(str.strip, THROUGH_A_SOCKET.split("|")):
@@ -1056,24 +1051,51 @@ class DialogueTest(unittest.TestCase):
                 memory.say(*(line for command in lines for line in command))
                 self.assertEqual(memory.delays, [0.5 * (name == other) for other in names])
 
+    GARBAGE: Sequence[bytes] = [
+        b"EHLO a.com", b"HELO [1.2.3.4]", b"MAIL FROM:<a@a.com>", b"MAIL FROM:<>", b"RCPT TO:<b@b.com>", b"DATA", b".",
+        b"RSET", b"NOOP", b"QUIT", b"FOO", b"", b"\x00", b"\xff\xfe", b"\r", b" ", b"\t", b"x" * 5000, "дядя".encode(),
+    ]  # fmt: skip
+
+    def make_garbage(self, rng: random.Random) -> bytes:
+        line = bytearray(rng.choice(self.GARBAGE))
+        for _ in range(rng.choice((0, 0, 0, 1, 3))):
+            at = rng.randrange(len(line) + 1)
+            line[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+        return bytes(line).replace(b"\n", b"")[:6000]
+
+    def streams(self) -> Iterator[tuple[str, dict[str, Any], bytes]]:
+        """The dialogues, and what no client would send, from a generator with a fixed seed."""
+        for title, entry in DIALOGUES.items():
+            stream = b"".join(read_sent(line) for line in entry.lines if line[0] != "S") + b"NOOP\r\nhalf\r\n.d"
+            yield title, entry.options, stream
+        for seed in range(200):
+            rng = random.Random(seed)
+            names = ("fail_fast", "multiple_rcptto", "multiple_message_receiving")
+            options: dict[str, Any] = {name: rng.random() < 0.3 for name in names}
+            options["msg_size_limit"] = rng.choice((0, 20, 10_000))
+            lines = [self.make_garbage(rng) + rng.choice((b"\n", b"\r\n")) for _ in range(30)]
+            yield f"garbage {seed}", options, b"".join(lines)
+
     def converse(self, pieces: Iterable[bytes], options: dict[str, Any]) -> tuple[list[str], list[Any]]:
         """What the server says, and what it records, but for what only depends on the pieces."""
         memory = Memory(**options, tolerated=["pipelining", "data-before-354", "after-421"])
         said = [line for piece in pieces for line in memory.feed(piece)]
         memory.end()
+        for message in memory.messages():
+            self.assertEqual(message.content.decode("utf-8", "surrogateescape"), message.msg_request)
+            self.assertTrue(repr(message) and all(map(str, message.violations + message.warnings)))
         return said, [message.to_dict() for message in memory.messages()]
 
     def test_the_pieces_that_bytes_come_in_do_not_matter(self) -> None:
-        for title, entry in DIALOGUES.items():
-            stream = b"".join(read_sent(line) for line in entry.lines if line[0] != "S") + b"NOOP\r\nhalf\r\n.d"
-            whole = self.converse([stream], entry.options)
-            for seed in range(10):
+        for title, options, stream in self.streams():
+            whole = self.converse([stream], options)
+            for seed in range(5):
                 with self.subTest(title, seed=seed):
                     rng = random.Random(seed)
                     count = rng.choice((1, 3, 30, len(stream) - 1))
                     cuts = sorted(rng.sample(range(1, len(stream)), min(count, len(stream) - 1)))
                     pieces = [stream[i:j] for i, j in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-                    self.assertEqual(self.converse(pieces, entry.options), whole)
+                    self.assertEqual(self.converse(pieces, options), whole)
 
 
 # -------------------------------------------------------------------------------------- violations
@@ -1118,7 +1140,6 @@ pipelining: ENVELOPE | HEAD | | . | + QUIT
 unknown-command x4: HELLO | FOO bar | FOO bar | QÜIT | | AUTH=PLAIN c2VjcmV0 | QUIT
 no-hello: MAIL | QUIT
 hello-invalid, no-hello, hello-invalid x2: EHLO my_host | MAIL | EHLO | EHLO a.example.com here | QUIT
-hello-not-fqdn x2: EHLO vm | HELO localhost | QUIT
 unannounced-command x5: HELLO | STARTTLS | AUTH PLAIN AHUAcA== | MAIL | RCPT | BDAT 5 | ETRN a.example.com | RSET |
     HELO a.example.com | AUTH LOGIN | QUIT
 nested-mail: HELLO | MAIL | MAIL FROM:<b@example.com> | QUIT
@@ -1128,7 +1149,6 @@ path-syntax x8: HELLO | MAIL FROM: <a@example.com> | RSET | MAIL FROM:a@example.
 path-too-long x2, undeclared-utf8, path-too-long x2, undeclared-utf8: HELLO | MAIL FROM:<{a*65}@example.com> | RSET |
     MAIL FROM:<{a*64}@example.com> | RCPT TO:<{ä*65}@{b.*10}example.com> | RCPT TO:<a@{bcde.*49}example.com> | RSET |
     MAIL FROM:<{ü*40}@example.com> | QUIT
-bare-lf, header-missing, no-message-id: ENVELOPE | R:From: alice@example.com\r\n\r\nHello\n\r\n | END
 unstuffed-dot, bare-cr, nul-byte, long-line: ENVELOPE | HEAD | | .hidden | R:a\rb\r\n | R:a\0b\r\n | {x*999} | END
 bare-lf, false-end: ENVELOPE | HEAD | | R:a\n.\r\n | END
 bare-cr, false-end: ENVELOPE | HEAD | | R:a\r.\rb\r\n | END
@@ -1138,12 +1158,9 @@ false-end, bare-lf: ENVELOPE | HEAD | | R:a\r\n.\nb\r\n | END
 header-syntax, header-missing x2, no-message-id: ENVELOPE | Hello | END
 header-syntax, header-missing x2, no-message-id: ENVELOPE | R: Hello\r\n | END
 header-syntax: ENVELOPE | HEAD | Subject : Hi | | END
-header-missing x2, no-message-id: ENVELOPE | END
-header-raw: ENVELOPE | HEAD | Subject: Grüße | | END
-header-duplicate x2: ENVELOPE | HEAD | Subject: a | subject: b | TO: c@example.com | Comments: a | Comments: b | |
-    END
-bad-message-id: ENVELOPE | DATE | FROM | Message-ID: <1> | | END
-bad-date: ENVELOPE | Date: Ven, 21 nov 1997 09:55:06 GMT | FROM | ID | | END
+header-raw, header-duplicate x2: ENVELOPE | HEAD | X: Grüße | Subject: a | subject: b | TO: c@example.com |
+    Comments: a | Comments: b | | END
+bad-date, bad-message-id: ENVELOPE | Date: Ven, 21 nov 1997 09:55:06 GMT | FROM | Message-ID: <1> | | END
 bad-date: ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 GMT | FROM | ID | | END
 bad-address x5: ENVELOPE | DATE | From: =?utf-8?q?J=C3=BCrgen_=3Ca=40example=2Ecom=3E?= |
     Sender: Doe, John <a@example.com> | Reply-To: bob | To: | Cc: <a@example.com | ID | | END
@@ -1175,29 +1192,42 @@ clean: ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/global-headers | 
 bad-date: ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | FROM | ID | | END
 bad-date: ENVELOPE | Date: 31 Feb 2025 09:55:06 -0600 | FROM | ID | | END
 bad-date: ENVELOPE | Date: 21 Nov 1997 09:55:06 +0099 | FROM | ID | | END
-hello-invalid x4: EHLO 192.0.2.1 | EHLO bücher.example | EHLO [999.1.1.1] | EHLO [foo:bar] | QUIT
+hello-not-fqdn x2, hello-invalid x4: EHLO vm | HELO localhost | EHLO 192.0.2.1 | EHLO bücher.example |
+    EHLO [999.1.1.1] | EHLO [foo:bar] | QUIT
 unstuffed-dot, false-end, bare-lf: ENVELOPE | HEAD | | .foo | R:.\nbar\r\n | END
 8bit-unannounced, header-syntax, header-raw: ENVELOPE | HEAD | MIXED | | --x | hi there | --x |
     Content-Type: image/png; name="ä" | | --x-- | END
-== SIZE  -- extensions=["SIZE"]
+== SIZE and an extension of one's own  -- extensions=["SIZE", "FOO"]
+unannounced-parameter x4: HELLO | MAIL FROM:<a@example.com> SIZE=10 BODY=8BITMIME |
+    MAIL FROM:<a@example.com> SIZE=10 FOO=1 | RCPT TO:<b@example.com> NOTIFY=NEVER | RSET | HELO a.example.com |
+    MAIL FROM:<a@example.com> SIZE=10 | MAIL FROM:<a@example.com> BODY=BINARYMIME | QUIT
 clean: HELLO | MAIL FROM:<a@example.com> SIZE=117 | RCPT | DATA | HEAD | | Hello | END
 clean: HELLO | MAIL FROM:<a@example.com> SIZE=115 | RCPT | DATA | HEAD | | Hello | END
 size-understated: HELLO | MAIL FROM:<a@example.com> SIZE=107 | RCPT | DATA | HEAD | | END
-== PIPELINING  -- extensions=["PIPELINING"]
+== what is tolerated  -- tolerated=["unknown-command", "hello-not-fqdn"]
+clean: EHLO a | FOO | QUIT
+== PIPELINING, CHUNKING and AUTH  -- extensions=["PIPELINING", "CHUNKING"], auth_users={"u": "p"}
 clean: HELLO | MAIL | + RCPT | + DATA | HEAD | | Hello |
     R:.\r\nMAIL FROM:<c@example.com>\r\nRCPT TO:<d@example.com>\r\nDATA\r\n | HEAD | | Hello | . | + QUIT
 clean: HELLO | MAIL | RSET | + MAIL | + RCPT | + QUIT
 data-before-354: ENVELOPE | + DATE | + FROM | + ID | +  | + . | QUIT
 pipelining: HELLO | + QUIT
 pipelining-order x2: HELLO | HELLO | + NOOP | + QUIT
-== a sender refused in a group
+clean: HELLO | AUTH PLAIN AHUAcA== | + MAIL | + RSET | + QUIT
+pipelining-order x2: HELLO | AUTH LOGIN | + dQ== | + cA== | QUIT
+clean: HELLO | MAIL | + RCPT | + R:BDAT 110\r\n | + DATE | + FROM | + To: b@example.com | + ID | +  |
+    R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT
+== a sender refused
 -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
 clean: HELLO | MAIL | + RCPT | + DATA | RSET | QUIT
-== a recipient refused in a group  -- extensions=["PIPELINING"], not_registered_emails=["b@example.com"]
+bad-sequence, no-recipient: ENVELOPE | QUIT
+== a recipient refused  -- extensions=["PIPELINING"], not_registered_emails=["b@example.com"]
 clean: HELLO | MAIL | + RCPT | + DATA | RSET | + MAIL FROM:<c@example.com> | + RCPT TO:<c@example.com> | + DATA |
     HEAD | | END
-== a 421 in a group  -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"]
+no-recipient: ENVELOPE | QUIT
+== a 421  -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"]
 clean: HELLO | MAIL | + RCPT | + DATA | QUIT
+after-421 x2: HELLO | MAIL | RSET | NOOP | QUIT
 == 8BITMIME  -- extensions=["8BITMIME"]
 clean: HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | MIME |
     Content-Type: text/plain; charset="utf-8" | CTE: 8bit | | Grüße | END
@@ -1219,27 +1249,18 @@ clean: HELLO | AUTH PLAIN | * | AUTH XOAUTH2 | {YWJj*900} | AUTH LOGIN | dQ== | 
     MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT
 long-command, unannounced-mechanism, bad-sequence x2: HELLO | AUTH XOAUTH2 {YWJj*900} | AUTH NTLM AAAA | RCPT | MAIL |
     AUTH PLAIN AHUAcA== | RSET | QUIT
-== AUTH in a group  -- auth_users={"u": "p"}, extensions=["PIPELINING"]
-clean: HELLO | AUTH PLAIN AHUAcA== | + MAIL | + RSET | + QUIT
-pipelining-order x2: HELLO | AUTH LOGIN | + dQ== | + cA== | QUIT
-== CHUNKING in a group  -- extensions=["CHUNKING", "PIPELINING"]
-clean: HELLO |
-    R:MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nBDAT 110\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nTo: b@example.com\r\nMessage-ID: <1@example.com>\r\n\r\n |
-    R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT
-== SMTPUTF8 and 8BITMIME  -- extensions=["SMTPUTF8", "8BITMIME"]
+== SMTPUTF8, 8BITMIME, DSN, DELIVERBY, FUTURERELEASE and XCLIENT
+-- extensions=["SMTPUTF8", "8BITMIME", "DSN", "DELIVERBY", "FUTURERELEASE 100 100", "XCLIENT"]
+undeclared-utf8 x2: HELLO | MAIL FROM:<jürgen@example.com> SMTPUTF8 | RSET | MAIL FROM:<jürgen@example.com> | RSET |
+    MAIL | RCPT TO:<jürgen@example.com> | QUIT
 clean: HELLO | MAIL FROM:<jürgen@exämple.com> SMTPUTF8 BODY=8BITMIME | RCPT TO:<jürgen@exämple.com> | DATA | HEAD |
     Subject: Grüße | | END
-== DSN  -- extensions=["DSN"]
-clean: HELLO | MAIL FROM:<a@example.com> RET=HDRS ENVID=QQ314159 |
+clean: HELLO | XCLIENT NAME=a | MAIL FROM:<a@example.com> RET=HDRS ENVID=QQ314159 BY=120;R HOLDFOR=120 |
     RCPT TO:<b@example.com> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;b@example.com | RSET | QUIT
-== a recipient refused  -- not_registered_emails=["b@example.com"]
-no-recipient: ENVELOPE | QUIT
 == DATA refused  -- msg_data_received="554 No"
 clean: ENVELOPE | RSET | QUIT
 == a mail refused  -- msg_msg_received="451 Later"
 clean: ENVELOPE | HEAD | | . | MAIL | RCPT | DATA | HEAD | | END
-== a 421  -- blacklisted_mailfrom_emails=["a@example.com"]
-after-421 x2: HELLO | MAIL | RSET | NOOP | QUIT
 == a mail that is too large  -- msg_size_limit=10
 clean: ENVELOPE | HEAD | END
 == several recipients  -- multiple_rcptto=True
@@ -1247,31 +1268,18 @@ clean: ENVELOPE | HEAD | Bcc: B <b@example.com> | | END
 bcc-disclosed: HELLO | MAIL | RCPT | RCPT TO:<c@example.com> | DATA | HEAD | Bcc: C <c@example.com> | | END
 == a 421 as the greeting  -- msg_greeting="421 Too busy"
 after-421: HELLO | QUIT
-== DATA refused for now  -- msg_data_received="451 Later"
+== DATA refused for now  -- extensions=["PIPELINING"], msg_data_received="451 Later"
 data-after-refusal: ENVELOPE | HEAD | QUIT | | R:Hello\n | . | QUIT
-== DATA refused in a group  -- extensions=["PIPELINING"], msg_data_received="451 Later"
 pipelining-order, data-after-refusal: ENVELOPE | + DATE | +  | + . | QUIT
 == AUTH where STARTTLS is offered  -- auth_users={"u": "p"}, ssl_context=True
 auth-in-clear x2: HELLO | AUTH PLAIN AHUAcAA= | auth login | dQ== | cA== | QUIT
-== a sender refused  -- blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
-bad-sequence, no-recipient: ENVELOPE | QUIT
-== DELIVERBY, FUTURERELEASE and XCLIENT  -- extensions=["DELIVERBY", "FUTURERELEASE 100 100", "XCLIENT"]
-clean: HELLO | MAIL FROM:<a@example.com> BY=120;R HOLDFOR=120 | XCLIENT NAME=a | QUIT
 == BINARYMIME  -- extensions=["CHUNKING", "BINARYMIME", "8BITMIME"]
-clean: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT |
-    R:BDAT 164 LAST\r\nDate: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\nMessage-ID: <1@example.com>\r\nMIME-Version: 1.0\r\nContent-Transfer-Encoding: binary\r\n\r\n\0\n\xff\r\n |
-    QUIT
+clean: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | R:BDAT 164 LAST\r\n | + DATE | + FROM | + ID | + MIME |
+    + CTE: binary | +  | + R:\0\n\xff\r\n | QUIT
 bad-sequence, bare-lf: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | DATA | HEAD | | R:a\n\r\n | END
 bad-sequence: HELLO | MAIL | RCPT | R:BDAT 3\r\nabc | DATA | QUIT
 == no recipient, and a lone dot  -- not_registered_emails=["b@example.com"]  -- rule: DATA: reply 354 Go on
 no-recipient: HELLO | MAIL | RCPT | DATA | END
-== SIZE and an extension of its own  -- extensions=["SIZE", "FOO"]
-unannounced-parameter x4: HELLO | MAIL FROM:<a@example.com> SIZE=10 BODY=8BITMIME |
-    MAIL FROM:<a@example.com> SIZE=10 FOO=1 | RCPT TO:<b@example.com> NOTIFY=NEVER | RSET | HELO a.example.com |
-    MAIL FROM:<a@example.com> SIZE=10 | MAIL FROM:<a@example.com> BODY=BINARYMIME | QUIT
-== SMTPUTF8  -- extensions=["SMTPUTF8"]
-undeclared-utf8 x2: HELLO | MAIL FROM:<jürgen@example.com> SMTPUTF8 | RSET | MAIL FROM:<jürgen@example.com> | RSET |
-    MAIL | RCPT TO:<jürgen@example.com> | QUIT
 """)
 SHORT = {
     "HELLO": "EHLO a.example.com",
@@ -1351,20 +1359,6 @@ class ViolationTest(ServerCase):
         self.assertEqual(pickle.loads(pickle.dumps(message)).violations, message.violations)
         message.violations.clear()
         self.assertEqual(len(message.violations), 2)
-
-    def test_a_secret_is_not_shown(self) -> None:
-        secret = "AHUAcA=="
-        memory = Memory("EHLO a.com", auth_users={"u": "q"}, multiple_message_receiving=True)
-        memory.feed(f"AUTH PLAIN {secret}\nAUTH LOGIN\r\n{secret} \n".encode())
-        message = memory.message()
-        codes = ["bare-lf", "pipelining", "pipelining", "bare-lf"]
-        self.assertEqual([found.code for found in message.violations], codes)
-        self.assertNotIn(secret, pickle.dumps(message).decode("latin-1"))
-
-    def test_tolerated(self) -> None:
-        message = Memory("EHLO a", "FOO", tolerated=("unknown-command", "hello-not-fqdn")).message()
-        self.assertEqual((message.violations, message.warnings), ([], []))
-        self.assertEqual([*Configuration(tolerated=["bare-lf"]).tolerated], ["bare-lf"])
 
     def test_strict(self) -> None:
         mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\nHello\r\n.\r\n"
@@ -1473,9 +1467,7 @@ class ViolationTest(ServerCase):
 RECORDS = read_table(r"""
 == one message, one recipient
 HELO, SEND, QUIT => HELO, SEND, quit
- =>
 nonsense =>
-HELO => HELO
 HELO, SEND, HELO b.com => HELO b.com 250
 HELO, SEND, RSET, NOOP, HELO => HELO
 HELO, SEND, MAIL => HELO, MAIL
@@ -1499,23 +1491,16 @@ HELO, MAIL, RCPT, MAIL, RCPT TO:<c@c.com> => HELO, MAIL, RCPT TO:<c@c.com> 250
 HELO, SEND, SEND => HELO, SEND
 == several messages, one recipient  -- multiple_message_receiving=True
 HELO, SEND, SEND, QUIT => HELO, SEND + HELO, SEND, quit
-HELO, SEND, RSET, SEND => HELO, SEND, RSET 250 + HELO, SEND
 HELO, SEND, RSET, NOOP, QUIT => HELO, SEND, RSET 250, noop, quit
-HELO, SEND, HELO => HELO, SEND + HELO
 HELO, SEND, EHLO => HELO, SEND + EHLO 501
 HELO, SEND, FOO => HELO, SEND + HELO
 HELO, SEND, RCPT TO:<c@c.com> => HELO, SEND + HELO, RCPT TO:<c@c.com> 503
 HELO, SEND, MAIL, RSET, QUIT => HELO, SEND + HELO, RSET 250, quit
 HELO, SEND, MAIL, RCPT, RCPT TO:<c@c.com>, DATA, hi, . => HELO, SEND + HELO, MAIL, RCPT TO:<c@c.com> 250, DATA, hi 250
-HELO, MAIL, RSET, SEND => HELO, SEND
 == several messages, several recipients  -- multiple_message_receiving=True, multiple_rcptto=True
 HELO, MAIL, RCPT, RCPT, DATA, hi, ., SEND => HELO, MAIL, RCPT, RCPT, DATA, hi 250 + HELO, SEND
-== refusals by the arguments, the sequence and the blacklists  -- blacklisted_mailfrom_emails=["a@a.com"]
-EHLO => EHLO 501
-HELO, MAIL FROM:x => HELO, MAIL FROM:x 501
+== a refusal by a blacklist  -- blacklisted_mailfrom_emails=["a@a.com"]
 HELO, MAIL => HELO, MAIL FROM:<a@a.com> 421
-HELO, DATA => HELO, DATA 503
-RSET => RSET 503
 == a body that is too long is not kept  -- msg_size_limit=1
 HELO, SEND => HELO, MAIL, RCPT, DATA, 552
 == a body that is refused by its text is kept  -- msg_msg_received="451 no"
@@ -1553,6 +1538,7 @@ HELO / SEND => content=b"hi\r\n", msg_request="hi\r\n", msg_response="250 Receiv
 HELO / SEND => rset_request="", rset_response="", rset=False, noop=False, quit_sent=False, is_consistent=True
 HELO / SEND / NOOP / QUIT => noop=True, quit_sent=True, id=1, peer=("192.0.2.1", 4321)
 HELO / SEND => auth_request="", auth_response="", auth=False, auth_user=None, auth_mechanism=None, tls=None
+nonsense => helo=False, mail_from=None, rcpt_tos=[], content=b"", msg_request="", auth_user=None, is_consistent=False
 HELO / SEND / RSET => id=1, received_at=None
 HELO / SEND / RSET / SEND => id=2, is_consistent=True
 == each message has an id  -- multiple_message_receiving=True
@@ -1582,13 +1568,16 @@ HELO / SEND => is_consistent=False, data=True
 HELO / SEND => is_consistent=False, data=True
 == inconsistent by the body  -- rule: message: reply 550 no
 HELO / SEND => is_consistent=False, data=True, refusals=[("<4 bytes>", "550 no")]
+== a mail that was taken, and then a close  -- rule: message: reply 250 got it; close
+HELO / SEND => is_consistent=True, msg_response="250 got it", id=1
 == logins  -- auth_users={"alice": "sécret", "bob": ""}
-HELO / auth plain {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_mechanism="PLAIN", auth_request="auth plain ***"
+HELO / auth plain {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_request="auth plain ***"
 HELO / AUTH PLAIN / {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_mechanism="PLAIN"
 HELO / AUTH LOGIN / {b64 alice} / {b64 sécret} => auth=True, auth_user="alice", auth_request="AUTH LOGIN"
 HELO / AUTH XOAUTH2 {b64 user=alice\1auth=Bearer sécret\1\1} => auth=True, auth_user="alice", auth_mechanism="XOAUTH2"
+HELO / AUTH XOAUTH2 {b64 user=bob\1auth=Bearer wrong\1\1} / * => auth=False, auth_user="bob", auth_mechanism="XOAUTH2"
 HELO / AUTH LOGIN {b64 alice} / {b64 sécret} => auth_mechanism="LOGIN", auth_response="235 Authentication succeeded"
-HELO / AUTH PLAIN {b64 \0mallory\0guess} / QUIT => auth=False, auth_user="mallory", auth_response="535 Authentication credentials invalid"
+HELO / AUTH PLAIN {b64 \0mallory\0guess} => auth_user="mallory", auth_response="535 Authentication credentials invalid"
 HELO / AUTH PLAIN {b64 \0bob\0} / AUTH LOGIN / HELO / SEND => auth=True, auth_user="bob"
 """)
 
@@ -1651,12 +1640,6 @@ class RecordTest(unittest.TestCase):
                     self.assertEqual({name: getattr(message, name) for name in expected}, expected)
                     self.assertNotRegex(str(message.to_dict()), "sécret|c8OpY3JldA")
 
-    def test_nothing_is_kept_of_nonsense(self) -> None:
-        message = Memory("nonsense").message()
-        for name in PUBLIC:
-            if re.match("helo|mailfrom|mail_from|rcpt|data|msg|content|rset|noop|quit|auth|tls|is_", name):
-                self.assertFalse(getattr(message, name), name)
-
     def test_a_client_that_leaves_in_the_body(self) -> None:
         memory = Memory(*ENVELOPE, "DATA", "half")
         memory.feed(b"..a")
@@ -1701,19 +1684,26 @@ class RecordTest(unittest.TestCase):
             (["NOOP", *SEND[:3]], 4, [], ["HELO, MAIL, RCPT, DATA"]),
         ):
             memory = receive_mail()
-            self.assertEqual(len(memory.messages(purge=True)), 1)
+            (purged,) = memory.messages(purge=True)
             self.assertEqual(len(memory.say(*lines)), replies)
             self.assertEqual(list(map(summarize, memory.messages())), list(map(keep, before)))
             memory.end()
             self.assertEqual(list(map(summarize, memory.messages())), list(map(keep, after)))
+            self.assertNotIn(purged.id, ids(memory.messages()))
 
     def test_a_purge_at_any_moment_loses_nothing(self) -> None:
         """The second mail of a session, and a purge in the middle of each of its commands."""
+
+        def purge(request: str, message: Message) -> None:
+            purged.extend(memory.messages(purge=True))
+
         lines = [*SEND[:3], "new\r\n.", "NOOP", "QUIT"]
         for moment, line in enumerate(lines):
-            memory = receive_mail()
+            memory, purged = receive_mail(), list[Message]()
             memory.say(*lines[:moment])
-            purged = memory.purge_during(line)
+            rule = memory.on("*")(purge)
+            memory.say(line)
+            rule.remove()
             memory.say(*lines[moment + 1 :])
             bodies = [message.content for message in (*purged, *memory.messages())]
             self.assertEqual((len(purged), bodies.count(b"new\r\n")), (1, 1), f"purged at {line}")
@@ -1728,26 +1718,6 @@ class RecordTest(unittest.TestCase):
         self.assertEqual(repr(memory.message()), "<Message 1 from None to []: 0 bytes, no reply>")
 
     # The dialogue as text.
-
-    def test_the_dialogues_are_their_own_transcripts(self) -> None:
-        """Where a session has one message, no secret, and no body, which would be one line."""
-        count = 0
-        for title, entry in DIALOGUES.items():
-            lines = [line.strip() for line in entry.lines]
-            others = ["C: .", f"S: {READY}"]
-            if "multiple_message_receiving" in entry.options or any(
-                line[0] == "R" or line in others or len(line) > 4000 or "AUTH " in line.upper() for line in lines
-            ):
-                continue
-            memory = Memory(**entry.options)
-            memory.greet()
-            memory.say(*(line[3:] for line in entry.lines if line[0] == "C"))
-            memory.end()
-            for message in memory.messages():
-                count += 1
-                with self.subTest(title):
-                    self.assertEqual([line.strip() for line in message.transcript.splitlines()], lines)
-        self.assertGreater(count, 10)
 
     def test_a_body_is_one_line_of_a_transcript(self) -> None:
         ends = "S: 221 Closing connection|S: <closed>"
@@ -1789,11 +1759,7 @@ class RecordTest(unittest.TestCase):
 MAILS = read_table(r"""
 == smtplib, no header at all  -- subject=None, text="Hello\n", html=None, attachments=[]
 Hello
-== an indented text without a header  -- subject=None, text="  Hello\n"
-  Hello
 == an empty one  -- subject=None, text="", html=None, attachments=[]
-== an empty body  -- subject="empty", text=""
-Subject: empty\n
 == no empty line after the header  -- subject="hi", text=""
 Subject: hi
 == mutt, UTF-8 as 8bit  -- subject="Grüße aus Köln, mit einem langen Betreff – der zweite Teil", text="Schöne Grüße\n"
@@ -2038,12 +2004,6 @@ class MailTest(unittest.TestCase):
                 self.ask_all(message)
                 self.assertIn("Received: from [192.0.2.1] ([192.0.2.1])", message.received_header)
                 self.assertNotIn(b"\r", message.as_bytes().replace(b"\r\n", b""))
-
-    def test_a_message_after_a_purge_has_another_id(self) -> None:
-        memory = receive_mail()
-        purged = memory.messages(purge=True)
-        memory.say(ENVELOPE[1])  # begins another message
-        self.assertEqual(len({*ids(purged), memory.message().id}), 2)
 
     def test_copies(self) -> None:
         message = Memory(ENVELOPE[0], "MAIL FROM:<a@a.com> SIZE=5", *SEND[1:], extensions=["SIZE"]).message()
@@ -2302,12 +2262,9 @@ server.wait_for_messages_and_purge(1, 1, "x")  => where='x': must be a function 
 server.disconnect(1)                           => reset=1: must be true or false
 configure(host="::1")                          => host='::1': cannot be changed by configure()
 configure(fail_fsat=True)                      => fail_fsat=True: there is no such option; did you mean fail_fast?
-configure(tls_required=True)                   => tls_required=True: needs ssl_context
-configure(on_message=1)                        => on_message=1: must be callable
 configure(configuration=Configuration(port=1)) => port=1: cannot be changed by configure()
 configure(configuration="x")                   => configuration='x': must be a Configuration
 server.on("")                                  => stage='': must be connect, message, * or a verb{MORE}
-server.on(None)                                => stage=None: {MORE}
 server.on("MAIL TWICE")                        => stage='MAIL TWICE': {MORE}
 server.on("RCTP")                              => stage='RCTP': {MORE}did you mean RCPT?
 server.on("MAILFROM")                          => stage='MAILFROM': {MORE}did you mean MAIL?
@@ -2343,7 +2300,6 @@ server.on("MAIL").raw("x")                     => raw='x': must be bytes
 server.on("MAIL")(1)                           => rule=1: must be callable
 Action(time=2)                                 => time=2: there is no such option; there are reply, raw, delay, tri{MORE}
 Action(then="closed")                          => then='closed': must be one of close, drop, reset, silence
-Action(delay="soon")                           => delay='soon': must be a number of seconds{MORE}
 """
 GOOD_CALLS = r"""
 Server(extensions=["XSIZE", "FOO", "size 5"])
@@ -2393,9 +2349,7 @@ class ConfigurationTest(ServerCase):
         with self.assertRaises(dataclasses.FrozenInstanceError):
             options.port = 1  # type: ignore[misc]
 
-
-class SignatureTest(unittest.TestCase):
-    """What help() and an editor show of the options, and how a Configuration compares."""
+    # Signatures, and how a Configuration compares.
 
     OWN = ("logger", "on_message", "handlers")  # the keywords of a Server that are no options
 
@@ -2686,7 +2640,6 @@ MAIL FROM          | hello    | MAIL FROM:<a@example.com>
 RCPT b@example.com | sender   | RCPT TO:<b@example.com>
 DATA               | envelope | DATA
 message            | in body  | .
-RSET               |          | RSET
 NOOP               |          | NOOP
 QUIT               |          | QUIT
 XYZ                |          | xyz
@@ -2728,11 +2681,9 @@ class RuleTest(ServerCase):
         server.stop()
         with server, Client(server) as other:
             self.assertEqual(other.greeting, "220 Moin")
-            for clear in (server.clear_rules, server.reset):
-                server.on("*").reply("450 no")
-                self.assertEqual(other.ask("NOOP"), ["450 no"])
-                clear()
-                self.assertEqual(other.ask("NOOP"), ["250 Ok"])
+            server.clear_rules()
+        with server, Client(server) as other:
+            self.assertEqual(other.greeting, "220 Welcome")
 
     def test_no_action_and_the_same_one_twice(self) -> None:
         """Without one, a rule does nothing; a second call replaces the first."""
@@ -2783,12 +2734,6 @@ class RuleTest(ServerCase):
         memory.say("RCPT TO:<b@b.com>", "DATA")
         self.assertEqual(memory.say("a virus", "."), ["554 virus"])
         self.assertEqual(seen, [*lines, "a virus\r\n"])
-
-    def test_a_close_after_the_mail_was_taken(self) -> None:
-        seen: list[Message] = []
-        (message,) = receive_mail(rules=["message: reply 250 got it; close"], on_message=seen.append).messages()
-        self.assertEqual((message.is_consistent, ids(seen)), (True, [message.id]))
-        self.assertTrue(message.transcript.endswith("S: 250 got it\nS: <closed>"))
 
     def test_functions(self) -> None:
         memory = Memory("EHLO a.com")
@@ -2997,7 +2942,6 @@ class AuthTest(ServerCase):
         self.assertEqual(len(challenges), 3)
         for answer, expected in (("nobody x", self.FAILED), ("bob x", self.FAILED)):
             self.assertEqual(self.memory().say("AUTH CRAM-MD5", b64(answer))[1], expected)
-        self.assertEqual(self.memory().say("AUTH CRAM-MD5", "*")[1], "501 Authentication cancelled")
 
     def test_each_mail_has_it(self) -> None:
         memory = self.memory(self.LOGIN, *SEND, *SEND, multiple_message_receiving=True)
@@ -3058,28 +3002,8 @@ class AuthTest(ServerCase):
                     requests = re.findall("(?m)^C: (.*)", message.transcript)
                     self.assertEqual(requests, ["EHLO a.com", *shown.split(" / "), "QUIT"])
 
-    def test_a_refused_token_is_explained_before_the_535(self) -> None:
-        token = b64("user=u\1auth=Bearer wrong\1\1")
-        for first, answer, end in (
-            ([f"AUTH XOAUTH2 {token}"], "", self.FAILED),
-            (["AUTH XOAUTH2", token], "", self.FAILED),
-            ([f"AUTH XOAUTH2 {token}"], token, self.FAILED),
-            ([f"AUTH XOAUTH2 {token}"], "*", "501 Authentication cancelled"),
-        ):
-            with self.subTest(first, answer=answer):
-                memory = self.memory(users={"u": "token"})
-                *_, challenge, last = memory.say(*first, answer)
-                error = json.loads(base64.b64decode(challenge.removeprefix("334 ")))
-                self.assertEqual((error["status"], *sorted(error)), ("401", "schemes", "scope", "status"))
-                self.assertEqual((last, *memory.say("NOOP")), (end, "250 Ok"))
-                message = memory.message()
-                self.assertEqual((message.auth, message.auth_user, message.auth_response), (False, "u", end))
-                self.assertNotIn(token, message.transcript)
-
 
 class ProcessCase(unittest.TestCase):
-    """Tests of the command line as a process."""
-
     def launch(self, *arguments: str, cwd: str | Path = HERE, **options: Any) -> Any:
         """A Python process, with pipes."""
         process = subprocess.Popen(
@@ -3105,14 +3029,6 @@ class ProcessCase(unittest.TestCase):
         out, err = process.communicate(said, timeout=TIMEOUT)
         self.assertEqual((process.returncode, err), (0, ""))
         return str(out)
-
-    def run_shell(self, arguments: str) -> tuple[int, str, str]:
-        """The exit status of the command line with redirections, and what it prints."""
-        command = f"exec {shlex.quote(sys.executable)} -m smtpmock {arguments}"
-        done = subprocess.run(
-            command, shell=True, cwd=HERE, timeout=TIMEOUT, capture_output=True, text=True, check=False
-        )
-        return done.returncode, done.stdout, done.stderr
 
     def run_python(self, code: str, *flags: str, folder: str | Path = HERE) -> str:
         """What a program prints."""
@@ -3147,8 +3063,6 @@ rWyhsX65xF28RK6NGaKw316mRPCdDHXRS9nvPe/3/sirsDjLLkzfGOUF
 
 
 class TlsTest(ProcessCase):
-    """STARTTLS and implicit TLS, as clients see them."""
-
     pem: Path
 
     @classmethod
@@ -3362,6 +3276,9 @@ class StartTest(ServerCase):
             self.assertIsInstance(caught.exception.errno, int)
             self.assertEqual(recorder.wait_for("cannot listen")[0], "error")
             self.assertFalse(second.is_running)
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                catch(ServerStartError, Server(port=first.port, log_to_stdout=True).start)
+            self.assertRegex(err.getvalue(), "^ERROR: .* cannot listen on ")
         with second:
             pass
         self.assert_nothing_is_left(second)
@@ -3383,11 +3300,8 @@ class StartTest(ServerCase):
         for host, reached_at in hosts.items():
             with self.subTest(host), Server(host=host) as server, Client(server) as client:
                 self.assertEqual((server.host, client.greeting), (reached_at, "220 Welcome"))
-
-    @unittest.skipUnless(socket.has_dualstack_ipv6(), "this machine has no dual stack")
-    def test_every_address_takes_ipv4_too(self) -> None:
-        with Server(host="[::]") as server, socket.create_connection(("127.0.0.1", server.port), TIMEOUT) as client:
-            self.assertEqual(client.recv(100), b"220 Welcome\r\n")
+                if host == "[::]" and socket.has_dualstack_ipv6():  # every address, be it of IPv4
+                    send(server.port, "hi")
 
     def test_threads_are_used_again(self) -> None:
         """But not kept in any number."""
@@ -3453,11 +3367,6 @@ class StartTest(ServerCase):
         recorder.wait_for("stopped")
         errors = [text for level, text in recorder.seen if level == "error"]
         self.assertEqual(errors, ["SMTP mock server cannot take another client: can't start new thread"])
-
-    def test_repr(self) -> None:
-        self.assertEqual(repr(Server(host="::1")), "<smtpmock.Server on [::1]:0, not running>")
-        with Server() as server:
-            self.assertEqual(repr(server), f"<smtpmock.Server on 127.0.0.1:{server.port}>")
 
 
 class StopTest(ServerCase):
@@ -3903,16 +3812,15 @@ class ConfigureTest(ServerCase):
         self.assertEqual(told(server).count("ValueError"), 3)
         server.check()
 
-    def test_url(self) -> None:
-        context = mock.Mock(spec=ssl.SSLContext)
-        for options, url in (
-            ({"host": "::1"}, "smtp://[::1]:25"),
-            ({"host": "[::1]"}, "smtp://[::1]:25"),
-            ({"implicit_tls": True, "ssl_context": context}, "smtps://127.0.0.1:25"),
-        ):
-            self.assertEqual(Server(port=25, **dict[str, Any](options)).url, url)
+    def test_url_and_repr(self) -> None:
+        tls: dict[str, Any] = {"implicit_tls": True, "ssl_context": mock.Mock(spec=ssl.SSLContext)}
+        for host, options, address in (("::1", {}, "[::1]:25"), ("[::1]", {}, "[::1]:25"), ("a.com", tls, "a.com:25")):
+            server = Server(host=host, port=25, **options)
+            self.assertEqual(server.url, f"smtp{'s' if options else ''}://{address}")
+            self.assertEqual(repr(server), f"<smtpmock.Server on {address}, not running>")
         with Server() as server:
             self.assertEqual(server.url, f"smtp://127.0.0.1:{server.port}")
+            self.assertEqual(repr(server), f"<smtpmock.Server on 127.0.0.1:{server.port}>")
 
 
 class DisconnectTest(ServerCase):
@@ -4026,15 +3934,13 @@ class DisconnectTest(ServerCase):
         server.disconnect()
 
     def test_a_session_that_has_ended_is_not_open(self) -> None:
-        """Though the server waits for the client's FIN."""
+        """Though the server waits for the client's FIN. The report says what ended one without a command."""
         server, client, recorder = self.serve("NOOP: drop")
         client.ask("NOOP")
         recorder.wait_for("session finished")
         self.assertIn("open sessions: 0", report(server))
-
-    def test_the_report_of_a_connection_without_a_command(self) -> None:
-        server, _, _ = self.serve()
-        server.disconnect()
+        with Client(server):
+            server.disconnect()
         self.assertRegex(report(server), "(?s)open sessions: 0.*disconnect[(][)] ended it")
 
 
@@ -4218,9 +4124,6 @@ class OtherSystemsTest(ServerCase):
             del vars(signal)["SIGQUIT"]
             return run_main(send_and_stop, *argv)
 
-    def test_the_command_line_without_sigquit(self) -> None:
-        self.assertIn("a@a.com", self.run_command_line())
-
     def test_saved_mails(self) -> None:
         """The names are ones that Windows takes, the bytes are the same, and no file is open when it gets its name.
 
@@ -4248,7 +4151,8 @@ class OtherSystemsTest(ServerCase):
             stack.enter_context(mock.patch("os.replace", replace_like_windows))
             stack.enter_context(mock.patch("os.linesep", "\r\n"))
             stack.enter_context(mock.patch("mailbox.linesep", b"\r\n"))
-            self.run_command_line(f"-saveDir={folder}/saved", f"-maildir={folder}/maildir")
+            out = self.run_command_line(f"-saveDir={folder}/saved", f"-maildir={folder}/maildir")
+            self.assertIn("a@a.com", out)
             files = {
                 path.suffix if path.parent.name == "saved" else "maildir": path for path in Path(folder).rglob("*.*")
             }
@@ -4259,48 +4163,8 @@ class OtherSystemsTest(ServerCase):
         self.assertEqual((b"\r\n" in record, json.loads(record)["content"][-11:]), (False, "bare\nCRLF\r\n"))
 
 
-class GarbageTest(unittest.TestCase):
-    """Bytes that no client would send, from a generator with a fixed seed."""
-
-    PARTS: Sequence[bytes] = [
-        b"EHLO a.com", b"HELO [1.2.3.4]", b"MAIL FROM:<a@a.com>", b"MAIL FROM:<>", b"RCPT TO:<b@b.com>", b"DATA", b".",
-        b"RSET", b"NOOP", b"QUIT", b"FOO", b"", b"\x00", b"\xff\xfe", b"\r", b" ", b"\t", b"x" * 5000, "дядя".encode(),
-    ]  # fmt: skip
-
-    def make_line(self, rng: random.Random) -> bytes:
-        line = bytearray(rng.choice(self.PARTS))
-        for _ in range(rng.choice((0, 0, 0, 1, 3))):
-            at = rng.randrange(len(line) + 1)
-            line[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
-        return bytes(line).replace(b"\n", b"")[:6000]
-
-    def test_in_memory(self) -> None:
-        """Each line that is not of a body has one reply, and the records are consistent."""
-        for seed in range(400):
-            rng = random.Random(seed)
-            names = ("fail_fast", "multiple_rcptto", "multiple_message_receiving")
-            options: dict[str, Any] = {name: rng.random() < 0.3 for name in names}
-            memory = Memory(**options, msg_size_limit=rng.choice((0, 20, 10_000)))
-            with self.subTest(seed=seed):
-                accepted = self.count_accepted(memory, rng)
-                memory.end()
-                for message in memory.messages():
-                    self.assertEqual(message.is_consistent, bool(message.msg and message.rcpt_tos))
-                    self.assertEqual(message.content.decode("utf-8", "surrogateescape"), message.msg_request)
-                    self.assertLessEqual(len(message.rcpt_tos), len(message.rcptto_request_response))
-                    self.assertTrue(repr(message))
-                    self.assertTrue(all(map(str, message.violations + message.warnings)))
-                self.assertLessEqual(len(memory.messages()), 1 + accepted)
-
-    def count_accepted(self, memory: Memory, rng: random.Random) -> int:
-        """Say some lines, and check that there are as many replies; how often something was received."""
-        said: list[str] = []
-        for _ in range(30):
-            counts = (0,) if "<closed>" in said else (0, 1) if memory.is_in_body else (1,)
-            found = memory.feed(self.make_line(rng) + rng.choice((b"\n", b"\r\n")))
-            self.assertIn(len(found) - found.count("<closed>"), counts)
-            said += found
-        return said.count(RECEIVED)
+class ResourceTest(ServerCase, ProcessCase):
+    """What a process may run out of, or do to its server."""
 
     def test_no_session_is_left_for_the_garbage_collector(self) -> None:
         gc.disable()
@@ -4325,10 +4189,6 @@ class GarbageTest(unittest.TestCase):
             if start in (b"", b"DATA\r\n"):
                 replies = memory.say("", ".", "NOOP")
                 self.assertEqual([reply[:3] for reply in replies[-2:]], ["552" if start else "502", "250"])
-
-
-class ResourceTest(ServerCase, ProcessCase):
-    """What a process may run out of, or do to its server."""
 
     @unittest.skipIf(sys.platform == "win32", "Windows has no such limit")
     def test_no_more_descriptors(self) -> None:
@@ -4508,11 +4368,6 @@ class LoggingTest(unittest.TestCase):
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 self.run_session(Server(**dict[str, Any](dict.fromkeys(names, True))))
             self.assertEqual(len(out.getvalue().splitlines()), count)
-
-    def test_errors_go_to_stderr(self) -> None:
-        with Server() as first, contextlib.redirect_stderr(io.StringIO()) as err:
-            catch(ServerStartError, Server(port=first.port, log_to_stdout=True).start)
-        self.assertRegex(err.getvalue(), "^ERROR: .* cannot listen on ")
 
     def test_a_narrow_encoding(self) -> None:
         raw = io.BytesIO()
@@ -4701,6 +4556,29 @@ class CommandLineTest(unittest.TestCase):
         run_main(use, "-log", "-rule", "VRFY: reply 252 one", "--rule=EXPN: reply 252 two", early=connect_early)
         self.assertIs(signal.getsignal(signal.SIGTERM), handler)
 
+    @unittest.skipUnless(threading.current_thread() is threading.main_thread(), "signals reach the main thread only")
+    def test_control(self) -> None:
+        text = "rule RCPT: reply 450 later\nclear\nrule x\nconfigure -failFast\nreset\ndisconnect\ncheck"
+        commands = text.splitlines()
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write(text.encode() + b"\n\xff\n\nstop\nfoo\n")
+            stdin.seek(0)
+            with mock.patch("sys.stdin", stdin):
+                status, out, err = call_main("-control")
+        events = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual((status, err), (0, ""))
+        self.assertEqual([event.get("command") for event in events], [None, *commands, "\\xff", "stop"])
+        names = ["listening", "done", "done", "error", "done", "done", "done", "done", "error", "done"]
+        self.assertEqual([event["event"] for event in events], names)
+
+    def test_a_stdin_that_cannot_be_read(self) -> None:
+        error = "cannot read from stdin: it is closed"
+        for stdin in (None, io.StringIO("stop\n")):
+            with mock.patch("sys.stdin", stdin):
+                status, out, err = call_main("-control")
+            self.assertEqual((status, err), (1, f"smtpmock: {error}\n"))
+            self.assertEqual(json.loads(out), {"event": "error", "error": error})
+
 
 class HelpTest(unittest.TestCase):
     def read(self, flag: str) -> str:
@@ -4786,7 +4664,12 @@ class ProcessTest(ProcessCase):
             ("-port=0", ">&-", "cannot write to stdout: it is closed"),
         ):
             with self.subTest(flag, redirection=redirection):
-                self.assertEqual(self.run_shell(f"{flag} {redirection}"), (1, "", f"smtpmock: {error}\n"))
+                command = f"exec {shlex.quote(sys.executable)} -m smtpmock {flag} {redirection}"
+                process = subprocess.run(
+                    command, shell=True, cwd=HERE, timeout=TIMEOUT, capture_output=True, check=False
+                )
+                expected = (1, b"", f"smtpmock: {error}\n".encode())
+                self.assertEqual((process.returncode, process.stdout, process.stderr), expected)
 
     def test_two_signals_at_once(self) -> None:
         for _ in range(2):
@@ -5169,31 +5052,6 @@ class ControlTest(ProcessCase):
                 self.assertEqual(json.loads(out), {"event": "error", "error": error})
 
 
-@unittest.skipUnless(threading.current_thread() is threading.main_thread(), "signals reach the main thread only")
-class ControlInProcessTest(unittest.TestCase):
-    def test_it_obeys(self) -> None:
-        text = "rule RCPT: reply 450 later\nclear\nrule x\nconfigure -failFast\nreset\ndisconnect\ncheck"
-        commands = text.splitlines()
-        with tempfile.TemporaryFile() as stdin:
-            stdin.write(text.encode() + b"\n\xff\n\nstop\nfoo\n")
-            stdin.seek(0)
-            with mock.patch("sys.stdin", stdin):
-                status, out, err = call_main("-control")
-        events = [json.loads(line) for line in out.splitlines()]
-        self.assertEqual((status, err), (0, ""))
-        self.assertEqual([event.get("command") for event in events], [None, *commands, "\\xff", "stop"])
-        names = ["listening", "done", "done", "error", "done", "done", "done", "done", "error", "done"]
-        self.assertEqual([event["event"] for event in events], names)
-
-    def test_a_stdin_that_cannot_be_read(self) -> None:
-        error = "cannot read from stdin: it is closed"
-        for stdin in (None, io.StringIO("stop\n")):
-            with mock.patch("sys.stdin", stdin):
-                status, out, err = call_main("-control")
-            self.assertEqual((status, err), (1, f"smtpmock: {error}\n"))
-            self.assertEqual(json.loads(out), {"event": "error", "error": error})
-
-
 # ---------------------------------------------------------------------------- what a failing test is told
 
 
@@ -5244,9 +5102,8 @@ class TellingTest(unittest.TestCase):
             with Client(server) as client:
                 client.ask(*ENVELOPE[:2])
                 error = catch(WaitTimeoutError, server.message)  # asserted too early
-                self.assertRegex(
-                    str(error), r"(?s)^0 accepted messages where there should be 1.*C: MAIL FROM:<a@a.com> / S"
-                )
+                text = "(?s)^0 accepted messages where there should be 1.*C: MAIL FROM:<a@a.com> / S"
+                self.assertRegex(str(error), text)
                 self.assertEqual(error.messages, [])
             send(server, "Subject: one\n\n", "Subject: two\n\n")
             self.assertEqual(server.message(lambda message: message.subject == "two").subject, "two")
@@ -5269,10 +5126,8 @@ class TellingTest(unittest.TestCase):
                 client.ask(*ENVELOPE, "RSET", "QUIT")
             (message,) = server.messages()
             self.assertEqual((message.refusals, message.to_dict()["refusals"]), ([refused], [list(refused)]))
-            text = "not accepted, 'RCPT TO:<b@b.com>' was refused with '550 User not found'"
-            self.assertIn(text, repr(message))
-            with self.assertRaisesRegex(WaitTimeoutError, text):
-                server.message()
+            error = catch(WaitTimeoutError, server.message)
+            self.assertIn("not accepted, 'RCPT TO:<b@b.com>' was refused with '550 User not found'", str(error))
 
     def test_rules_that_were_never_hit(self) -> None:
         with Server() as server:
@@ -5320,13 +5175,10 @@ class TellingTest(unittest.TestCase):
         def fail(*_: object) -> Any:
             raise MuteError
 
-        with mock.patch("threading.excepthook"), Server() as server:
+        with mock.patch("threading.excepthook"), Server() as server, Client(server) as client:
             server.on("NOOP")(fail)
-            with Client(server) as client:
-                self.assertEqual(
-                    client.ask(*["NOOP"] * 200, "RSET")[-2:],
-                    ["451 Local error in processing", "503 Bad sequence of commands. HELO should be the first"],
-                )
+            replies = client.ask(*["NOOP"] * 200, "RSET")
+            self.assertEqual([reply[:3] for reply in replies], [*["451"] * 200, "503"])
             lines = told(server).splitlines()
             self.assertEqual((len(lines), "MuteError" in lines[0]), (100, True))
 
