@@ -1089,7 +1089,7 @@ class DialogueTest(unittest.TestCase):
     def test_the_pieces_that_bytes_come_in_do_not_matter(self) -> None:
         for title, options, stream in self.streams():
             whole = self.converse([stream], options)
-            for seed in range(5):
+            for seed in range(3):
                 with self.subTest(title, seed=seed):
                     rng = random.Random(seed)
                     count = rng.choice((1, 3, 30, len(stream) - 1))
@@ -1472,7 +1472,6 @@ HELO, SEND, HELO b.com => HELO b.com 250
 HELO, SEND, RSET, NOOP, HELO => HELO
 HELO, SEND, MAIL => HELO, MAIL
 HELO, NOOP, RSET, NOOP, MAIL => HELO, MAIL
-HELO, RSET, NOOP => HELO, RSET 250, noop
 HELO, SEND, RCPT TO:<c@c.com> => HELO, MAIL, RCPT TO:<c@c.com> 250
 HELO, SEND, RCPT TO:<bad> => HELO, MAIL, RCPT TO:<bad> 501
 HELO, SEND, NOOP, DATA, new, . => HELO, MAIL, RCPT, DATA, new 250, noop
@@ -1485,7 +1484,6 @@ HELO, SEND, RSET, SEND, QUIT => HELO, SEND, quit
 HELO, MAIL, RCPT, DATA, half => HELO, MAIL, RCPT, DATA, half
 == one message, several recipients  -- multiple_rcptto=True
 HELO, MAIL, RCPT, RCPT TO:<bad>, RCPT TO:<c@c.com> => HELO, MAIL, RCPT, RCPT TO:<bad> 501, RCPT TO:<c@c.com> 250
-HELO, MAIL, RCPT TO:<bad> => HELO, MAIL, RCPT TO:<bad> 501
 HELO, SEND, RCPT TO:<c@c.com> => HELO, MAIL, RCPT, RCPT TO:<c@c.com> 250, DATA, hi 250
 HELO, MAIL, RCPT, MAIL, RCPT TO:<c@c.com> => HELO, MAIL, RCPT TO:<c@c.com> 250
 HELO, SEND, SEND => HELO, SEND
@@ -4449,7 +4447,6 @@ def run_main(use: Callable[[int], object], *argv: str, early: Callable[[int], ob
 BAD_FLAGS = """
 -port=99999             => -port=99999: must be an integer from 0 to 65535
 -port=x                 => -port='x': must be an integer from 0 to 65535
--port=                  => -port='': must be an integer from 0 to 65535
 -log=maybe              => -log='maybe': must be true or false
 -prot=1                 => -prot: there is no such flag; did you mean -port?
 --multiple-rcpto        => --multiple-rcpto: there is no such flag; did you mean --multiple-rcptto?
@@ -4460,6 +4457,7 @@ stray                   => stray: there is no such flag
 -sessionTimeout=nan     => -sessionTimeout=nan: must be a number of seconds from 0.001 to 1000000
 -extensions=AUTH        => -extensions: AUTH is announced with the option -authUsers
 -tlsCert=none.pem       => -tlsCert='none.pem'{MORE}No such file or directory{MORE}
+-tlsKey=none.pem        => -tlsKey='none.pem': needs -tlsCert
 -implicitTls            => -implicitTls=True: needs -tlsCert
 -saveDir=/dev/null/x    => cannot write to /dev/null/x: Not a directory
 --maildir=/dev/null/x   => cannot write to /dev/null/x: Not a directory
@@ -4505,6 +4503,7 @@ class CommandLineTest(unittest.TestCase):
                 for text, value in {"": True, "=true": True, "=1": True, "=False": False, "=0": False}.items():
                     self.assertEqual(parse_flags(flag + text, "-port=1"), {**dict.fromkeys(fields, value), "port": 1})
         self.assertEqual(call_main("-port", "-log"), (2, "", "smtpmock: -port: needs a value\n"))
+        self.assertEqual(parse_flags(), {})
         expected = {"msg_noop_received": "", "blacklisted_helo_domains": []}
         self.assertEqual(parse_flags("-msgNoopReceived=", "-blacklistedHeloDomains="), expected)
         self.assertEqual(parse_flags("-msgNoopReceived", "", "-blacklistedHeloDomains", ""), expected)
@@ -4909,7 +4908,6 @@ configure -msgRcpttoReceived="450       => No closing quotation
 configure -failFast -port=1             => -port=1: cannot be changed {MORE}
 configure -failFast -json               => -json: cannot be changed while the server runs
 configure -failFast -tlsCert=/dev/null  => {MORE}cannot be loaded: {MORE}; without -tlsKey, the file must have {MORE}
-configure -tlsKey=/dev/null             => -tlsKey='/dev/null': needs -tlsCert
 configure -failFst                      => -failFst: there is no such flag; did you mean -failFast?
 """
 
