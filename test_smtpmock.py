@@ -490,7 +490,8 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
 
 # C: is a line of the client, or several with | between them which are answered alike, R: bytes of the client with
 # Python's escapes, S: a line of the server, which can stand beside what it answers. The server has ended the
-# connection, or says nothing any more, where it says <closed>, <reset> or <silence>. A dialogue that begins with the client has S: 220 Welcome before that.
+# connection, or says nothing any more, where it says <closed>, <reset> or <silence>. A dialogue that begins with the
+# client has S: 220 Welcome before that.
 
 PREFIXES = read_table(r"""
 == hello
