@@ -117,7 +117,7 @@ class SMTPMockWarning(UserWarning):
 # ----------------------------------------------------------------------------------------- options
 
 
-class _Kind(NamedTuple):
+class _OptionType(NamedTuple):
     """The type of an option."""
 
     allowed: str  # completes the sentence "must be ..." of an error message
@@ -146,39 +146,41 @@ def _fold(name: str) -> str:
 
 
 # poll() takes at most 2**31 milliseconds, which are 24 days.
-_SECONDS = _Kind("a number of seconds from 0 to 1000000", _number(0, 1e6, int, float), float)
-_TIMEOUT = _Kind("a number of seconds from 0.001 to 1000000", _number(1e-3, 1e6, int, float), float)
-_PORT = _Kind("an integer from 0 to 65535", _number(0, 65535, int), int)
-_COUNT = _Kind("an integer from 0 up", _number(0, float("inf"), int), int)
-_SEED = _Kind("an integer", _number(float("-inf"), float("inf"), int), int)
+_SECONDS = _OptionType("a number of seconds from 0 to 1000000", _number(0, 1e6, int, float), float)
+_TIMEOUT = _OptionType("a number of seconds from 0.001 to 1000000", _number(1e-3, 1e6, int, float), float)
+_PORT = _OptionType("an integer from 0 to 65535", _number(0, 65535, int), int)
+_COUNT = _OptionType("an integer from 0 up", _number(0, float("inf"), int), int)
+_SEED = _OptionType("an integer", _number(float("-inf"), float("inf"), int), int)
 _FLAGS = {"true": True, "1": True, "false": False, "0": False}
-_FLAG = _Kind("true or false", lambda value: isinstance(value, bool), lambda text: _FLAGS[text.lower()])
-_TEXT = _Kind("a string without lone surrogates", _is_text)
-_NAMES = _Kind(
+_FLAG = _OptionType("true or false", lambda value: isinstance(value, bool), lambda text: _FLAGS[text.lower()])
+_TEXT = _OptionType("a string without lone surrogates", _is_text)
+_NAMES = _OptionType(
     "a list of strings",
     _are_names,
     lambda text: [name.strip() for name in text.split(",") if name.strip()],
     lambda names: frozenset(map(_fold, names)),
 )
-_WORDS = _Kind("a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse, tuple)
-_CONTEXT = _Kind(
+_WORDS = _OptionType(
+    "a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse, tuple
+)
+_CONTEXT = _OptionType(
     "an ssl.SSLContext for servers, as ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)",
     lambda value: hasattr(value, "wrap_socket") and value.check_hostname is not True,
 )
-_HANDLERS = _Kind("a list of subclasses of Handler", lambda value: isinstance(value, Iterable), normalise=tuple)
-_CALLABLE = _Kind("callable", callable)
-_LOGGER = _Kind(
+_HANDLERS = _OptionType("a list of subclasses of Handler", lambda value: isinstance(value, Iterable), normalise=tuple)
+_CALLABLE = _OptionType("callable", callable)
+_LOGGER = _OptionType(
     "a logger with methods info(), warning() and error()",
     lambda value: all(callable(getattr(value, name, None)) for name in ("info", "warning", "error")),
 )
-_USERS = _Kind(
+_USERS = _OptionType(
     "a mapping of users to secrets, user:secret,... or a function of the mechanism, user and secret",
     lambda value: callable(value) or (isinstance(value, Mapping) and _are_names([*value, *value.values()])),
     lambda text: dict(pair.split(":", 1) for pair in _NAMES.parse(text)),
 )
 
 
-def _check(name: str, value: object, kind: _Kind) -> None:
+def _check(name: str, value: object, kind: _OptionType) -> None:
     if not kind.accepts(value):
         raise ConfigurationError(f"{name}={value!r}: must be {kind.allowed}")
 
@@ -190,7 +192,7 @@ def _suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _option(default: Any, kind: _Kind, about: str) -> Any:
+def _option(default: Any, kind: _OptionType, about: str) -> Any:
     return dataclasses.field(default=default, metadata={"kind": kind, "about": about})
 
 
@@ -260,7 +262,7 @@ class _Fields:
         return f"{type(self).__name__}({changes})"
 
 
-def _takes(options: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
+def _shows_options(options: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
     """Have a method show the fields of a dataclass as its parameters, to type checkers and to inspect.signature()."""
     # That looks at __wrapped__, here never called. A __signature__ would need the module inspect, slow to import.
 
@@ -286,7 +288,7 @@ if not TYPE_CHECKING:  # type checkers see dataclasses.dataclass instead
 
         def declare(cls: type) -> type:
             cls = dataclasses.dataclass(init=False, repr=False, eq=False, **options)(cls)
-            cls.__init__ = _takes(cls)(types.FunctionType(_Fields.__init__.__code__, globals()))
+            cls.__init__ = _shows_options(cls)(types.FunctionType(_Fields.__init__.__code__, globals()))
             about = [f"{field.name}: {field.metadata['about']}" for field in dataclasses.fields(cls)]
             cls.__doc__ = "\n    ".join([cls.__doc__ or "", *about])
             return cls
@@ -410,7 +412,7 @@ class Configuration(_Fields):
                 raise ConfigurationError(f"{name}=True: needs {other}")
 
 
-_CONFIGURATION = _Kind("a Configuration", lambda value: isinstance(value, Configuration))
+_CONFIGURATION = _OptionType("a Configuration", lambda value: isinstance(value, Configuration))
 
 
 @_fields(frozen=True)
@@ -685,7 +687,7 @@ _VIOLATIONS = {
 _VERBS = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY EXPN HELP STARTTLS AUTH ETRN ATRN TURN BURL SEND SOML SAML"
 _REQUESTS = (*_VERBS.split(), "LHLO", "answer", "message")
 _KEYWORDS = {"STARTTLS": "STARTTLS", "AUTH": "AUTH", "BDAT": "CHUNKING", "ETRN": "ETRN", "ATRN": "ATRN", "BURL": "BURL"}
-_HELLO, _PATHS, _IN_CLEAR = ("EHLO", "HELO"), ("MAIL", "RCPT"), ("PLAIN", "LOGIN")
+_HELLO, _PATHS, _PLAINTEXT_MECHANISMS = ("EHLO", "HELO"), ("MAIL", "RCPT"), ("PLAIN", "LOGIN")
 # The last of a pipelined group: RFC 2920 section 3.1, RFC 3207 section 4, RFC 4954 section 4.
 _LAST_OF_GROUP = ("EHLO", "DATA", "NOOP", "QUIT", "VRFY", "EXPN", "TURN", "AUTH", "STARTTLS", "answer")
 
@@ -702,7 +704,7 @@ def _is_too_long(path: str) -> bool:
     return max(len(text.encode("utf-8", "surrogateescape")) - most for text, most in ((local, 64), (path, 256))) > 0
 
 
-class _Client:
+class _ClientState:
     """One request, and the state of the client when it sent it."""
 
     line = reply = verb = argument = path = mechanism = ""  # verb is one of _REQUESTS, or any other word
@@ -764,37 +766,69 @@ class _Client:
 
 
 # A code, the requests that it is about (none: all), and when a request is wrong.
-_DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_Client], object]], ...] = (
-    ("after-421", (), lambda it: it.was_told_421 and not it.was_pipelined and it.verb != "QUIT"),
-    ("no-hello-after-tls", (), lambda it: it.has_begun_tls and it.verb not in (*_HELLO, "QUIT")),
-    ("data-after-refusal", (), lambda it: it.was_refused_data and it.verb not in _REQUESTS),
-    ("data-before-354", ("DATA",), lambda it: it.sends_mail_early),
-    ("pipelining", (), lambda it: it.has_more and not (it.may_pipeline or it.sends_mail_early)),
-    ("pipelining-order", _LAST_OF_GROUP, lambda it: it.has_more and it.may_pipeline and not it.may_go_on),
-    ("unknown-command", (), lambda it: it.is_unknown and it.reply[:1] == "5" and it.verb not in it.announced),
-    ("no-hello", ("MAIL",), lambda it: not (it.is_greeted or it.has_begun_tls or it.may_be_blind)),
-    ("hello-invalid", _HELLO, lambda it: not re.fullmatch(_STRICT_NAME, it.argument) and not it.has_literal),
-    ("hello-not-fqdn", _HELLO, lambda it: re.fullmatch(_LABEL, it.argument)),
-    ("unannounced-command", tuple(_KEYWORDS), lambda it: _KEYWORDS[it.verb] not in it.announced),
-    ("unannounced-mechanism", ("AUTH",), lambda it: it.mechanism not in it.announced.get("AUTH", it.mechanism)),
-    ("auth-in-clear", ("AUTH",), lambda it: it.mechanism in _IN_CLEAR and "STARTTLS" in it.announced),
-    ("superfluous-argument", ("DATA", "RSET", "QUIT", "STARTTLS"), lambda it: it.argument),
-    ("bad-sequence", ("AUTH",), lambda it: it.is_in_mail),
-    ("bad-sequence", ("DATA",), lambda it: it.has_chunks or it.parameters.get("BODY") == "BINARYMIME"),  # RFC 3030
-    ("bad-sequence", ("RCPT",), lambda it: not (it.is_in_mail or it.may_be_blind)),
-    ("nested-mail", ("MAIL",), lambda it: it.is_in_mail and not it.may_be_blind),
-    ("path-syntax", _PATHS, lambda it: not (re.fullmatch(_STRICT_COMMAND, it.line) and it.line.isprintable())),
-    ("path-too-long", _PATHS, lambda it: _is_too_long(it.path)),
-    ("unannounced-parameter", _PATHS, lambda it: it.needed.difference(it.announced)),
-    ("undeclared-utf8", ("MAIL",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.given),
-    ("undeclared-utf8", ("RCPT",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.parameters),
-    ("no-recipient", ("DATA", "BDAT"), lambda it: not ((it.is_in_mail and it.recipients) or it.may_be_blind)),
+_DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], object]], ...] = (
+    ("after-421", (), lambda client: client.was_told_421 and not client.was_pipelined and client.verb != "QUIT"),
+    ("no-hello-after-tls", (), lambda client: client.has_begun_tls and client.verb not in (*_HELLO, "QUIT")),
+    ("data-after-refusal", (), lambda client: client.was_refused_data and client.verb not in _REQUESTS),
+    ("data-before-354", ("DATA",), lambda client: client.sends_mail_early),
+    ("pipelining", (), lambda client: client.has_more and not (client.may_pipeline or client.sends_mail_early)),
+    (
+        "pipelining-order",
+        _LAST_OF_GROUP,
+        lambda client: client.has_more and client.may_pipeline and not client.may_go_on,
+    ),
+    (
+        "unknown-command",
+        (),
+        lambda client: client.is_unknown and client.reply[:1] == "5" and client.verb not in client.announced,
+    ),
+    ("no-hello", ("MAIL",), lambda client: not (client.is_greeted or client.has_begun_tls or client.may_be_blind)),
+    (
+        "hello-invalid",
+        _HELLO,
+        lambda client: not re.fullmatch(_STRICT_NAME, client.argument) and not client.has_literal,
+    ),
+    ("hello-not-fqdn", _HELLO, lambda client: re.fullmatch(_LABEL, client.argument)),
+    ("unannounced-command", tuple(_KEYWORDS), lambda client: _KEYWORDS[client.verb] not in client.announced),
+    (
+        "unannounced-mechanism",
+        ("AUTH",),
+        lambda client: client.mechanism not in client.announced.get("AUTH", client.mechanism),
+    ),
+    (
+        "auth-in-clear",
+        ("AUTH",),
+        lambda client: client.mechanism in _PLAINTEXT_MECHANISMS and "STARTTLS" in client.announced,
+    ),
+    ("superfluous-argument", ("DATA", "RSET", "QUIT", "STARTTLS"), lambda client: client.argument),
+    ("bad-sequence", ("AUTH",), lambda client: client.is_in_mail),
+    (
+        "bad-sequence",
+        ("DATA",),
+        lambda client: client.has_chunks or client.parameters.get("BODY") == "BINARYMIME",
+    ),  # RFC 3030
+    ("bad-sequence", ("RCPT",), lambda client: not (client.is_in_mail or client.may_be_blind)),
+    ("nested-mail", ("MAIL",), lambda client: client.is_in_mail and not client.may_be_blind),
+    (
+        "path-syntax",
+        _PATHS,
+        lambda client: not (re.fullmatch(_STRICT_COMMAND, client.line) and client.line.isprintable()),
+    ),
+    ("path-too-long", _PATHS, lambda client: _is_too_long(client.path)),
+    ("unannounced-parameter", _PATHS, lambda client: client.needed.difference(client.announced)),
+    ("undeclared-utf8", ("MAIL",), lambda client: not client.path.isascii() and "SMTPUTF8" not in client.given),
+    ("undeclared-utf8", ("RCPT",), lambda client: not client.path.isascii() and "SMTPUTF8" not in client.parameters),
+    (
+        "no-recipient",
+        ("DATA", "BDAT"),
+        lambda client: not ((client.is_in_mail and client.recipients) or client.may_be_blind),
+    ),
 )
 
 _Findings = Iterator[tuple[str, str]]  # codes, each with its line
 
 
-def _check_dialogue(dialogue: list[_Request], client: _Client) -> _Findings:
+def _check_dialogue(dialogue: list[_Request], client: _ClientState) -> _Findings:
     for request, reply in zip(dialogue[::2], dialogue[1::2], strict=False):
         if client.ignores_refusal:  # up to the end of the mail that was sent all the same
             client.ignores_refusal = request != "."
@@ -856,7 +890,7 @@ def _find_line(code: str, pattern: bytes, data: bytes) -> _Findings:
         yield code, _decode(data[start : start + 200].partition(b"\n")[0].rstrip(b"\r"))
 
 
-def _check_content(content: bytes, client: _Client, is_counted: bool) -> _Findings:
+def _check_content(content: bytes, client: _ClientState, is_counted: bool) -> _Findings:
     data, kind, size = b"\r\n" + content, client.parameters.get("BODY"), client.parameters.get("SIZE", "")
     for code, pattern in _CONTENT_CHECKS.items() if not (is_counted and kind == "BINARYMIME") else ():
         if code != "false-end" or not is_counted:
@@ -983,7 +1017,7 @@ def _check_headers(fields: list[tuple[str, str]]) -> _Findings:
         seen.add(key)
 
 
-def _check_header_set(first: dict[str, str], client: _Client) -> _Findings:
+def _check_header_set(first: dict[str, str], client: _ClientState) -> _Findings:
     """Which headers must be there, and which must not."""
     yield from (("header-missing", name) for name in ("Date", "From") if name.lower() not in first)
     if "message-id" not in first:
@@ -995,7 +1029,7 @@ def _check_header_set(first: dict[str, str], client: _Client) -> _Findings:
         yield from (("bcc-disclosed", address) for address in hidden)
 
 
-def _check_part(part: Any, first: dict[str, str], client: _Client, *, is_mail: bool) -> _Findings:
+def _check_part(part: Any, first: dict[str, str], client: _ClientState, *, is_mail: bool) -> _Findings:
     encoding = _strip_comments(first.get(_ENCODING, "7bit")).strip().lower()
     kind = _parse_header(_TYPE, first.get(_TYPE, "text/plain"))[0]
     name, parameters = getattr(kind, "content_type", "text"), getattr(kind, "params", {})
@@ -1024,7 +1058,7 @@ def _check_part(part: Any, first: dict[str, str], client: _Client, *, is_mail: b
         yield "wrong-charset", f"charset={charset}"
 
 
-def _check_mail(message: Message, client: _Client) -> _Findings:
+def _check_mail(message: Message, client: _ClientState) -> _Findings:
     parts: list[Any] = [message.email]
     while parts:
         part = parts.pop()
@@ -1041,7 +1075,7 @@ def _check_mail(message: Message, client: _Client) -> _Findings:
 
 def _find_violations(message: Message) -> list[Violation]:
     """In the order of the dialogue and then of the mail, one for each code and line."""
-    dialogue, body, client = message._dialogue[: message._said], message._steps.get("msg"), _Client()
+    dialogue, body, client = message._dialogue[: message._length], message._steps.get("msg"), _ClientState()
     if dialogue[3:4] != [_TRUNCATED]:
         found = [*_check_dialogue(dialogue, client)]
     else:  # of the commands, only these are certain
@@ -1239,7 +1273,7 @@ class Message:
     _recipients: list[_Exchange]
     _count: int
     _dialogue: list[_Request]
-    _said: int
+    _length: int
     _start: int
     _tolerated: Collection[str]
     _findings = functools.cached_property(_find_violations)
@@ -1252,7 +1286,7 @@ class Message:
         fields["id"], fields["_stamped_at"] = stamp
         fields["peer"], fields["_steps"], fields["_tolerated"] = peer, mail.steps.copy(), tolerated
         fields["_recipients"], fields["_count"] = mail.recipients, len(mail.recipients)
-        fields["_dialogue"], fields["_said"], fields["_start"] = mail.dialogue, len(mail.dialogue), mail.start
+        fields["_dialogue"], fields["_length"], fields["_start"] = mail.dialogue, len(mail.dialogue), mail.start
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
@@ -1294,7 +1328,7 @@ class Message:
 
     def _list_replies(self, start: int = 0) -> list[tuple[str, str]]:
         """(request, response) of each command from this place in the dialogue on; a body is "<9 bytes>"."""
-        dialogue = self._dialogue[start : self._said]
+        dialogue = self._dialogue[start : self._length]
         pairs = zip(dialogue[::2], dialogue[1::2], strict=False)
         shown = ((f"<{said} bytes>" if isinstance(said, int) else said, response) for said, response in pairs)
         return [(request, str(response)) for request, response in shown if request is not None and response is not None]
@@ -1341,7 +1375,7 @@ class Message:
 
         With multiple_message_receiving it has the greeting, HELO, and then this mail alone.
         """
-        return "\n".join(_format_dialogue(self._dialogue[: self._said]))
+        return "\n".join(_format_dialogue(self._dialogue[: self._length]))
 
     @functools.cached_property
     def received_header(self) -> str:
@@ -1450,7 +1484,7 @@ class Message:
         return dict(_jsonify(values | _jsonify_bytes(self.content)))
 
     def __repr__(self) -> str:
-        replies = [said for said in self._dialogue[1 : self._said : 2] if said is not None and said not in _ENDINGS]
+        replies = [said for said in self._dialogue[1 : self._length : 2] if said is not None and said not in _ENDINGS]
         end = f"not accepted, last reply {_shorten(replies[-1])}" if replies else "no reply"
         if self.is_consistent:
             end = "accepted"
@@ -1466,27 +1500,27 @@ class Message:
 _Match = Callable[[str], object] | str | re.Pattern[str] | None
 _Function = Callable[[str, Message], Any]
 
-_PROBABILITY = _Kind("a number from 0 to 1", _number(0, 1, int, float), float)
-_TIMES = _Kind("an integer from 1 up", _number(1, float("inf"), int), int)
-_BYTES = _Kind(
+_PROBABILITY = _OptionType("a number from 0 to 1", _number(0, 1, int, float), float)
+_TIMES = _OptionType("an integer from 1 up", _number(1, float("inf"), int), int)
+_BYTES = _OptionType(
     "bytes",
     lambda value: isinstance(value, bytes),
     lambda text: text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode("latin-1"),
 )
 _THEN = {"close": _Next.CLOSE, "drop": _Next.CLOSE, "reset": _Next.RESET, "silence": _Next.SILENCE}
-_ENDING = _Kind(f"one of {', '.join(_THEN)}", lambda value: isinstance(value, str) and value in _THEN)
+_ENDING = _OptionType(f"one of {', '.join(_THEN)}", lambda value: isinstance(value, str) and value in _THEN)
 
 # The four aspects of a reply that rules decide: str or bytes to say, seconds, seconds, a _Next.
-_ASPECTS = ("said", "delay", "trickle", "then")
+_ASPECTS = ("reply", "delay", "trickle", "then")
 
 
 def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The aspects of a reply that these fields of an Action set. A reply of None is the normal one; raw comes last."""
-    aspects = {"said" if name in ("reply", "raw") else name: value for name, value in fields.items()}
+    aspects = {"reply" if name in ("reply", "raw") else name: value for name, value in fields.items()}
     if "then" in fields:
         aspects["then"] = _THEN[fields["then"]]
         if fields["then"] != "close":
-            aspects["said"] = b""
+            aspects["reply"] = b""
     return aspects
 
 
@@ -1576,7 +1610,7 @@ class Rule:
         A text that begins with 4 or 5 refuses the command. With any other text, it takes effect.
         """
         for text in texts or [()]:
-            _check("reply", text, _Kind("one string or more", lambda text: text is None or _is_text(text)))
+            _check("reply", text, _OptionType("one string or more", lambda text: text is None or _is_text(text)))
         base = {name: value for name, value in self._uses[0].items() if name != "raw"}
         self._uses = tuple({**base, "reply": text} for text in texts)
         return self
@@ -1632,9 +1666,9 @@ class Rule:
         folded = [_fold(name) for name in names]
         return match is None or any(match in (name, name.rpartition("@")[2].lower()) for name in folded)
 
-    def _take(self, wanted: Collection[str], *, counts: bool) -> tuple[dict[str, Any], _Function | None]:
+    def _use(self, wanted: Collection[str], *, counts: bool) -> tuple[dict[str, Any], _Function | None]:
         """The aspects that are wanted; counts a use if there are any. Called with the lock of the rules."""
-        uses, function = self._uses, self._function if "said" in wanted else None
+        uses, function = self._uses, self._function if "reply" in wanted else None
         use = _find_aspects(uses[min(self.hits, len(uses) - 1)])
         aspects = {name: value for name, value in use.items() if name in wanted}
         is_spent = self.hits == self._times or not (aspects or function)
@@ -1686,7 +1720,7 @@ class _Rules:
         with self._lock:
             self.newest_first, self._seeded = (), 0
 
-    def stops(self) -> list[int]:
+    def body_thresholds(self) -> list[int]:
         """The sizes of a body at which rules apply, smallest first."""
         return sorted({rule._after for rule in self.newest_first if rule._after is not None})
 
@@ -1701,12 +1735,12 @@ class _Rules:
     ) -> dict[str, Any]:
         """Each wanted aspect of a reply, from the newest rule that sets it. Raises what the user's functions raise."""
         found: dict[str, Any] = {}
-        counts = "said" in wanted  # a challenge of AUTH is no use of its own
+        counts = "reply" in wanted  # a challenge of AUTH is no use of its own
         for rule in self.newest_first:
             if rule._stage in stages and rule._after == after and rule._matches(request, names):
                 missing = [aspect for aspect in wanted if aspect not in found]
                 with self._lock:
-                    aspects, function = rule._take(missing, counts=counts) if rule in self.newest_first else ({}, None)
+                    aspects, function = rule._use(missing, counts=counts) if rule in self.newest_first else ({}, None)
                 if function is not None:  # called without the lock, like every function of the user
                     result = function(request, message())
                     action = Action(result) if result is None or isinstance(result, str) else result
@@ -1756,7 +1790,7 @@ class Handler:
     _next: _Next | None = None  # if it is accepted
     _before_tls = False  # whether tls_required allows it before STARTTLS
     _before_auth = True  # whether auth_required allows it before AUTH
-    _annotates = False  # whether it belongs to the accepted message before it and does not begin another
+    _belongs_to_previous_mail = False  # whether it belongs to the accepted message before it and does not begin another
     _is_offered: Callable[[Configuration], bool] = staticmethod(lambda options: True)  # if not, it is unknown
     _read_loosely: Callable[[Any], Any] = staticmethod(lambda argument: argument)  # a bad one, which a rule accepted
 
@@ -1774,7 +1808,7 @@ class Handler:
             self.needs = ("auth", *self.needs)
         if options.tls_required and not self._before_tls:
             self.needs = ("tls", *self.needs)
-        for name in ("parse", "_keyword", "_step", "_annotates", "_erases"):
+        for name in ("parse", "_keyword", "_step", "_belongs_to_previous_mail", "_erases"):
             setattr(self, name, getattr(self, name))  # because those of an instance take less time to read
 
     def refuse(self, session: _Session, value: Any) -> str | None:
@@ -1794,7 +1828,7 @@ class Handler:
     def _choose_next(self, accepts: bool) -> _Next | None:
         return self._next if accepts else _Next.CLOSE if self.options.fail_fast else None
 
-    def _start(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+    def _begin(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
         """Run the command; None if more must come before there is a reply."""
         if self.has_secret and argument:
             request = _hide(request, f"{request.split(maxsplit=1)[0]} ***")
@@ -1841,7 +1875,7 @@ class Handler:
         if not aspects:
             return normal
         reply = normal.replace(delay=aspects.get("delay", normal.delay), trickle=aspects.get("trickle", normal.trickle))
-        said = aspects.get("said")
+        said = aspects.get("reply")
         if said is not None:
             text = _decode(said).rstrip("\r\n") if isinstance(said, bytes) else self._fill(said)
             data = said if isinstance(said, bytes) else _encode(text)
@@ -1978,7 +2012,7 @@ class _Bdat(_Data):
     _erases = ()
     _is_offered = staticmethod(lambda options: "CHUNKING" in _name_extensions(options))
 
-    def _start(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+    def _begin(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
         chunk = _parse_chunk(argument)
         if chunk is None:
             return session.run(self, verb, request, argument)
@@ -2016,7 +2050,9 @@ class _EndOfBody(Handler):
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         body = session.mail.body
-        violations = session.message(body.size, value, alone=True).violations if self.options.strict and body else []
+        violations = (
+            session.message(body.size, value, without_history=True).violations if self.options.strict and body else []
+        )
         if not violations:
             return None
         text = str(violations[0]).encode("ascii", "backslashreplace").decode()
@@ -2052,7 +2088,7 @@ class _Rset(Handler):
     received, _bad_sequence = "msg_rset_received", "msg_invalid_cmd_rset_sequence"
     _step, _delay = "rset", "response_delay_rset"
     _erases = _TRANSACTION
-    _annotates = True
+    _belongs_to_previous_mail = True
 
 
 class _Noop(Handler):
@@ -2062,7 +2098,7 @@ class _Noop(Handler):
     parse = staticmethod(str)
     received = "msg_noop_received"
     _step, _delay = "noop", "response_delay_noop"
-    _before_tls, _annotates = True, True
+    _before_tls, _belongs_to_previous_mail = True, True
 
 
 class _Quit(Handler):
@@ -2071,7 +2107,7 @@ class _Quit(Handler):
     verbs = ("QUIT",)
     received, bad_argument = "msg_quit_cmd", "msg_invalid_cmd"
     _step, _delay = "quit", "response_delay_quit"
-    _next, _before_tls, _annotates = _Next.CLOSE, True, True
+    _next, _before_tls, _belongs_to_previous_mail = _Next.CLOSE, True, True
 
 
 class _Starttls(Handler):
@@ -2110,7 +2146,7 @@ class _Auth(Handler):
     def refuse(self, session: _Session, value: Any) -> str | None:
         return None if value.response == self.received else value.response
 
-    def _start(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+    def _begin(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
         # Only the verb and a known mechanism are shown, because anything else may be a secret.
         name, _, initial = argument.partition(" ")
         shown = name if name.upper() in _MECHANISMS else "***" if name else ""
@@ -2242,12 +2278,12 @@ class _Unknown(Handler):
     bad_argument = "msg_invalid_cmd"
     _before_tls = True
 
-    def _start(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+    def _begin(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
         # What follows an AUTH that was refused may be the answer to a challenge that was not sent.
         before = str(session.mail.dialogue[-2] if session.mail.dialogue else "").upper()
         if verb.startswith("AUTH") or before.startswith(("AUTH", "***")):
             request = _hide(request, f"{request[:5]} ***" if verb.startswith("AUTH") else "***")
-        return super()._start(session, verb, request, argument)
+        return super()._begin(session, verb, request, argument)
 
 
 class _TooLong(_Unknown):
@@ -2266,9 +2302,9 @@ def _check_handler(handler: Any) -> None:
     if not (isinstance(handler, type) and issubclass(handler, Handler)):
         raise ConfigurationError(f"handlers: {handler!r} must be a subclass of Handler")
     name = handler.__name__
-    verbs = _Kind("a tuple of strings, as ('VRFY',)", lambda value: _are_names(value) and len(value) > 0, str)
+    verbs = _OptionType("a tuple of strings, as ('VRFY',)", lambda value: _are_names(value) and len(value) > 0, str)
     _check(f"{name}.verbs", handler.verbs, verbs)
-    _check(f"{name}.needs", handler.needs, _Kind("a tuple of strings, as ('helo',)", _are_names, str))
+    _check(f"{name}.needs", handler.needs, _OptionType("a tuple of strings, as ('helo',)", _are_names, str))
     _check(f"{name}.parse", handler.parse, _CALLABLE)
     for verb in handler.verbs:
         if not re.fullmatch("[A-Za-z0-9]+", verb):
@@ -2289,7 +2325,7 @@ def _check_handler(handler: Any) -> None:
 _WITHOUT_SECRETS = ("EHLO", "HELO", "MAIL", "RCPT", "DATA", "RSET", "NOOP", "QUIT")
 
 
-class _Commands(dict[str, tuple[Handler, str, str, str]]):
+class _ParsedLines(dict[str, tuple[Handler, str, str, str]]):
     """The handler of each command line, the verb, the request (the stripped line) and the argument.
 
     It keeps up to 512 of them, because clients repeat lines. Any thread may add one, in one atomic step. A key is a
@@ -2323,7 +2359,7 @@ class _Handlers(dict[str, Handler]):
         built_in = [kind(options) for kind in _BUILT_IN if kind._is_offered(options)]
         super().__init__((verb, handler) for handler in built_in for verb in handler.verbs)
         self.update((verb.upper(), handler) for handler in (kind(options) for kind in own) for verb in handler.verbs)
-        self.commands = _Commands(self)
+        self.commands = _ParsedLines(self)
 
 
 # ----------------------------------------------------------------------------------------- session
@@ -2348,9 +2384,9 @@ class _Body:
     _pending = 0  # bytes at the end that may begin the end marker
     _dropped = 0  # bytes of a body that is too long to be kept
 
-    def __init__(self, limit: int, stops: list[int], *, is_counted: bool) -> None:
+    def __init__(self, limit: int, thresholds: list[int], *, is_counted: bool) -> None:
         self.is_counted = is_counted  # comes in chunks, which have no end marker and no stuffed dots
-        self.stops = stops  # sizes at which rules apply, smallest first
+        self.thresholds = thresholds  # sizes at which rules apply, smallest first
         self._limit = limit
         self._raw = bytearray(b"\r\n")  # so that the first line begins like any other
 
@@ -2358,8 +2394,8 @@ class _Body:
         """Take data from start on. Returns where in it the body, the chunk or the way to the next stop ends; and
         whether the body or chunk is complete."""
         raw, end, begin = self._raw, len(data), len(self._raw)
-        if self.stops:
-            end = min(end, start + max(self.stops[0] - self.size - self._pending, bool(self._pending)))
+        if self.thresholds:
+            end = min(end, start + max(self.thresholds[0] - self.size - self._pending, bool(self._pending)))
         if self.is_counted:
             end = min(end, start + self.missing)
             self.missing -= end - start
@@ -2382,7 +2418,7 @@ class _Body:
 
     def take_whole(self, data: bytes, start: int) -> int:
         """Like feed() for a body that has come in one piece and without stuffed dots, as most do: 0 if it has not."""
-        if len(self._raw) > 2 or self.is_counted or self.stops or data.startswith(b".", start):
+        if len(self._raw) > 2 or self.is_counted or self.thresholds or data.startswith(b".", start):
             return 0
         end = data.find(b"\r\n.", start)
         if end < 0 or not data.startswith(_END_OF_DATA, end) or end + 2 - start > self._limit:
@@ -2502,20 +2538,22 @@ class _Session:
     def is_receiving_body(self) -> bool:
         return self._take is _Session._take_body
 
-    def message(self, request: _Request = None, content: bytes | None = None, *, alone: bool = False) -> Message:
+    def message(
+        self, request: _Request = None, content: bytes | None = None, *, without_history: bool = False
+    ) -> Message:
         """The message as it would be recorded now; with a body that is not accepted yet.
 
         Alone, it is without what the session said before the mail, except for HELO.
         """
         dialogue = self.mail.dialogue
         message = Message(self.mail, self.peer, (0, 0.0), self.context.options.tolerated)
-        if alone:
+        if without_history:
             begin = next((at for at in range(len(dialogue) - 2, 0, -2) if str(dialogue[at])[:4].upper() == "MAIL"), 0)
-            # If there is none, the mail has so many recipients that its beginning is truncated.
+            # If there is none, the mail has this many recipients that its beginning is truncated.
             dialogue = [*self.mail.make_next().dialogue, *dialogue[begin:]] if begin else dialogue
         if isinstance(request, int):
             message._steps["msg"] = _Exchange(request, "", False, content)
-            vars(message).update(_dialogue=[*dialogue, request, None], _said=len(dialogue) + 2)
+            vars(message).update(_dialogue=[*dialogue, request, None], _length=len(dialogue) + 2)
         return message
 
     def note_early_input(self) -> None:
@@ -2524,7 +2562,7 @@ class _Session:
         # A copy, because recorded messages have the list.
         mail.dialogue = [*mail.dialogue[:-1], _mark_early(str(mail.dialogue[-1]))]
         if mail.entry is not None:
-            self._publish(complete=False, annotates=True)
+            self._publish(complete=False, belongs_to_previous_mail=True)
 
     def greet(self) -> _Reply:
         return self.run(self.handlers["connect"], "connect", None, "")
@@ -2557,7 +2595,7 @@ class _Session:
         self._take = _Session._ignore_input  # a login that is not complete refers to the session
         mail.dialogue += ending
         if self.request is not None and (mail.entry is None or body is not None or ending):
-            self._publish(complete=True, annotates=body is None)
+            self._publish(complete=True, belongs_to_previous_mail=body is None)
         self._report_unaccepted()
 
     def _report_unaccepted(self) -> None:
@@ -2575,7 +2613,7 @@ class _Session:
             return self._take_part_of_line(data, at)
         handler, verb, request, argument = self.commands[data[at:end].decode("latin-1")]
         self.has_more = end + 1 < len(data)
-        return end + 1, handler._start(self, verb, request, argument)
+        return end + 1, handler._begin(self, verb, request, argument)
 
     def _take_answer(self, data: bytes, at: int, run: Callable[[str], _Reply]) -> tuple[int, _Reply | None]:
         end = data.find(b"\n", at, at + self._line_limit)
@@ -2607,7 +2645,7 @@ class _Session:
         assert body is not None
         end = body.take_whole(data, at)
         at, is_complete = (end, True) if end else body.feed(data, at)
-        pause = self._interrupt(body) if body.stops and body.size >= body.stops[0] else None
+        pause = self._interrupt(body) if body.thresholds and body.size >= body.thresholds[0] else None
         if not is_complete or (pause is not None and pause.next):
             return at, pause
         self._take = _Session._take_line
@@ -2623,16 +2661,16 @@ class _Session:
 
     def expect_body(self) -> None:
         """Have the body come next, up to its end marker."""
-        self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.stops(), is_counted=False)
+        self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.body_thresholds(), is_counted=False)
         self.mail.body.finish = self.finish_body
         self._take = _Session._take_body
 
     def expect_chunk(self, size: int, request: str, run: Callable[[], _Reply]) -> _Reply | None:
-        """Have so many bytes of the body come next, and then run the command that announced them."""
+        """Have this many bytes of the body come next, and then run the command that announced them."""
         self.request = request
         if self.mail.body is None:
             self.erase(("data", "msg"))
-            self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.stops(), is_counted=True)
+            self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.body_thresholds(), is_counted=True)
         if not size:
             return run()
         self.mail.body.missing, self.mail.body.finish = size, run
@@ -2651,7 +2689,7 @@ class _Session:
     def begin_mail_if_due(self, handler: Handler) -> None:
         """Leave a mail that is complete, unless this command annotates it."""
         mail = self.mail
-        if mail.entry is None or handler._annotates:
+        if mail.entry is None or handler._belongs_to_previous_mail:
             return
         if self._keeps_messages:
             self._report_unaccepted()
@@ -2678,7 +2716,7 @@ class _Session:
                 self.mail.dialogue += (None, reply.next.value)
                 complete = True
         if (complete or self.mail.entry is not None) and request is not None:
-            self._publish(complete=complete, annotates=handler._annotates)
+            self._publish(complete=complete, belongs_to_previous_mail=handler._belongs_to_previous_mail)
         return reply
 
     def finish_body(self, request: str | None = None) -> _Reply:
@@ -2703,16 +2741,16 @@ class _Session:
             return self.rules.decide(stages, text, names, lambda: self.message(request, content), **limits)
         except BaseException:  # noqa: BLE001 - pytest.fail() is not an Exception
             self.context.log.failure("a rule failed")
-            return {"said": self.context.options.msg_msg_failed}
+            return {"reply": self.context.options.msg_msg_failed}
 
     def _interrupt(self, body: _Body) -> _Reply | None:
         """What rules do at this size of the body: end the session, with or without a reply, or only a delay."""
-        after, handler = body.stops.pop(0), self.handlers["message"]
+        after, handler = body.thresholds.pop(0), self.handlers["message"]
         names = self.mail.accepted_recipients()
         aspects = self.decide(("message", "*"), body.size, body.content(), names, after=after)
         if not aspects:
             return None
-        if "said" in aspects or "then" in aspects:
+        if "reply" in aspects or "then" in aspects:
             aspects.setdefault("then", _Next.CLOSE)
         reply = handler._apply(aspects, _Reply("", b""))
         if reply.next is not None:
@@ -2751,14 +2789,14 @@ class _Session:
             return False
         return True
 
-    def _publish(self, *, complete: bool, annotates: bool = False) -> None:
+    def _publish(self, *, complete: bool, belongs_to_previous_mail: bool = False) -> None:
         """Bring the message in the mailbox up to date; put it there if it is complete."""
         mail, mailbox = self.mail, self.context.mailbox
         message = mail.delivered
-        if message is None or message._dialogue is not mail.dialogue or message._said != len(mail.dialogue):
+        if message is None or message._dialogue is not mail.dialogue or message._length != len(mail.dialogue):
             message = self._make_message()
         if mail.entry is not None:
-            if mailbox.update(mail.entry, message) or annotates:
+            if mailbox.update(mail.entry, message) or belongs_to_previous_mail:
                 return
             # It was purged while this command ran, so what the command has begun is another message.
             if mail.entry.message.id == message.id:
@@ -2991,14 +3029,14 @@ class _Log:
 # ------------------------------------------------------------------------------------------ server
 
 _LINGER = 2.0  # seconds that a client has to close its end after the server has closed its own
-_REPORTED = 10  # messages and sessions in the text of a WaitTimeoutError
+_REPORT_LIMIT = 10  # messages and sessions in the text of a WaitTimeoutError
 
 # What differs between systems is decided here. (An accepted socket may inherit from the listening one that it does not
 # block, on macOS for example; _set_timeout() sets its mode on every system.)
 _IS_POSIX = os.name == "posix"
 _RST_ON_CLOSE = struct.pack("ii" if _IS_POSIX else "hh", 1, 0)  # for SO_LINGER
-_LOOK = 0.02  # seconds between two looks at what no system call tells
-_MUST_LOOK = not _IS_POSIX  # on Windows, shutdown() does not interrupt what another thread waits for
+_POLL_SECONDS = 0.02  # seconds between two looks at what no system call tells
+_MUST_POLL = not _IS_POSIX  # on Windows, shutdown() does not interrupt what another thread waits for
 # The poll() that tells of a FIN behind unread input. Windows has none, and that of macOS has no POLLRDHUP, nor does it
 # tell of an RST if it is asked for nothing.
 _select: Any = select if hasattr(select, "POLLRDHUP") else None
@@ -3013,7 +3051,7 @@ def _format_address(host: str, port: int) -> str:
 
 
 def _set_timeout(sock: socket.socket, seconds: float) -> None:
-    """Have reads and writes fail after so many seconds, with BlockingIOError or TimeoutError."""
+    """Have reads and writes fail after this many seconds, with BlockingIOError or TimeoutError."""
     # On POSIX not by settimeout(), which adds a poll() to every read and write: half of the cost of a command. A
     # timeout must neither be inherited from the listening socket nor be taken from socket.setdefaulttimeout().
     sock.settimeout(None if _IS_POSIX else seconds)
@@ -3163,7 +3201,7 @@ class _Connection(socketserver.BaseRequestHandler):
         """The same without such a poll(). In a stop, it does not see a FIN behind unread input."""
         while (left := deadline - time.monotonic()) > 0:
             with self.server.changed:
-                if self.server.changed.wait_for(lambda: self.is_aborting, min(left, _LOOK)):
+                if self.server.changed.wait_for(lambda: self.is_aborting, min(left, _POLL_SECONDS)):
                     return False
             if self._peek() == b"" and self.server.stopping:
                 return False
@@ -3219,7 +3257,7 @@ class _Connection(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.request, socket.SHUT_WR)
             while (left := deadline - time.monotonic()) > 0:
-                if _MUST_LOOK:
+                if _MUST_POLL:
                     self._await(selectors.EVENT_READ, left)
                 self.request.settimeout(0 if self.server.stopping else left)
                 if not socket.socket.recv(self.request, 262144):
@@ -3230,7 +3268,7 @@ class _Connection(socketserver.BaseRequestHandler):
                 self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
 
     def _flush(self) -> None:
-        while self.unsent and _MUST_LOOK:
+        while self.unsent and _MUST_POLL:
             self._await(selectors.EVENT_WRITE)
             del self.unsent[: self.request.send(self.unsent)]
         if self.unsent:
@@ -3245,7 +3283,7 @@ class _Connection(socketserver.BaseRequestHandler):
             # is_idle is set before stopping is read, and stop() does the reverse, so one of the two sees the other.
             self.is_idle = is_idle = not self.session.is_receiving_body
             goes_on = not (is_idle and server.stopping)
-            if goes_on and (_MUST_LOOK or self.request is not self.plain):
+            if goes_on and (_MUST_POLL or self.request is not self.plain):
                 goes_on = self._await(selectors.EVENT_READ)
             if goes_on:
                 body = self.session.mail.body
@@ -3278,16 +3316,16 @@ class _Connection(socketserver.BaseRequestHandler):
             while not (has_input or (reads and self.is_idle and self.server.stopping)):
                 if self.is_aborting and not self.is_recorded:  # _linger() may still read
                     raise ConnectionAbortedError("the server has ended it")
-                if selector.select(min(seconds, _LOOK) if _MUST_LOOK else seconds):
+                if selector.select(min(seconds, _POLL_SECONDS) if _MUST_POLL else seconds):
                     break
-                if not _MUST_LOOK or time.monotonic() >= deadline:
+                if not _MUST_POLL or time.monotonic() >= deadline:
                     raise TimeoutError("timed out")
         return not (self.is_idle and self.server.stopping)
 
     def shut_down(self, how: int) -> None:
         """Interrupt what the session's thread waits for in the socket. Called by any thread."""
         with contextlib.suppress(OSError):  # it may have ended just now
-            if how != socket.SHUT_RD or not _MUST_LOOK:  # after it, Windows answers input with an RST
+            if how != socket.SHUT_RD or not _MUST_POLL:  # after it, Windows answers input with an RST
                 socket.socket.shutdown(self.request, how)  # SSLSocket.shutdown() would forget that it is within TLS
 
     def disconnect(self, *, reset: bool) -> None:
@@ -3299,7 +3337,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
 
 _SPARE_THREADS = 16
-_PATIENCE = 5.0  # seconds that stop() waits for an aborted session that user code holds up
+_ABORT_TIMEOUT = 5.0  # seconds that stop() waits for an aborted session that user code holds up
 
 
 class _Thread(threading.Thread):
@@ -3472,7 +3510,7 @@ class _Listener(socketserver.ThreadingTCPServer):
             thread.clients.put(None)
         if not _join_threads(threads, timeout):
             self.abort()
-            _join_threads(threads, _PATIENCE)
+            _join_threads(threads, _ABORT_TIMEOUT)
         self.server_close()
         return self.aborting.is_set()
 
@@ -3506,7 +3544,7 @@ class _Listener(socketserver.ThreadingTCPServer):
                 return
             for connection in connections:  # what waits until its client reads
                 connection.shut_down(socket.SHUT_RDWR)
-            self.changed.wait_for(lambda: all(c.is_recorded for c in connections), _PATIENCE)
+            self.changed.wait_for(lambda: all(c.is_recorded for c in connections), _ABORT_TIMEOUT)
 
     def _accept_waiting(self) -> Any:
         """A client that waits to be accepted; None if there is none."""
@@ -3549,7 +3587,7 @@ def _check_wait(count: object, timeout: object, where: object) -> None:
     _check("count", count, _COUNT)
     _check("timeout", timeout, _SECONDS)
     if where is not None:
-        _check("where", where, _Kind("a function of a Message; timeout is the argument after it", callable))
+        _check("where", where, _OptionType("a function of a Message; timeout is the argument after it", callable))
 
 
 def _join_options(configuration: Configuration | None, options: dict[str, Any]) -> dict[str, Any]:
@@ -3569,14 +3607,14 @@ class Server:
     handlers are subclasses of Handler, for verbs of your own or in place of the built-in ones.
     """
 
-    @_takes(_ServerOptions)
+    @_shows_options(_ServerOptions)
     def __init__(self, configuration: Configuration | None = None, **options: Any) -> None:
         self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
         self._host, self._port = given.host, given.port  # set by start(), which runs in one thread only
         handlers, log = _Handlers(given, given.handlers), _Log(given.logger, given, deque(maxlen=100))
         self._mailbox, self._rules = _Mailbox(), _Rules(given.seed, handlers)
         shared = (given, handlers, self._mailbox, log, self._rules, given.on_message or _ignore)
-        self._context = _Context(*shared, early_ends=deque(maxlen=_REPORTED))  # replaced, never changed
+        self._context = _Context(*shared, early_ends=deque(maxlen=_REPORT_LIMIT))  # replaced, never changed
         self._warned: set[int] = set()  # the messages about which a warning was given; two threads may both warn of one
         # Guards changes of _listener and _context; not held while the user's code runs.
         self._lifecycle = threading.Lock()
@@ -3585,10 +3623,10 @@ class Server:
     def with_logger(self, logger: Logger | logging.Logger | None) -> Server:
         """Log to this Logger or logging.Logger from now on; None is the default one. reset() does not undo this."""
         self._made_with = self._made_with._replace(logger=logger)
-        self._use(lambda options: options._replace(logger=logger))
+        self._change_options(lambda options: options._replace(logger=logger))
         return self
 
-    @_takes(_ServerOptions)
+    @_shows_options(_ServerOptions)
     def configure(self, configuration: Configuration | None = None, **options: Any) -> None:
         """Change options for the sessions that begin from now on; open ones keep theirs.
 
@@ -3599,9 +3637,9 @@ class Server:
         for name in ("host", "port"):
             if name in changes:
                 raise ConfigurationError(f"{name}={changes[name]!r}: cannot be changed by configure()")
-        self._use(lambda options: options._replace(**changes))
+        self._change_options(lambda options: options._replace(**changes))
 
-    def _use(self, change: Callable[[_ServerOptions], _ServerOptions]) -> None:
+    def _change_options(self, change: Callable[[_ServerOptions], _ServerOptions]) -> None:
         """Change the options for the sessions that begin from now on. If one is invalid, nothing has changed."""
         base = self._options
         options = change(base)
@@ -3617,7 +3655,7 @@ class Server:
                 if self._listener is not None:
                     self._listener.context = self._context
                 return
-        self._use(change)  # another thread has changed others meanwhile
+        self._change_options(change)  # another thread has changed others meanwhile
 
     def disconnect(self, reset: bool = False) -> None:
         """End all open sessions at once, with a FIN or an RST. New clients can connect.
@@ -3632,9 +3670,9 @@ class Server:
 
     def start(self) -> Server:
         """Listen; clients can connect when it returns. Raises ServerStateError or ServerStartError."""
-        return self._start(lambda host, port: None)
+        return self._start_and_announce(lambda host, port: None)
 
-    def _start(self, announce: Callable[[str, int], None]) -> Server:
+    def _start_and_announce(self, announce: Callable[[str, int], None]) -> Server:
         """Like start(). Calls announce when clients can connect, and before the first is served."""
         listener = None
         try:
@@ -3791,7 +3829,7 @@ class Server:
     def reset(self) -> None:
         """Remove all messages and all rules, forget failed callbacks, and undo configure(), for the next test."""
         if self._options is not self._made_with:
-            self._use(lambda options: self._made_with)
+            self._change_options(lambda options: self._made_with)
         self._rules.clear()
         self._context.log.forget_failures()
         self._context.early_ends.clear()
@@ -3818,8 +3856,8 @@ class Server:
 
     def _list_requests(self) -> list[str]:
         """The commands of the last messages and of the open sessions."""
-        connections = self._list_connections()[:_REPORTED]
-        dialogues = [message._dialogue[: message._said] for message in self._mailbox.messages(purge=False)[-100:]]
+        connections = self._list_connections()[:_REPORT_LIMIT]
+        dialogues = [message._dialogue[: message._length] for message in self._mailbox.messages(purge=False)[-100:]]
         dialogues += [connection.session.mail.dialogue[:] for connection in connections]
         return [said for dialogue in dialogues for said in dialogue[::2] if isinstance(said, str)]
 
@@ -3851,12 +3889,12 @@ class Server:
         if asyncio is not None and asyncio._get_running_loop() is not None:
             yield "this wait blocks the asyncio event loop of its thread: use await asyncio.to_thread(...)"
         yield f"recorded messages: {len(messages)}"
-        if len(messages) > _REPORTED:
+        if len(messages) > _REPORT_LIMIT:
             yield "  ..."
-        yield from (f"  {message!r}, subject {message.subject!r}" for message in messages[-_REPORTED:])
+        yield from (f"  {message!r}, subject {message.subject!r}" for message in messages[-_REPORT_LIMIT:])
         connections = self._list_connections()
         yield f"open sessions: {len(connections)}"
-        for connection in connections[:_REPORTED]:
+        for connection in connections[:_REPORT_LIMIT]:
             session = connection.session
             dialogue = " / ".join(_format_dialogue(session.mail.dialogue[-2:]))
             yield f"  {_format_address(*session.peer)}: {dialogue}"
@@ -3864,7 +3902,7 @@ class Server:
 
     def _list_early_ends(self) -> list[str]:
         ends = self._context.early_ends  # read by index, because other threads may append meanwhile
-        return [f"a connection ended early: {ends[index]}" for index in range(min(len(ends), _REPORTED))]
+        return [f"a connection ended early: {ends[index]}" for index in range(min(len(ends), _REPORT_LIMIT))]
 
     def __repr__(self) -> str:
         state = "" if self._listener else ", not running"
@@ -3935,8 +3973,12 @@ class _PytestPlugin:
         ]
 
     def _describe(self, sessions: Sequence[Message | str]) -> str:
-        parts = [f"{len(sessions)} messages or sessions, the last {_REPORTED}:"] if len(sessions) > _REPORTED else []
-        for item in sessions[-_REPORTED:]:
+        parts = (
+            [f"{len(sessions)} messages or sessions, the last {_REPORT_LIMIT}:"]
+            if len(sessions) > _REPORT_LIMIT
+            else []
+        )
+        for item in sessions[-_REPORT_LIMIT:]:
             lines = [] if isinstance(item, str) else [item.transcript, *map(str, item.violations + item.warnings)]
             parts.append("\n".join([str(item), *lines]))
         return "\n\n".join(parts) or "no session"
@@ -3962,8 +4004,8 @@ def pytest_configure(config: Any) -> None:
 # ------------------------------------------------------------------------------------ command line
 
 _LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # one flag sets both
-_FILE = _Kind("a path", lambda value: isinstance(value, str))
-_RULES = _Kind("rules", lambda value: isinstance(value, list), lambda text: [text])
+_FILE = _OptionType("a path", lambda value: isinstance(value, str))
+_RULES = _OptionType("rules", lambda value: isinstance(value, list), lambda text: [text])
 _CONDITIONS = {"times": _TIMES, "probability": _PROBABILITY, "after": _COUNT}
 
 # The flags that are no options of a server.
@@ -4152,7 +4194,7 @@ def _open_maildir(path: str) -> Callable[[Message], _Undo]:
     return add
 
 
-def _read(kind: _Kind, text: str) -> Any:
+def _read(kind: _OptionType, text: str) -> Any:
     try:
         return kind.parse(text)
     except (KeyError, ValueError):
@@ -4365,7 +4407,7 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 # The commands of -control, beside stop and those that have an argument.
-_COMMANDS: dict[str, Callable[[Server], object]] = {
+_CONTROL_COMMANDS: dict[str, Callable[[Server], object]] = {
     "clear": Server.clear_rules,
     "reset": Server.reset,
     "purge": lambda server: server._mailbox.messages(purge=True),
@@ -4388,10 +4430,10 @@ def _obey(server: Server, command: str) -> None:
         for flag in given.keys() - {"log"}:
             raise ConfigurationError(f"{_name_flag(flag)}: cannot be changed while the server runs")
         server.configure(**options)
-    elif " ".join(command.split()) in _COMMANDS:
-        _COMMANDS[" ".join(command.split())](server)
+    elif " ".join(command.split()) in _CONTROL_COMMANDS:
+        _CONTROL_COMMANDS[" ".join(command.split())](server)
     else:
-        allowed = ", ".join(("rule RULE", "configure FLAG...", *_COMMANDS))
+        allowed = ", ".join(("rule RULE", "configure FLAG...", *_CONTROL_COMMANDS))
         raise ConfigurationError(f"{command!r}: must be {allowed} or stop")
 
 
@@ -4456,7 +4498,7 @@ def _run(server: Server, announce: Callable[[str, int], None], control: Any, *, 
         controller = threading.Thread(target=call, args=(control, b"\xff"), daemon=True)
         stopper = threading.Thread(target=call, args=(server.stop, b"\0"))
         try:
-            server._start(announce)
+            server._start_and_announce(announce)
             listener = server._listener
             if control is not None:
                 controller.start()
@@ -4474,16 +4516,16 @@ def _run(server: Server, announce: Callable[[str, int], None], control: Any, *, 
 def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns_process: bool) -> int:
     """Run the server until something stops it, and return the exit status. With JSON, what it logs goes to stderr."""
     printer = _Printer(has_events=own.get("json", False) or own.get("control", False))
-    linter, tellers = _Linter(), list[Callable[[Message], None]]()
+    linter, reporters = _Linter(), list[Callable[[Message], None]]()
     if printer.has_events:
-        tellers.append(lambda message: printer.event("message", **message.to_dict()))
+        reporters.append(lambda message: printer.event("message", **message.to_dict()))
     elif not (own.get("quiet") or own.get("log")):
-        tellers.append(_Narrator(printer, options))
+        reporters.append(_Narrator(printer, options))
     if own.get("lint"):
-        tellers.append(linter)
+        reporters.append(linter)
     server._context = server._context._replace(
-        on_message=functools.partial(_deliver, [*_open_files(own), *tellers], printer),
-        on_unaccepted=lambda message: [tell(message) for tell in tellers],
+        on_message=functools.partial(_deliver, [*_open_files(own), *reporters], printer),
+        on_unaccepted=lambda message: [tell(message) for tell in reporters],
         on_erase=linter if own.get("lint") else _ignore,
     )
     control = functools.partial(_obey_lines, server, printer, _open_stdin()) if own.get("control") else None

@@ -3451,7 +3451,7 @@ class StopTest(ServerCase):
 
     def test_code_that_holds_up_a_session_does_not_hold_up_stop(self) -> None:
         server = Server(on_message=(hold := Hold()), shutdown_timeout=0).start()
-        with Client(server) as client, mock.patch.object(smtpmock, "_PATIENCE", 0.01):
+        with Client(server) as client, mock.patch.object(smtpmock, "_ABORT_TIMEOUT", 0.01):
             client.mail()
             hold.wait()
             server.stop()
@@ -3527,7 +3527,7 @@ class StopTest(ServerCase):
 
 
 def interrupt_at(number: int, call: Callable[[], object]) -> bool:
-    """Call, and raise KeyboardInterrupt at the line of the module that is the so manyth to run; whether it was reached."""
+    """Call, and raise KeyboardInterrupt at the line of the module that is number to run; whether it was reached."""
     left = number
 
     def trace(frame: Any, event: str, argument: object) -> Any:
@@ -3881,7 +3881,7 @@ class DisconnectTest(ServerCase):
             with Client(server) as client:
                 return client.mail().read_all()
 
-        with Server(on_message=on_message) as server, mock.patch.object(smtpmock, "_PATIENCE", 10 * TIMEOUT):
+        with Server(on_message=on_message) as server, mock.patch.object(smtpmock, "_ABORT_TIMEOUT", 10 * TIMEOUT):
             self.assertEqual(in_threads(user, user), [["<closed>"]] * 2)
             self.assertTrue(wait_until(lambda: len(returned) == 2))
         self.assertEqual([message.is_consistent for message in server.messages()], [True, True])
@@ -3890,7 +3890,7 @@ class DisconnectTest(ServerCase):
         """By a session that was held up by a callback."""
         for reset, end in self.ENDS:
             server, client, _ = self.serve(on_message=(hold := Hold()))
-            with self.subTest(reset=reset), mock.patch.object(smtpmock, "_PATIENCE", 0):
+            with self.subTest(reset=reset), mock.patch.object(smtpmock, "_ABORT_TIMEOUT", 0):
                 client.mail(b"hi\r\n.\r\nHELO b.com\r\n")
                 hold.wait()
                 server.disconnect(reset)

@@ -317,7 +317,7 @@ class Process:
         return float(self.read())
 
     def check(self, count: int) -> int:
-        """Check that there are so many messages more, and return that."""
+        """Check that there are this many messages more, and return that."""
         self.recorded += count
         if (found := self.ask("count")) != self.recorded:
             raise SystemExit(f"bench: {found:g} messages, not {self.recorded}")
@@ -469,7 +469,7 @@ def lives(server: Process, count: int) -> float:
 
 
 def stops(server: Process, clients: int) -> float:
-    """Milliseconds of a stop() with so many idle clients."""
+    """Milliseconds of a stop() with this many idle clients."""
     with contextlib.ExitStack() as stack:
         for _ in range(clients):
             read_reply(stack.enter_context(server.connect()))
@@ -481,7 +481,7 @@ def waits(server: Process, count: int) -> float:
 
 
 def open_sessions(server: Process, count: int) -> float:
-    """Kilobytes of memory for each of so many sessions that are open at once; then each sends a mail."""
+    """Kilobytes of memory for each of this many sessions that are open at once; then each sends a mail."""
     before = server.ask("memory")
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(server.session()) for _ in range(count)]
@@ -492,7 +492,7 @@ def open_sessions(server: Process, count: int) -> float:
 
 
 def recorded(server: Process, count: int) -> float:
-    """Kilobytes of memory for each of so many messages."""
+    """Kilobytes of memory for each of this many messages."""
     before = server.ask("memory")
     with server.session() as sock:
         converse(sock, MAIL * count)
