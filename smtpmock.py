@@ -14,6 +14,7 @@ One module, standard library only, one thread per connection. It reads from top 
     violations      what a client can do wrong: the checks, each with its RFC
     records         what the server answers, and what it records of a session
     rules           when the server deviates from its normal replies, and how
+    transcripts     what the server of a transcript said, to be said again
     handlers        how a command is processed, and one class per command
     session         one SMTP conversation, without a socket
     mailbox         the list of recorded messages
@@ -1749,6 +1750,121 @@ class _Rules:
                     aspects = aspects | _find_aspects(action._find_changes())
                 found |= {name: value for name, value in aspects.items() if name in missing}
         return found
+
+
+# ------------------------------------------------------------------------------------- transcripts
+
+
+def _unescape(text: str) -> str:
+    """The line whose repr() this is."""
+    data = text[1:].partition(r"\r\n")[0].encode("latin-1", "backslashreplace")
+    return _decode(data.decode("unicode_escape", "ignore").encode("latin-1", "replace"))
+
+
+# How the lines of client and server begin, and how the rest is read. The first one counts that has a server's line.
+_METER = r"[\r \d.:kMG-]*"  # curl may print it first
+_NOTATIONS = (
+    (r"[ \t]*S: ?(?!<)", r"[ \t]*R: ?(?=[2-5]\d\d[ -])", str),  # the sender and the receiver of RFC 821 to RFC 3030
+    (r"[ \t]*C: ?(?!<[a-z]|& )", r"[ \t]*S: ?(?!<wait)", str),  # Message.transcript, and later RFCs
+    (r" ?(?:[-~]|\*[*~])> ?", r"<(?:-|~|\*\*|~\*) {0,2}", str),  # swaks
+    (r".*?CLIENT -> SERVER: ?", r".*?SERVER -> CLIENT: ?", str),  # PHPMailer
+    (r"[\d:. ]*send: b?(?=['\"])", r"[\d:. ]*reply: b?(?=['\"])", _unescape),  # smtplib
+    (rf"{_METER}> ", rf"{_METER}< ", str),  # curl
+)
+_OTHER_LINES = (  # of all of them; PHPMailer indents all but the first line of a reply
+    r"(?P<opened>=== Trying|[\d:. ]*connect: to |.*\*  +Trying |.*Connection: opening)"
+    r"|(?P<close>.*(?:connection unexpectedly|unexpectedly closed|reading failed|EOF caught))"
+    r"|(?P<reset>.*reset by peer)|[ \t]+(?P<more>\d{3}[ -].*)"
+)
+_THEN_NAMES = {ending.value: name for name, ending in _THEN.items() if name != "drop"}  # in Message.transcript
+
+
+class _Script:
+    """What the server said in one session of a transcript."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, int | None, dict[str, Any]]] = []  # stage, size of the body, fields of an Action
+        self.lines: list[str] = []  # of the last reply
+        self.waiting: deque[str] = deque()  # the stages of the requests without a reply
+        self.expected = "connect"  # the stage of what comes next, if that is no command
+        self.size: int | None = None  # of the last body
+        self.is_over = False
+
+    def must_go_on(self) -> bool:
+        """Whether the last reply has another line."""
+        return re.match(r"\d{3}-", "".join(self.lines[-1:])) is not None
+
+    def is_greeted_by(self, line: str) -> bool:
+        """Whether this line of the server begins another session."""
+        stage = self.waiting[0] if self.waiting else self.expected
+        is_greeting = line.startswith("220") and stage not in ("connect", "STARTTLS")
+        return is_greeting or (self.is_over and line[:3].isdigit())
+
+    def add_request(self, line: str) -> None:
+        body = re.fullmatch(r"\.|<(\d+) bytes>", line)
+        self.size = int(body[1]) if body and body[1] else None
+        verb = "message" if body else _parse_command(line.encode("utf-8", "surrogateescape"))[1]
+        is_part = "BDAT" in self.waiting and verb not in _VERBS.split()
+        if not (is_part or (self.expected == "message" and not body)):
+            self.waiting.append(verb if self.expected in ("", "connect") else self.expected)
+            self.expected, self.lines = "", []
+
+    def _take_stage(self) -> str:
+        stage = self.waiting.popleft() if self.waiting else self.expected
+        self.expected = ""
+        return stage
+
+    def add_reply(self, line: str) -> None:
+        stage, is_refused = self._take_stage(), line.startswith(("4", "5"))
+        # A line without a code is another line of our transcripts; a 421 may come unasked, at a timeout.
+        if re.match({"": "(?!421)[2-5][0-9]{2}", "connect": "2[35]|3"}.get(stage, "$."), line):
+            raise ConfigurationError(f"transcript: there is no command before {_shorten(line)}")
+        if not stage:
+            self.lines.append(line)
+        elif stage == "AUTH" and line.startswith("334"):
+            self.expected = stage
+        else:
+            self.lines = [line]
+            self.said.append((stage, None, {"reply": self.lines}))
+            self.expected = "message" if stage == "DATA" and not is_refused else ""
+            self.is_over = stage == "QUIT" and not is_refused
+
+    def end(self, then: str) -> None:
+        stage = "" if self.is_over else self._take_stage()
+        if stage:
+            self.said.append((stage, self.size, {"then": "drop" if then == "close" else then}))
+        elif self.said and not self.is_over:
+            self.said[-1][2]["then"] = "close"
+        self.is_over = True
+
+
+def _read_line(scripts: list[_Script], kind: str, line: str) -> None:
+    script, goes_on, then = scripts[-1], scripts[-1].must_go_on(), _THEN_NAMES.get(line, kind)
+    if kind == "opened" or (kind == "server" and not goes_on and script.is_greeted_by(line)):
+        scripts.append(_Script())
+    if then in _THEN:
+        script.end(then)
+    elif kind in ("server", "more") and goes_on:
+        script.lines.append(line)
+    elif kind == "server":
+        scripts[-1].add_reply(line)
+    elif kind == "client" and not script.is_over:
+        script.add_request(line)
+
+
+def _read_transcript(text: str) -> list[_Script]:
+    """The sessions of a transcript."""
+    _check("transcript", text, _OptionType("a string", lambda text: isinstance(text, str)))
+    found = next((notation for notation in _NOTATIONS if re.search(f"(?m)^{notation[1]}", text)), None)
+    if found is None:
+        line = re.sub(r"(?i)(AUTH +\S+ ).*", r"\1***", text.strip().partition("\n")[0])
+        raise ConfigurationError(f"transcript: the server says nothing in it; it begins with {_shorten(line)}")
+    pattern, scripts = re.compile(f"{found[0]}(?P<client>.*)|{found[1]}(?P<server>.*)|{_OTHER_LINES}"), [_Script()]
+    for line in text.split("\n"):
+        match = pattern.match(line.rstrip("\r"))
+        if match is not None and match.lastgroup is not None:
+            _read_line(scripts, match.lastgroup, found[2](match[match.lastgroup]))
+    return [script for script in scripts if script.said]
 
 
 # ---------------------------------------------------------------------------------------- handlers
