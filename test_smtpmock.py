@@ -102,7 +102,7 @@ class Memory:
         self.recorder = Recorder()
         self.delays: list[float] = []  # before each reply
         self.recorded: list[int] = []  # how many messages there were when each reply was about to be sent
-        self._mailbox = smtpmock._Mailbox(lambda: 1600000000.25)
+        self._mailbox = smtpmock._Mailbox()
         self._rules = smtpmock._Rules(configuration.seed)
         context = smtpmock._Context(
             configuration,
@@ -135,11 +135,11 @@ class Memory:
         return smtpmock.Rule(self._rules, stage, match, **conditions)
 
     def greet(self) -> list[str]:
-        return self._read(self._session.greet())
+        return self._read(self._session.greet(1600000000.25))
 
     def feed(self, data: bytes) -> list[str]:
         """Receive bytes; the lines that the server says to them, and how it ends the connection, if it does."""
-        return [line for reply in self._session.receive(data) for line in self._read(reply)]
+        return [line for reply in self._session.receive(data, 1600000000.25) for line in self._read(reply)]
 
     def _read(self, reply: smtpmock._Reply) -> list[str]:
         self.delays.append(reply.delay)
@@ -170,7 +170,7 @@ class Memory:
         return message._findings
 
     def replies(self, data: bytes) -> list[smtpmock._Reply]:
-        return list(self._session.receive(data))
+        return list(self._session.receive(data, 1600000000.25))
 
     def say(self, *lines: str) -> list[str]:
         """Receive lines, without their ends; what the server says to all of them."""
@@ -178,11 +178,12 @@ class Memory:
 
     def secure(self) -> None:
         """The TLS handshake succeeds."""
-        self._session.secure("TLSv1.3", "AES")
+        self._session.secure("TLSv1.3", "AES", 1600000000.25)
 
     def end(self, farewell: str | None = None) -> None:
         """The connection ends."""
-        self._session.end(*() if farewell is None else (None, farewell, None, "<closed>"))
+        reply = None if farewell is None else smtpmock._Reply(farewell, next=smtpmock._Next.CLOSE)
+        self._session.end(reply, 1600000000.25)
 
     @property
     def is_in_body(self) -> bool:
@@ -1427,12 +1428,13 @@ class ViolationTest(ServerCase):
                 client.ask("QUIT")
             self.assertEqual(list_codes(server.messages()), ["early-talker"])
 
-    def test_of_a_truncated_dialogue_only_the_mail_is_checked(self) -> None:
+    def test_of_a_truncated_dialogue_what_is_left_is_checked(self) -> None:
         memory = Memory("EHLO vm", "MAIL FROM:<ü@a.com> SMTPUTF8", "RCPT TO:<b@b.com>", extensions=["SMTPUTF8"])
         memory.say(*["FOO"] * 11000, "DATA", "From: ü@a.com", "", "hi", ".")
         message = memory.message()
-        self.assertEqual(list_codes([message]), ["header-missing", "no-message-id"])
-        self.assertIn("S: <truncated>", message.transcript)
+        codes = ["hello-not-fqdn", "unknown-command", "header-missing", "no-message-id"]
+        self.assertEqual(list_codes([message]), codes)
+        self.assertIn("C: <truncated>", message.transcript)
 
     def test_a_mail_with_so_many_recipients_that_the_dialogue_is_truncated(self) -> None:
         mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n%b\r\nhi\r\n.\r\n"
@@ -1494,7 +1496,7 @@ HELO, SEND, RSET, NOOP, QUIT => HELO, SEND, RSET 250, noop, quit
 HELO, SEND, EHLO => HELO, SEND + EHLO 501
 HELO, SEND, FOO => HELO, SEND + HELO
 HELO, SEND, RCPT TO:<c@c.com> => HELO, SEND + HELO, RCPT TO:<c@c.com> 503
-HELO, SEND, MAIL, RSET, QUIT => HELO, SEND + HELO, RSET 250, quit
+HELO, SEND, MAIL, RSET, QUIT => HELO, SEND + HELO, MAIL, RSET 250, quit
 HELO, SEND, MAIL, RCPT, RCPT TO:<c@c.com>, DATA, hi, . => HELO, SEND + HELO, MAIL, RCPT TO:<c@c.com> 250, DATA, hi 250
 == several messages, several recipients  -- multiple_message_receiving=True, multiple_rcptto=True
 HELO, MAIL, RCPT, RCPT, DATA, hi, ., SEND => HELO, MAIL, RCPT, RCPT, DATA, hi 250 + HELO, SEND
@@ -1733,11 +1735,13 @@ class RecordTest(unittest.TestCase):
         memory = Memory(multiple_message_receiving=True)
         memory.greet()
         memory.say("NOOP", "EHLO a.com", *SEND, "RSET", "MAIL FROM:nobody", *SEND, "QUIT")
-        first, second = (message.transcript.splitlines() for message in memory.messages())
+        first, abandoned, second = (message.transcript.splitlines() for message in memory.messages())
         self.assertEqual(first[:5], ["S: 220 Welcome", "C: NOOP", "S: 250 Ok", "C: EHLO a.com", "S: 250 Received"])
         self.assertEqual(first[-2:], ["C: RSET", "S: 250 Ok"])
-        start = ["S: 220 Welcome", "C: EHLO a.com", "S: 250 Received", "C: MAIL FROM:nobody"]
-        self.assertEqual((second[:4], second[-1]), (start, "S: <closed>"))
+        start = ["S: 220 Welcome", "C: EHLO a.com", "S: 250 Received"]
+        refused = ["C: MAIL FROM:nobody", "S: 501 MAIL FROM requires valid email address"]
+        self.assertEqual(abandoned, [*start, *refused])
+        self.assertEqual((second[:4], second[-1]), ([*start, "C: MAIL FROM:<a@a.com>"], "S: <closed>"))
 
     def test_of_an_endless_session_only_the_greeting_is_kept(self) -> None:
         memory = Memory(multiple_message_receiving=True)
@@ -3114,7 +3118,7 @@ class TlsTest(ProcessCase):
         self.assertEqual([reply[:10] for reply in replies], ["503 custom", "250 Receiv", "530 Authen", "235 Authen"])
         memory.say(*SEND, *SEND)
         kept = [(message.auth, message.tls) for message in memory.messages()]
-        self.assertEqual(kept, [(True, ("TLSv1.3", "AES"))] * 2)
+        self.assertEqual(kept, [(True, ("TLSv1.3", "AES"))] * 3)  # the first is the MAIL before AUTH
 
     def test_a_reply_that_the_client_does_not_read_at_once(self) -> None:
         """It is sent as a whole, and the client is told that nothing follows."""
