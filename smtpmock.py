@@ -1842,59 +1842,72 @@ def _unescape(text: str) -> str:
 # How the lines of client and server begin, and how the rest is read. The first one counts that has a server's line.
 _METER = r"[\r \d.:kMG-]*"  # curl may print it first
 _NOTATIONS = (
-    (r"[ \t]*S: ?(?!<)", r"[ \t]*R: ?(?=[2-5]\d\d[ -])", str),  # the sender and the receiver of RFC 821 to RFC 3030
-    (r"[ \t]*C: ?(?!<[a-z]|& )", r"[ \t]*S: ?(?!<wait)", str),  # Message.transcript, and later RFCs
+    (r"[ \t]*S:(?! ?<) ?", r"[ \t]*R: ?(?=[2-5]\d\d[ -])", str),  # the sender and the receiver of RFC 821 to RFC 3030
+    (r"[ \t]*C:(?! ?<[a-z]| &) ?", r"[ \t]*S:(?! ?<wait) ?", str),  # Message.transcript, and later RFCs
     (r" ?(?:[-~]|\*[*~])> ?", r"<(?:-|~|\*\*|~\*) {0,2}", str),  # swaks
     (r".*?CLIENT -> SERVER: ?", r".*?SERVER -> CLIENT: ?", str),  # PHPMailer
     (r"[\d:. ]*send: b?(?=['\"])", r"[\d:. ]*reply: b?(?=['\"])", _unescape),  # smtplib
     (rf"{_METER}> ", rf"{_METER}< ", str),  # curl
 )
-_OTHER_LINES = (  # of all of them; PHPMailer indents all but the first line of a reply
+_OTHER_LINES = (  # of all of them; PHPMailer indents what follows the first line of a reply
     r"(?P<opened>=== Trying|[\d:. ]*connect: to |.*\*  +Trying |.*Connection: opening)"
     r"|(?P<close>.*(?:connection unexpectedly|unexpectedly closed|reading failed|EOF caught))"
     r"|(?P<reset>.*reset by peer)|[ \t]+(?P<more>\d{3}[ -].*)"
 )
-_THEN_NAMES = {ending.value: name for name, ending in _THEN.items() if name != "drop"}  # in Message.transcript
+_MARKERS = {ending.value: name for name, ending in _THEN.items() if name != "drop"}
 
 
 class _Script:
-    """What the server said in one session of a transcript."""
+    """One session of a transcript: what the server said, and at which stage."""
 
     def __init__(self) -> None:
-        self.said: list[tuple[str, int | None, dict[str, Any]]] = []  # stage, size of the body, fields of an Action
-        self.lines: list[str] = []  # of the last reply
+        self.said: list[tuple[str, int | None, dict[str, Any]]] = []  # stage, size of its body, fields of an Action
+        self.lines = [""]  # of the last reply
         self.waiting: deque[str] = deque()  # the stages of the requests without a reply
         self.expected = "connect"  # the stage of what comes next, if that is no command
         self.size: int | None = None  # of the last body
         self.is_over = False
 
+    def is_over_before(self, kind: str, line: str) -> bool:
+        """Whether this line belongs to another session."""
+        stage = self.waiting[0] if self.waiting else self.expected
+        begins = line.startswith("220") and stage not in ("connect", "STARTTLS")
+        begins = begins or (self.is_over and line[:3].isdigit())
+        return kind == "opened" or (kind == "server" and begins and not self.must_go_on())
+
     def must_go_on(self) -> bool:
         """Whether the last reply has another line."""
-        return re.match(r"\d{3}-", "".join(self.lines[-1:])) is not None
+        return re.match(r"\d{3}-", self.lines[-1]) is not None
 
-    def is_greeted_by(self, line: str) -> bool:
-        """Whether this line of the server begins another session."""
-        stage = self.waiting[0] if self.waiting else self.expected
-        is_greeting = line.startswith("220") and stage not in ("connect", "STARTTLS")
-        return is_greeting or (self.is_over and line[:3].isdigit())
+    def read(self, kind: str, line: str) -> None:
+        if kind in ("server", "more") and self.must_go_on():
+            self.lines.append(line)
+        elif kind == "server":
+            self._read_reply(line)
+        elif kind == "client" and not self.is_over:
+            self._read_request(line)
+        elif kind in _THEN and not self.is_over:
+            self._read_end(kind)
 
-    def add_request(self, line: str) -> None:
-        body = re.fullmatch(r"\.|<(\d+) bytes>", line)
+    def _read_request(self, line: str) -> None:
+        body = re.fullmatch(r"<(\d+) bytes>|\.", line)
         self.size = int(body[1]) if body and body[1] else None
-        verb = "message" if body else _parse_command(line.encode("utf-8", "surrogateescape"))[1]
-        is_part = "BDAT" in self.waiting and verb not in _VERBS.split()
-        if not (is_part or (self.expected == "message" and not body)):
-            self.waiting.append(verb if self.expected in ("", "connect") else self.expected)
-            self.expected, self.lines = "", []
+        verb = _parse_line(line.encode("utf-8", "surrogateescape")).verb
+        if self.size is not None or (self.expected == "message" and body):
+            verb = "message"
+        is_part = bool(self.waiting) and self.waiting[-1] == "BDAT" and (verb == "message" or verb not in _VERBS)
+        if not is_part and (self.expected != "message" or body):  # else it is a part of a body
+            self.waiting.append("AUTH" if self.expected == "AUTH" else verb)
+            self.expected, self.lines = "", [""]
 
     def _take_stage(self) -> str:
         stage = self.waiting.popleft() if self.waiting else self.expected
         self.expected = ""
         return stage
 
-    def add_reply(self, line: str) -> None:
-        stage, is_refused = self._take_stage(), line.startswith(("4", "5"))
-        # A line without a code is another line of our transcripts; a 421 may come unasked, at a timeout.
+    def _read_reply(self, line: str) -> None:
+        stage, accepts = self._take_stage(), not line.startswith(("4", "5"))
+        # A line without a code is the next line of ours, and a 421 may come unasked.
         if re.match({"": "(?!421)[2-5][0-9]{2}", "connect": "2[35]|3"}.get(stage, "$."), line):
             raise ConfigurationError(f"transcript: there is no command before {_shorten(line)}")
         if not stage:
@@ -1904,30 +1917,15 @@ class _Script:
         else:
             self.lines = [line]
             self.said.append((stage, None, {"reply": self.lines}))
-            self.expected = "message" if stage == "DATA" and not is_refused else ""
-            self.is_over = stage == "QUIT" and not is_refused
+            self.expected = "message" if stage == "DATA" and accepts else ""
+            self.is_over = stage == "QUIT" and accepts
 
-    def end(self, then: str) -> None:
-        stage = "" if self.is_over else self._take_stage()
+    def _read_end(self, then: str) -> None:
+        stage, self.is_over = self._take_stage(), True
         if stage:
             self.said.append((stage, self.size, {"then": "drop" if then == "close" else then}))
-        elif self.said and not self.is_over:
+        elif self.said:
             self.said[-1][2]["then"] = "close"
-        self.is_over = True
-
-
-def _read_line(scripts: list[_Script], kind: str, line: str) -> None:
-    script, goes_on, then = scripts[-1], scripts[-1].must_go_on(), _THEN_NAMES.get(line, kind)
-    if kind == "opened" or (kind == "server" and not goes_on and script.is_greeted_by(line)):
-        scripts.append(_Script())
-    if then in _THEN:
-        script.end(then)
-    elif kind in ("server", "more") and goes_on:
-        script.lines.append(line)
-    elif kind == "server":
-        scripts[-1].add_reply(line)
-    elif kind == "client" and not script.is_over:
-        script.add_request(line)
 
 
 def _read_transcript(text: str) -> list[_Script]:
@@ -1937,11 +1935,14 @@ def _read_transcript(text: str) -> list[_Script]:
     if found is None:
         line = re.sub(r"(?i)(AUTH +\S+ ).*", r"\1***", text.strip().partition("\n")[0])
         raise ConfigurationError(f"transcript: the server says nothing in it; it begins with {_shorten(line)}")
-    pattern, scripts = re.compile(f"{found[0]}(?P<client>.*)|{found[1]}(?P<server>.*)|{_OTHER_LINES}"), [_Script()]
-    for line in text.split("\n"):
-        match = pattern.match(line.rstrip("\r"))
-        if match is not None and match.lastgroup is not None:
-            _read_line(scripts, match.lastgroup, found[2](match[match.lastgroup]))
+    client, server, decode = found
+    pattern, scripts = re.compile(f"{client}(?P<client>.*)|{server}(?P<server>.*)|{_OTHER_LINES}"), [_Script()]
+    for match in filter(None, (pattern.match(line.rstrip("\r")) for line in text.split("\n"))):
+        kind = match.lastgroup or ""
+        line = decode(match[kind])
+        if scripts[-1].is_over_before(kind, line):
+            scripts.append(_Script())
+        scripts[-1].read(_MARKERS.get(line, kind), line)
     return [script for script in scripts if script.said]
 
 

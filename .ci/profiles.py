@@ -126,7 +126,9 @@ def converse(port: int, dialogue: str) -> list[str]:
             sock = context.wrap_socket(sock)
             file = sock.makefile("rb")
             continue
-        text = {"BODY": "Subject: hi\r\n\r\nhi\r\n.", "HUGE": "Subject: hi\r\n\r\n" + "hello\r\n" * 9000 + "."}.get(line, line)
+        text = {"BODY": "Subject: hi\r\n\r\nhi\r\n.", "HUGE": "Subject: hi\r\n\r\n" + "hello\r\n" * 9000 + "."}.get(
+            line, line
+        )
         sock.sendall(f"{text}\r\n".encode())
         chunk = line.startswith("BDAT 4")
         if not chunk:
