@@ -1678,6 +1678,7 @@ class Rule:
         # and they replace them, so that sessions can read them without the lock.
         self._uses: tuple[dict[str, Any], ...] = ({},)
         self._function: _Function | None = None
+        self._script: _Script | None = None  # the session of a transcript that it plays; None if it is for all sessions
         rules.add(self)
 
     def reply(self, *texts: str | None) -> Rule:
@@ -1774,6 +1775,7 @@ class _Rules:
         self.newest_first: tuple[Rule, ...] = ()  # replaced, never changed; so it can be read without the lock
         self.seed = seed
         self._seeded = 0  # how many rules have a generator of random numbers
+        self.scripts: tuple[_Script, ...] = ()  # for the next sessions
         self._lock = threading.Lock()  # guards newest_first, _seeded and hits; configure() sets the other two
 
     def add(self, rule: Rule) -> None:
@@ -1794,7 +1796,18 @@ class _Rules:
 
     def clear(self) -> None:
         with self._lock:
-            self.newest_first, self._seeded = (), 0
+            self.newest_first, self._seeded, self.scripts = (), 0, ()
+
+    def play(self, scripts: Sequence[_Script]) -> None:
+        """Have each of the next sessions answered like one of these."""
+        rules = [rule for script in scripts for rule in script.make_rules()]
+        with self._lock:
+            self.newest_first, self.scripts = (*rules, *self.newest_first), (*self.scripts, *scripts)
+
+    def take_script(self) -> _Script | None:
+        with self._lock:
+            script, self.scripts = next(iter(self.scripts), None), self.scripts[1:]
+        return script
 
     def body_thresholds(self) -> list[int]:
         """The sizes of a body at which rules apply, smallest first."""
@@ -1805,6 +1818,7 @@ class _Rules:
         texts: Mapping[str, str],
         names: Sequence[str],
         message: Callable[[], Message],
+        script: _Script | None,
         after: int | None = None,
         wanted: Collection[str] = _ASPECTS,
     ) -> dict[str, Any]:
@@ -1816,7 +1830,8 @@ class _Rules:
         counts = "reply" in wanted  # a challenge of AUTH is no use of its own
         for rule in self.newest_first:
             text = texts.get(rule._stage)
-            if text is not None and rule._after == after and rule._matches(text, names):
+            is_meant = text is not None and rule._after == after and rule._script in (None, script)
+            if text is not None and is_meant and rule._matches(text, names):
                 missing = [aspect for aspect in wanted if aspect not in found]
                 with self._lock:
                     aspects, function = rule._use(missing, counts=counts) if rule in self.newest_first else ({}, None)
@@ -1835,7 +1850,7 @@ class _Rules:
 
 def _unescape(text: str) -> str:
     """The line whose repr() this is."""
-    data = text[1:].partition(r"\r\n")[0].encode("latin-1", "backslashreplace")
+    data = re.sub(r"\\r(?:\\n)?['\"]?$", "", text[1:]).encode("latin-1", "backslashreplace")
     return _decode(data.decode("unicode_escape", "ignore").encode("latin-1", "replace"))
 
 
@@ -1861,7 +1876,9 @@ class _Script:
     """One session of a transcript: what the server said, and at which stage."""
 
     def __init__(self) -> None:
-        self.said: list[tuple[str, int | None, dict[str, Any]]] = []  # stage, size of its body, fields of an Action
+        self.said: list[
+            tuple[str, int | None, list[str], str]
+        ] = []  # a stage, bytes of the body, lines, a method of Rule
         self.lines = [""]  # of the last reply
         self.waiting: deque[str] = deque()  # the stages of the requests without a reply
         self.expected = "connect"  # the stage of what comes next, if that is no command
@@ -1892,13 +1909,15 @@ class _Script:
     def _read_request(self, line: str) -> None:
         body = re.fullmatch(r"<(\d+) bytes>|\.", line)
         self.size = int(body[1]) if body and body[1] else None
+        if self.expected == "message" and not body:
+            return
         verb = _parse_line(line.encode("utf-8", "surrogateescape")).verb
-        if self.size is not None or (self.expected == "message" and body):
-            verb = "message"
-        is_part = bool(self.waiting) and self.waiting[-1] == "BDAT" and (verb == "message" or verb not in _VERBS)
-        if not is_part and (self.expected != "message" or body):  # else it is a part of a body
-            self.waiting.append("AUTH" if self.expected == "AUTH" else verb)
-            self.expected, self.lines = "", [""]
+        verb = "message" if self.size is not None or self.expected == "message" else verb
+        verb = "too long" if line.startswith("line of over ") else verb
+        if self.waiting and self.waiting[-1] == "BDAT" and (verb == "message" or verb not in _VERBS):
+            return  # it is a part of the chunk
+        self.waiting.append("AUTH" if self.expected == "AUTH" else verb)
+        self.expected, self.lines = "", [""]
 
     def _take_stage(self) -> str:
         stage = self.waiting.popleft() if self.waiting else self.expected
@@ -1916,21 +1935,36 @@ class _Script:
             self.expected = stage
         else:
             self.lines = [line]
-            self.said.append((stage, None, {"reply": self.lines}))
+            self.said.append((stage, None, self.lines, ""))
             self.expected = "message" if stage == "DATA" and accepts else ""
             self.is_over = stage == "QUIT" and accepts
 
     def _read_end(self, then: str) -> None:
         stage, self.is_over = self._take_stage(), True
         if stage:
-            self.said.append((stage, self.size, {"then": "drop" if then == "close" else then}))
+            self.said.append((stage, self.size, [], "drop" if then == "close" else then))
         elif self.said:
-            self.said[-1][2]["then"] = "close"
+            self.said[-1] = (*self.said[-1][:3], "close")
+
+    def make_rules(self) -> Iterator[Rule]:
+        """A rule for each stage, which says one thing after the other."""
+        uses: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+        for stage, after, lines, then in self.said:
+            *others, last = lines or [""]
+            text = "\n".join([*others, re.sub(r"^(\d{3})-", r"\1 ", last)])  # RFC 4954 has a greeting without its end
+            use = {"reply": text if lines else None, "then": then or None}
+            uses.setdefault((stage, after), []).append(
+                {name: value for name, value in use.items() if value is not None}
+            )
+        for (stage, after), actions in uses.items():
+            rule = Rule(_Rules(None), "*", None, len(actions), 1.0, None)
+            rule._stage, rule._after, rule._uses, rule._script = stage, after, tuple(actions), self
+            yield rule
 
 
 def _read_transcript(text: str) -> list[_Script]:
     """The sessions of a transcript."""
-    _check("transcript", text, _OptionType("a string", lambda text: isinstance(text, str)))
+    _check("transcript", text, _TEXT)
     found = next((notation for notation in _NOTATIONS if re.search(f"(?m)^{notation[1]}", text)), None)
     if found is None:
         line = re.sub(r"(?i)(AUTH +\S+ ).*", r"\1***", text.strip().partition("\n")[0])
@@ -1944,6 +1978,23 @@ def _read_transcript(text: str) -> list[_Script]:
             scripts.append(_Script())
         scripts[-1].read(_MARKERS.get(line, kind), line)
     return [script for script in scripts if script.said]
+
+
+def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[str, Any]:
+    """The options with which a server accepts what these sessions announce, and use."""
+    words: dict[str, list[str]] = {}
+    for stage, _, lines, _ in (said for script in scripts for said in script.said):
+        words.setdefault(_VERBS.get(stage, _UNKNOWN_VERB).extension, [])
+        announced = [line[4:].upper().replace("AUTH=", "AUTH ").split() for line in lines[1:] if stage == "EHLO"]
+        words |= {name: others for name, *others in filter(None, announced)}
+    known = [name for name in words if name in _EXTENSIONS.split() or name.startswith("X")]
+    changes: dict[str, Any] = {"extensions": dict.fromkeys([*options.extensions, *known])}
+    if "AUTH" in words and options.auth_users is None:
+        mechanisms = [name for name in words["AUTH"] if name in _AUTH_MECHANISMS]
+        changes |= {"auth_users": "*", "auth_mechanisms": mechanisms or _AUTH_MECHANISMS}
+    if "STARTTLS" in words and options.ssl_context is None:
+        changes["ssl_context"] = "test"
+    return changes
 
 
 # ---------------------------------------------------------------------------------------- handlers
@@ -2848,6 +2899,7 @@ class _Session:
         self.context, self.handlers, self.commands = context, context.handlers, context.handlers.commands
         self.peer = peer
         self.rules = context.rules
+        self.script: _Script | None = None  # the session of a transcript that it plays
         self.request: _Request | None = None  # the last one, for the log
         self.has_more = False  # whether more had come together with it
         self.at = 0.0  # when it came
@@ -2897,6 +2949,7 @@ class _Session:
 
     def greet(self, at: float = 0.0) -> _Reply:
         self.at = at
+        self.script = self.rules.take_script() if self.rules.scripts else None
         reply = self.run(self.handlers["connect"], None, "")
         if reply.text.startswith("5"):
             self.handlers = self.handlers.turn_away()
@@ -3101,7 +3154,7 @@ class _Session:
     ) -> dict[str, Any]:
         """The aspects of a reply that rules set."""
         try:
-            return self.rules.decide(texts, names, message or self.message, **limits)
+            return self.rules.decide(texts, names, message or self.message, self.script, **limits)
         except BaseException:  # noqa: BLE001 - pytest.fail() is not an Exception
             self.context.log.failure("a rule failed")
             return {"reply": self.context.options.msg_msg_failed}
@@ -4190,6 +4243,17 @@ class Server:
             raise ConfigurationError(f"{name}={value!r}: on() has no such argument{hint}")
         return Rule(self._rules, stage, match, times, probability, after)
 
+    def play(self, transcript: str) -> None:
+        """Answer the next session as the server of this transcript did, or the next ones, if it has several.
+
+        The transcript is a Message.transcript, a dialogue of an RFC, or what swaks, smtplib, curl or PHPMailer print.
+        What the client sends may differ: at each stage the replies come in their order, and the normal ones after
+        these. What EHLO announces is accepted, with any login. A ConfigurationError if there is no reply in it.
+        """
+        scripts = _read_transcript(transcript)
+        self.configure(**_find_announced(scripts, self._options))
+        self._rules.play(scripts)
+
     def clear_rules(self) -> None:
         """Remove all rules."""
         self._rules.clear()
@@ -4211,6 +4275,9 @@ class Server:
         for rule in reversed(self._rules.newest_first):
             if rule._function is None and not any(rule._uses):
                 faults.append(f"{rule!r} has no action")
+            elif rule._script is not None:
+                left = [use.get("reply") or use["then"] for use in rule._uses[rule.hits :]]
+                faults += [f"{_shorten(text)} at {rule._stage}, of the transcript, was never reached" for text in left]
             elif not rule.hits:
                 requests = self._list_requests() if requests is None else requests
                 faults.append(f"{rule!r} was never hit{rule._find_nearest(requests)}")
