@@ -2932,7 +2932,6 @@ class _Session:
             if not kind.follows_mail:
                 self._publish(complete=True)
         if self._keeps_messages and mail.is_complete and not kind.follows_mail:
-            self._report_unaccepted()
             self.mail = mail.make_next()
         if kind is _VERBS["MAIL"]:
             self.mail.has_begun = True
@@ -3048,6 +3047,8 @@ class _Session:
             mail.entry = None
         if complete:
             mail.entry = mailbox.add(message)
+            if self._keeps_messages:
+                self._report_unaccepted()
 
     def _make_message(self) -> Message:
         mail = self.mail
