@@ -31,7 +31,6 @@ MIT licence, https://opensource.org/licenses/MIT. Copyright 2026 the smtpmock au
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import errno
 import functools
@@ -56,11 +55,17 @@ if TYPE_CHECKING:
     import datetime
     import logging
     import ssl
-    from dataclasses import dataclass as _fields
     from email.message import EmailMessage
     from typing import Concatenate, ParamSpec
 
+    from typing_extensions import dataclass_transform as _dataclass_transform
+
     _P = ParamSpec("_P")
+else:
+
+    def _dataclass_transform(**options: bool) -> Callable[[type], type]:  # what Python 3.10 lacks, and nothing needs
+        return lambda cls: cls
+
 
 __version__ = "3.0.0"
 
@@ -194,8 +199,13 @@ def _suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _option(default: Any, kind: _OptionType, about: str) -> Any:
-    return dataclasses.field(default=default, metadata={"kind": kind, "about": about})
+class _Option(NamedTuple):
+    default: Any
+    kind: _OptionType
+    about: str
+
+
+_option: Callable[[Any, _OptionType, str], Any] = _Option  # type checkers take the result for the default
 
 
 def _reply(default: str, to: str) -> Any:
@@ -221,40 +231,99 @@ _NEEDED = {
 _T = TypeVar("_T")
 
 
-class _Fields:
-    """The base of frozen dataclasses. An instance keeps the fields that it was given; the class has the others."""
+@functools.cache
+def _make_dataclass(cls: Any) -> Any:
+    import dataclasses
+    import inspect
 
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    types = {name: text for base in reversed(cls.__mro__) for name, text in inspect.get_annotations(base).items()}
+    fields = []
+    for name, (default, _, about) in cls._declared.items():
+        is_keyword = name not in cls._positional
+        field = dataclasses.field(default=default, kw_only=is_keyword, metadata={"about": about})
+        fields.append((name, types[name], field))
+    made: Any = dataclasses.make_dataclass(cls.__name__, fields, frozen=True)
+    made.__signature__ = inspect.signature(made)
+    return made
 
-    def __init__(self, *values: Any, **fields: Any) -> None:
-        known = [field.name for field in dataclasses.fields(self)]
-        for name, value in fields.items():
-            if name not in known:
+
+class _DataclassAttribute:
+    """An attribute of the dataclass that a class of options seems to be, made when somebody looks at it.
+
+    Importing dataclasses would take a third as long as importing this module.
+    """
+
+    def __init__(self, options: Any = None) -> None:
+        self._options = options
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: Any) -> Any:
+        if self._name == "__signature__" and owner.__init__.__module__ != __name__:
+            return None  # inspect looks at the __init__ of the subclass then
+        return getattr(_make_dataclass(self._options or owner), self._name)
+
+
+@_dataclass_transform(kw_only_default=True, frozen_default=True)
+class _Options:
+    """The base of classes with options. An instance keeps the options that it was given, the class the defaults."""
+
+    _declared: ClassVar[dict[str, _Option]] = {}
+    _positional: ClassVar[tuple[str, ...]] = ()
+    __dataclass_fields__: ClassVar[Any] = _DataclassAttribute()
+    __dataclass_params__: ClassVar[Any] = _DataclassAttribute()
+    __match_args__: ClassVar[Any] = _DataclassAttribute()
+    __signature__: ClassVar[Any] = _DataclassAttribute()
+
+    def __init_subclass__(cls, kw_only: bool = True) -> None:
+        own = {name: option for name, option in vars(cls).items() if isinstance(option, _Option)}
+        for name, option in own.items():
+            setattr(cls, name, option.default)
+        inherited = [getattr(base, "_declared", {}) for base in reversed(cls.__bases__)]
+        cls._declared = {name: option for options in (*inherited, own) for name, option in options.items()}
+        if not kw_only:
+            cls._positional = tuple(own)
+        about = [f"{name}: {option.about}" for name, option in cls._declared.items()]
+        cls.__doc__ = "\n    ".join([cls.__doc__ or "", *about])
+
+    def __init__(self, *values: Any, **options: Any) -> None:
+        for name, value in options.items():
+            if name not in self._declared:
+                known = list(self._declared)
                 others = "" if len(known) > 9 else f"; there are {', '.join(known)}"
                 raise ConfigurationError(f"{name}={value!r}: there is no such option{_suggest(name, known) or others}")
-        positional = [field.name for field in dataclasses.fields(self) if not field.kw_only][: len(values)]
-        if len(values) > len(positional) or not fields.keys().isdisjoint(positional):
+        positional = self._positional[: len(values)]
+        if len(values) > len(positional) or not options.keys().isdisjoint(positional):
             raise TypeError(f"{type(self).__name__}() has too many positional arguments: {values!r}")
-        vars(self).update(zip(positional, values, strict=True), **fields)
-        for field in dataclasses.fields(self):
-            given, kind = getattr(self, field.name), field.metadata["kind"]
-            if given is not field.default:
-                _check(field.name, given, kind)
-                vars(self)[field.name] = kind.normalise(given)
+        for name, value in (dict(zip(positional, values, strict=True)) | options).items():
+            default, kind, _ = self._declared[name]
+            if value is not default:
+                _check(name, value, kind)
+            vars(self)[name] = default if value is default else kind.normalise(value)
         self.__post_init__()
 
     def __post_init__(self) -> None: ...
 
+    def __setattr__(self, name: str, value: object = None) -> None:
+        from dataclasses import FrozenInstanceError
+
+        raise FrozenInstanceError(f"{type(self).__name__}.{name} cannot be changed")
+
+    __delattr__ = __setattr__
+
     def _replace(self: _T, **changes: Any) -> _T:
         return type(self)(**{**vars(self), **changes})
 
-    def _find_changes(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
-        fields = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
-        return {name: value for name, (value, default) in fields.items() if value != default}
+    __replace__ = _replace  # of copy.replace()
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Fields) and (type(self), self._find_changes()) == (type(other), other._find_changes())
+    def _find_changes(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        values = ((name, getattr(self, name), option.default) for name, option in self._declared.items())
+        return {name: value for name, value, default in values if value != default}
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and self._find_changes() == other._find_changes()
 
     def __hash__(self) -> int:
         return hash(tuple(self._find_changes()))  # the names only, because a value may have no hash
@@ -264,38 +333,9 @@ class _Fields:
         return f"{type(self).__name__}({changes})"
 
 
-def _shows_options(options: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
-    """Have a method show the fields of a dataclass as its parameters, to type checkers and to inspect.signature()."""
-    # That looks at __wrapped__, here never called. A __signature__ would need the module inspect, slow to import.
-
-    def declare(method: Any) -> Any:
-        fields = sorted(vars(options)["__dataclass_fields__"].values(), key=operator.attrgetter("kw_only"))
-        names = ("self", *(field.name for field in fields))
-        count = 1 + sum(not field.kw_only for field in fields)
-        code = method.__code__.replace(co_varnames=names, co_nlocals=len(names), co_flags=3)
-        code = code.replace(co_argcount=count, co_kwonlyargcount=len(names) - count)
-        shown = types.FunctionType(code, {}, None, tuple(field.default for field in fields[: count - 1]))
-        shown.__kwdefaults__ = {field.name: field.default for field in fields}
-        shown.__annotations__ = {field.name: field.type for field in fields} | {"return": None}
-        method.__wrapped__ = shown
-        return method
-
-    return declare
-
-
-if not TYPE_CHECKING:  # type checkers see dataclasses.dataclass instead
-
-    def _fields(**options: Any) -> Callable[[type], type]:
-        """Make a dataclass with the methods of _Fields. Generating them would take longer than everything else here."""
-
-        def declare(cls: type) -> type:
-            cls = dataclasses.dataclass(init=False, repr=False, eq=False, **options)(cls)
-            cls.__init__ = _shows_options(cls)(types.FunctionType(_Fields.__init__.__code__, globals()))
-            about = [f"{field.name}: {field.metadata['about']}" for field in dataclasses.fields(cls)]
-            cls.__doc__ = "\n    ".join([cls.__doc__ or "", *about])
-            return cls
-
-        return declare
+def _shows_options(of: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
+    """Have type checkers see the options of this class as the arguments of a method."""
+    return lambda method: method
 
 
 def _check_choices(option: str, names: Iterable[str], known: Collection[str], fold: Callable[[str], str] = str) -> None:
@@ -304,17 +344,16 @@ def _check_choices(option: str, names: Iterable[str], known: Collection[str], fo
             raise ConfigurationError(f"{option}: {name} is unknown{_suggest(fold(name), known)}")
 
 
-@_fields(frozen=True, kw_only=True)
-class Configuration(_Fields):
-    """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
-
-    Times are in seconds and may have fractions. A reply may be any text, with or without a code. Each
-    newline in it starts another line of the reply, and {msg_size_limit} stands for that option. A text
-    that begins with 4 or 5 refuses the command, whichever option it is.
-    """
+class _AddressOptions(_Options):
+    """What configure() cannot change."""
 
     host: str = _option("127.0.0.1", _TEXT, "host name or address to listen on; [::] is all of them")
     port: int = _option(0, _PORT, "port to listen on; 0 takes a free one")
+
+
+class _SessionOptions(_Options):
+    """All others of a Configuration."""
+
     log_to_stdout: bool = _option(False, _FLAG, "log to stdout, and errors to stderr")
     log_server_activity: bool = _option(False, _FLAG, "include sessions, requests and replies in that log")
     session_timeout: float = _option(30, _TIMEOUT, "seconds of silence after which a session is closed")
@@ -414,18 +453,32 @@ class Configuration(_Fields):
                 raise ConfigurationError(f"{name}=True: needs {other}")
 
 
+class Configuration(_SessionOptions, _AddressOptions):
+    """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
+
+    Times are in seconds and may have fractions. A reply may be any text, with or without a code. Each
+    newline in it starts another line of the reply, and {msg_size_limit} stands for that option. A text
+    that begins with 4 or 5 refuses the command, whichever option it is.
+    """
+
+
 _CONFIGURATION = _OptionType("a Configuration", lambda value: isinstance(value, Configuration))
 
 
-@_fields(frozen=True)
-class _ServerOptions(Configuration):
-    """What a Server takes."""
-
+class _BaseOptions(_Options, kw_only=False):
     configuration: Configuration | None = _option(None, _CONFIGURATION, "the options that are not given by name")
-    _: dataclasses.KW_ONLY
+
+
+class _Changes(_SessionOptions, _BaseOptions):
+    """What Server.configure() takes."""
+
     logger: Logger | logging.Logger | None = _option(None, _LOGGER, "what replaces the default log")
     on_message: Callable[[Message], object] | None = _option(None, _CALLABLE, "called with each accepted message")
     handlers: Iterable[type[Handler]] = _option((), _HANDLERS, "verbs of your own, or in place of the built-in ones")
+
+
+class _ServerOptions(_Changes, Configuration):
+    """What Server() takes."""
 
 
 # ----------------------------------------------------------------------------------------- grammar
@@ -1599,8 +1652,7 @@ def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
     return aspects
 
 
-@_fields(frozen=True)
-class Action(_Fields):
+class Action(_Options, kw_only=False):
     """What a rule does. A field that is None leaves its aspect of the reply as it is without the rule."""
 
     reply: str | None = _option(None, _TEXT, "the text of the reply")
@@ -1610,7 +1662,7 @@ class Action(_Fields):
     then: str | None = _option(None, _ENDING, "close, or without a reply: drop, reset or silence")
 
 
-_ACTIONS = {field.name: field.metadata["kind"] for field in dataclasses.fields(Action)}
+_ACTIONS = {name: option.kind for name, option in Action._declared.items()}
 
 # What people write for a stage, and what it is called here. Other verbs are allowed if they are not nearly these.
 _STAGE_NAMES = {verb.upper(): verb for verb in _VERBS if verb.isupper() or verb in ("connect", "message")}
@@ -2461,7 +2513,7 @@ def _check_handler(handler: Any) -> None:
     for step in handler.needs:
         if step not in (*_STEPS, *_DEMANDS):
             raise ConfigurationError(f"{name}.needs: {step!r} is no step of a session")
-    known = [field.name for field in dataclasses.fields(Configuration) if field.name.startswith("msg_")]
+    known = [name for name in Configuration._declared if name.startswith("msg_")]
     for attribute in ("received", "bad_argument"):
         text = getattr(handler, attribute)
         if not (_is_text(text) and (text in known or re.match("[0-9]{3}", text))):
@@ -3859,6 +3911,8 @@ class Server:
     handlers are subclasses of Handler, for verbs of your own or in place of the built-in ones.
     """
 
+    __signature__: ClassVar[Any] = _DataclassAttribute(_ServerOptions)
+
     @_shows_options(_ServerOptions)
     def __init__(self, configuration: Configuration | None = None, **options: Any) -> None:
         self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
@@ -3878,7 +3932,7 @@ class Server:
         self._change_options(lambda options: options._replace(logger=logger))
         return self
 
-    @_shows_options(_ServerOptions)
+    @_shows_options(_Changes)
     def configure(self, configuration: Configuration | None = None, **options: Any) -> None:
         """Change options for the sessions that begin from now on; open ones keep theirs.
 
@@ -4261,7 +4315,7 @@ _RULES = _OptionType("rules", lambda value: isinstance(value, list), lambda text
 _CONDITIONS = {"times": _TIMES, "probability": _PROBABILITY, "after": _COUNT}
 
 # The flags that are no options of a server.
-_OWN_FLAGS = {
+_OWN_FLAGS: dict[str, _Option] = {
     "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
     "quiet": _option(False, _FLAG, "print no line for each mail and each session without one"),
     "lint": _option(False, _FLAG, "print what clients do wrong on stderr; status 3 after an error"),
@@ -4491,10 +4545,10 @@ def _name_flag(option: str) -> str:
     return "-" + first + "".join(map(str.title, others))
 
 
-def _list_flags() -> dict[str, Any]:
+def _list_flags() -> dict[str, _Option]:
     """The declaration of each flag, by the name of its option."""
-    options = {field.name: field for field in dataclasses.fields(Configuration) if field.name not in _LOG_OPTIONS}
-    return {name: field for name, field in options.items() if field.metadata["kind"] is not _CONTEXT} | _OWN_FLAGS
+    options = {name: option for name, option in Configuration._declared.items() if name not in _LOG_OPTIONS}
+    return {name: option for name, option in options.items() if option.kind is not _CONTEXT} | _OWN_FLAGS
 
 
 def _name_flags(text: str) -> str:
@@ -4573,13 +4627,13 @@ def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) ->
         raise SMTPMockError(text) from error
 
 
-def _format_flag(name: str, field: Any) -> str:
+def _format_flag(name: str, option: _Option) -> str:
     import textwrap
 
-    kind, default = field.metadata["kind"], field.default
+    default, kind, about = option
     metavar = _METAVARS.get(kind, name.rpartition("_")[2].upper()) if name != "host" else "HOST"
     label = f"  {_name_flag(name)}" + f"={metavar}" * (kind is not _FLAG)
-    about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), field.metadata["about"])
+    about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), about)
     if default:
         about += f" (default: {','.join(default) if kind in (_NAMES, _WORDS) else default})"
     lines = [*([] if len(label) < 25 else [""]), *textwrap.wrap(about, 54, break_on_hyphens=False)]
@@ -4588,9 +4642,9 @@ def _format_flag(name: str, field: Any) -> str:
 
 def _format_help(*, everything: bool) -> str:
     groups: dict[str, list[str]] = {title: [] for title in _GROUPS}
-    for name, field in _list_flags().items():
+    for name, option in _list_flags().items():
         title = next(title for title, pattern in _GROUPS.items() if re.match(pattern, name))
-        groups[title].append(_format_flag(name, field))
+        groups[title].append(_format_flag(name, option))
     if not everything:
         del groups["Reply texts"]
     flags = "\n".join("\n".join(["", f"{title}:", *rows]) for title, rows in groups.items())
@@ -4627,13 +4681,13 @@ def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
     flags, parser = _list_flags(), Parser(add_help=False, allow_abbrev=False)
     spellings = [argument.partition("=")[0] for argument in argv if re.match("--?[a-zA-Z]", argument)]
     for name in dict.fromkeys(_find_flag(spelling, flags) for spelling in spellings):
-        kind = flags[name].metadata["kind"]
+        kind = flags[name].kind
         more: dict[str, Any] = {"nargs": "?", "const": True} if kind is _FLAG else {}
         more |= {"action": "extend"} if kind is _RULES else {}
         parser.add_argument(*_spell(name), dest=name, type=functools.partial(_read, kind), **more)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        _check(name, value, flags[name].metadata["kind"])
+        _check(name, value, flags[name].kind)
     return given
 
 
