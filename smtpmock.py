@@ -2694,7 +2694,7 @@ class _Mail:
         """The mail after this one. It begins with what is in force."""
         mail = _Mail()
         mail.steps = {step: self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps}
-        mail.exchanges = mail.lasting()
+        mail.exchanges = list(mail.steps.values())
         mail.accepted_steps = self.accepted_steps.intersection(mail.steps)
         return mail
 

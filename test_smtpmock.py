@@ -101,6 +101,7 @@ class Memory:
             options["ssl_context"] = mock.Mock(spec=ssl.SSLContext)
         configuration = Configuration(**options)
         self.recorder = Recorder()
+        self.clock = 1600000000.25  # seconds since the epoch
         self.delays: list[float] = []  # before each reply
         self.recorded: list[int] = []  # how many messages there were when each reply was about to be sent
         self._mailbox = smtpmock._Mailbox()
@@ -136,11 +137,11 @@ class Memory:
         return smtpmock.Rule(self._rules, stage, match, **conditions)
 
     def greet(self) -> list[str]:
-        return self._read(self._session.greet(1600000000.25))
+        return self._read(self._session.greet(self.clock))
 
     def feed(self, data: bytes) -> list[str]:
         """Receive bytes; the lines that the server says to them, and how it ends the connection, if it does."""
-        return [line for reply in self._session.receive(data, 1600000000.25) for line in self._read(reply)]
+        return [line for reply in self._session.receive(data, self.clock) for line in self._read(reply)]
 
     def _read(self, reply: smtpmock._Reply) -> list[str]:
         self.delays.append(reply.delay)
@@ -163,6 +164,11 @@ class Memory:
                 break
         self.end()
 
+    @staticmethod
+    def discards(message: Message) -> list[tuple[str, str]]:
+        """What was accepted and not kept, as a warning says it."""
+        return list(message._find_discards())
+
     CODES: ClassVar[Mapping[str, tuple[str, str, str]]] = smtpmock._VIOLATIONS
 
     @staticmethod
@@ -171,7 +177,7 @@ class Memory:
         return message._findings
 
     def replies(self, data: bytes) -> list[smtpmock._Reply]:
-        return list(self._session.receive(data, 1600000000.25))
+        return list(self._session.receive(data, self.clock))
 
     def say(self, *lines: str) -> list[str]:
         """Receive lines, without their ends; what the server says to all of them."""
@@ -179,12 +185,12 @@ class Memory:
 
     def secure(self) -> None:
         """The TLS handshake succeeds."""
-        self._session.secure("TLSv1.3", "AES", 1600000000.25)
+        self._session.secure("TLSv1.3", "AES", self.clock)
 
     def end(self, farewell: str | None = None) -> None:
         """The connection ends."""
         reply = None if farewell is None else smtpmock._Reply(farewell, next=smtpmock._Next.CLOSE)
-        self._session.end(reply, 1600000000.25)
+        self._session.end(reply, self.clock)
 
     @property
     def is_in_body(self) -> bool:
@@ -1523,6 +1529,14 @@ HELLO | SEND | EHLO => HELLO | SEND + EHLO 501
 HELLO | SEND | FOO => HELLO | SEND + HELLO
 HELLO | SEND | RCPT TO:<c@c.com> => HELLO | SEND + HELLO | RCPT TO:<c@c.com> 503
 HELLO | SEND | MAIL | RSET | QUIT => HELLO | SEND + HELLO | MAIL | RSET 250 | quit
+HELLO | MAIL | RSET x | NOOP | RSET | QUIT => HELLO | MAIL | RSET 250 | noop | quit
+HELLO | MAIL | RCPT | MAIL | RCPT => HELLO | MAIL | RCPT + HELLO | MAIL | RCPT
+HELLO | MAIL | RCPT | QUIT x | NOOP => HELLO | MAIL | RCPT | noop
+HELLO | MAIL | RCPT | EHLO | HELLO | SEND => HELLO | MAIL | RCPT + HELLO | SEND
+HELLO | MAIL | STARTTLS | SEND => HELLO | MAIL + HELLO | SEND
+HELLO | MAIL FROM:bad | MAIL <bad> | SEND | RSET => HELLO | MAIL FROM:bad 501 + HELLO + HELLO | SEND | RSET 250
+MAIL | HELLO | SEND => MAIL FROM:<a@a.com> 503 + HELLO | SEND
+HELLO | SEND | NOOP | FOO | SEND => HELLO | SEND | noop + HELLO | SEND
 HELLO | SEND | MAIL | RCPT | RCPT TO:<c@c.com> | DATA | hi | .
     => HELLO | SEND + HELLO | MAIL | RCPT TO:<c@c.com> 250 | DATA | hi 250
 == several messages, several recipients  -- multiple_message_receiving=True, multiple_rcptto=True
@@ -1547,6 +1561,7 @@ BDAT 100 LAST | half => BDAT 100 LAST | half
 HELLO | MAIL | RCPT | BDAT 4 | hi | BDAT 10 LAST | half => HELLO | MAIL | RCPT | BDAT 4 250 | hihalf
 == chunks of several mails  -- extensions=["CHUNKING"], multiple_message_receiving=True
 HELLO | MAIL | RCPT | BDAT 4 LAST | hi | MAIL | RCPT | BDAT 4 LAST | hi => HELLO | BDAT + HELLO | BDAT
+HELLO | MAIL | RCPT | BDAT 4 | hi | RSET | SEND => HELLO | MAIL | RCPT | BDAT 4 250 | hi | RSET 250 + HELLO | SEND
 """)
 KEPT = {"HELLO": "EHLO a.com 250", "MAIL": f"{ENVELOPE[1]} 250", "RCPT": f"{ENVELOPE[2]} 250", "DATA": "DATA 354"}
 KEPT["SEND"] = " | ".join([KEPT["MAIL"], KEPT["RCPT"], "DATA 354 | hi 250"])
@@ -1776,6 +1791,203 @@ class RecordTest(unittest.TestCase):
         self.assertLess(len(first.splitlines()), 30000)
         self.assertTrue(first.startswith("S: 220 Welcome\n"))
         self.assertTrue(second.startswith("S: 220 Welcome\nC: EHLO a.com\nS: 250 Received\nC: MAIL"))
+
+
+class ExchangeTest(unittest.TestCase):
+    """What a message covers, and what it says of each exchange."""
+
+    def test_requests_and_responses(self) -> None:
+        memory = Memory(auth_users={"bob": "pw"}, extensions=["CHUNKING"])
+        memory.greet()
+        memory.say("EHLO a.com", "AUTH LOGIN", b64("bob"), b64("pw"), *SEND[:2], "BDAT 4 LAST", "hi", "QUIT")
+        expected = [
+            (None, "220 Welcome"),
+            ("EHLO a.com", "250-Received\n250-CHUNKING\n250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2"),
+            ("AUTH LOGIN", "334 VXNlcm5hbWU6"),
+            ("***", "334 UGFzc3dvcmQ6"),
+            ("***", "235 Authentication succeeded"),
+            *((line, RECEIVED) for line in SEND[:2]),
+            ("BDAT 4 LAST", None),
+            ("<4 bytes>", RECEIVED),
+            ("QUIT", "221 Closing connection"),
+        ]
+        (message,) = memory.messages()
+        self.assertEqual([said[:2] for said in message.exchanges], expected)
+        self.assertEqual({said.accepted for said in message.exchanges}, {True})
+        self.assertEqual(message.auth_request, "AUTH LOGIN")
+        refused = Memory(*ENVELOPE[:1], "FOO").message().exchanges[-1]
+        self.assertEqual((refused.request, refused.response, refused.accepted), ("FOO", UNRECOGNIZED, False))
+
+    def test_times(self) -> None:
+        """Of the read that a request came with."""
+        memory = Memory(multiple_message_receiving=True)
+        memory.greet()
+        memory.clock += 1
+        memory.say(*ENVELOPE)
+        memory.clock += 0.5
+        memory.feed(b"DATA\r\nhi\r\n")
+        memory.clock += 1
+        memory.feed(b".\r\n")
+        memory.clock += 1
+        memory.end("421 bye")
+        (message,) = memory.messages()
+        base = message.exchanges[0].at
+        self.assertEqual(base.isoformat(), "2020-09-13T12:26:40.250000+00:00")
+        times = [(said.at - base).total_seconds() for said in message.exchanges]
+        self.assertEqual(times, [0, 1, 1, 1, 1.5, 2.5, 3.5])
+        self.assertEqual(message.received_at, message.exchanges[-2].at)
+        shown = message.to_dict()["exchanges"][-1]
+        at = "2020-09-13T12:26:43.750000+00:00"
+        self.assertEqual(shown, {"request": None, "response": "421 bye", "accepted": False, "at": at})
+
+    def test_the_clock_of_a_server(self) -> None:
+        with Server() as server, Client(server) as client:
+            before = datetime.datetime.now(datetime.timezone.utc)
+            client.ask("NOOP")
+            client.ask("QUIT")
+            after = datetime.datetime.now(datetime.timezone.utc)
+            at = [said.at for said in server.messages()[0].exchanges]
+            self.assertEqual(at, sorted(at))
+            slack = datetime.timedelta(seconds=1)  # the clock of the system may be set meanwhile
+            self.assertTrue(before - slack <= at[-1] <= after + slack)
+
+    def test_each_mail_covers_what_came_since_the_one_before(self) -> None:
+        for several in (False, True):
+            with self.subTest(several=several):
+                shown: list[str] = []
+                options: dict[str, Any] = {"on_message": lambda message, to=shown: to.append(message.transcript)}
+                memory = Memory(multiple_message_receiving=several, **options)
+                memory.greet()
+                memory.say(ENVELOPE[0], *SEND, "RSET", "NOOP")
+                for _ in range(100):
+                    memory.say(*SEND)
+                start = ["S: 220 Welcome", "C: EHLO a.com", f"S: {RECEIVED}"]
+                mail = [*start, f"C: {SEND[0]}"]
+                noted = [] if several else ["C: RSET", "S: 250 Ok", "C: NOOP", "S: 250 Ok"]
+                self.assertEqual(shown[1].splitlines()[: 4 + len(noted)], [*start, *noted, f"C: {SEND[0]}"])
+                self.assertEqual(shown[2].splitlines()[:4], mail)
+                self.assertEqual(shown[2:], shown[2:3] * 99)
+
+    def test_abandoned_mails_are_recorded_before_the_reply(self) -> None:
+        accepted: list[Message] = []
+        others: list[Message] = []
+        options: dict[str, Any] = {"multiple_message_receiving": True}
+        options |= {"on_message": accepted.append, "on_unaccepted": others.append}
+        for line in ("RSET", "RSET x", "QUIT", "QUIT x", "STARTTLS", "MAIL", "HELO b.com", "EHLO", "ehlo b.com"):
+            with self.subTest(line):
+                others.clear()
+                memory = Memory(*ENVELOPE, **options)
+                self.assertEqual(memory.messages(), [])
+                memory.say(line)
+                self.assertEqual(memory.recorded[-1], 1)
+                self.assertEqual([message.rcpt_tos for message in others], [["b@b.com"]])
+                is_noted = line[:4] in ("RSET", "QUIT")
+                self.assertEqual(f"C: {line}" in memory.messages()[0].transcript.splitlines(), is_noted)
+        for line in ("NOOP", "FOO", "AUTH PLAIN", "RCPT TO:<c@c.com>", "VRFY a"):
+            self.assertEqual(len(Memory(*ENVELOPE, line, **options).messages()), 0, line)
+        self.assertEqual(accepted, [])
+
+    def test_a_greylisted_mail_is_a_message_for_each_attempt(self) -> None:
+        rules = ["RCPT: reply 450 later; times=2"]
+        memory = Memory(ENVELOPE[0], rules=rules, multiple_message_receiving=True)
+        memory.say(*SEND[:2], "RSET", *SEND[:2], "RSET", *SEND)
+        expected = [([(SEND[1], "450 later")], False)] * 2 + [([], True)]
+        self.assertEqual([(message.refusals, message.is_consistent) for message in memory.messages()], expected)
+
+    def test_of_many_attempts_the_oldest_are_kept_as_refusals(self) -> None:
+        memory = Memory(rules=["RCPT: reply 450 later"])
+        memory.greet()
+        memory.say(ENVELOPE[0], *[*SEND[:2], "RSET"] * 250)
+        message = memory.message()
+        self.assertEqual(message.refusals, [(SEND[1], "450 later")] * 250)
+        lines = message.transcript.splitlines()
+        self.assertEqual(lines[0], "S: 220 Welcome")
+        self.assertEqual(lines.count(f"C: {SEND[0]}"), 100)
+        begin = lines.index("C: <truncated>")
+        self.assertEqual(lines[begin + 1 : begin + 4], ["C: EHLO a.com", f"S: {RECEIVED}", f"C: {SEND[0]}"])
+        self.assertNotIn("bad-sequence", list_codes([message]))
+
+    def test_a_record_is_limited_in_bytes(self) -> None:
+        memory = Memory(auth_users={})
+        memory.greet()
+        memory.say(ENVELOPE[0], *["x" * 12000] * 2000)
+        self.assertLess(len(memory.message().transcript), 5_000_000)
+
+    def test_a_greeting_that_refuses(self) -> None:
+        codes = {"EHLO a.com": "503", "NOOP": "503", "FOO": "503", "MAIL FROM:<a@a.com>": "503", "QUIT": "221"}
+        for options, expected in (
+            ({"msg_greeting": "554 no"}, codes),
+            ({"rules": ["connect: reply 554 no"]}, codes),
+            ({"msg_greeting": "554 no", "rules": ["NOOP: reply 250 fine"]}, {**codes, "NOOP": "250"}),
+            ({"msg_greeting": "421 busy"}, {"EHLO a.com": "250", "FOO": "502", "QUIT": "221"}),
+        ):
+            memory = Memory(**dict[str, Any](options))
+            self.assertIn(memory.greet()[0][:3], ("554", "421"))
+            self.assertEqual({line: memory.say(line)[0][:3] for line in expected}, expected, options)
+        self.assertEqual(Memory(msg_greeting="554 no", fail_fast=True).greet(), ["554 no", "<closed>"])
+        secret = Memory(msg_greeting="554 no", auth_users={})
+        secret.greet()
+        secret.say("AUTH PLAIN c2VjcmV0")
+        self.assertNotIn("c2VjcmV0", secret.message().transcript)
+
+    def test_rules_look_at_the_line(self) -> None:
+        seen: list[str] = []
+        memory = Memory(*ENVELOPE[:1], auth_users={}, extensions=["CHUNKING"])
+        rule = memory.on("*", seen.append)
+        memory.on("MAIL", "bob@example.com").reply("450 bob")
+        self.assertEqual(memory.say("MAIL <bob@example.com>"), ["450 bob"])
+        memory.say("AUTH OAUTHBEARER c2VjcmV0", "AUTH c2VjcmV0", "AUTH PLAIN", "*", *SEND[:2], "BDAT 4 LAST", "hi")
+        lines = ["AUTH OAUTHBEARER ***", "AUTH ***", "AUTH PLAIN", "AUTH PLAIN", *SEND[:2], "BDAT 4 LAST"]
+        self.assertEqual(seen, ["MAIL <bob@example.com>", *lines])
+        rule.remove()
+        chunk = Memory(*ENVELOPE, extensions=["CHUNKING"], rules=["BDAT: reply 452 no"])
+        chunk.on("BDAT", re.compile("LAST$")).reply("451 last")
+        chunk.on("message", re.compile("hi")).delay(3)
+        self.assertEqual(chunk.say("BDAT 4 LAST", "hi"), ["451 last"])
+        self.assertEqual(chunk.delays[-1], 3)
+
+    def test_a_match_that_fails_during_a_login(self) -> None:
+        memory = Memory(ENVELOPE[0], auth_users={"bob": "pw"})
+        memory.on("AUTH", lambda line: 1 / 0).reply("535 no")
+        replies = memory.say("AUTH LOGIN", "MAIL FROM:<a@a.com>")
+        self.assertEqual([reply[:3] for reply in replies], ["451", "250"])
+        self.assertIn("C: AUTH LOGIN\nS: 451 Local", memory.message().transcript)
+
+    def test_chunks_without_an_end_belong_to_what_a_quit_records(self) -> None:
+        memory = Memory(*ENVELOPE, extensions=["CHUNKING"])
+        memory.feed(b"BDAT 3\r\nabcQUIT\r\n")
+        (before,) = memory.messages()
+        memory.end()
+        (after,) = memory.messages()
+        self.assertEqual(before.to_dict(), after.to_dict())
+        self.assertEqual(before.content, b"abc")
+        self.assertEqual(
+            before.transcript.splitlines()[-4:], ["C: <3 bytes>", "C: QUIT", "S: 221 Closing connection", "S: <closed>"]
+        )
+
+    def test_what_came_early(self) -> None:
+        """It stays so if on_message fails, and in each mail that has the same HELO."""
+        for on_message in (lambda message: None, lambda message: 1 / 0):
+            memory = Memory(*ENVELOPE, "DATA", on_message=on_message)
+            memory.feed(b"hi\r\n.\r\nQUIT\r\n")
+            self.assertIn("pipelining", list_codes(memory.messages()))
+        memory = Memory(multiple_message_receiving=True)
+        memory.greet()
+        memory.feed(b"EHLO a.com \r\nMAIL FROM:<a@a.com>\r\n")
+        memory.say(*SEND[1:], *SEND)
+        codes = [
+            [code for code in list_codes([m]) if code in ("pipelining", "command-space")] for m in memory.messages()
+        ]
+        self.assertEqual(codes, [["command-space", "pipelining"]] * 2)
+
+    def test_what_is_no_discarded_mail_or_recipient(self) -> None:
+        interrupted = Memory(*ENVELOPE, "DATA", rules=["message: reply 250 fine; after=3"])
+        interrupted.say("hello hello")
+        other = Memory(*ENVELOPE, "RCPTINFO b", *SEND[2:], handlers=[make_handler("RCPTINFO", parse=staticmethod(str))])
+        for memory in (interrupted, other):
+            self.assertEqual(Memory.discards(memory.message()), [])
+        self.assertFalse(interrupted.message().msg)
+        self.assertEqual(len(Memory.discards(Memory(ENVELOPE[0], *SEND, *SEND).message())), 1)
 
 
 # -------------------------------------------------------------------------------------------- mail
