@@ -2714,10 +2714,8 @@ class _Mail:
     def forget(self, body: _Exchange) -> None:
         """Forget an accepted mail, up to this exchange."""
         self.discarded += 1
-        after = len(self.exchanges)
-        while self.exchanges[after - 1] is not body:
-            after -= 1
-        self.exchanges = self.lasting() + self.exchanges[after:]
+        if body in self.exchanges:  # else it was truncated
+            self.exchanges = self.lasting() + self.exchanges[self.exchanges.index(body) + 1 :]
 
     def forget_attempts(self) -> None:
         """Keep of all but the last attempts to send a mail only what was refused."""
@@ -2819,9 +2817,8 @@ class _Session:
         """The message with a body that is not accepted yet; perhaps without what was said between HELO and MAIL."""
         mail, message = self.mail, self.message()
         assert mail.body is not None
-        exchanges = mail.exchanges
-        if without_history:
-            exchanges = mail.lasting() + exchanges[mail.find_last_mail() :]
+        begin = mail.find_last_mail() if without_history else 0
+        exchanges = [*(mail.lasting() if begin else ()), *mail.exchanges[begin:]]
         exchange = _Exchange(mail.body.ending, None, content, self.at, self.has_more)
         message._steps["msg"] = exchange
         vars(message).update(_exchanges=[*exchanges, exchange], _length=len(exchanges) + 1)

@@ -1913,6 +1913,17 @@ class ExchangeTest(unittest.TestCase):
         memory.say(ENVELOPE[0], *["x" * 12000] * 2000)
         self.assertLess(len(memory.message().transcript), 5_000_000)
 
+    def test_a_mail_that_is_erased_after_its_end_was_truncated(self) -> None:
+        memory = Memory(ENVELOPE[0], *SEND, *["NOOP"] * 11000, *SEND)
+        self.assertEqual(memory.message().content, b"hi\r\n")
+
+    def test_strict_without_mail(self) -> None:
+        """Which only rules can accept."""
+        memory = Memory(rules=["*: reply 354 go"], strict=True)
+        memory.say("DATA", "Date: Fri, 21 Nov 1997 09:55:06 -0600", "From: a@example.com", "", "hi", ".")
+        codes = list_codes([memory.message()])
+        self.assertEqual(len(codes), len(set(codes)))
+
     def test_a_greeting_that_refuses(self) -> None:
         codes = {"EHLO a.com": "503", "NOOP": "503", "FOO": "503", "MAIL FROM:<a@a.com>": "503", "QUIT": "221"}
         for options, expected in (
