@@ -104,7 +104,7 @@ class Memory:
         self.recorded: list[int] = []  # how many messages there were when each reply was about to be sent
         self._mailbox = smtpmock._Mailbox(lambda: 1600000000.25)
         self._rules = smtpmock._Rules(configuration.seed)
-        context = smtpmock._Context(
+        self._context = smtpmock._Context(
             configuration,
             smtpmock._Handlers(configuration, handlers),
             self._mailbox,
@@ -113,11 +113,16 @@ class Memory:
             on_message,
             on_unaccepted,
         )
-        self._session = smtpmock._Session(context, peer)
+        self._peer = peer
+        self.begin()
         if line_limit is not None:
             self._session._line_limit = line_limit
         self.add_rules(self, rules)
         self.say(*lines)
+
+    def begin(self) -> None:
+        """Another session begins."""
+        self._session = smtpmock._Session(self._context, self._peer)
 
     @staticmethod
     def add_rules(server: Any, rules: Iterable[str]) -> None:
@@ -197,6 +202,9 @@ class Memory:
     def kept_lines(self) -> list[str]:
         """The command lines that the server keeps."""
         return list(self._session.commands)
+
+    def wait(self, count: int, timeout: float) -> object:
+        return self._mailbox.wait(count, timeout, None, purge=False)
 
     def messages(self, *, purge: bool = False) -> list[Message]:
         return self._mailbox.messages(purge=purge)
@@ -1133,7 +1141,7 @@ class DialogueTest(unittest.TestCase):
             names = ("fail_fast", "multiple_rcptto", "multiple_message_receiving")
             options: dict[str, Any] = {name: rng.random() < 0.3 for name in names}
             options |= {"msg_size_limit": rng.choice((0, 20, 10_000)), "line_limit": 512}
-            lines = [self.make_garbage(rng) + rng.choice((b"\n", b"\r\n")) for _ in range(30)]
+            lines = [self.make_garbage(rng) + rng.choice((b"\n", b"\r\n")) for _ in range(20)]
             yield f"garbage {seed}", options, b"".join(lines)
 
     def converse(self, pieces: Iterable[bytes], options: dict[str, Any]) -> tuple[list[str], list[Any]]:
@@ -3447,7 +3455,7 @@ class StopTest(ServerCase):
                 self.assert_nothing_is_left(server)
 
     def test_a_client_that_does_not_read_is_cut_off(self) -> None:
-        server, client, recorder = self.serve(shutdown_timeout=0.1, msg_noop_received="250 " + "x" * 5_000_000)
+        server, client, recorder = self.serve(shutdown_timeout=0.05, msg_noop_received="250 " + "x" * 5_000_000)
         client.send(b"NOOP\r\n")
         recorder.wait_for("response: 250 x")
         server.stop()
@@ -3455,7 +3463,7 @@ class StopTest(ServerCase):
         self.assert_nothing_is_left(server)
 
     def test_endless_clients_are_cut_off_and_disturb_nobody(self) -> None:
-        server = Server(shutdown_timeout=0.1, msg_size_limit=1000).start()
+        server = Server(shutdown_timeout=0.05, msg_size_limit=1000).start()
         flooding = threading.Barrier(4)
 
         def flood(flood_of: bytes, *lines: str) -> None:
