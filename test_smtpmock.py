@@ -27,6 +27,7 @@ import linecache
 import logging
 import os
 import pickle
+import pprint
 import pydoc
 import queue
 import random
@@ -102,7 +103,7 @@ class Memory:
         self.recorder = Recorder()
         self.delays: list[float] = []  # before each reply
         self.recorded: list[int] = []  # how many messages there were when each reply was about to be sent
-        self._mailbox = smtpmock._Mailbox(lambda: 1600000000.25)
+        self._mailbox = smtpmock._Mailbox()
         self._rules = smtpmock._Rules(configuration.seed)
         self._context = smtpmock._Context(
             configuration,
@@ -140,11 +141,12 @@ class Memory:
         return smtpmock.Rule(self._rules, stage, match, **conditions)
 
     def greet(self) -> list[str]:
-        return self._read(self._session.greet())
+        return self._read(self._session.greet(self.NOW))
 
     def feed(self, *pieces: bytes) -> list[str]:
         """Receive bytes; the lines that the server says to them, and how it ends the connection, if it does."""
-        return [line for data in pieces for reply in self._session.receive(data) for line in self._read(reply)]
+        replies = (reply for data in pieces for reply in self._session.receive(data, self.NOW))
+        return [line for reply in replies for line in self._read(reply)]
 
     def _read(self, reply: smtpmock._Reply) -> list[str]:
         self.delays.append(reply.delay)
@@ -167,6 +169,7 @@ class Memory:
                 break
         self.end()
 
+    NOW = 1600000000.25
     CODES: ClassVar[Mapping[str, tuple[str, str, str]]] = smtpmock._VIOLATIONS
 
     @staticmethod
@@ -175,7 +178,7 @@ class Memory:
         return message._findings
 
     def replies(self, data: bytes) -> list[smtpmock._Reply]:
-        return list(self._session.receive(data))
+        return list(self._session.receive(data, self.NOW))
 
     def say(self, *lines: str) -> list[str]:
         """Receive lines, without their ends; what the server says to all of them."""
@@ -183,11 +186,12 @@ class Memory:
 
     def secure(self) -> None:
         """The TLS handshake succeeds."""
-        self._session.secure("TLSv1.3", "AES")
+        self._session.secure("TLSv1.3", "AES", self.NOW)
 
     def end(self, farewell: str | None = None) -> None:
         """The connection ends."""
-        self._session.end(*() if farewell is None else (None, farewell, None, "<closed>"))
+        reply = None if farewell is None else smtpmock._Reply(farewell, next=smtpmock._Next.CLOSE)
+        self._session.end(reply, self.NOW)
 
     @property
     def is_in_body(self) -> bool:
@@ -1458,12 +1462,13 @@ class ViolationTest(ServerCase):
                 client.ask("QUIT")
             self.assertEqual(list_codes(server.messages()), ["early-talker"])
 
-    def test_of_a_truncated_dialogue_only_the_mail_is_checked(self) -> None:
+    def test_of_a_truncated_dialogue_what_is_left_is_checked(self) -> None:
         memory = Memory("EHLO vm", "MAIL FROM:<ü@a.com> SMTPUTF8", "RCPT TO:<b@b.com>", extensions=["SMTPUTF8"])
         memory.say(*["FOO"] * 11000, "DATA", "From: ü@a.com", "", "hi", ".")
         message = memory.message()
-        self.assertEqual(list_codes([message]), ["header-missing", "no-message-id"])
-        self.assertIn("S: <truncated>", message.transcript)
+        codes = ["hello-not-fqdn", "unknown-command", "header-missing", "no-message-id"]
+        self.assertEqual(list_codes([message]), codes)
+        self.assertIn("C: <truncated>", message.transcript)
 
     def test_a_mail_with_so_many_recipients_that_the_dialogue_is_truncated(self) -> None:
         mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n%b\r\nhi\r\n.\r\n"
@@ -1526,7 +1531,7 @@ HELLO | SEND | RSET | NOOP | QUIT => HELLO | SEND | RSET 250 | noop | quit
 HELLO | SEND | EHLO => HELLO | SEND + EHLO 501
 HELLO | SEND | FOO => HELLO | SEND + HELLO
 HELLO | SEND | RCPT TO:<c@c.com> => HELLO | SEND + HELLO | RCPT TO:<c@c.com> 503
-HELLO | SEND | MAIL | RSET | QUIT => HELLO | SEND + HELLO | RSET 250 | quit
+HELLO | SEND | MAIL | RSET | QUIT => HELLO | SEND + HELLO | MAIL | RSET 250 | quit
 HELLO | SEND | MAIL | RCPT | RCPT TO:<c@c.com> | DATA | hi | .
     => HELLO | SEND + HELLO | MAIL | RCPT TO:<c@c.com> 250 | DATA | hi 250
 == several messages, several recipients  -- multiple_message_receiving=True, multiple_rcptto=True
@@ -1761,11 +1766,13 @@ class RecordTest(unittest.TestCase):
         memory = Memory(multiple_message_receiving=True)
         memory.greet()
         memory.say("NOOP", "EHLO a.com", *SEND, "RSET", "MAIL FROM:nobody", *SEND, "QUIT")
-        first, second = (message.transcript.splitlines() for message in memory.messages())
+        first, abandoned, second = (message.transcript.splitlines() for message in memory.messages())
         self.assertEqual(first[:5], ["S: 220 Welcome", "C: NOOP", "S: 250 Ok", "C: EHLO a.com", "S: 250 Received"])
         self.assertEqual(first[-2:], ["C: RSET", "S: 250 Ok"])
-        start = ["S: 220 Welcome", "C: EHLO a.com", "S: 250 Received", "C: MAIL FROM:nobody"]
-        self.assertEqual((second[:4], second[-1]), (start, "S: <closed>"))
+        start = ["S: 220 Welcome", "C: EHLO a.com", "S: 250 Received"]
+        refused = ["C: MAIL FROM:nobody", "S: 501 MAIL FROM requires valid email address"]
+        self.assertEqual(abandoned, [*start, *refused])
+        self.assertEqual((second[:4], second[-1]), ([*start, "C: MAIL FROM:<a@a.com>"], "S: <closed>"))
 
     def test_of_an_endless_session_only_the_greeting_is_kept(self) -> None:
         memory = Memory(multiple_message_receiving=True)
@@ -2370,8 +2377,8 @@ class ConfigurationTest(ServerCase):
         options = Configuration(not_registered_emails=names)
         names.append("b@a.com")
         self.assertEqual(set(options.not_registered_emails), {"a@a.com"})
-        with self.assertRaises(dataclasses.FrozenInstanceError):
-            options.port = 1  # type: ignore[misc]
+        for change in (lambda: setattr(options, "port", 1), lambda: delattr(options, "port")):
+            self.assertRaisesRegex(dataclasses.FrozenInstanceError, "Configuration.port cannot be", change)
 
     # Signatures, and how a Configuration compares.
 
@@ -2379,38 +2386,43 @@ class ConfigurationTest(ServerCase):
 
     def test_signatures(self) -> None:
         fields = dataclasses.fields(Configuration)
-        with_self = (Configuration.__init__, Server.__init__, Server.configure)
-        for shown in (Configuration, Server, Server().configure, *with_self):
+        for shown, own in ((Configuration, ()), (Server, self.OWN), (type("Mine", (Server,), {}), self.OWN)):
             with self.subTest(shown):
-                parameters = list(inspect.signature(shown).parameters.values())[shown in with_self :]
-                if shown not in (Configuration, Configuration.__init__):
+                parameters = list(inspect.signature(shown).parameters.values())
+                if own:
                     first, *parameters = parameters
                     self.assertEqual((first.name, first.kind.name), ("configuration", "POSITIONAL_OR_KEYWORD"))
-                    self.assertEqual(tuple(parameter.name for parameter in parameters[-3:]), self.OWN)
-                    del parameters[-3:]
                 self.assertEqual({parameter.kind.name for parameter in parameters}, {"KEYWORD_ONLY"})
                 self.assertEqual(
-                    [(parameter.name, parameter.default, parameter.annotation) for parameter in parameters],
+                    [(parameter.name, parameter.default, parameter.annotation) for parameter in parameters][
+                        : len(fields)
+                    ],
                     [(field.name, field.default, field.type) for field in fields],
                 )
+                self.assertEqual(tuple(parameter.name for parameter in parameters[len(fields) :]), own)
 
     def test_other_signatures(self) -> None:
+        class Mine(Server):
+            def __init__(self, size: int) -> None:
+                super().__init__(msg_size_limit=size)
+
         for call, names in (
             (smtpmock.Action, [field.name for field in dataclasses.fields(smtpmock.Action)]),
             (Server().on, ["stage", "match", "times", "probability", "after", "unknown"]),
+            (Server().configure, ["configuration", "options"]),
+            (Mine, ["size"]),
         ):
             self.assertEqual(list(inspect.signature(call).parameters), names)
-        # Though another function is what inspect.signature() looks at:
-        self.assertIn("def configure(self", inspect.getsource(Server.configure))
 
     def test_help(self) -> None:
         documentation = inspect.getdoc(Configuration) or ""
         for field in dataclasses.fields(Configuration):
             self.assertRegex(documentation, rf"(?m)^ *{field.name}: {re.escape(field.metadata['about'])}$")
-        for shown in (Configuration, Server, Server.configure):
+        for shown in (Configuration, Server):
             text = pydoc.plain(pydoc.render_doc(shown))
             self.assertRegex(text, "msg_line_too_long: '?str'? = '500 Line too long'")  # 3.15 shows no quotes
         self.assertRegex(text, r"on_message: '?Callable\[\[Message\], object\] \| None'? = None")
+        self.assertNotRegex(pydoc.plain(pydoc.render_doc(Server.configure)), "host:|port:|500 Line")
 
     def test_repr_shows_what_differs(self) -> None:
         expected = "Configuration(host='::1', fail_fast=True)"
@@ -2434,6 +2446,20 @@ class ConfigurationTest(ServerCase):
         for made in (copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
             self.assertEqual((made, made.port, made.not_registered_emails), (original, 25, {"a@a.com"}))
         self.assertEqual(dataclasses.asdict(original)["msg_greeting"], "220 Welcome")
+        for replace in (dataclasses.replace, getattr(copy, "replace", dataclasses.replace)):  # new in 3.13
+            self.assertEqual(replace(original, port=26), Configuration(port=26, not_registered_emails=["a@a.com"]))
+
+    def test_it_is_a_dataclass(self) -> None:
+        """So that users can extend it, match it, and have pprint and pytest show it."""
+
+        @dataclasses.dataclass(frozen=True)
+        class Mine(Configuration):
+            ours: str = "x"
+
+        self.assertTrue(dataclasses.is_dataclass(Configuration) and dataclasses.is_dataclass(smtpmock.Action()))
+        self.assertEqual((Mine(port=25).ours, inspect.signature(Mine).parameters["ours"].default), ("x", "x"))
+        self.assertEqual(smtpmock.Action.__match_args__, ("reply", "raw", "delay", "trickle", "then"))
+        self.assertIn("msg_greeting", pprint.pformat(Configuration(msg_greeting="220 " + 100 * "x"), width=20))
 
     def test_positional_arguments(self) -> None:
         calls = "Configuration(1) | Action('x', reply='y') | Action(*[None] * 6) | Server(None, None)"
@@ -3142,7 +3168,7 @@ class TlsTest(ProcessCase):
         self.assertEqual([reply[:10] for reply in replies], ["503 custom", "250 Receiv", "530 Authen", "235 Authen"])
         memory.say(*SEND, *SEND)
         kept = [(message.auth, message.tls) for message in memory.messages()]
-        self.assertEqual(kept, [(True, ("TLSv1.3", "AES"))] * 2)
+        self.assertEqual(kept, [(True, ("TLSv1.3", "AES"))] * 3)  # the first is the MAIL before AUTH
 
     def test_a_reply_that_the_client_does_not_read_at_once(self) -> None:
         """It is sent as a whole, and the client is told that nothing follows."""
@@ -4690,10 +4716,9 @@ class HelpTest(unittest.TestCase):
                 self.assertEqual(len(found), 1, field.name)
 
     def test_an_option_of_no_group_is_there(self) -> None:
-        metadata = Configuration.__dataclass_fields__["fail_fast"].metadata
+        option = Configuration._declared["fail_fast"]
         for name, title, flag in (("new_thing", "Other", "-h"), ("msg_new_thing", "Reply texts", "-helpAll")):
-            field = types.SimpleNamespace(name=name, default=False, metadata=metadata)
-            with mock.patch("dataclasses.fields", return_value=[field]):
+            with mock.patch.dict(Configuration._declared, {name: option}):
                 self.assertIn(flags(name)[0] + " ", self.read_groups(flag)[title] + " ")
 
 
@@ -5365,7 +5390,7 @@ class PackageTest(ProcessCase):
 
     def test_what_it_imports(self) -> None:
         code = """
-            import sys, __future__, contextlib, queue, weakref, select, struct, socketserver, selectors, re, typing, dataclasses
+            import sys, __future__, contextlib, queue, weakref, select, struct, socketserver, selectors, re, typing
             before = set(sys.modules)
             import smtpmock
             smtpmock.Server().start().stop()
