@@ -32,7 +32,6 @@ MIT licence, https://opensource.org/licenses/MIT. Copyright 2026 the smtpmock au
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import errno
 import functools
@@ -57,11 +56,17 @@ if TYPE_CHECKING:
     import datetime
     import logging
     import ssl
-    from dataclasses import dataclass as _fields
     from email.message import EmailMessage
     from typing import Concatenate, ParamSpec
 
+    from typing_extensions import dataclass_transform as _dataclass_transform
+
     _P = ParamSpec("_P")
+else:
+
+    def _dataclass_transform(**options: bool) -> Callable[[type], type]:  # what Python 3.10 lacks, and nothing needs
+        return lambda cls: cls
+
 
 __version__ = "3.0.0"
 
@@ -195,8 +200,13 @@ def _suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _option(default: Any, kind: _OptionType, about: str) -> Any:
-    return dataclasses.field(default=default, metadata={"kind": kind, "about": about})
+class _Option(NamedTuple):
+    default: Any
+    kind: _OptionType
+    about: str
+
+
+_option: Callable[[Any, _OptionType, str], Any] = _Option  # type checkers take the result for the default
 
 
 def _reply(default: str, to: str) -> Any:
@@ -222,40 +232,99 @@ _NEEDED = {
 _T = TypeVar("_T")
 
 
-class _Fields:
-    """The base of frozen dataclasses. An instance keeps the fields that it was given; the class has the others."""
+@functools.cache
+def _make_dataclass(cls: Any) -> Any:
+    import dataclasses
+    import inspect
 
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    types = {name: text for base in reversed(cls.__mro__) for name, text in inspect.get_annotations(base).items()}
+    fields = []
+    for name, (default, _, about) in cls._declared.items():
+        is_keyword = name not in cls._positional
+        field = dataclasses.field(default=default, kw_only=is_keyword, metadata={"about": about})
+        fields.append((name, types[name], field))
+    made: Any = dataclasses.make_dataclass(cls.__name__, fields, frozen=True)
+    made.__signature__ = inspect.signature(made)
+    return made
 
-    def __init__(self, *values: Any, **fields: Any) -> None:
-        known = [field.name for field in dataclasses.fields(self)]
-        for name, value in fields.items():
-            if name not in known:
+
+class _DataclassAttribute:
+    """An attribute of the dataclass that a class of options seems to be, made when somebody looks at it.
+
+    Importing dataclasses would take a third as long as importing this module.
+    """
+
+    def __init__(self, options: Any = None) -> None:
+        self._options = options
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: Any) -> Any:
+        if self._name == "__signature__" and owner.__init__.__module__ != __name__:
+            return None  # inspect looks at the __init__ of the subclass then
+        return getattr(_make_dataclass(self._options or owner), self._name)
+
+
+@_dataclass_transform(kw_only_default=True, frozen_default=True)
+class _Options:
+    """The base of classes with options. An instance keeps the options that it was given, the class the defaults."""
+
+    _declared: ClassVar[dict[str, _Option]] = {}
+    _positional: ClassVar[tuple[str, ...]] = ()
+    __dataclass_fields__: ClassVar[Any] = _DataclassAttribute()
+    __dataclass_params__: ClassVar[Any] = _DataclassAttribute()
+    __match_args__: ClassVar[Any] = _DataclassAttribute()
+    __signature__: ClassVar[Any] = _DataclassAttribute()
+
+    def __init_subclass__(cls, kw_only: bool = True) -> None:
+        own = {name: option for name, option in vars(cls).items() if isinstance(option, _Option)}
+        for name, option in own.items():
+            setattr(cls, name, option.default)
+        inherited = [getattr(base, "_declared", {}) for base in reversed(cls.__bases__)]
+        cls._declared = {name: option for options in (*inherited, own) for name, option in options.items()}
+        if not kw_only:
+            cls._positional = tuple(own)
+        about = [f"{name}: {option.about}" for name, option in cls._declared.items()]
+        cls.__doc__ = "\n    ".join([cls.__doc__ or "", *about])
+
+    def __init__(self, *values: Any, **options: Any) -> None:
+        for name, value in options.items():
+            if name not in self._declared:
+                known = list(self._declared)
                 others = "" if len(known) > 9 else f"; there are {', '.join(known)}"
                 raise ConfigurationError(f"{name}={value!r}: there is no such option{_suggest(name, known) or others}")
-        positional = [field.name for field in dataclasses.fields(self) if not field.kw_only][: len(values)]
-        if len(values) > len(positional) or not fields.keys().isdisjoint(positional):
+        positional = self._positional[: len(values)]
+        if len(values) > len(positional) or not options.keys().isdisjoint(positional):
             raise TypeError(f"{type(self).__name__}() has too many positional arguments: {values!r}")
-        vars(self).update(zip(positional, values, strict=True), **fields)
-        for field in dataclasses.fields(self):
-            given, kind = getattr(self, field.name), field.metadata["kind"]
-            if given is not field.default:
-                _check(field.name, given, kind)
-                vars(self)[field.name] = kind.normalise(given)
+        for name, value in (dict(zip(positional, values, strict=True)) | options).items():
+            default, kind, _ = self._declared[name]
+            if value is not default:
+                _check(name, value, kind)
+            vars(self)[name] = default if value is default else kind.normalise(value)
         self.__post_init__()
 
     def __post_init__(self) -> None: ...
 
+    def __setattr__(self, name: str, value: object = None) -> None:
+        from dataclasses import FrozenInstanceError
+
+        raise FrozenInstanceError(f"{type(self).__name__}.{name} cannot be changed")
+
+    __delattr__ = __setattr__
+
     def _replace(self: _T, **changes: Any) -> _T:
         return type(self)(**{**vars(self), **changes})
 
-    def _find_changes(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
-        fields = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
-        return {name: value for name, (value, default) in fields.items() if value != default}
+    __replace__ = _replace  # of copy.replace()
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Fields) and (type(self), self._find_changes()) == (type(other), other._find_changes())
+    def _find_changes(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        values = ((name, getattr(self, name), option.default) for name, option in self._declared.items())
+        return {name: value for name, value, default in values if value != default}
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and self._find_changes() == other._find_changes()
 
     def __hash__(self) -> int:
         return hash(tuple(self._find_changes()))  # the names only, because a value may have no hash
@@ -265,38 +334,9 @@ class _Fields:
         return f"{type(self).__name__}({changes})"
 
 
-def _shows_options(options: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
-    """Have a method show the fields of a dataclass as its parameters, to type checkers and to inspect.signature()."""
-    # That looks at __wrapped__, here never called. A __signature__ would need the module inspect, slow to import.
-
-    def declare(method: Any) -> Any:
-        fields = sorted(vars(options)["__dataclass_fields__"].values(), key=operator.attrgetter("kw_only"))
-        names = ("self", *(field.name for field in fields))
-        count = 1 + sum(not field.kw_only for field in fields)
-        code = method.__code__.replace(co_varnames=names, co_nlocals=len(names), co_flags=3)
-        code = code.replace(co_argcount=count, co_kwonlyargcount=len(names) - count)
-        shown = types.FunctionType(code, {}, None, tuple(field.default for field in fields[: count - 1]))
-        shown.__kwdefaults__ = {field.name: field.default for field in fields}
-        shown.__annotations__ = {field.name: field.type for field in fields} | {"return": None}
-        method.__wrapped__ = shown
-        return method
-
-    return declare
-
-
-if not TYPE_CHECKING:  # type checkers see dataclasses.dataclass instead
-
-    def _fields(**options: Any) -> Callable[[type], type]:
-        """Make a dataclass with the methods of _Fields. Generating them would take longer than everything else here."""
-
-        def declare(cls: type) -> type:
-            cls = dataclasses.dataclass(init=False, repr=False, eq=False, **options)(cls)
-            cls.__init__ = _shows_options(cls)(types.FunctionType(_Fields.__init__.__code__, globals()))
-            about = [f"{field.name}: {field.metadata['about']}" for field in dataclasses.fields(cls)]
-            cls.__doc__ = "\n    ".join([cls.__doc__ or "", *about])
-            return cls
-
-        return declare
+def _shows_options(of: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
+    """Have type checkers see the options of this class as the arguments of a method."""
+    return lambda method: method
 
 
 def _check_choices(option: str, names: Iterable[str], known: Collection[str], fold: Callable[[str], str] = str) -> None:
@@ -305,17 +345,16 @@ def _check_choices(option: str, names: Iterable[str], known: Collection[str], fo
             raise ConfigurationError(f"{option}: {name} is unknown{_suggest(fold(name), known)}")
 
 
-@_fields(frozen=True, kw_only=True)
-class Configuration(_Fields):
-    """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
-
-    Times are in seconds and may have fractions. A reply may be any text, with or without a code. Each
-    newline in it starts another line of the reply, and {msg_size_limit} stands for that option. A text
-    that begins with 4 or 5 refuses the command, whichever option it is.
-    """
+class _AddressOptions(_Options):
+    """What configure() cannot change."""
 
     host: str = _option("127.0.0.1", _TEXT, "host name or address to listen on; [::] is all of them")
     port: int = _option(0, _PORT, "port to listen on; 0 takes a free one")
+
+
+class _SessionOptions(_Options):
+    """All others of a Configuration."""
+
     log_to_stdout: bool = _option(False, _FLAG, "log to stdout, and errors to stderr")
     log_server_activity: bool = _option(False, _FLAG, "include sessions, requests and replies in that log")
     session_timeout: float = _option(30, _TIMEOUT, "seconds of silence after which a session is closed")
@@ -415,18 +454,32 @@ class Configuration(_Fields):
                 raise ConfigurationError(f"{name}=True: needs {other}")
 
 
+class Configuration(_SessionOptions, _AddressOptions):
+    """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
+
+    Times are in seconds and may have fractions. A reply may be any text, with or without a code. Each
+    newline in it starts another line of the reply, and {msg_size_limit} stands for that option. A text
+    that begins with 4 or 5 refuses the command, whichever option it is.
+    """
+
+
 _CONFIGURATION = _OptionType("a Configuration", lambda value: isinstance(value, Configuration))
 
 
-@_fields(frozen=True)
-class _ServerOptions(Configuration):
-    """What a Server takes."""
-
+class _BaseOptions(_Options, kw_only=False):
     configuration: Configuration | None = _option(None, _CONFIGURATION, "the options that are not given by name")
-    _: dataclasses.KW_ONLY
+
+
+class _Changes(_SessionOptions, _BaseOptions):
+    """What Server.configure() takes."""
+
     logger: Logger | logging.Logger | None = _option(None, _LOGGER, "what replaces the default log")
     on_message: Callable[[Message], object] | None = _option(None, _CALLABLE, "called with each accepted message")
     handlers: Iterable[type[Handler]] = _option((), _HANDLERS, "verbs of your own, or in place of the built-in ones")
+
+
+class _ServerOptions(_Changes, Configuration):
+    """What Server() takes."""
 
 
 # ----------------------------------------------------------------------------------------- grammar
@@ -540,7 +593,10 @@ class _Path(NamedTuple):
     parameters: dict[str, str]  # by names in upper case; never changed, because the path is kept
 
 
-def _split_path(text: str) -> tuple[str, list[str]]:
+_NO_PARAMETERS: dict[str, str] = {}
+
+
+def _split_path(text: str) -> tuple[str, Sequence[str]]:
     """The path, and the parameters behind it."""
     match = _PATH_END.match(text)
     end = match.end() if match and text[match.end() : match.end() + 1] in ("", " ") else len(text)
@@ -563,19 +619,18 @@ def _parse_domain(text: str, pattern: str = _DOMAIN) -> str | None:
     return text if valid and _is_clean(text) else None
 
 
-@functools.lru_cache(maxsize=512)  # tests use few addresses, each many times
-def _parse_path(text: str, pattern: str = _PATH, allowed: str = "", *, has_parameters: bool = False) -> _Path | None:
-    """A path, or the allowed one, which has no mailbox."""
-    path, words = _split_path(text) if has_parameters else (text, [])
-    if allowed and path.lower() == allowed:
-        return _Path(path[1:-1], _read_parameters(words))
+def _parse_path(pattern: str, allowed: str, has_parameters: bool, text: str) -> _Path | None:
+    """A path of this pattern, or the allowed one, which has no mailbox."""
+    path, words = _split_path(text) if has_parameters else (text, ())
+    parameters = _read_parameters(words) if words else _NO_PARAMETERS
+    if path.lower() == allowed:
+        return _Path(path[1:-1], parameters)
     match = re.fullmatch(pattern, path)
     if match is None or (match[1] is None) != (match[3] is None) or not _is_clean(path):
         return None
     address: str = match[2]
     domain = address.rpartition("@")[2]
-    is_valid = domain[0] != "[" or _is_address_literal(domain)
-    return _Path(address, _read_parameters(words)) if is_valid else None
+    return _Path(address, parameters) if domain[0] != "[" or _is_address_literal(domain) else None
 
 
 def _parse_chunk(text: str) -> tuple[int, bool] | None:
@@ -617,20 +672,20 @@ class _Request:
     Like a reply it is no NamedTuple, because their attributes take longer to read.
     """
 
-    def __init__(self, verb: str, line: str, argument: str = "", faults: Iterable[str] = ()) -> None:
+    def __init__(self, verb: str, line: str, argument: str = "", faults: tuple[tuple[str, str], ...] = ()) -> None:
         self.verb = verb  # in upper case, or one of the last names in _VERBS
         self.line = line  # as it may be shown: *** for a secret, <9 bytes> for a body
         self.argument = argument
-        self.faults = tuple((code, line) for code in faults)  # what the line does not show: a violation, and its line
+        self.faults = faults  # what the line does not show: codes of violations, each with the line for it
         self.kind = _VERBS.get(verb, _UNKNOWN_VERB)
 
     def hide(self, line: str, argument: str = "") -> _Request:
         """The request with this line, because its own may hold a secret."""
-        return _Request(self.verb, line, argument, (code for code, _ in self.faults))
+        return _Request(self.verb, line, argument, tuple((code, line) for code, _ in self.faults))
 
 
-def _find_faults(line: bytes) -> list[str]:
-    """The codes of what is wrong with the bytes of a line. Those are not kept, because they may be a secret."""
+def _find_faults(line: bytes, shown: str) -> tuple[tuple[str, str], ...]:
+    """What is wrong with the bytes of a line. Those are not kept, because they may be a secret."""
     text = line[:-1] if line.endswith(b"\r") else line
     faults = {
         "bare-lf": text is line,
@@ -639,7 +694,7 @@ def _find_faults(line: bytes) -> list[str]:
         "command-space": text.strip(b" \t") != text,
         "long-command": len(line) >= 512,  # and the LF
     }
-    return [code for code, is_wrong in faults.items() if is_wrong]
+    return tuple((code, shown) for code, is_wrong in faults.items() if is_wrong)
 
 
 def _parse_line(line: bytes) -> _Request:
@@ -650,7 +705,7 @@ def _parse_line(line: bytes) -> _Request:
     verb, _, argument = (text.replace("\t", " ") if "\t" in text else text).partition(" ")
     # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
     verb = verb.upper() if verb.isascii() else ""
-    return _Request(verb, text, argument, () if is_clean else _find_faults(line))
+    return _Request(verb, text, argument, () if is_clean else _find_faults(line, text))
 
 
 class _Next(enum.Enum):
@@ -1600,8 +1655,7 @@ def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
     return aspects
 
 
-@_fields(frozen=True)
-class Action(_Fields):
+class Action(_Options, kw_only=False):
     """What a rule does. A field that is None leaves its aspect of the reply as it is without the rule."""
 
     reply: str | None = _option(None, _TEXT, "the text of the reply")
@@ -1611,7 +1665,7 @@ class Action(_Fields):
     then: str | None = _option(None, _ENDING, "close, or without a reply: drop, reset or silence")
 
 
-_ACTIONS = {field.name: field.metadata["kind"] for field in dataclasses.fields(Action)}
+_ACTIONS = {name: option.kind for name, option in Action._declared.items()}
 
 # What people write for a stage, and what it is called here. Other verbs are allowed if they are not nearly these.
 _STAGE_NAMES = {verb.upper(): verb for verb in _VERBS if verb.isupper() or verb in ("connect", "message")}
@@ -2030,7 +2084,6 @@ class Handler:
     _before_tls = False  # whether tls_required allows it before STARTTLS
     _before_auth = True  # whether auth_required allows it before AUTH
     _bad_sequence = "msg_invalid_cmd_helo_sequence"
-    _lenient_pattern = ""  # what parse() takes as pattern, with lenient_addresses
     _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
     _read_loosely: Callable[[Any], Any] = staticmethod(lambda argument: argument)  # a bad one, which a rule accepted
     _delay = ""  # the option that has it
@@ -2045,8 +2098,6 @@ class Handler:
         # Limited, because refuse() may return any number of texts.
         self._find_reply = functools.lru_cache(maxsize=64)(self._make_reply)
         self._accepting = self._make_reply(self.received)
-        if options.lenient_addresses and self._lenient_pattern:
-            self.parse = functools.partial(self.parse, pattern=self._lenient_pattern)
         self.needs = tuple(self.needs)
         if options.auth_required and not self._before_auth:
             self.needs = ("auth", *self.needs)
@@ -2086,7 +2137,12 @@ class Handler:
         if session.rules.newest_first:
             reply = self._apply(self._decide(session, request, argument, value), reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
-        self._record(session.mail, session.note(request, reply, value))
+        mail = session.mail
+        # A call of _Exchange would run a Python function, and take twice as long.
+        exchange = tuple.__new__(_Exchange, (request, reply, value, session.at, session.has_more))
+        mail.exchanges.append(exchange)
+        if self._step:
+            self._record(mail, exchange)
         return reply
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
@@ -2135,10 +2191,10 @@ class Handler:
         return reply.replace(next=aspects["then"]) if "then" in aspects else reply
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
-        if self._step:
-            mail.steps[self._step] = exchange
-            if exchange.reply is not None and exchange.reply.accepts:
-                mail.accepted_steps.add(self._step)
+        mail.steps[self._step] = exchange
+        reply = exchange.reply
+        if reply is not None and reply.accepts:
+            mail.accepted_steps.add(self._step)
 
 
 class _Greeting(Handler):
@@ -2159,22 +2215,27 @@ class _Helo(Handler):
     received = "msg_helo_received"
     _erases = _STEPS
     _before_tls = True
-    _lenient_pattern = _LENIENT_DOMAIN
     _lists = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
     _delay = "response_delay_helo"
     _step = "helo"
+
+    def __init__(self, options: Configuration) -> None:
+        super().__init__(options)
+        if options.lenient_addresses:
+            self.parse = functools.partial(_parse_domain, pattern=_LENIENT_DOMAIN)
 
 
 class _PathHandler(Handler):
     """What MAIL and RCPT have in common: an address with parameters."""
 
+    _allowed = ""  # the path that needs no mailbox
     _before_auth = False
-    _lenient_pattern = _LENIENT_PATH
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
-        if self._extensions:
-            self.parse = functools.partial(self.parse, has_parameters=True)
+        pattern = _LENIENT_PATH if options.lenient_addresses else _PATH
+        parse = functools.partial(_parse_path, pattern, self._allowed, bool(self._extensions))
+        self.parse = functools.lru_cache(maxsize=512)(parse)  # tests use few addresses, each many times
 
     def _name(self, value: _Path) -> str:
         return value.address
@@ -2207,10 +2268,10 @@ class _Mailfrom(_PathHandler):
 
     verbs = ("MAIL",)
     needs: Sequence[str] = ("helo",)
-    parse: Callable[..., Any] = functools.partial(_parse_path, allowed="<>")
     bad_argument = "msg_invalid_cmd_mailfrom_arg"
     received = "msg_mailfrom_received"
     _keyword = "FROM:"
+    _allowed = "<>"
     _erases = _TRANSACTION
     _bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
     _lists = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
@@ -2223,11 +2284,10 @@ class _Rcptto(_PathHandler):
 
     verbs = ("RCPT",)
     needs = ("helo", "mailfrom")
-    # Postmaster is the only address that needs no domain (RFC 5321 section 4.1.1.3).
-    parse: Callable[..., Any] = functools.partial(_parse_path, allowed="<postmaster>")
     bad_argument = "msg_invalid_cmd_rcptto_arg"
     received = "msg_rcptto_received"
     _keyword = "TO:"
+    _allowed = "<postmaster>"  # RFC 5321 section 4.1.1.3
     _bad_sequence = "msg_invalid_cmd_rcptto_sequence"
     _lists = (
         ("blacklisted_rcptto_emails", "msg_rcptto_blacklisted_email"),
@@ -2629,7 +2689,7 @@ def _check_handler(handler: Any) -> None:
     for step in handler.needs:
         if step not in (*_STEPS, *_DEMANDS):
             raise ConfigurationError(f"{name}.needs: {step!r} is no step of a session")
-    known = [field.name for field in dataclasses.fields(Configuration) if field.name.startswith("msg_")]
+    known = [name for name in Configuration._declared if name.startswith("msg_")]
     for attribute in ("received", "bad_argument"):
         text = getattr(handler, attribute)
         if not (_is_text(text) and (text in known or re.match("[0-9]{3}", text))):
@@ -2652,12 +2712,12 @@ class _ParsedLines(dict[str, tuple[Handler, _Request]]):
 
     def __missing__(self, line: str) -> tuple[Handler, _Request]:
         request = _parse_line(line.encode("latin-1"))
-        handler = self._handlers.get(request.verb) or self._handlers["unknown"]
-        keyword = handler._keyword
-        if request.argument[: len(keyword)].upper() != keyword:
-            handler = self._handlers["unknown"]
-        request.argument = request.argument[len(handler._keyword) :].strip()
-        if request.kind.argument != "secret" and not handler.has_secret and len(line) < 512:
+        handlers, argument = self._handlers, request.argument
+        handler = handlers[request.verb] if request.verb in handlers else handlers["unknown"]
+        if handler._keyword and argument[: len(handler._keyword)].upper() != handler._keyword:
+            handler = handlers["unknown"]
+        request.argument = argument[len(handler._keyword) :].strip()
+        if len(line) < 512 and not handler.has_secret and request.kind.argument != "secret":
             if len(self) >= 512:
                 self.clear()
             self[line] = handler, request
@@ -2802,7 +2862,7 @@ class _Mail:
         """The mail after this one. It begins with what is in force."""
         mail = _Mail()
         mail.steps = {step: self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps}
-        mail.exchanges = mail.lasting()
+        mail.exchanges = list(mail.steps.values())
         mail.accepted_steps = self.accepted_steps.intersection(mail.steps)
         return mail
 
@@ -2822,8 +2882,8 @@ class _Mail:
     def forget(self, body: _Exchange) -> None:
         """Forget an accepted mail, up to this exchange."""
         self.discarded += 1
-        after = next(at for at in range(len(self.exchanges), 0, -1) if self.exchanges[at - 1] is body)
-        self.exchanges = self.lasting() + self.exchanges[after:]
+        if body in self.exchanges:  # else it was truncated
+            self.exchanges = self.lasting() + self.exchanges[self.exchanges.index(body) + 1 :]
 
     def forget_attempts(self) -> None:
         """Keep of all but the last attempts to send a mail only what was refused."""
@@ -2926,9 +2986,8 @@ class _Session:
         """The message with a body that is not accepted yet; perhaps without what was said between HELO and MAIL."""
         mail, message = self.mail, self.message()
         assert mail.body is not None
-        exchanges = mail.exchanges
-        if without_history:
-            exchanges = mail.lasting() + exchanges[mail.find_last_mail() :]
+        begin = mail.find_last_mail() if without_history else 0
+        exchanges = [*(mail.lasting() if begin else ()), *mail.exchanges[begin:]]
         exchange = _Exchange(mail.body.ending, None, content, self.at, self.has_more)
         message._steps["msg"] = exchange
         vars(message).update(_exchanges=[*exchanges, exchange], _length=len(exchanges) + 1)
@@ -2936,8 +2995,7 @@ class _Session:
 
     def note(self, request: _Request | None, reply: _Reply | None, value: Any = None) -> _Exchange:
         """Append to the record."""
-        # A call of _Exchange would run a Python function, and take twice as long.
-        exchange = tuple.__new__(_Exchange, (request, reply, value, self.at, self.has_more))
+        exchange = _Exchange(request, reply, value, self.at, self.has_more)
         self.mail.exchanges.append(exchange)
         return exchange
 
@@ -2960,19 +3018,23 @@ class _Session:
         """Yield the replies to what data, which came at this time, completes. A command is run when its reply is
         asked for."""
         self.at = at
-        self._unmeasured += len(data)
-        if self._unmeasured > 65536 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
-            self._unmeasured = 0
-            self.mail.limit_size()
         if self.rest:
             data, self.rest = self.rest + data, b""
         position, end = 0, len(data)
+        if end > 512 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
+            self._limit_record(end)
         while position < end:
             position, reply = self._take(self, data, position)
             if reply is not None:
                 yield reply
                 if reply.next is not None:  # drop the rest; what came in clear must have no effect within TLS
                     return
+
+    def _limit_record(self, size: int) -> None:
+        self._unmeasured += size
+        if self._unmeasured > 65536 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
+            self._unmeasured = 0
+            self.mail.limit_size()
 
     def end(self, reply: _Reply | None = None, at: float = 0.0) -> None:
         """Record what is not yet recorded, because the connection ends.
@@ -3016,8 +3078,8 @@ class _Session:
         self._take = _Session._take_line
         text = _decode(data[at:end].strip())
         self.has_more = end + 1 < len(data)
-        request = _Request("answer", "*" if text == "*" else "***", "", _find_faults(data[at:end]))
-        return end + 1, run(request, text)
+        shown = "*" if text == "*" else "***"
+        return end + 1, run(_Request("answer", shown, "", _find_faults(data[at:end], shown)), text)
 
     def _take_part_of_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         if len(data) - at < self._line_limit:
@@ -3025,7 +3087,8 @@ class _Session:
             return len(data), None
         self._take = _Session._skip_line
         self.has_more = False
-        request = _Request("too long", f"line of over {self._line_limit} bytes", "", ("long-command",))
+        line = f"line of over {self._line_limit} bytes"
+        request = _Request("too long", line, "", (("long-command", line),))
         return at, self.run(self.handlers["too long"], request, "")
 
     def _skip_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
@@ -3102,17 +3165,16 @@ class _Session:
             if not kind.follows_mail:
                 self._publish(complete=True)
         if self._keeps_messages and mail.is_complete and not kind.follows_mail:
-            self._report_unaccepted()
             self.mail = mail.make_next()
         if kind is _VERBS["MAIL"]:
             self.mail.has_begun = True
-            self.mail.forget_attempts()
+            if len(self.mail.exchanges) > _ATTEMPT_LIMIT:
+                self.mail.forget_attempts()
 
     def run(self, handler: Handler, request: _Request | None, argument: Any) -> _Reply:
         """Run a command. What it completes is recorded before its reply is returned."""
-        kind = _VERBS["connect"] if request is None else request.kind
-        if self.mail.entry is not None or kind.ends_mail:
-            self.begin_mail_if_due(kind)
+        if request is not None and (self.mail.entry is not None or request.kind.ends_mail):
+            self.begin_mail_if_due(request.kind)
         try:
             reply = handler._run(self, request, argument)
         except BaseException:  # noqa: BLE001 - a handler of the user may raise anything
@@ -3120,19 +3182,27 @@ class _Session:
             reply = handler._find_reply("msg_msg_failed")
             self.note(request, reply)
         self.request, mail = request, self.mail
-        is_body = handler._step == "msg"
-        complete = is_body and (reply.accepts or self._keeps_messages)
+        if reply.next or mail.entry or mail.is_complete or (request and request.verb == "message"):
+            self._complete(request, reply)
+        return reply
+
+    def _complete(self, request: _Request | None, reply: _Reply) -> None:
+        """Record what this reply completes."""
         if reply.next is not None:
             self._take = _Session._ignore_input
-            complete = complete or reply.ends
-            if reply.ends and not is_body and mail.body is not None:  # chunks without LAST
-                last = mail.exchanges.pop()
-                self._leave_body(mail.body)
-                mail.exchanges.append(last)
-        mail.is_complete = complete = complete or (self._keeps_messages and mail.is_complete)
-        if (complete or mail.entry is not None) and request is not None:
-            self._publish(complete=complete, follows_mail=kind.follows_mail)
-        return reply
+        if request is None:
+            return
+        mail, complete = self.mail, reply.ends
+        if request.verb == "message":
+            complete = complete or reply.accepts or self._keeps_messages
+        elif complete and mail.body is not None:  # chunks without LAST; the reply stays the last one
+            last = mail.exchanges.pop()
+            self._leave_body(mail.body)
+            mail.exchanges.append(last)
+        if self._keeps_messages:
+            mail.is_complete = complete = complete or mail.is_complete
+        if complete or mail.entry is not None:
+            self._publish(complete=complete, follows_mail=request.kind.follows_mail)
 
     def finish_body(self) -> _Reply:
         """Run the end of the body."""
@@ -3218,6 +3288,8 @@ class _Session:
             mail.entry = None
         if complete:
             mail.entry = mailbox.add(message)
+            if self._keeps_messages:
+                self._report_unaccepted()
 
     def _make_message(self) -> Message:
         mail = self.mail
@@ -4028,6 +4100,8 @@ class Server:
     handlers are subclasses of Handler, for verbs of your own or in place of the built-in ones.
     """
 
+    __signature__: ClassVar[Any] = _DataclassAttribute(_ServerOptions)
+
     @_shows_options(_ServerOptions)
     def __init__(self, configuration: Configuration | None = None, **options: Any) -> None:
         self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
@@ -4047,7 +4121,7 @@ class Server:
         self._change_options(lambda options: options._replace(logger=logger))
         return self
 
-    @_shows_options(_ServerOptions)
+    @_shows_options(_Changes)
     def configure(self, configuration: Configuration | None = None, **options: Any) -> None:
         """Change options for the sessions that begin from now on; open ones keep theirs.
 
@@ -4444,7 +4518,7 @@ _RULES = _OptionType("rules", lambda value: isinstance(value, list), lambda text
 _CONDITIONS = {"times": _TIMES, "probability": _PROBABILITY, "after": _COUNT}
 
 # The flags that are no options of a server.
-_OWN_FLAGS = {
+_OWN_FLAGS: dict[str, _Option] = {
     "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
     "quiet": _option(False, _FLAG, "print no line for each mail and each session without one"),
     "lint": _option(False, _FLAG, "print what clients do wrong on stderr; status 3 after an error"),
@@ -4674,10 +4748,10 @@ def _name_flag(option: str) -> str:
     return "-" + first + "".join(map(str.title, others))
 
 
-def _list_flags() -> dict[str, Any]:
+def _list_flags() -> dict[str, _Option]:
     """The declaration of each flag, by the name of its option."""
-    options = {field.name: field for field in dataclasses.fields(Configuration) if field.name not in _LOG_OPTIONS}
-    return {name: field for name, field in options.items() if field.metadata["kind"] is not _CONTEXT} | _OWN_FLAGS
+    options = {name: option for name, option in Configuration._declared.items() if name not in _LOG_OPTIONS}
+    return {name: option for name, option in options.items() if option.kind is not _CONTEXT} | _OWN_FLAGS
 
 
 def _name_flags(text: str) -> str:
@@ -4756,13 +4830,13 @@ def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) ->
         raise SMTPMockError(text) from error
 
 
-def _format_flag(name: str, field: Any) -> str:
+def _format_flag(name: str, option: _Option) -> str:
     import textwrap
 
-    kind, default = field.metadata["kind"], field.default
+    default, kind, about = option
     metavar = _METAVARS.get(kind, name.rpartition("_")[2].upper()) if name != "host" else "HOST"
     label = f"  {_name_flag(name)}" + f"={metavar}" * (kind is not _FLAG)
-    about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), field.metadata["about"])
+    about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), about)
     if default:
         about += f" (default: {','.join(default) if kind in (_NAMES, _WORDS) else default})"
     lines = [*([] if len(label) < 25 else [""]), *textwrap.wrap(about, 54, break_on_hyphens=False)]
@@ -4771,9 +4845,9 @@ def _format_flag(name: str, field: Any) -> str:
 
 def _format_help(*, everything: bool) -> str:
     groups: dict[str, list[str]] = {title: [] for title in _GROUPS}
-    for name, field in _list_flags().items():
+    for name, option in _list_flags().items():
         title = next(title for title, pattern in _GROUPS.items() if re.match(pattern, name))
-        groups[title].append(_format_flag(name, field))
+        groups[title].append(_format_flag(name, option))
     if not everything:
         del groups["Reply texts"]
     flags = "\n".join("\n".join(["", f"{title}:", *rows]) for title, rows in groups.items())
@@ -4810,13 +4884,13 @@ def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
     flags, parser = _list_flags(), Parser(add_help=False, allow_abbrev=False)
     spellings = [argument.partition("=")[0] for argument in argv if re.match("--?[a-zA-Z]", argument)]
     for name in dict.fromkeys(_find_flag(spelling, flags) for spelling in spellings):
-        kind = flags[name].metadata["kind"]
+        kind = flags[name].kind
         more: dict[str, Any] = {"nargs": "?", "const": True} if kind is _FLAG else {}
         more |= {"action": "extend"} if kind is _RULES else {}
         parser.add_argument(*_spell(name), dest=name, type=functools.partial(_read, kind), **more)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        _check(name, value, flags[name].metadata["kind"])
+        _check(name, value, flags[name].kind)
     return given
 
 
