@@ -1927,92 +1927,88 @@ _MARKERS = {ending.value: name for name, ending in _THEN.items() if name != "dro
 
 
 class _Script:
-    """One session of a transcript: what the server said, and at which stage."""
+    """One session of a transcript."""
 
     def __init__(self) -> None:
-        self.said: list[
-            tuple[str, int | None, list[str], str]
-        ] = []  # a stage, bytes of the body, lines, a method of Rule
+        self.said: list[tuple[str, int | None, dict[str, Any]]] = []  # stage, size of its body, fields of an Action
         self.lines = [""]  # of the last reply
         self.waiting: deque[str] = deque()  # the stages of the requests without a reply
-        self.expected = "connect"  # the stage of what comes next, if that is no command
+        self.expected: str | None = "connect"  # the stage of what comes next, if that is no command
         self.size: int | None = None  # of the last body
-        self.is_over = False
+        self.is_in_body = self.has_credentials = self.is_over = False
 
-    def is_over_before(self, kind: str, line: str) -> bool:
-        """Whether this line belongs to another session."""
-        stage = self.waiting[0] if self.waiting else self.expected
-        begins = line.startswith("220") and stage not in ("connect", "STARTTLS")
-        begins = begins or (self.is_over and line[:3].isdigit())
-        return kind == "opened" or (kind == "server" and begins and not self.must_go_on())
-
-    def must_go_on(self) -> bool:
-        """Whether the last reply has another line."""
-        return re.match(r"\d{3}-", self.lines[-1]) is not None
-
-    def read(self, kind: str, line: str) -> None:
-        if kind in ("server", "more") and self.must_go_on():
+    def read(self, kind: str, line: str) -> bool:
+        """Read a line. False if it begins another session."""
+        stage, is_reply = self.waiting[0] if self.waiting else self.expected, kind == "server"
+        is_greeting = line.startswith("220") and stage not in ("connect", "STARTTLS")
+        if kind in ("server", "more") and re.match(r"\d{3}-", self.lines[-1]):
             self.lines.append(line)
-        elif kind == "server":
+        elif kind == "opened" or (is_reply and (is_greeting or (self.is_over and line[:3].isdigit()))):
+            return False
+        elif is_reply:
             self._read_reply(line)
         elif kind == "client" and not self.is_over:
             self._read_request(line)
         elif kind in _THEN and not self.is_over:
             self._read_end(kind)
+        return True
 
     def _read_request(self, line: str) -> None:
-        body = re.fullmatch(r"<(\d+) bytes>|\.", line)
-        self.size = int(body[1]) if body and body[1] else None
-        if self.expected == "message" and not body:
+        end = re.fullmatch(r"<(\d+) bytes>|\.", line)
+        self.size = int(end[1]) if end and end[1] else None
+        if self.expected == "message":
+            self.waiting.append("message")
+            self.expected, self.is_in_body = None, True
+        if self.is_in_body:
+            self.is_in_body = end is None
             return
-        verb = _parse_line(line.encode("utf-8", "surrogateescape")).verb
-        verb = "message" if self.size is not None or self.expected == "message" else verb
-        verb = "too long" if line.startswith("line of over ") else verb
+        verb = "message" if self.size is not None else _parse_line(line.replace(r"\t", " ").encode()).verb
         if self.waiting and self.waiting[-1] == "BDAT" and (verb == "message" or verb not in _VERBS):
-            return  # it is a part of the chunk
-        self.waiting.append("AUTH" if self.expected == "AUTH" else verb)
-        self.expected, self.lines = "", [""]
+            return  # a part of the chunk
+        self.has_credentials = self.expected == "AUTH" or line.count(" ") > 1
+        verb = "AUTH" if self.expected == "AUTH" else verb
+        self.waiting.append("too long" if line.startswith("line of over ") else verb)
+        self.expected, self.lines = None, [""]
 
-    def _take_stage(self) -> str:
+    def _take_stage(self) -> str | None:
         stage = self.waiting.popleft() if self.waiting else self.expected
-        self.expected = ""
+        self.expected, self.is_in_body = None, False
         return stage
 
     def _read_reply(self, line: str) -> None:
-        stage, accepts = self._take_stage(), not line.startswith(("4", "5"))
-        # A line without a code is the next line of ours, and a 421 may come unasked.
-        if re.match({"": "(?!421)[2-5][0-9]{2}", "connect": "2[35]|3"}.get(stage, "$."), line):
+        stage, is_refused = self._take_stage(), line.startswith(("4", "5"))
+        # A line without a code is the next one of a text of ours, and a 421 may come unasked.
+        if re.match({None: "(?!421)[2-5][0-9]{2}", "connect": "2[35]|3"}.get(stage, "$."), line):
             raise ConfigurationError(f"transcript: there is no command before {_shorten(line)}")
-        if not stage:
+        if stage is None:
             self.lines.append(line)
         elif stage == "AUTH" and line.startswith("334"):
             self.expected = stage
         else:
             self.lines = [line]
-            self.said.append((stage, None, self.lines, ""))
-            self.expected = "message" if stage == "DATA" and accepts else ""
-            self.is_over = stage == "QUIT" and accepts
+            # A login that is refused before its challenge.
+            at_once = {"at_once": True} if stage == "AUTH" and is_refused and not self.has_credentials else {}
+            self.said.append((stage, None, {"reply": self.lines, **at_once}))
+            self.expected = "message" if stage == "DATA" and not is_refused else None
+            self.is_over = stage == "QUIT" and not is_refused
 
     def _read_end(self, then: str) -> None:
-        stage, self.is_over = self._take_stage(), True
-        if stage:
-            self.said.append((stage, self.size, [], "drop" if then == "close" else then))
+        stage, self.is_over = None if self.expected == "message" else self._take_stage(), True
+        if stage is not None:
+            self.said.append((stage, self.size, {"then": "drop" if then == "close" else then}))
         elif self.said:
-            self.said[-1] = (*self.said[-1][:3], "close")
+            self.said[-1][2]["then"] = "close"
 
     def make_rules(self) -> Iterator[Rule]:
         """A rule for each stage, which says one thing after the other."""
         uses: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
-        for stage, after, lines, then in self.said:
-            *others, last = lines or [""]
-            text = "\n".join([*others, re.sub(r"^(\d{3})-", r"\1 ", last)])  # RFC 4954 has a greeting without its end
-            use = {"reply": text if lines else None, "then": then or None}
-            uses.setdefault((stage, after), []).append(
-                {name: value for name, value in use.items() if value is not None}
-            )
-        for (stage, after), actions in uses.items():
-            rule = Rule(_Rules(None), "*", None, len(actions), 1.0, None)
-            rule._stage, rule._after, rule._uses, rule._script = stage, after, tuple(actions), self
+        for stage, after, use in self.said:
+            if lines := use.get("reply"):  # the last - is missing in the greeting of RFC 4954
+                use["reply"] = "\n".join([*lines[:-1], re.sub(r"^(\d{3})-", r"\1 ", lines[-1])])
+            uses.setdefault((stage, after), []).append(use)
+        for (stage, after), of_stage in uses.items():
+            rule = Rule(_Rules(None), "*", None, len(of_stage), 1.0, None)
+            rule._stage, rule._after, rule._uses, rule._script = stage, after, tuple(of_stage), self
             yield rule
 
 
@@ -2026,20 +2022,21 @@ def _read_transcript(text: str) -> list[_Script]:
     client, server, decode = found
     pattern, scripts = re.compile(f"{client}(?P<client>.*)|{server}(?P<server>.*)|{_OTHER_LINES}"), [_Script()]
     for match in filter(None, (pattern.match(line.rstrip("\r")) for line in text.split("\n"))):
-        kind = match.lastgroup or ""
-        line = decode(match[kind])
-        if scripts[-1].is_over_before(kind, line):
+        line = decode(match[match.lastgroup or 0])
+        kind = _MARKERS.get(line, match.lastgroup or "")
+        if not scripts[-1].read(kind, line):
             scripts.append(_Script())
-        scripts[-1].read(_MARKERS.get(line, kind), line)
+            scripts[-1].read(kind, line)
     return [script for script in scripts if script.said]
 
 
 def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[str, Any]:
     """The options with which a server accepts what these sessions announce, and use."""
     words: dict[str, list[str]] = {}
-    for stage, _, lines, _ in (said for script in scripts for said in script.said):
+    for stage, _, use in (said for script in scripts for said in script.said):
         words.setdefault(_VERBS.get(stage, _UNKNOWN_VERB).extension, [])
-        announced = [line[4:].upper().replace("AUTH=", "AUTH ").split() for line in lines[1:] if stage == "EHLO"]
+        lines = use.get("reply", ())[1:] if stage == "EHLO" else ()
+        announced = [line[4:].upper().replace("AUTH=", "AUTH ").split() for line in lines]
         words |= {name: others for name, *others in filter(None, announced)}
     known = [name for name in words if name in _EXTENSIONS.split() or name.startswith("X")]
     changes: dict[str, Any] = {"extensions": dict.fromkeys([*options.extensions, *known])}
@@ -2526,7 +2523,11 @@ class _Auth(Handler):
         reply = _Reply(text, accepts=True)
         if session.rules.newest_first:
             texts = self._texts(session, command, None)
-            reply = self._apply(session.decide(texts, [""], wanted=("delay", "trickle")), reply)
+            aspects = session.decide(texts, [""], wanted=("delay", "trickle", "at_once"))
+            if "at_once" in aspects:
+                refusal = _AuthResult("msg_auth_failed", command.argument.partition(" ")[0].upper())
+                return self._finish(session, request, command, refusal)
+            reply = self._apply(aspects, reply)
         session.note(request, reply)
         if reply.accepts:  # unless a rule failed
             session.expect_answer(lambda answer, text: session.run(self, answer, (login, command, text)))
