@@ -221,6 +221,109 @@ _EXTENSIONS = "SIZE 8BITMIME SMTPUTF8 PIPELINING DSN CHUNKING BINARYMIME ENHANCE
 _EXTENSIONS += " LIMITS ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE NO-SOLICITING"
 _AUTH_MECHANISMS = ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2")
 
+# What real servers answer. A row has options, as patterns that leave out msg_, invalid_cmd_ and _received, with their
+# values. The first three are Debian's servers, with which .ci/profiles.py compares them; the others are quoted from what
+# stands above a row.
+_PROFILES = r"""
+== postfix
+extensions PIPELINING,SIZE,VRFY,ETRN,ENHANCEDSTATUSCODES,8BITMIME,DSN,SMTPUTF8,CHUNKING | helo 250 mail.example.com
+greeting 220 mail.example.com ESMTP Postfix | helo_arg 501 Syntax: HELO hostname | size_limit 10240000
+(helo|mailfrom)_sequence 503 5.5.1 Error: send HELO/EHLO first | quit 221 2.0.0 Bye | mailfrom 250 2.1.0 Ok
+helo_blacklisted 554 5.7.1 <{address}>: Helo command rejected: Access denied | rcptto 250 2.1.5 Ok | bdat 250 2.0.0 Ok
+mailfrom_blacklisted 554 5.7.1 <{address}>: Sender address rejected: Access denied | rset_arg 501 5.5.4 Syntax: RSET
+rcptto_blacklisted 554 5.7.1 <{address}>: Recipient address rejected: Access denied
+rcptto_not_registered 550 5.1.1 <{address}>: Recipient address rejected: User unknown in local recipient table
+mailfrom_arg 501 5.1.7 Bad sender address syntax | invalid_cmd 500 5.5.2 Error: command not recognized
+rcptto_arg 501 5.1.3 Bad recipient address syntax | unknown_parameter 555 5.5.4 Unsupported option
+rcptto_sequence 503 5.5.1 Error: need MAIL command | data 354 End data with <CR><LF>.<CR><LF>
+data_sequence 503 5.5.1 Error: need RCPT command | msg 250 2.0.0 Ok: queued as 4B1C62E3F8
+msg_size_is_too_big 552 5.3.4 Message size exceeds fixed limit | bdat_arg 521 5.5.4 Syntax: BDAT count [LAST]
+rset|noop|rset_sequence 250 2.0.0 Ok | starttls 220 2.0.0 Ready to start TLS | starttls_arg 501 5.5.4 Syntax: STARTTLS
+starttls_sequence 554 5.5.1 Error: TLS already active | auth_cancelled 501 5.7.0 Authentication aborted
+tls_required 530 5.7.0 Must issue a STARTTLS command first | auth 235 2.7.0 Authentication successful
+auth_sequence 503 5.5.1 Error: already authenticated
+auth_(failed|bad_response|unknown_mechanism) 535 5.7.8 Error: authentication failed
+== exim
+extensions SIZE,8BITMIME,DSN,PIPELINING,PIPECONNECT,CHUNKING,SMTPUTF8,HELP | size_limit 52428800 | noop|mailfrom 250 OK
+greeting 220 mail.example.com ESMTP Exim 4.96 Mon, 30 Nov 2026 19:00:39 +0000 | rset|rset_sequence 250 Reset OK
+helo 250 mail.example.com Hello {address} [127.0.0.1] | quit 221 mail.example.com closing connection
+helo_arg 501 Syntactically invalid HELO argument(s) | (helo|mailfrom)_sequence 503 HELO or EHLO required
+rcptto 250 Accepted | \w+_blacklisted 550 Administrative prohibition | rcptto_not_registered 550 Unrouteable address
+(mailfrom|rcptto)_arg 501 '>' missing at end of address | bdat 250 chunk received | msg 250 OK id=1xY6cB-0007jY-2R
+rcptto_sequence 503 sender not yet given | unknown_parameter 501 malformed address | starttls 220 TLS go ahead
+data_sequence 503 valid RCPT command must precede DATA | data 354 Enter message, ending with "." on a line by itself
+msg_size_is_too_big 552 Message size exceeds maximum permitted | bdat_arg 501 missing size for BDAT command
+invalid_cmd 500 unrecognized command | (rset|starttls)_arg 501 unexpected argument data
+starttls_sequence 503 STARTTLS command used when not advertised | auth 235 Authentication succeeded
+auth_failed 535 Incorrect authentication data | auth_cancelled 501 Authentication cancelled
+auth_bad_response 501 Invalid base64 data | auth_unknown_mechanism 504 authentication mechanism not supported
+auth_sequence 503 already authenticated
+== opensmtpd
+extensions 8BITMIME,ENHANCEDSTATUSCODES,SIZE,DSN,HELP | size_limit 36700160 | noop|mailfrom 250 2.0.0 Ok
+greeting 220 mail.example.com ESMTP OpenSMTPD | helo_arg 501 5.5.1 Invalid command: HELO requires domain name
+helo 250 mail.example.com Hello {address} [127.0.0.1], pleased to meet you | quit 221 2.0.0 Bye
+\w+_sequence 503 5.5.1 Invalid command: Command not allowed at this point. | rset|rset_sequence 250 2.0.0 Reset state
+mailfrom_arg 553 5.1.0 Sender address syntax error | rcptto 250 2.1.5 Destination address valid: Recipient ok
+rcptto_arg 501 5.1.3 Recipient address syntax error | data 354 Enter mail, end with "." on a line by itself
+rcptto_(not_registered|blacklisted) 550 Invalid recipient: <{address}> | starttls 220 2.0.0 Ready to start TLS
+unknown_parameter 503 5.5.4 Invalid command arguments: Unsupported option
+msg 250 2.0.0 94c306d8 Message accepted for delivery | invalid_cmd 500 5.5.1 Invalid command: Command unrecognized
+msg_size_is_too_big 554 5.3.4 Message too big for system: Transaction failed, message too big
+rset_arg 500 5.5.4 Invalid command arguments: command does not accept arguments.
+starttls_arg 501 5.5.4 Invalid command arguments: No parameters allowed
+== gmail
+# github.com/PHPMailer/PHPMailer/issues/1076
+extensions SIZE,8BITMIME,ENHANCEDSTATUSCODES,PIPELINING,CHUNKING,SMTPUTF8 | auth_mechanisms LOGIN,PLAIN,XOAUTH2
+helo 250 smtp.gmail.com at your service, [127.0.0.1] | greeting 220 smtp.gmail.com ESMTP 2sm2958616wmr.4 - gsmtp
+quit 221 2.0.0 closing connection 2sm2958616wmr.4 - gsmtp | size_limit 35882577
+# github.com/The-Login/SMTP-Smuggling-Tools/issues/11
+mailfrom 250 2.1.0 OK 2sm2958616wmr.4 - gsmtp | rcptto 250 2.1.5 OK 2sm2958616wmr.4 - gsmtp
+# pastebin.com/uXqSaYa4, stackoverflow.com/questions/386083
+data 354 Go ahead 2sm2958616wmr.4 - gsmtp | tls_required 530 5.7.0 Must issue a STARTTLS command first
+# pastebin.com/uXqSaYa4
+starttls 220 2.0.0 Ready to start TLS | auth_failed 535-5.7.8 Username and Password not accepted. Learn more at\n\
+535 5.7.8 https://support.google.com/mail/?p=BadCredentials 2sm2958616wmr.4 - gsmtp
+# sendgrid.com/docs/for-developers/sending-email/smtp-errors-and-troubleshooting
+msg 250 2.0.0 OK 1376056636 2sm2958616wmr.4 - gsmtp
+# pastebin.com/FbfKGUtT
+auth_required 530-5.7.0 Authentication Required. Learn more at\n\
+530 5.7.0 https://support.google.com/mail/?p=WantAuthError
+# github.com/MISP/MISP/issues/6481
+rcptto_not_registered 550-5.1.1 The email account that you tried to reach does not exist. Please try\n550-5.1.1 \
+double-checking the recipient's email address for typos or\n550-5.1.1 unnecessary spaces. Learn more at\n\
+550 5.1.1  https://support.google.com/mail/?p=NoSuchUser 2sm2958616wmr.4 - gsmtp
+== outlook
+# github.com/PHPMailer/PHPMailer/issues/2194
+extensions SIZE,PIPELINING,DSN,ENHANCEDSTATUSCODES,8BITMIME,BINARYMIME,CHUNKING,SMTPUTF8 | size_limit 157286400
+greeting 220 HK0PR01CA0063.outlook.office365.com Microsoft ESMTP MAIL Service ready at Sun, 15 Nov 2020 13:08:20 +0000
+helo 250 HK0PR01CA0063.outlook.office365.com Hello [127.0.0.1]
+# github.com/ietf-tools/datatracker/pull/5888, github.com/python/cpython/issues/115251
+mailfrom 250 2.1.0 Sender OK | rcptto 250 2.1.5 Recipient OK | starttls 220 2.0.0 SMTP server ready
+# learn.microsoft.com/exchange/mail-flow/test-smtp-with-telnet
+data 354 Start mail input; end with <CRLF>.<CRLF> | quit 221 2.0.0 Service closing transmission channel
+msg 250 2.6.0 <5c6d1a2b@HK0PR01CA0063.apcprd01.prod.outlook.com> Queued mail for delivery
+# github.com/nodemailer/nodemailer/issues/1484
+auth_failed 535 5.7.139 Authentication unsuccessful, SmtpClientAuthentication is disabled for the Tenant. Visit \
+https://aka.ms/smtp_auth_disabled for more information. [TY1PR01CA0183.jpnprd01.prod.outlook.com]
+# github.com/tarickb/sasl-xoauth2/issues/96
+auth_required 530 5.7.57 Client not authenticated to send mail. [US22278CA0034.US7P278.PROD.OUTLOOK.COM]
+# pastebin.com/4NLVeuUu
+rcptto_not_registered 550 5.1.10 RESOLVER.ADR.RecipientNotFound; Recipient not found by SMTP address lookup
+== ses
+# github.com/mautic/mautic/issues/3704
+greeting 220 email-smtp.amazonaws.com ESMTP SimpleEmailService-1868680137 rgpk5uMlEb7VBtpdVluX | rset 250 Ok
+helo 250 email-smtp.amazonaws.com | extensions 8BITMIME,SIZE,Ok | size_limit 10485760 | auth_mechanisms PLAIN,LOGIN
+starttls 220 Ready to start TLS | auth_failed 535 Authentication Credentials Invalid
+# aws.amazon.com/blogs/messaging-and-targeting/debugging-smtp-conversations-part-1-how-to-speak-smtp
+mailfrom|rcptto 250 Ok | data 354 End data with <CR><LF>.<CR><LF> | quit 221 Bye | auth 235 Authentication successful.
+msg 250 Ok 0000012345678e09-123a4cdc-b56c-78dd-b90e-d123be456789-000000
+# pastebin.com/t22G4F69
+auth_required 530 Authentication required | tls_required 530 Must issue a STARTTLS command first
+# repost.aws/knowledge-center/ses-554-400-message-rejected-error
+rcptto_not_registered 554 Message rejected: Email address is not verified. The following identities failed the check \
+in region US-EAST-1: {address}
+"""
+
 # Options that have no effect without another one.
 _NEEDED = {
     "auth_required": "auth_users",
@@ -375,6 +478,7 @@ class _SessionOptions(_Options):
     response_delay_rset: float = _option(0, _SECONDS, "seconds before the reply to RSET")
     response_delay_noop: float = _option(0, _SECONDS, "seconds before the reply to NOOP")
     response_delay_quit: float = _option(0, _SECONDS, "seconds before the reply to QUIT")
+    profile: str | None = _option(None, _TEXT, "server to answer like: postfix, exim, opensmtpd, gmail, outlook, ses")
     tolerated: Collection[str] = _option((), _WORDS, "codes of violations and warnings that are not reported")
     strict: bool = _option(False, _FLAG, "refuse a mail with violations at its end")
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
@@ -445,6 +549,7 @@ class _SessionOptions(_Options):
                 raise ConfigurationError(f"extensions: {name} is announced with the option {option}")
             if name not in known and not name.startswith("X") and (hint := _suggest(name, known, 0.7)):
                 raise ConfigurationError(f"extensions: {name} is unknown{hint}")
+        _check_choices("profile", [self.profile] if self.profile is not None else [], _read_profiles())
         _check_choices("tolerated", self.tolerated, _VIOLATIONS)
         if not self.auth_mechanisms:
             raise ConfigurationError("auth_mechanisms: must name one or more")
@@ -462,6 +567,38 @@ class Configuration(_SessionOptions, _AddressOptions):
     that begins with 4 or 5 refuses the command, whichever option it is.
     """
 
+
+@functools.cache
+def _read_profiles() -> dict[str, dict[str, Any]]:
+    """The options of each profile."""
+    kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(Configuration)}
+    profiles: dict[str, dict[str, Any]] = {}
+    for name, *rows in (part.strip().split("\n") for part in _PROFILES.replace("\\\n", "").split("== ")[1:]):
+        entries = [entry.split(" ", 1) for row in rows if row[0] != "#" for entry in row.split(" | ")]
+        profiles[name] = {
+            option: kind.normalise(kind.parse(text.replace("\\n", "\n")))
+            for pattern, text in entries
+            for option, kind in kinds.items()
+            if re.fullmatch(f"(msg_)?(invalid_cmd_)?({pattern})(_received|_cmd|_email|_domain)?", option)
+        }
+    return profiles
+
+
+class _ProfileDefault:
+    """The default of an option that profiles have."""
+
+    def __init__(self, name: str, default: Any) -> None:
+        self._name, self._default = name, default
+
+    def __get__(self, options: Configuration | None, owner: object) -> Any:
+        if options is None or options.profile is None:
+            return self._default
+        return _read_profiles()[options.profile].get(self._name, self._default)
+
+
+for _field in dataclasses.fields(Configuration):
+    if _field.name.startswith("msg_") or _field.name in ("extensions", "auth_mechanisms"):
+        setattr(Configuration, _field.name, _ProfileDefault(_field.name, _field.default))
 
 _CONFIGURATION = _OptionType("a Configuration", lambda value: isinstance(value, Configuration))
 
