@@ -3080,6 +3080,7 @@ class _Log:
 
 # ------------------------------------------------------------------------------------------ server
 
+_QUIT_TIMEOUT = 0.05  # seconds that a client has to QUIT after its last command, before a stop sends it away
 _LINGER = 2.0  # seconds that a client has to close its end after the server has closed its own
 _REPORT_LIMIT = 10  # messages and sessions in the text of a WaitTimeoutError
 
@@ -3131,6 +3132,9 @@ class _Connection(socketserver.BaseRequestHandler):
         self.session = _Session(context, self.client_address[:2])
         self.unsent = bytearray()  # replies
         self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
+        self.grace = 0.0  # seconds that a stop lets it be idle; none before its first command
+        self.leaves_at = 0.0  # when these are over
+        self.is_leaving = False  # waits for a command in a stop, which does not prolong its grace
         self.must_linger = False  # because the server closes first
         self.ignores_input = False  # of a client that goes on sending during stop(); only an RST wakes it for sure
         self.reason = "left before any command"  # why it ended so
@@ -3166,9 +3170,8 @@ class _Connection(socketserver.BaseRequestHandler):
             reason = "disconnect() ended it" if self.ending else reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
         self.is_recorded = True
-        if self.ending:  # read after is_recorded is set; disconnect() does the reverse
-            with self.server.changed:
-                self.server.changed.notify_all()
+        with self.server.changed:
+            self.server.changed.notify_all()
         self.log.activity("SMTP session finished")
         if self.ending is _Next.RESET:
             self._reset()
@@ -3304,6 +3307,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def _linger(self) -> None:
         """Send a FIN, and read until the client closes, too: closing with unread input would send an RST."""
+        self.leaves_at = 0.0
         self.is_idle = True
         deadline = time.monotonic() + _LINGER
         with contextlib.suppress(OSError):
@@ -3331,18 +3335,21 @@ class _Connection(socketserver.BaseRequestHandler):
         """What the client sends next; empty at the end of the session."""
         self._flush()
         server = self.server
+        waits = not self.session.is_receiving_body
+        if waits and not self.is_leaving:
+            self.leaves_at = time.monotonic() + self.grace
+            self.is_leaving = server.stopping
         try:
             # is_idle is set before stopping is read, and stop() does the reverse, so one of the two sees the other.
-            self.is_idle = is_idle = not self.session.is_receiving_body
-            goes_on = not (is_idle and server.stopping)
-            if goes_on and (_MUST_POLL or self.request is not self.plain):
-                goes_on = self._await(selectors.EVENT_READ)
-            if goes_on:
+            self.is_idle = waits
+            must_await = _MUST_POLL or self.request is not self.plain or (waits and server.stopping)
+            if not must_await or self._await(selectors.EVENT_READ):
                 body = self.session.mail.body
                 # From 128 KiB up, glibc's malloc() maps each buffer anew, which takes longer than to read a small body.
                 data: bytes = self.request.recv(262144 if body is not None and body.size else 65536)
-                self.is_idle = False
-                if not (is_idle and server.stopping):
+                self.is_idle = False  # before the time is read; stop() does the reverse
+                if not (waits and server.stopping) or time.monotonic() < self.leaves_at:
+                    self.grace = min(_QUIT_TIMEOUT, self.options.shutdown_timeout)
                     return data
                 self.ignores_input = bool(data)
             farewell = self.options.msg_server_shutdown
@@ -3355,24 +3362,31 @@ class _Connection(socketserver.BaseRequestHandler):
         return b""
 
     def _await(self, event: int, seconds: float | None = None) -> bool:
-        """Wait until it can read or write. False if it is idle, and a stop has begun.
+        """Wait until it can read or write. False if it is idle, and a stop sends it away.
 
         A read within TLS needs it, because no farewell could be sent after stop() interrupts that.
         """
-        seconds = self.options.session_timeout if seconds is None else seconds
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + (self.options.session_timeout if seconds is None else seconds)
         reads = event == selectors.EVENT_READ
-        has_input = reads and self.session.is_secure and self.request.pending()
+        is_ready = reads and self.session.is_secure and self.request.pending()
         with selectors.DefaultSelector() as selector:
             selector.register(self.request, event)
-            while not (has_input or (reads and self.is_idle and self.server.stopping)):
+            while True:
+                leaves = reads and self.is_idle and self.server.stopping
+                left = (self.leaves_at if leaves else deadline) - time.monotonic()
+                if is_ready or (leaves and left <= 0):
+                    return not leaves or left > 0
                 if self.is_aborting and not self.is_recorded:  # _linger() may still read
                     raise ConnectionAbortedError("the server has ended it")
-                if selector.select(min(seconds, _POLL_SECONDS) if _MUST_POLL else seconds):
-                    break
-                if not _MUST_POLL or time.monotonic() >= deadline:
+                if left <= 0:
                     raise TimeoutError("timed out")
-        return not (self.is_idle and self.server.stopping)
+                is_ready = bool(selector.select(min(left, _POLL_SECONDS) if _MUST_POLL else left))
+
+    def await_end(self, until: float) -> None:
+        """Wait until this time for the end of the session. Called by another thread."""
+        if (left := until - time.monotonic()) > 0:
+            with self.server.changed:
+                self.server.changed.wait_for(lambda: self.is_recorded, left)
 
     def shut_down(self, how: int) -> None:
         """Interrupt what the session's thread waits for in the socket. Called by any thread."""
@@ -3554,8 +3568,10 @@ class _Listener(socketserver.ThreadingTCPServer):
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
-        for connection in self.connections.copy():
+        for connection in sorted(self.connections.copy(), key=operator.attrgetter("leaves_at")):
             if connection.is_idle:
+                connection.await_end(connection.leaves_at)
+            if connection.leaves_at <= time.monotonic() and connection.is_idle:
                 connection.shut_down(socket.SHUT_RD)
         threads = [t for t in threading.enumerate() if isinstance(t, _SessionThread) and t.listener is self]
         for thread in threads:
@@ -3577,6 +3593,12 @@ class _Listener(socketserver.ThreadingTCPServer):
             connection.shut_down(socket.SHUT_RDWR)
         with self.changed:
             self.changed.notify_all()
+
+    def await_quits(self) -> None:
+        """Let clients QUIT whose last command was just answered, or is about to be."""
+        now = time.monotonic()
+        for connection in self.connections.copy():
+            connection.await_end(connection.leaves_at if connection.is_idle else now + connection.grace)
 
     def disconnect(self, *, reset: bool) -> None:
         """End the open sessions, and those that are about to begin, and wait until they are recorded."""
@@ -3761,9 +3783,10 @@ class Server:
     def stop(self) -> None:
         """End all sessions and give up the port. Raises ServerStateError if the server is not running.
 
-        A session that waits for a command gets a 421. One that receives a body or waits out a delay may
-        finish that within shutdown_timeout. All are recorded, and no thread or socket is left. An interrupted
-        stop() can be called again. In the thread of a session, stop() does not wait for that session to end.
+        A session that waits for a command gets a 421, but not before 50 ms after its last command, so that its client
+        can QUIT. One that receives a body or waits out a delay may finish that within shutdown_timeout. All are
+        recorded, and no thread or socket is left. An interrupted stop() can be called again. In the thread of a
+        session, stop() does not wait for that session to end.
         """
         with self._lifecycle:
             listener = self._listener
@@ -4000,6 +4023,8 @@ class _PytestPlugin:
         server.configure(**options)
         self.test, self.sessions, self.shown = request.node, [], ""
         yield server
+        if server._listener is not None:
+            server._listener.await_quits()
         server.disconnect()
         self.sessions = self._list_sessions()
         server.reset()
