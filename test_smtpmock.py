@@ -132,8 +132,7 @@ class Memory:
         server._context = server._context._replace(on_message=on_message)
 
     def on(self, stage: str, match: Any = None, **conditions: Any) -> smtpmock.Rule:
-        conditions = {"times": None, "probability": 1.0, "after": None, **conditions}
-        return smtpmock.Rule(self._rules, stage, match, **conditions)
+        return self._rules.add(smtpmock.Rule(self._rules, stage, match, **conditions))
 
     def greet(self) -> list[str]:
         return self._read(self._session.greet())
@@ -2341,6 +2340,26 @@ class ConfigurationTest(ServerCase):
         for error, builtin in zip(errors, (ValueError, RuntimeError, OSError, TimeoutError), strict=True):
             self.assertTrue(issubclass(error, builtin) and issubclass(error, smtpmock.SMTPMockError))
 
+    def test_errors_have_the_name_of_the_option(self) -> None:
+        for call, option, needed in (
+            ("Configuration(prot=25)", "prot", ""),
+            ("Configuration(port='25')", "port", ""),
+            ("Server(tolerated=['x'])", "tolerated", ""),
+            ("Server(implicit_tls=True)", "implicit_tls", "ssl_context"),
+            ("Server(extensions=['AUTH'])", "extensions", "auth_users"),
+            ("Server().configure(host='::1')", "host", ""),
+            ("Server().on('RCTP')", "stage", ""),
+            ("Server().on('RCPT', '.*')", "match", ""),
+            ("Server().on('RCPT', time=1)", "time", ""),
+            ("Server().on('RCPT').delay('1')", "delay", ""),
+            ("Server(handlers=[int])", "", ""),
+        ):
+            with self.subTest(call):
+                error = catch(ConfigurationError, eval, f"smtpmock.{call}", {"smtpmock": smtpmock})
+                for found in (error, pickle.loads(pickle.dumps(error))):
+                    self.assertEqual((found.option, found.needed, str(found)), (option, needed, str(error)))
+                self.assertTrue(str(error).startswith(option) and str(error).endswith(needed))
+
     def test_it_cannot_be_changed(self) -> None:
         names = ["a@a.com"]
         options = Configuration(not_registered_emails=names)
@@ -2868,6 +2887,24 @@ class RuleTest(ServerCase):
             Memory.add_rules(server, ["NOOP: reply 450 no; probability=0.5"])
             found.append(client.ask(*["NOOP"] * 50))
         self.assertEqual(found[0], found[1])
+
+    def test_a_rule_of_the_command_line_applies_as_a_whole(self) -> None:
+        """A bad one does not apply, and does not change what the chances of the next one are."""
+        seen, found = list[object](), list[list[str]]()
+        delay = smtpmock.Rule.delay
+
+        def look(rule: smtpmock.Rule, seconds: float) -> smtpmock.Rule:
+            seen.append(server._rules.newest_first)
+            return delay(rule, seconds)
+
+        for bad in ((), ("NOOP: reply 450 no; delay x; probability=0.5",)):
+            server, client, _ = self.serve(seed=1)
+            for rule in bad:
+                self.assertRaises(ConfigurationError, smtpmock._add_rule, server, rule)
+            with mock.patch.object(smtpmock.Rule, "delay", look):
+                smtpmock._add_rule(server, "NOOP: reply 450 no; delay 0; probability=0.5")
+            found.append(client.ask(*["NOOP"] * 50))
+        self.assertEqual((found[0], seen), (found[1], [(), (), ()][: len(seen)]))
 
     def test_silence_ends_with_the_session_timeout(self) -> None:
         server, client, recorder = self.serve("EHLO: silence", session_timeout=0.05)
@@ -4774,6 +4811,18 @@ class HelpTest(unittest.TestCase):
                 found = re.findall(rf"(?<!\S){flags(field.name)[0]}(=[A-Z]+)? {re.escape(about)}", text)
                 self.assertEqual(len(found), 1, field.name)
 
+    def test_no_flag_has_left_its_group(self) -> None:
+        """The last groups take what no other has, so a flag may be there by mistake."""
+        texts = [name for name in Configuration._declared if re.match("msg_(?!size_limit)", name)]
+        for title, flag, known in (
+            ("Other", "-h", "-tolerated -version -help -helpAll"),
+            ("Reply texts", "-helpAll", " ".join(flags(name)[0] for name in texts)),
+        ):
+            self.assertEqual(
+                re.findall(r"(?m)^  (-\w+)", self.read(flag).partition(f"{title}:\n")[2].partition("\n\n")[0]),
+                known.split(),
+            )
+
     def test_an_option_of_no_group_is_there(self) -> None:
         option = Configuration._declared["fail_fast"]
         for name, title, flag in (("new_thing", "Other", "-h"), ("msg_new_thing", "Reply texts", "-helpAll")):
@@ -5741,6 +5790,18 @@ class ReadmeTest(ProcessCase):
             default = "empty" if isinstance(field.default, frozenset) else f"`{field.default}`"
             expected.append((field.name, flag, default, field.metadata["about"]))
         self.assertEqual(sorted(found), sorted(expected))
+
+    def test_flags(self) -> None:
+        """The tables of options and of flags have every flag that is no option."""
+        table = self.text.partition("More flags:\n\n")[2].partition("\n\n")[0]
+        rows = re.findall(r"^\| (`-.+?`) \| (.+) \|$", table, re.MULTILINE)
+        found = [flag for names, _ in rows for flag in re.findall(r"`(-\w+)(?:=[A-Z]+)?`", names)]
+        elsewhere = ("rule", "tls_cert", "tls_key")
+        expected = [flags(name)[0] for name in smtpmock._OWN_FLAGS if name not in elsewhere]
+        short = {"-version": "-v", "-help": "-h"}
+        self.assertEqual(sorted(found), sorted(short.get(flag, flag) for flag in expected))
+        for flag in (flags(name)[0] for name in elsewhere):
+            self.assertTrue(flag in self.text, flag)
 
     def test_codes(self) -> None:
         rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| (\d+ [\d.]+) \| (error|warning) \|$", self.text, re.MULTILINE)
