@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from email.message import EmailMessage
     from typing import Concatenate, ParamSpec
 
-    from typing_extensions import dataclass_transform as _dataclass_transform
+    from typing_extensions import dataclass_transform as _dataclass_transform  # pyright: ignore
 
     _P = ParamSpec("_P")
 else:
@@ -212,7 +212,8 @@ class _Option(NamedTuple):
     about: str
 
 
-_option: Callable[[Any, _OptionType, str], Any] = _Option  # type checkers take the result for the default
+def _option(default: Any, kind: _OptionType, about: str) -> Any:
+    return _Option(default, kind, about)  # type checkers take this for the default
 
 
 def _reply(default: str, to: str) -> Any:
@@ -255,10 +256,7 @@ def _make_dataclass(cls: Any) -> Any:
 
 
 class _DataclassAttribute:
-    """An attribute of the dataclass that a class of options seems to be, made when somebody looks at it.
-
-    Importing dataclasses would take a third as long as importing this module.
-    """
+    """An attribute of the dataclass that a class of options seems to be, made late: dataclasses is slow to import."""
 
     def __init__(self, options: Any = None) -> None:
         self._options = options
@@ -3363,7 +3361,7 @@ class _Connection(socketserver.BaseRequestHandler):
                 data: bytes = self.request.recv(262144 if body is not None and body.size else 65536)
                 self.is_idle = False  # before the time is read; stop() does the reverse
                 if not (waits and server.stopping) or time.monotonic() < self.leaves_at:
-                    self.grace = min(_QUIT_TIMEOUT, self.options.shutdown_timeout)
+                    self.grace = self.grace or min(_QUIT_TIMEOUT, self.options.shutdown_timeout)
                     return data
                 self.ignores_input = bool(data)
             farewell = self.options.msg_server_shutdown
