@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import atexit
 import base64
 import collections
 import contextlib
@@ -28,6 +29,7 @@ import logging
 import os
 import pickle
 import pprint
+import py_compile
 import pydoc
 import queue
 import random
@@ -3313,13 +3315,22 @@ class AuthTest(ServerCase):
 # ---------------------------------------------------------------------------------------- processes
 
 
+@functools.cache
+def compiled_copy() -> str:
+    """A folder with a copy of the module and its bytecode, for all processes: CI keeps no bytecode."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    py_compile.compile(shutil.copy(HERE / "smtpmock.py", folder), doraise=True)
+    return folder
+
+
 class ProcessCase(unittest.TestCase):
-    def launch(self, *arguments: str, cwd: str | Path = HERE, **options: Any) -> Any:
+    def launch(self, *arguments: str, cwd: str | Path | None = None, **options: Any) -> Any:
         """A Python process, with pipes."""
         process = subprocess.Popen(
             [sys.executable, "-S", *arguments],  # it needs no other packages, and starts sooner without them
             env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, **options,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd or compiled_copy(), **options,
         )  # fmt: skip
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
@@ -3340,7 +3351,7 @@ class ProcessCase(unittest.TestCase):
         self.assertEqual((process.returncode, err), (0, ""))
         return str(out)
 
-    def run_python(self, code: str, *flags: str, folder: str | Path = HERE) -> str:
+    def run_python(self, code: str, *flags: str, folder: str | Path | None = None) -> str:
         """What a program prints."""
         return self.finish(self.launch(*flags, "-c", textwrap.dedent(code), cwd=folder))
 
@@ -4410,15 +4421,21 @@ class OtherSystem:
                 fake: Any = getattr(self, name)
                 stack.enter_context(mock.patch.object(socket.socket, name, lambda *args, fake=fake: fake(*args)))
             spec = importlib.util.spec_from_file_location("smtpmock", HERE / "smtpmock.py")
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
             module: Any = importlib.util.module_from_spec(spec)
             stack.enter_context(mock.patch.dict(sys.modules, smtpmock=module))
             with mock.patch.object(os, "name", "nt" if self.name == "Windows" else "posix"):
-                spec.loader.exec_module(module)
+                exec(self.compile(), vars(module))
             names = {name: getattr(module, name) for name in module.__all__ if name in globals()}
             stack.enter_context(mock.patch.dict(globals(), names, smtpmock=module))
             self.stack = stack.pop_all()
         return module
+
+    @staticmethod
+    @functools.cache
+    def compile() -> Any:
+        path = HERE / "smtpmock.py"
+        return compile(path.read_bytes(), path, "exec", dont_inherit=True)
 
     def __exit__(self, *_: object) -> None:
         self.stack.close()
@@ -5134,7 +5151,12 @@ class ProcessTest(ProcessCase):
     def test_no_stdout(self) -> None:
         flags = [("-h", ">/dev/full"), ("-v", ">&-"), ("-port=0", ">/dev/full"), ("-port=0", ">&-")]
         program = shlex.quote(sys.executable) + " -S -m smtpmock"
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": HERE}
+        pipes: dict[str, Any] = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "cwd": compiled_copy(),
+        }
         commands = [f"exec {program} {flag} {redirection}" for flag, redirection in flags]
         processes = [subprocess.Popen(command, shell=True, **pipes) for command in commands]
         for (flag, redirection), process in zip(flags, processes, strict=True):
@@ -5763,7 +5785,7 @@ class NarrationTest(ProcessCase):
             ours, theirs = pty.openpty()
             command = [sys.executable, "-m", "smtpmock"]
             clean = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-            with subprocess.Popen(command, stdout=theirs, cwd=HERE, env=clean | environment) as process:
+            with subprocess.Popen(command, stdout=theirs, cwd=compiled_copy(), env=clean | environment) as process:
                 os.close(theirs)
                 with open(ours, "rb", buffering=0) as terminal:
                     first = terminal.read(1000).decode()
