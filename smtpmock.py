@@ -232,8 +232,7 @@ _EXTENSIONS += " LIMITS ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE 
 _AUTH_MECHANISMS = ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2")
 
 # What real servers answer. A row has options, as patterns that leave out msg_, invalid_cmd_ and _received, with their
-# values. The first three are those of Debian's servers, see .ci/profiles.py. The others are quoted from what stands above
-# each row.
+# values. The first three are Debian's servers, see .ci/profiles.py. The others are quoted from what is above each row.
 _PROFILES = r"""
 == postfix
 extensions PIPELINING,SIZE,VRFY,ETRN,ENHANCEDSTATUSCODES,8BITMIME,DSN,SMTPUTF8,CHUNKING | helo 250 mail.example.com
@@ -272,7 +271,7 @@ auth_sequence 503 already authenticated
 extensions 8BITMIME,ENHANCEDSTATUSCODES,SIZE,DSN,HELP | size_limit 36700160 | noop|mailfrom 250 2.0.0 Ok
 greeting 220 mail.example.com ESMTP OpenSMTPD | helo_arg 501 5.5.1 Invalid command: HELO requires domain name
 helo 250 mail.example.com Hello {address} [127.0.0.1], pleased to meet you | quit 221 2.0.0 Bye
-\w+_sequence 503 5.5.1 Invalid command: Command not allowed at this point. | rset|rset_sequence 250 2.0.0 Reset state
+\w+_sequence 503 5.5.1 Invalid command: Command not allowed at this point. | rset 250 2.0.0 Reset state
 mailfrom_arg 553 5.1.0 Sender address syntax error | rcptto 250 2.1.5 Destination address valid: Recipient ok
 rcptto_arg 501 5.1.3 Recipient address syntax error | data 354 Enter mail, end with "." on a line by itself
 rcptto_(not_registered|blacklisted) 550 Invalid recipient: <{address}> | starttls 220 2.0.0 Ready to start TLS
@@ -458,6 +457,21 @@ def _check_choices(option: str, names: Iterable[str], known: Collection[str], fo
             raise ConfigurationError(f"{name} is unknown{_suggest(fold(name), known)}", option)
 
 
+@functools.cache
+def _read_profile(name: str, cls: Any) -> dict[str, Any]:
+    """A profile, as options of this class."""
+    rows = re.findall(
+        "(?m)^(?![#=]).+", _PROFILES.partition(f"== {name}\n")[2].partition("\n==")[0].replace("\\\n", "")
+    )
+    profile: dict[str, Any] = {}
+    for names, _, text in (entry.partition(" ") for row in rows for entry in row.split(" | ")):
+        pattern = f"(msg_)?(invalid_cmd_)?({names})(_received|_cmd|_email|_domain)?"
+        for option, (_, kind, _) in cls._declared.items():
+            if kind is not _FLAG and re.fullmatch(pattern, option):
+                profile[option] = kind.normalise(kind.parse(text.replace("\\n", "\n")))
+    return profile
+
+
 class _AddressOptions(_Options):
     """What configure() cannot change."""
 
@@ -554,8 +568,8 @@ class _SessionOptions(_Options):
 
     def __post_init__(self) -> None:
         if self.profile is not None:
-            _check_choices("profile", [self.profile], _read_profiles())
-            vars(self).update(_read_profiles()[self.profile] | vars(self))
+            _check_choices("profile", [self.profile], re.findall("(?m)^== (.+)", _PROFILES))
+            vars(self).update(self._read_profile() | vars(self))
         known = _EXTENSIONS.split()
         for name in (extension.split()[0].upper() for extension in self.extensions):
             if option := {"AUTH": "auth_users", "STARTTLS": "ssl_context"}.get(name):
@@ -570,9 +584,13 @@ class _SessionOptions(_Options):
             if getattr(self, name) and getattr(self, other) is None:
                 raise ConfigurationError("needs ", name, True, needed=other)
 
+    def _read_profile(self) -> dict[str, Any]:
+        cls: Any = type(self)
+        return {} if self.profile is None else _read_profile(self.profile, cls)
+
     def _list_given(self) -> dict[str, Any]:
         """The options that were given, without those of the profile."""
-        profile = {} if self.profile is None else _read_profiles()[self.profile]
+        profile = self._read_profile()
         return {name: value for name, value in vars(self).items() if name not in profile or value is not profile[name]}
 
 
@@ -583,21 +601,6 @@ class Configuration(_SessionOptions, _AddressOptions):
     newline in it starts another line of the reply, and {msg_size_limit} stands for that option. A text
     that begins with 4 or 5 refuses the command, whichever option it is.
     """
-
-
-@functools.cache
-def _read_profiles() -> dict[str, dict[str, Any]]:
-    """The options of each profile."""
-    profiles: dict[str, dict[str, Any]] = {}
-    for name, *rows in (part.strip().split("\n") for part in _PROFILES.replace("\\\n", "").split("== ")[1:]):
-        profile = profiles[name] = {}
-        for entry in (entry for row in rows if row[0] != "#" for entry in row.split(" | ")):
-            names, text = entry.split(" ", 1)
-            pattern = f"(msg_)?(invalid_cmd_)?({names})(_received|_cmd|_email|_domain)?"
-            for option, (_, kind, _) in Configuration._declared.items():
-                if re.fullmatch(pattern, option):
-                    profile[option] = kind.normalise(kind.parse(text.replace("\\n", "\n")))
-    return profiles
 
 
 _CONFIGURATION = _OptionType("a Configuration", lambda value: isinstance(value, Configuration))
@@ -2121,7 +2124,7 @@ class _Script:
         stage, is_refused = self._take_stage(), line.startswith(("4", "5"))
         # A line without a code is the next one of a text of ours, and a 421 may come unasked.
         if re.match({None: "(?!421)[2-5][0-9]{2}", "connect": "2[35]|3"}.get(stage, "$."), line):
-            raise ConfigurationError(f"there is no command before {_shorten(line)}", "transcript")
+            raise ConfigurationError(f"there is no command before {_shorten(line)}", "play")
         if stage is None:
             self.lines.append(line)
         elif stage == "AUTH" and line.startswith("334"):
@@ -2156,11 +2159,11 @@ class _Script:
 
 def _read_transcript(text: str) -> list[_Script]:
     """The sessions of a transcript."""
-    _check("transcript", text, _TEXT)
+    _check("play", text, _TEXT)
     found = next((notation for notation in _NOTATIONS if re.search(f"(?m)^{notation[1]}", text)), None)
     if found is None:
         line = re.sub(r"(?i)(AUTH +\S+ ).*", r"\1***", text.strip().partition("\n")[0])
-        raise ConfigurationError(f"the server says nothing in it; it begins with {_shorten(line)}", "transcript")
+        raise ConfigurationError(f"the server says nothing in it; it begins with {_shorten(line)}", "play")
     client, server, decode = found
     pattern, scripts = re.compile(f"{client}(?P<client>.*)|{server}(?P<server>.*)|{_OTHER_LINES}"), [_Script()]
     for match in filter(None, (pattern.match(line.rstrip("\r")) for line in text.split("\n"))):
@@ -4624,8 +4627,8 @@ class _PytestPlugin:
     def smtp_server(self, request: Any, shared_smtp_server: Server) -> Iterator[Server]:
         """A running smtpmock.Server without messages and rules, which keeps all mails and recipients.
 
-        @pytest.mark.smtp_server(fail_fast=True) sets options for a test. At the end of a test that passed,
-        check() is called. The report of a test that failed shows the sessions.
+        @pytest.mark.smtp_server(fail_fast=True) sets options for a test, and play=TRANSCRIPT has it play that. At the
+        end of a test that passed, check() is called. The report of a test that failed shows the sessions.
         """
         server = self.server = shared_smtp_server
         if not server.is_running:  # the last test stopped it
@@ -4636,7 +4639,10 @@ class _PytestPlugin:
             if mark.args:
                 raise ConfigurationError(f"pytest.mark.smtp_server: {mark.args[0]!r} must be an option by its name")
             options |= mark.kwargs
+        transcript = options.pop("play", None)
         server.configure(**options)
+        if transcript is not None:
+            server.play(transcript)
         self.test, self.sessions, self.shown = request.node, [], ""
         yield server
         if server._listener is not None:
@@ -4715,6 +4721,7 @@ _OWN_FLAGS: dict[str, _Option] = {
     "save_dir": _option("", _FILE, "folder for each accepted mail as 000001.eml and its record as 000001.json"),
     "maildir": _option("", _FILE, "Maildir for each accepted mail"),
     "rule": _option([], _RULES, "make the server fail; can be repeated"),
+    "play": _option("", _FILE, "transcript, or debug output of swaks, smtplib, curl or PHPMailer, to answer like"),
     "tls_cert": _option("", _FILE, "PEM file with the certificate and its chain; turns on STARTTLS"),
     "tls_key": _option("", _FILE, "PEM file with the key, unless the other file has it"),
     "version": _option(False, _FLAG, "print the version and exit; also -v"),
@@ -4727,7 +4734,7 @@ _GROUPS = {
     "Listening": "host|port|session_timeout|shutdown_timeout",
     "Recording": "multiple_|msg_size_limit|lenient_|save_dir|maildir",
     "Output": "log|quiet|json|control|lint",
-    "Failing": "fail_fast|strict|blacklisted_|not_registered_|response_delay_|seed|rule",
+    "Failing": "fail_fast|strict|profile|play|blacklisted_|not_registered_|response_delay_|seed|rule",
     "Extensions, login and TLS": "extensions|auth_|implicit_tls|tls_",
     "Other": "(?!msg_)",
     "Reply texts": "",
@@ -4749,9 +4756,10 @@ A RULE is 'STAGE [ADDRESS]: ACTION; ...'. STAGE is connect, a command, message
 trickle SECONDS, close, drop, reset or silence, or says when the rule applies:
 times=NUMBER, probability=NUMBER or after=BYTES.
 
-With -control, each line of stdin is a command: rule RULE, clear (all rules),
-configure FLAG..., disconnect, disconnect reset, purge (the messages), reset
-(messages, rules and options), check, or stop. An event on stdout answers it.
+With -control, each line of stdin is a command: rule RULE, play TRANSCRIPT with
+\n for line breaks, clear (all rules), configure FLAG..., disconnect, disconnect
+reset, purge (the messages), reset (messages, rules and options), check, or
+stop. An event on stdout answers it.
 {flags}
 
 Examples:
@@ -5116,6 +5124,8 @@ def _obey(server: Server, command: str) -> None:
     name, _, rest = command.replace("\\n", "\n").partition(" ")
     if name == "rule":
         _add_rule(server, rest)
+    elif name == "play":
+        server.play(rest)
     elif name == "configure":
         import shlex
 
@@ -5127,7 +5137,7 @@ def _obey(server: Server, command: str) -> None:
     elif " ".join(command.split()) in _CONTROL_COMMANDS:
         _CONTROL_COMMANDS[" ".join(command.split())](server)
     else:
-        allowed = ", ".join(("rule RULE", "configure FLAG...", *_CONTROL_COMMANDS))
+        allowed = ", ".join(("rule RULE", "play TRANSCRIPT", "configure FLAG...", *_CONTROL_COMMANDS))
         raise ConfigurationError(f"{command!r}: must be {allowed} or stop")
 
 
@@ -5138,12 +5148,13 @@ def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> No
         if command == "stop":
             return
         if command:
+            shown = "play" if command.startswith("play ") else command  # it may have secrets
             try:
                 _obey(server, command)
             except (SMTPMockError, AssertionError, ValueError) as error:  # check() raises the second, shlex the third
-                printer.event("error", command=command, error=_describe(error))
+                printer.event("error", command=shown, error=_describe(error))
             else:
-                printer.event("done", command=command, messages=len(server._mailbox.messages(purge=False)))
+                printer.event("done", command=shown, messages=len(server._mailbox.messages(purge=False)))
 
 
 def _open_stdin() -> Any:
@@ -5249,6 +5260,12 @@ def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
         server = Server(**options)
         for rule in own.get("rule", ()):
             _add_rule(server, rule)
+        if path := own.get("play"):
+            try:
+                with open(path, encoding="utf-8", errors="replace", newline="") as file:
+                    server.play(file.read())
+            except OSError as error:
+                raise ConfigurationError(f"cannot be read: {error.strerror}", "play", path) from error
         return _serve(server, options, own, owns_process=owns_process)
     return 0
 

@@ -2,8 +2,8 @@
 
 It installs each server from Debian, one after the other, for which it needs to be root on Debian, and runs it on
 127.0.0.1, where it discards all mail. Each dialogue is held with the server and with smtpmock. The reply codes, the
-enhanced codes and the EHLO keywords must be the same; with -v, the texts are shown as well. It exits with 1 if they
-are not.
+enhanced codes and the EHLO keywords must be the same; with -v, the texts are shown as well. It exits with 1 if one
+differs.
 """
 
 import base64
@@ -31,6 +31,7 @@ FOLDER.chmod(0o755)  # the servers have users of their own
 CERTIFICATE, KEY = FOLDER / "cert.pem", FOLDER / "key.pem"
 LIMIT = 20000  # bytes of a mail
 OPTIONS: dict[str, Any] = {
+    "multiple_rcptto": True,
     "msg_size_limit": LIMIT,
     "not_registered_emails": ["nobody@example.com"],
     "blacklisted_helo_domains": ["bad.example.org"],
@@ -38,69 +39,82 @@ OPTIONS: dict[str, Any] = {
     "blacklisted_rcptto_emails": ["blocked@example.com"],
     "auth_users": {"alice": "secret"},
     "auth_mechanisms": ["PLAIN", "LOGIN"],
+    "auth_requires_tls": True,
 }
+PACKAGES = {"postfix": "postfix", "exim": "exim4-daemon-light", "opensmtpd": "opensmtpd"}
 
 
 def b64(text: str) -> str:
     return base64.b64encode(text.encode()).decode()
 
 
-# What the client says, separated by slashes. TLS is the handshake after STARTTLS, BODY a mail, HUGE one that is too
-# large. Names in brackets are of servers that behave in another way, which no text of a reply can imitate.
+# What the client says, separated by slashes. TLS is a handshake, MAIL a body, and HUGE one that is too large. Brackets
+# have servers that decide otherwise, which no text can imitate: some check more or less at this point. OpenSMTPD has no
+# CHUNKING, and that of Debian 12 cannot do TLS.
 HELLO = "EHLO a.example.com"
-MAIL = f"{HELLO} / MAIL FROM:<a@example.org>"
-RCPT = f"{MAIL} / RCPT TO:<bob@example.com>"
-TLS = f"{HELLO} / STARTTLS / TLS / {HELLO}"
+SENDER = f"{HELLO} / MAIL FROM:<a@example.org>"
+RECIPIENT = f"{SENDER} / RCPT TO:<bob@example.com>"
+SECURE = f"{HELLO} / STARTTLS / TLS / {HELLO}"
+LOGIN = f"AUTH PLAIN {b64(chr(0) + 'alice' + chr(0) + 'secret')}"
 DIALOGUES = f"""
-NOOP
-QUIT
+NOOP / RSET / QUIT
 HELO a.example.com
 {HELLO}
 HELO
 EHLO
-HELO bad.example.org
-EHLO bad.example.org
+HELO bad.example.org [opensmtpd]
+EHLO bad.example.org [opensmtpd]
 MAIL FROM:<a@example.org>
-RCPT TO:<bob@example.com>
+RCPT TO:<bob@example.com> [opensmtpd]
 {HELLO} / FOO
 {HELLO} / RSET
 {HELLO} / RSET x
+{HELLO} / NOOP x [opensmtpd]
 {HELLO} / QUIT
 {HELLO} / RCPT TO:<bob@example.com>
 {HELLO} / DATA
 {HELLO} / BDAT 4 LAST / hi
 {HELLO} / MAIL FROM:<a@example.org
 {HELLO} / MAIL FROM:<>
-{HELLO} / MAIL FROM:<bad@example.org>
+{HELLO} / MAIL FROM:<bad@example.org> [opensmtpd]
 {HELLO} / MAIL FROM:<a@example.org> SIZE=100
-{HELLO} / MAIL FROM:<a@example.org> SIZE=100000
+{HELLO} / MAIL FROM:<a@example.org> SIZE=100000 [opensmtpd]
 {HELLO} / MAIL FROM:<a@example.org> BODY=8BITMIME
 {HELLO} / MAIL FROM:<a@example.org> FOO=1
 {HELLO} / MAIL FROM:<a@example.org> RET=HDRS ENVID=1
-{MAIL} / DATA
-{MAIL} / RSET / RCPT TO:<bob@example.com>
-{MAIL} / RCPT TO:<bob@example.com
-{MAIL} / RCPT TO:<nobody@example.com>
-{MAIL} / RCPT TO:<blocked@example.com>
-{MAIL} / RCPT TO:<nobody@example.com> / RCPT TO:<bob@example.com> / RCPT TO:<carol@example.com>
-{RCPT} / DATA / BODY / QUIT
-{RCPT} / DATA / HUGE
-{RCPT} / DATA / BODY / MAIL FROM:<a@example.org> / RCPT TO:<carol@example.com> / DATA / BODY
-{RCPT} / RSET / DATA
-{RCPT} / BDAT x
-{RCPT} / BDAT 4 / hi / BDAT 4 LAST / hi
-{RCPT} / NOOP / RSET / QUIT
-HELO a.example.com / MAIL FROM:<a@example.org> / RCPT TO:<bob@example.com> / DATA / BODY
+{SENDER} / DATA [postfix opensmtpd]
+{SENDER} / RSET / RCPT TO:<bob@example.com>
+{SENDER} / RCPT TO:<bob@example.com
+{SENDER} / RCPT TO:<nobody@example.com>
+{SENDER} / RCPT TO:<blocked@example.com>
+{SENDER} / RCPT TO:<nobody@example.com> / RCPT TO:<bob@example.com> / RCPT TO:<carol@example.com>
+{RECIPIENT} / DATA / MAIL / QUIT
+{RECIPIENT} / DATA / HUGE
+{RECIPIENT} / DATA / MAIL / MAIL FROM:<a@example.org> / RCPT TO:<carol@example.com> / DATA / MAIL
+{RECIPIENT} / RSET / DATA
+{RECIPIENT} / BDAT x
+{RECIPIENT} / BDAT 4 / hi / BDAT 4 LAST / hi [opensmtpd]
+{RECIPIENT} / NOOP / RSET / QUIT
+{RECIPIENT} / RCPT TO:<nobody@example.com> / DATA / MAIL
+{RECIPIENT} / DATA / HUGE / RSET / QUIT
+{SENDER} / RSET / MAIL FROM:<> / RCPT TO:<bob@example.com> / DATA / MAIL
+HELO a.example.com / MAIL FROM:<a@example.org> / RCPT TO:<bob@example.com> / DATA / MAIL
+helo a.example.com / mail from:<a@example.org> / rcpt to:<bob@example.com> / data / MAIL / quit
+HELO a.example.com / RSET / RCPT TO:<bob@example.com>
+HELO a.example.com / {HELLO} / MAIL FROM:<a@example.org> / QUIT [opensmtpd]
+{SENDER} / NOOP / QUIT
+FOO
+{HELLO} / STARTTLS
 {HELLO} / STARTTLS x
-{TLS}
-{TLS} / STARTTLS
-{TLS} / AUTH PLAIN {b64(chr(0) + "alice" + chr(0) + "secret")} / MAIL FROM:<a@example.org>
-{TLS} / AUTH PLAIN {b64(chr(0) + "alice" + chr(0) + "wrong")}
-{TLS} / AUTH LOGIN / {b64("alice")} / {b64("secret")}
-{TLS} / AUTH LOGIN / *
-{TLS} / AUTH PLAIN ==x==
-{TLS} / AUTH FOO
-{TLS} / AUTH PLAIN {b64(chr(0) + "alice" + chr(0) + "secret")} / AUTH PLAIN {b64("x")}
+{SECURE} [opensmtpd]
+{SECURE} / STARTTLS [opensmtpd]
+{SECURE} / {LOGIN} / MAIL FROM:<a@example.org> [opensmtpd]
+{SECURE} / AUTH PLAIN {b64(chr(0) + "alice" + chr(0) + "wrong")} [opensmtpd]
+{SECURE} / AUTH LOGIN / {b64("alice")} / {b64("secret")} [opensmtpd]
+{SECURE} / AUTH LOGIN / * [opensmtpd]
+{SECURE} / AUTH PLAIN ==x== [opensmtpd]
+{SECURE} / AUTH FOO [opensmtpd]
+{SECURE} / {LOGIN} / {LOGIN} [opensmtpd]
 """
 
 
@@ -116,32 +130,57 @@ def converse(port: int, dialogue: str) -> list[str]:
         return "\n".join(lines)
 
     replies = [read()]
-    chunk = False
     for line in dialogue.split(" / "):
         if line == "TLS":
             context = ssl.create_default_context(cafile=str(CERTIFICATE))
             context.check_hostname = False
-            context.maximum_version = ssl.TLSVersion.TLSv1_2
-            context.set_ciphers("AES256-SHA256:AES128-SHA:AES256-GCM-SHA384:@SECLEVEL=0")
             sock = context.wrap_socket(sock)
             file = sock.makefile("rb")
             continue
-        text = {"BODY": "Subject: hi\r\n\r\nhi\r\n.", "HUGE": "Subject: hi\r\n\r\n" + "hello\r\n" * 9000 + "."}.get(
-            line, line
-        )
-        sock.sendall(f"{text}\r\n".encode())
-        chunk = line.startswith("BDAT 4")
-        if not chunk:
+        text = {"MAIL": "Subject: hi\r\n\r\nhi\r\n.", "HUGE": "Subject: hi\r\n\r\n" + "hello\r\n" * 9000 + "."}
+        sock.sendall(f"{text.get(line, line)}\r\n".encode())
+        if not line.startswith("BDAT 4"):  # a chunk follows, which is four bytes with its CRLF
             replies.append(read())
     sock.close()
     return replies
 
 
+def summarize(reply: str) -> tuple[str, ...]:
+    """What a program looks at: the code, the enhanced code, and the keywords of EHLO."""
+    *lines, last = reply.split("\n")
+    if any(line.startswith("250-SIZE") for line in lines):
+        return ("250", *sorted(line[4:].split(" ")[0] for line in [*lines[1:], last]))
+    code = re.match(r"\S+(?: [245]\.[0-9]+\.[0-9]+(?= ))?", last)
+    return (code[0] if code else last,)
+
+
+def compare(name: str, port: int, *, verbose: bool) -> int:
+    """The number of dialogues that differ."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATE, KEY)
+    failures = compared = 0
+    with smtpmock.Server(profile=name, **OPTIONS, ssl_context=context) as mock:
+        for row in DIALOGUES.strip().splitlines():
+            dialogue, _, exceptions = row.partition(" [")
+            if name in exceptions:
+                continue
+            compared += 1
+            real, ours = converse(port, dialogue), converse(mock.port, dialogue)
+            differs = list(map(summarize, real)) != list(map(summarize, ours))
+            failures += differs
+            if differs or verbose:
+                print("FAILED" if differs else "ok", dialogue)
+                said = [f"  {theirs!r}\n  {our!r}" for theirs, our in zip(real, ours, strict=True) if theirs != our]
+                print(*said, sep="\n")
+    print(f"{name}: {compared} dialogues, {failures} differ")
+    return failures
+
+
 def install(package: str) -> None:
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", package, "openssl"]):
-        command = ["apt-get", "-o", "DPkg::Lock::Timeout=300", *command]
-        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+        words = ["apt-get", "-o", "DPkg::Lock::Timeout=300", *command]
+        subprocess.run(words, env=environment, stdout=subprocess.DEVNULL, check=True)
 
 
 def make_certificate() -> None:
@@ -223,7 +262,8 @@ def start_postfix(port: int) -> list[str]:
         "smtpd_delay_reject": "no",  # else what HELO and MAIL refuse is refused at RCPT
         "smtpd_helo_restrictions": "check_helo_access inline:{bad.example.org=REJECT}",
         "smtpd_sender_restrictions": "check_sender_access inline:{bad@example.org=REJECT}",
-        "smtpd_recipient_restrictions": "check_recipient_access inline:{blocked@example.com=REJECT}, reject_unauth_destination",
+        "smtpd_relay_restrictions": "reject_unauth_destination",
+        "smtpd_recipient_restrictions": "check_recipient_access inline:{blocked@example.com=REJECT}",
         "smtpd_sasl_auth_enable": "yes",
         "smtpd_sasl_type": "dovecot",
         "smtpd_sasl_path": FOLDER / "auth",
@@ -352,17 +392,20 @@ def run(name: str) -> Iterator[int]:
         process.wait(30)
 
 
-def main() -> None:
+def main() -> int:
+    names = [argument for argument in sys.argv[1:] if argument != "-v"] or list(PACKAGES)
     make_certificate()
-    for name in sys.argv[1:]:
+    failures = 0
+    for name in names:
+        install(PACKAGES[name])
         with run(name) as port:
-            for dialogue in DIALOGUES.strip().splitlines():
-                print(dialogue[:100])
-                try:
-                    for reply in converse(port, dialogue):
-                        print("     ", reply.replace("\n", "\n      "))
-                except OSError as e:
-                    print("     !!!", e)
+            failures += compare(name, port, verbose="-v" in sys.argv)
+    return 1 if failures else 0
 
 
-main()
+if __name__ == "__main__":
+    try:
+        status = main()
+    finally:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+    sys.exit(status)
