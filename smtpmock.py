@@ -236,7 +236,7 @@ class _Fields:
             raise TypeError(f"{type(self).__name__}() has too many positional arguments: {values!r}")
         vars(self).update(zip(positional, values, strict=True), **fields)
         for field in dataclasses.fields(self):
-            given, kind = getattr(self, field.name), field.metadata["kind"]
+            given, kind = vars(self).get(field.name, field.default), field.metadata["kind"]
             if given is not field.default:
                 _check(field.name, given, kind)
                 vars(self)[field.name] = kind.normalise(given)
@@ -2588,7 +2588,7 @@ class _Session:
         Alone, it is without what the session said before the mail, except for HELO.
         """
         dialogue = self.mail.dialogue
-        message = Message(self.mail, self.peer, (0, 0.0), self.context.options.tolerated)
+        message = Message(self.mail, self.peer, self.mail.stamp or (0, 0.0), self.context.options.tolerated)
         if without_history:
             begin = next((at for at in range(len(dialogue) - 2, 0, -2) if str(dialogue[at])[:4].upper() == "MAIL"), 0)
             # If there is none, the mail has this many recipients that its beginning is truncated.
@@ -3899,7 +3899,7 @@ class Server:
                 self._warned.add(message.id)
                 for option, text in message._find_discards():
                     if option not in explicit:
-                        warnings.warn(f"{text}; keep_all=True or {option}=True keeps them", SMTPMockWarning, 3)
+                        warnings.warn(f"{text}; keep_all=True or {option}=True keeps them all", SMTPMockWarning, 3)
         return messages
 
     def violations(self) -> list[Violation]:
@@ -4698,8 +4698,10 @@ def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
         options = _take_options(own)
         own = (_DEV_FLAGS if own.get("dev") else {}) | own
         server = Server(**options)
-        if own.get("save_ca"):
-            _save_ca(own["save_ca"])
+        if path := own.get("save_ca"):
+            if options.get("ssl_context") not in _TEST_CONTEXTS:
+                raise ConfigurationError(f"save_ca={path!r}: needs tls_cert=test")
+            _save_ca(path)
         for rule in own.get("rule", ()):
             _add_rule(server, rule)
         return _serve(server, options, own, owns_process=owns_process)
