@@ -5907,5 +5907,153 @@ class ReadmeTest(ProcessCase):
         self.assertIn(smtpmock.__version__, self.text)
 
 
+# The start of each code of README's "Coming from ...", in its order, and what is true after it: `value` is that of an
+# expression, and `three` what happens to three mails in three connections, as in "ok", "451" or "550 bob".
+COMING_FROM = r"""
+s = smtpmock.Server(host=   | three() == "ok ok ok"
+s.host                      | value == "127.0.0.1"
+s.port                      | value > 0
+m = s.message()             | value.subject == "hi"
+m.mail_from                 | value == "alice@example.com"
+m.rcpt_tos                  | value == ["bob@example.com", "b@b.com", "eve@reject.org"]
+m.content                   | value.startswith(b"Subject: hi")
+m.email                     | value["subject"] == "hi"
+m.peer                      | value[0] == "127.0.0.1"
+email.message_from_bytes    | value["subject"] == "hi"
+s.on("RCPT", "bob           | three() == "550 bob 550 bob 550 bob"
+s.on("RCPT", lambda         | three() == "550 b,eve 550 b,eve 550 b,eve"
+s.on("RCPT", re             | three() == "550 eve 550 eve 550 eve"
+s.on("message", times=1)    | three() == "451 ok ok"
+s.on("message", skip=2)     | three() == "ok ok 452"
+s.on("DATA").delay          | three() == "ok ok ok" and value.hits == 3
+s.on("message", after=1)    | three() == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
+s = smtpmock.Server(on_mess | three() == "ok ok ok"
+s = smtpmock.Server(extensi | "XCLIENT" in ehlo()
+s = smtpmock.Server(extensi | "VRFY" in ehlo("VRFY bob") and "252 Perhaps" in ehlo("VRFY bob") and "214" in ehlo("HELP")
+s.on("*")(lambda            | three() == "ok ok ok" and lines.count("data") == 3
+s = smtpmock.Server(auth_us | three() == "530 530 530" and three("alice") == "ok ok ok" and three("eve") == "535 535 535"
+s = smtpmock.Server(tls_req | three() == "530 530 530"
+s = smtpmock.Server(ssl_con | s.url.startswith("smtps://")
+s = smtpmock.Server(msg_siz | "SIZE 1000" in ehlo() and "SMTPUTF8" in ehlo()
+m = await asyncio.to_thread | value.subject == "hi"
+s.host                      | value == "127.0.0.1"
+(s.host, s.port)            | value == (s.host, s.port)
+s.configure(ssl_context=    | s.url.startswith("smtps://")
+s.configure(auth_users=     | three() == "530 530 530"
+len(s.outbox)               | value == 1
+s.outbox[0].mail_from       | value == "alice@example.com"
+s.messages_and_purge()      | len(value) == 1 and s.outbox == []
+s.message(lambda            | value.subject == "hi"
+m.auth_user                 | value is None
+m.tls                       | value is None
+m.text                      | value == "hello\n"
+m.html                      | value is None
+len(s.wait_for_messages(1)) | value
+s.on("connect", times=1)    | three() == "421 ok ok"
+s.on("MAIL").drop()         | three() == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
+s.stop()                    | three() == "ConnectionRefusedError " * 2 + "ConnectionRefusedError"
+s.on("MAIL").silence()      | three(timeout=0.1) == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
+s.on("AUTH").reply          | three("alice") == "535 535 535"
+n = s.on("connect").reply   | three() == "ok ok ok" and n.hits == 3
+n.hits                      | value == 3
+connect = socket.create     | True
+monkeypatch.setattr(        | three(host="smtp.example.invalid") == "ok ok ok"
+monkeypatch.setenv(         | trusts()
+"""
+
+
+class ComingFromTest(unittest.TestCase):
+    """Each row of README's table for the users of other tools."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.pem = Path(folder.name, "ca.pem")
+        self.pem.write_text(Memory.test_pem())
+        self.names: dict[str, Any] = {
+            **{name: sys.modules[name] for name in ("asyncio", "email", "re", "smtpmock", "socket")},
+            **{name: getattr(self, name) for name in ("three", "ehlo", "trusts", "monkeypatch")},
+            "context": Memory.load_test_context("test"),
+        }
+
+    def serve(self) -> Server:
+        """A server that has received a mail."""
+        server = self.stack.enter_context(Server(keep_all=True, auth_users="*"))
+        self.names.update(s=server, lines=[])
+        self.three(count=1)
+        self.names["m"] = server.message()
+        return server
+
+    def running(self) -> Any:
+        """The server of the row, which runs unless the row has stopped it."""
+        server = self.names["s"]
+        if not server.port:
+            self.stack.enter_context(server)
+        return server
+
+    def three(self, user: str = "", *, count: int = 3, host: str = "127.0.0.1", timeout: float = TIMEOUT) -> str:
+        port, recipients = self.running().port, ["bob@example.com", "b@b.com", "eve@reject.org"]
+
+        def deliver() -> str:
+            try:
+                with smtplib.SMTP(host, port, timeout=timeout) as client:
+                    if user:
+                        client.login(user, "secret")
+                    refused = client.sendmail("alice@example.com", recipients, "Subject: hi\n\nhello")
+            except smtplib.SMTPRecipientsRefused as error:
+                refused = error.recipients
+            except (smtplib.SMTPException, OSError) as error:
+                return str(getattr(error, "smtp_code", type(error).__name__))
+            names = ",".join(address.partition("@")[0] for address in refused)
+            return f"{next(iter(refused.values()))[0]} {names}" if refused else "ok"
+
+        return " ".join(deliver() for _ in range(count))
+
+    def ehlo(self, *commands: str) -> str:
+        """All that a server says to EHLO and these commands."""
+        with Client(self.running()) as client:
+            client.send("".join(f"{line}\r\n" for line in ("EHLO a.com", *commands, "QUIT")).encode())
+            return "\n".join(client.read_all())
+
+    def trusts(self) -> bool:
+        """Whether a context with default values trusts the certificate for tests."""
+        with Server(ssl_context="test") as server, Smtp(server) as client:
+            return client.starttls(context=ssl.create_default_context())[0] == 220
+
+    @property
+    def monkeypatch(self) -> Any:
+        def setattr(*arguments: Any) -> None:
+            self.stack.enter_context(mock.patch.object(*arguments))
+
+        def setenv(name: str, value: str) -> None:
+            self.stack.enter_context(mock.patch.dict(os.environ, {name: value.replace("ca.pem", str(self.pem))}))
+
+        return types.SimpleNamespace(setattr=setattr, setenv=setenv)
+
+    def run_code(self, code: str) -> None:
+        """Run an expression, which may await something, and give its value the name that the code has for it."""
+        name, _, expression = code.rpartition(" = ") if re.match(r"\w+ = ", code) else ("value", "", code)
+        value = eval(compile(expression, code, "eval", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), self.names)
+        if inspect.iscoroutine(value):
+            value = asyncio.run(value)
+        self.names["value"] = self.names[name] = value
+
+    def test_each_row(self) -> None:
+        text = (HERE / "README.md").read_text(encoding="utf-8").partition("<summary>Coming from aiosmtpd")[2]
+        cells = re.findall(r"^\| .* \| (`.*) \|$", text.partition("</details>")[0], re.MULTILINE)
+        groups = [group for cell in cells for group in re.split("(?<=`); (?=`)", cell)]  # each with a server of its own
+        expected = [tuple(part.strip() for part in row.split(" | ")) for row in COMING_FROM.strip().splitlines()]
+        for group in groups:
+            with contextlib.ExitStack() as self.stack:
+                self.serve()
+                for code in re.findall("`(.*?)`", group.replace("`-saveCa`", "")):
+                    (start, check), *expected = expected
+                    with self.subTest(code), contextlib.redirect_stdout(io.StringIO()):
+                        self.assertTrue(code.startswith(start), start)
+                        self.run_code(code)
+                        self.assertTrue(eval(check, self.names), check)
+        self.assertEqual(expected, [])
+
+
 if __name__ == "__main__":
     unittest.main()
