@@ -3124,17 +3124,16 @@ tfHJ1NZ1B68KtE8rkipd+HWV81SeI+E3I28zKdg/VVgX4/BSPOUCV4S0kIv5i5lMvDx6O64pLXzEKyuv
 """
 
 
-def _make_pem(name: str) -> str:
-    """A certificate, or the private key as if it were one."""
+def _make_pem(name: str, kind: str = "CERTIFICATE") -> str:
     import base64
-    import ssl
     import zlib
 
     parts = zlib.decompress(base64.b64decode(_TEST_CERTIFICATES)).split(b"|next|")
-    return ssl.DER_cert_to_PEM_cert(parts[("ca", "private", *_TEST_CONTEXTS).index(name)])
+    text = base64.encodebytes(parts[("ca", "key", *_TEST_CONTEXTS).index(name)]).decode()
+    return f"-----BEGIN {kind}-----\n{text}-----END {kind}-----\n"
 
 
-_ca_pem = functools.partial(_make_pem, "ca")  # what clients trust
+_ca_pem = functools.partial(_make_pem, "ca")  # what clients are to trust
 
 
 @functools.cache
@@ -3143,10 +3142,9 @@ def _load_test_context(name: str) -> ssl.SSLContext:
     import tempfile
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    pem = _make_pem(name) + _make_pem("private").replace("CERTIFICATE", "EC PRIVATE KEY")
-    system: Any = os
+    pem = _make_pem(name) + _make_pem("key", "EC PRIVATE KEY")
     # Python loads keys from files alone: from one in memory, if the system has that, or from one that only we can read.
-    with contextlib.suppress(AttributeError, OSError), open(system.memfd_create("smtpmock"), "w") as file:
+    with contextlib.suppress(KeyError, OSError), open(vars(os)["memfd_create"]("smtpmock"), "w") as file:
         file.write(pem)
         file.flush()
         context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
@@ -4528,8 +4526,6 @@ def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
 def _take_options(given: dict[str, Any]) -> dict[str, Any]:
     """Take the options of a server out of the values of the flags."""
     options = {name: given.pop(name) for name in list(given) if name not in _OWN_FLAGS}
-    if given.get("dev"):
-        options = _DEV_OPTIONS | options
     if "log" in given:
         options |= dict.fromkeys(_LOG_OPTIONS, given["log"])
     tls_cert, tls_key = given.pop("tls_cert", ""), given.pop("tls_key", "")
@@ -4696,7 +4692,8 @@ def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
         _Printer()(_format_help(everything=own.get("help_all", False)))
     else:
         options = _take_options(own)
-        own = (_DEV_FLAGS if own.get("dev") else {}) | own
+        if own.get("dev"):
+            options, own = _DEV_OPTIONS | options, _DEV_FLAGS | own
         server = Server(**options)
         if path := own.get("save_ca"):
             if options.get("ssl_context") not in _TEST_CONTEXTS:
