@@ -1686,7 +1686,7 @@ class Rule:
 
     def _use(self, wanted: Collection[str], *, counts: bool) -> tuple[dict[str, Any], _Function | None]:
         """The aspects that are wanted; counts a use if there are any. Called with the lock of the rules."""
-        if self._skipped < self._skip:  # whether newer rules leave anything to decide or not
+        if self._skipped < self._skip:  # whether newer rules have decided everything or not
             self._skipped += counts
             return {}, None
         uses, function = self._uses, self._function if "reply" in wanted else None
@@ -1708,7 +1708,8 @@ class Rule:
         return f"; the nearest command was {_shorten(nearest[0])}" if nearest else ""
 
     def __repr__(self) -> str:
-        return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits>"
+        skipped = f", {self._skipped} of {self._skip} skipped" if self._skip else ""
+        return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits{skipped}>"
 
 
 class _Rules:
@@ -3238,7 +3239,7 @@ class _Connection(socketserver.BaseRequestHandler):
                 self.session.note_early_input()
         if is_logged:
             self.log.activity("SMTP response: ", reply.text if reply.data else "none")
-        self.is_over = reply.next in (_Next.CLOSE, _Next.RESET)
+        self.is_over = reply.next is not None and reply.next in (_Next.CLOSE, _Next.RESET)
         if not reply.trickle:
             self.unsent += reply.data
         elif not self._trickle(reply):
@@ -3932,7 +3933,7 @@ class Server:
         return Rule(self._rules, stage, match, skip, times, probability, after)
 
     def client_context(self) -> ssl.SSLContext:
-        """For clients: a new context, which trusts the certificates for tests. Else it is a ServerStateError."""
+        """A new context for clients, which trusts the certificates for tests. ServerStateError if there is none."""
         if not isinstance(self._options.ssl_context, str):
             raise ServerStateError(f'{self!r} has no certificate for tests; ssl_context="test" gives it one')
         import ssl
@@ -4139,7 +4140,7 @@ _OWN_FLAGS = {
     "rule": _option([], _RULES, "make the server fail; can be repeated"),
     "tls_cert": _option("", _FILE, "PEM file with its chain, or test, expired or wrong host; turns on STARTTLS"),
     "tls_key": _option("", _FILE, "PEM file with the key, unless the other file has it"),
-    "save_ca": _option("", _FILE, "write the certificate that clients of -tlsCert=test trust to this new file"),
+    "save_ca": _option("", _FILE, "new file for the certificate that clients of -tlsCert=test are to trust"),
     "dev": _option(False, _FLAG, "for development: keep_all, lenient_addresses, extensions, any login, -show, -http=0"),
     "version": _option(False, _FLAG, "print the version and exit; also -v"),
     "help": _option(False, _FLAG, "print this and exit; also -h"),

@@ -2999,7 +2999,10 @@ class RuleTest(ServerCase):
 
             self.assertEqual(sum(in_threads(*[count] * 30)), 50)
             self.assertEqual((rule.hits, other.hits), (50, 0))
-            self.assertEqual(told(server), "<Rule for NOOP: 0 hits> was never hit; the nearest command was 'NOOP'")
+            self.assertEqual(
+                told(server),
+                "<Rule for NOOP: 0 hits, 600 of 600 skipped> was never hit; the nearest command was 'NOOP'",
+            )
 
     def test_the_third_connection(self) -> None:
         with Server() as server:
@@ -4741,7 +4744,6 @@ stray                   => stray: there is no such flag
 -extensions=AUTH        => -extensions: AUTH is announced with the option -authUsers
 -tlsCert=none.pem       => -tlsCert='none.pem'{MORE}No such file or directory{MORE}
 -tlsKey=none.pem        => -tlsKey='none.pem': needs -tlsCert=FILE
--tlsCert=test.          => -tlsCert='test.'{MORE}No such file or directory{MORE}
 -saveCa=ca.pem          => -saveCa='ca.pem': needs -tlsCert=test
 -authUsers=**           => -authUsers='**': must be a mapping{MORE}
 -implicitTls            => -implicitTls=True: needs -tlsCert
@@ -4826,6 +4828,7 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual(parse_flags(f"-tlsCert={name}", "-authUsers=*"), {"ssl_context": name, "auth_users": "*"})
             error = "smtpmock: -tlsKey='key.pem': needs -tlsCert=FILE\n"
             self.assertEqual(call_main(f"-tlsCert={name}", "-tlsKey=key.pem"), (2, "", error))
+        self.assertIn("No such file", call_main("-tlsCert=./test")[2])
 
     def test_version(self) -> None:
         for flag in ("-v", "--version"):
