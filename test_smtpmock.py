@@ -27,6 +27,7 @@ import linecache
 import logging
 import os
 import pickle
+import pprint
 import pydoc
 import queue
 import random
@@ -100,11 +101,12 @@ class Memory:
             options["ssl_context"] = mock.Mock(spec=ssl.SSLContext)
         configuration = Configuration(**options)
         self.recorder = Recorder()
+        self.clock = 1600000000.25  # seconds since the epoch
         self.delays: list[float] = []  # before each reply
         self.recorded: list[int] = []  # how many messages there were when each reply was about to be sent
-        self._mailbox = smtpmock._Mailbox(lambda: 1600000000.25)
+        self._mailbox = smtpmock._Mailbox()
         self._rules = smtpmock._Rules(configuration.seed)
-        context = smtpmock._Context(
+        self._context = smtpmock._Context(
             configuration,
             smtpmock._Handlers(configuration, handlers),
             self._mailbox,
@@ -113,11 +115,16 @@ class Memory:
             on_message,
             on_unaccepted,
         )
-        self._session = smtpmock._Session(context, peer)
+        self._peer = peer
+        self.begin()
         if line_limit is not None:
             self._session._line_limit = line_limit
         self.add_rules(self, rules)
         self.say(*lines)
+
+    def begin(self) -> None:
+        """Another session begins."""
+        self._session = smtpmock._Session(self._context, self._peer)
 
     @staticmethod
     def add_rules(server: Any, rules: Iterable[str]) -> None:
@@ -152,11 +159,12 @@ class Memory:
         return serve.call_args.args[2]
 
     def greet(self) -> list[str]:
-        return self._read(self._session.greet())
+        return self._read(self._session.greet(self.clock))
 
-    def feed(self, data: bytes) -> list[str]:
+    def feed(self, *pieces: bytes) -> list[str]:
         """Receive bytes; the lines that the server says to them, and how it ends the connection, if it does."""
-        return [line for reply in self._session.receive(data) for line in self._read(reply)]
+        replies = (reply for data in pieces for reply in self._session.receive(data, self.clock))
+        return [line for reply in replies for line in self._read(reply)]
 
     def _read(self, reply: smtpmock._Reply) -> list[str]:
         self.delays.append(reply.delay)
@@ -179,6 +187,11 @@ class Memory:
                 break
         self.end()
 
+    @staticmethod
+    def discards(message: Message) -> list[tuple[str, str]]:
+        """What was accepted and not kept, as a warning says it."""
+        return list(message._find_discards())
+
     CODES: ClassVar[Mapping[str, tuple[str, str, str]]] = smtpmock._VIOLATIONS
 
     @staticmethod
@@ -187,7 +200,7 @@ class Memory:
         return message._findings
 
     def replies(self, data: bytes) -> list[smtpmock._Reply]:
-        return list(self._session.receive(data))
+        return list(self._session.receive(data, self.clock))
 
     def say(self, *lines: str) -> list[str]:
         """Receive lines, without their ends; what the server says to all of them."""
@@ -195,11 +208,12 @@ class Memory:
 
     def secure(self) -> None:
         """The TLS handshake succeeds."""
-        self._session.secure("TLSv1.3", "AES")
+        self._session.secure("TLSv1.3", "AES", self.clock)
 
     def end(self, farewell: str | None = None) -> None:
         """The connection ends."""
-        self._session.end(*() if farewell is None else (None, farewell, None, "<closed>"))
+        reply = None if farewell is None else smtpmock._Reply(farewell, next=smtpmock._Next.CLOSE)
+        self._session.end(reply, self.clock)
 
     @property
     def is_in_body(self) -> bool:
@@ -214,6 +228,9 @@ class Memory:
     def kept_lines(self) -> list[str]:
         """The command lines that the server keeps."""
         return list(self._session.commands)
+
+    def wait(self, count: int, timeout: float) -> object:
+        return self._mailbox.wait(count, timeout, None, purge=False)
 
     def messages(self, *, purge: bool = False) -> list[Message]:
         return self._mailbox.messages(purge=purge)
@@ -433,11 +450,66 @@ class ServerCase(unittest.TestCase):
 # ------------------------------------------------------------------------------------- text tables
 
 
+class Row(NamedTuple):
+    """A row of a table: what is given, what is expected of it, and options of its own."""
+
+    given: list[str]
+    expected: str
+    options: dict[str, Any]
+
+    @property
+    def pattern(self) -> str:
+        """A pattern for what is expected, in which {MORE} is anything."""
+        return rf"(?s)\A{'.+'.join(map(re.escape, self.expected.split('{MORE}')))}\Z"
+
+
 class Entry(NamedTuple):
     """An entry of a table: its options, its rules among them, and its lines."""
 
     options: dict[str, Any]
     lines: list[str]
+
+    @property
+    def rows(self) -> list[Row]:
+        return list(map(read_row, re.sub("\n {4}", " ", "\n".join(self.lines)).split("\n")))
+
+
+# What the rows of all tables call by these names: one name stands for one or more items.
+SHORT = {
+    "HELLO": ENVELOPE[0],
+    "MAIL": ENVELOPE[1],
+    "RCPT": ENVELOPE[2],
+    "ENVELOPE": "HELLO | MAIL | RCPT | DATA",
+    "SEND": "MAIL | RCPT | DATA | hi | .",
+    "DATE": "Date: Fri, 21 Nov 1997 09:55:06 -0600",
+    "FROM": "From: a@example.com",
+    "ID": "Message-ID: <1@example.com>",
+    "HEAD": "DATE | FROM | To: b@example.com | ID",
+    "MIME": "MIME-Version: 1.0",
+    "MIXED": "MIME | Content-Type: multipart/mixed; boundary=x",
+    "END": ". | QUIT",
+}
+
+
+def read_items(text: str) -> list[str]:
+    """What stands between |; an item can be empty, and a | can be at the end of a line."""
+    return re.sub(r"\|(?= \|)", "| ", text.strip("\n").replace("\n", " ")).split(" | ") if text else []
+
+
+def read_pieces(items: Iterable[str]) -> list[bytes]:
+    """What the client sends, and waits for the reply to: lines, or bytes with escapes, where an item begins with R:.
+
+    An item that begins with + comes in one piece with the one before it.
+    """
+    pieces: list[bytes] = []
+    for item in items:
+        text = item.removeprefix("+ ").replace("CTE: ", "Content-Transfer-Encoding: ")
+        if text in SHORT:
+            parts = read_pieces(read_items(SHORT[text]))
+        else:
+            parts = [read_escapes(text[2:]) if text.startswith("R:") else text.encode() + b"\r\n"]
+        pieces[-1:] = [pieces[-1] + parts[0], *parts[1:]] if item.startswith("+ ") else [*pieces[-1:], *parts]
+    return pieces
 
 
 def read_options(text: str) -> dict[str, Any]:
@@ -459,11 +531,16 @@ def read_line(line: str) -> str:
     return re.sub(r"\{b64 ([^{}]*)\}", lambda match: base64.b64encode(read_escapes(match[1])).decode(), line)
 
 
-def read_errors(text: str) -> Iterator[tuple[str, str]]:
-    """The rows of a table of what is refused, and of patterns for the errors, in which {MORE} is anything."""
-    for row in text.strip().splitlines():
-        refused, error = (part.strip() for part in row.split(" => "))
-        yield refused, rf"(?s)\A{'.+'.join(map(re.escape, error.split('{MORE}')))}\Z"
+def read_row(text: str) -> Row:
+    text, *options = re.split("  -- ", text)
+    match = re.fullmatch("(?:(.*?) +)?=>(?: (.*))?", text)
+    assert match is not None, f"no => in {text}"
+    return Row(read_items(match[1] or ""), match[2] or "", read_options(", ".join(options)))
+
+
+def read_rows(text: str) -> list[Row]:
+    """The rows of a table without titles."""
+    return read_table(f"== \n{text.strip()}")[""].rows
 
 
 def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType({})) -> dict[str, Entry]:
@@ -474,9 +551,10 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
     -- rule: STAGE: ACTION        a rule, as on the command line
     + a prefix                    the options and lines of an entry of another table, or of this one
     # a heading                   for the reader only
+    given | given => expected     a row, which goes on in lines that are indented by 4
 
-    or else one for the user of the table. Options, rules and a prefix can stand beside the title. Empty lines at the
-    end of an entry do not count.
+    or else a line of a dialogue or of a mail. Options, rules and a prefix can stand beside the title, and options
+    beside a row. Empty lines at the end of an entry do not count.
     """
     table: dict[str, Entry] = {}
     for part in re.split("^== ", text, flags=re.MULTILINE)[1:]:
@@ -661,7 +739,7 @@ C: NOOP {x*4090}  S: 500 Line too long
 C: NOOP           S: 250 Ok
 == a long line is answered before it ends
 R: {x*4096}           S: 500 Line too long
-R: {y*50000}
+R: {y*5000}
 R: {z*9}\r\nNOOP\r\n  S: 250 Ok
 
 # ---- Texts of one's own
@@ -957,7 +1035,7 @@ C: DATA  S: 354 go  S: <closed>
 == rule: bytes that are no reply  -- rule: NOOP: raw \x21 garbage\r\n250 and more\r\n; times=1
 C: NOOP  S: ! garbage  S: 250 and more
 C: NOOP  S: 250 Ok
-== rule: a delay and a trickle change no reply  -- rule: NOOP: delay 0.001  -- rule: *: trickle 0.0001  + envelope
+== rule: a delay and a trickle change no reply  -- rule: NOOP: delay 0.001  -- rule: NOOP: trickle 0.0001  + envelope
 C: NOOP  S: 250 Ok
 == rule: a delay leaves a text without a code as it is  -- msg_mailfrom_received="nonsense"  -- rule: MAIL: delay 0.001
 + hello
@@ -994,53 +1072,52 @@ rule: a body shorter than that is not cut | rule: bytes that are no reply |
 rule: a delay and a trickle change no reply | rule: silence
 """
 
-# The options that are texts, with other options and the lines whose last reply is that text. An on_message
-# of None is one that cannot be called.
-TEXTS = """
-msg_greeting
-msg_invalid_cmd                    | | FOO
-msg_invalid_cmd_helo_arg           | | HELO
-msg_helo_blacklisted_domain        | blacklisted_helo_domains=["a.com"] | HELO a.com
-msg_helo_received                  | | HELO a.com
-msg_invalid_cmd_mailfrom_sequence  | | MAIL FROM:<a@a.com>
-msg_invalid_cmd_mailfrom_arg       | | HELO a.com / MAIL FROM:a
-msg_mailfrom_blacklisted_email     | blacklisted_mailfrom_emails=["a@a.com"] | HELO a.com / MAIL FROM:a@a.com
-msg_mailfrom_received              | | HELO a.com / MAIL FROM:a@a.com
-msg_invalid_cmd_rcptto_sequence    | | RCPT TO:<a@a.com>
-msg_invalid_cmd_rcptto_arg         | | HELO a.com / MAIL FROM:<> / RCPT TO:a
-msg_rcptto_blacklisted_email       | blacklisted_rcptto_emails=["b@b.com"] | HELO a.com / MAIL FROM:<> / RCPT TO:b@b.com
-msg_rcptto_not_registered_email    | not_registered_emails=["b@b.com"] | HELO a.com / MAIL FROM:<> / RCPT TO:b@b.com
-msg_rcptto_received                | | HELO a.com / MAIL FROM:<> / RCPT TO:b@b.com
-msg_invalid_cmd_data_sequence      | | DATA
-msg_data_received                  | | HELO a.com / MAIL FROM:<> / RCPT TO:b@b.com / DATA
-msg_msg_size_is_too_big            | msg_size_limit=1 | HELO a.com / MAIL FROM:<> / RCPT TO:b@b.com / DATA / x / .
-msg_msg_received                   | | HELO a.com / MAIL FROM:<> / RCPT TO:b@b.com / DATA / x / .
-msg_msg_failed                     | on_message=None | HELO a.com / MAIL FROM:<> / RCPT TO:b@b.com / DATA / x / .
-msg_invalid_cmd_rset_sequence      | | RSET
-msg_invalid_cmd_rset_arg           | | HELO a.com / RSET x
-msg_rset_received                  | | HELO a.com / RSET
-msg_noop_received                  | | NOOP
-msg_quit_cmd                       | | QUIT
-msg_vrfy_received                  | extensions=["VRFY"] | VRFY bob
-msg_expn_received                  | extensions=["EXPN"] | EXPN list
-msg_help_received                  | extensions=["HELP"] | HELP
-msg_line_too_long                  | | {x*5000}
-msg_unknown_parameter              | extensions=["DSN"] | EHLO a.com / MAIL FROM:<> X=1
-msg_bdat_received                  | extensions=["CHUNKING"] | HELO a.com / MAIL FROM:<> / RCPT TO:b@b.com / BDAT 0
-msg_invalid_cmd_bdat_arg           | extensions=["CHUNKING"] | HELO a.com / MAIL FROM:<> / RCPT TO:b@b.com / BDAT
-msg_auth_received                  | auth_users={"u": ""} | HELO a.com / AUTH PLAIN {b64 \\0u\\0}
-msg_auth_failed                    | auth_users={"u": ""} | HELO a.com / AUTH PLAIN {b64 \\0v\\0}
-msg_auth_cancelled                 | auth_users={} | HELO a.com / AUTH LOGIN / *
-msg_auth_bad_response              | auth_users={} | HELO a.com / AUTH PLAIN x
-msg_auth_unknown_mechanism         | auth_users={} | HELO a.com / AUTH X
-msg_auth_sequence                  | auth_users={} | AUTH LOGIN
-msg_auth_required                  | auth_users={}, auth_required=True | HELO a.com / MAIL FROM:<>
-msg_auth_tls_required              | auth_users={}, ssl_context=True, auth_requires_tls=True | HELO a.com / AUTH PLAIN x
-msg_starttls_received              | ssl_context=True | HELO a.com / STARTTLS
-msg_invalid_cmd_starttls_arg       | ssl_context=True | HELO a.com / STARTTLS x
-msg_tls_required                   | ssl_context=True, tls_required=True | RSET
-msg_violation                      | strict=True | EHLO a.com / MAIL FROM:<a@a.com> / RCPT TO:<b@b.com> / DATA / .
-"""
+# The lines whose last reply is the text of an option. An on_message of None is one that cannot be called.
+TEXTS = read_rows(r"""
+=> msg_greeting
+FOO => msg_invalid_cmd
+HELO => msg_invalid_cmd_helo_arg
+HELO a.com => msg_helo_blacklisted_domain  -- blacklisted_helo_domains=["a.com"]
+HELO a.com => msg_helo_received
+MAIL FROM:<a@a.com> => msg_invalid_cmd_mailfrom_sequence
+HELO a.com | MAIL FROM:a => msg_invalid_cmd_mailfrom_arg
+HELO a.com | MAIL FROM:a@a.com => msg_mailfrom_blacklisted_email  -- blacklisted_mailfrom_emails=["a@a.com"]
+HELO a.com | MAIL FROM:a@a.com => msg_mailfrom_received
+RCPT TO:<a@a.com> => msg_invalid_cmd_rcptto_sequence
+HELO a.com | MAIL FROM:<> | RCPT TO:a => msg_invalid_cmd_rcptto_arg
+HELO a.com | MAIL FROM:<> | RCPT TO:b@b.com => msg_rcptto_blacklisted_email  -- blacklisted_rcptto_emails=["b@b.com"]
+HELO a.com | MAIL FROM:<> | RCPT TO:b@b.com => msg_rcptto_not_registered_email  -- not_registered_emails=["b@b.com"]
+HELO a.com | MAIL FROM:<> | RCPT TO:b@b.com => msg_rcptto_received
+DATA => msg_invalid_cmd_data_sequence
+HELO a.com | MAIL FROM:<> | RCPT TO:b@b.com | DATA => msg_data_received
+HELO a.com | MAIL FROM:<> | RCPT TO:b@b.com | DATA | x | . => msg_msg_size_is_too_big  -- msg_size_limit=1
+HELO a.com | MAIL FROM:<> | RCPT TO:b@b.com | DATA | x | . => msg_msg_received
+HELO a.com | MAIL FROM:<> | RCPT TO:b@b.com | DATA | x | . => msg_msg_failed  -- on_message=None
+RSET => msg_invalid_cmd_rset_sequence
+HELO a.com | RSET x => msg_invalid_cmd_rset_arg
+HELO a.com | RSET => msg_rset_received
+NOOP => msg_noop_received
+QUIT => msg_quit_cmd
+VRFY bob => msg_vrfy_received  -- extensions=["VRFY"]
+EXPN list => msg_expn_received  -- extensions=["EXPN"]
+HELP => msg_help_received  -- extensions=["HELP"]
+{x*5000} => msg_line_too_long
+EHLO a.com | MAIL FROM:<> X=1 => msg_unknown_parameter  -- extensions=["DSN"]
+HELO a.com | MAIL FROM:<> | RCPT TO:b@b.com | BDAT 0 => msg_bdat_received  -- extensions=["CHUNKING"]
+HELO a.com | MAIL FROM:<> | RCPT TO:b@b.com | BDAT => msg_invalid_cmd_bdat_arg  -- extensions=["CHUNKING"]
+HELO a.com | AUTH PLAIN {b64 \0u\0} => msg_auth_received  -- auth_users={"u": ""}
+HELO a.com | AUTH PLAIN {b64 \0v\0} => msg_auth_failed  -- auth_users={"u": ""}
+HELO a.com | AUTH LOGIN | * => msg_auth_cancelled  -- auth_users={}
+HELO a.com | AUTH PLAIN x => msg_auth_bad_response  -- auth_users={}
+HELO a.com | AUTH X => msg_auth_unknown_mechanism  -- auth_users={}
+AUTH LOGIN => msg_auth_sequence  -- auth_users={}
+HELO a.com | MAIL FROM:<> => msg_auth_required  -- auth_users={}, auth_required=True
+HELO a.com | AUTH PLAIN x => msg_auth_tls_required  -- auth_users={}, ssl_context=True, auth_requires_tls=True
+HELO a.com | STARTTLS => msg_starttls_received  -- ssl_context=True
+HELO a.com | STARTTLS x => msg_invalid_cmd_starttls_arg  -- ssl_context=True
+RSET => msg_tls_required  -- ssl_context=True, tls_required=True
+EHLO a.com | MAIL FROM:<a@a.com> | RCPT TO:<b@b.com> | DATA | . => msg_violation  -- strict=True
+""")
 # Those of which other tests say more.
 OTHER_TEXTS = ["msg_invalid_cmd_helo_sequence", "msg_invalid_cmd_starttls_sequence"]
 OTHER_TEXTS += ["msg_session_timeout", "msg_server_shutdown"]
@@ -1079,7 +1156,7 @@ class DialogueTest(unittest.TestCase):
         self.assertGreater(transcripts, 10)
 
     def test_through_a_socket(self) -> None:
-        for title in map(str.strip, THROUGH_A_SOCKET.split("|")):
+        for title in read_items(THROUGH_A_SOCKET):
             options = DIALOGUES[title].options.copy()
             rules = options.pop("rules", ())
             with self.subTest(title), Server(**options) as server:
@@ -1095,20 +1172,19 @@ class DialogueTest(unittest.TestCase):
 
     def test_each_text(self) -> None:
         """Its default, and others. With fail_fast, each refusal ends the session, and nothing else does."""
-        for row in TEXTS.strip().splitlines():
-            option, options, lines = (part.strip() for part in f"{row} | |".split("|")[:3])
+        for lines, option, options in TEXTS:
             default = getattr(Configuration(), option)
             ends = ["<closed>"] * (default[0] in "45" or option == "msg_quit_cmd")
             for text in ("299 custom", "custom", *([] if "{" in default else [default])):
                 with self.subTest(option, text=text):
-                    memory = Memory(**{**read_options(options), option: text}, fail_fast=True)
-                    said = memory.greet() + memory.say(*(read_line(line) for line in lines.split(" / ") if line))
+                    memory = Memory(**{**options, option: text}, fail_fast=True)
+                    said = memory.greet() + memory.say(*lines)
                     self.assertEqual(said[-1 - len(ends) :], [text, *ends])
 
     def test_all_texts_have_a_dialogue(self) -> None:
         texts = [field.name for field in dataclasses.fields(Configuration) if field.name.startswith("msg_")]
         texts.remove("msg_size_limit")
-        self.assertCountEqual(re.findall(r"^\w+", TEXTS, re.MULTILINE) + OTHER_TEXTS, texts)
+        self.assertCountEqual([row.expected for row in TEXTS] + OTHER_TEXTS, texts)
 
     def test_each_delay(self) -> None:
         names = ["helo", "mailfrom", "rcptto", "data", "message", "rset", "noop", "quit"]
@@ -1121,7 +1197,7 @@ class DialogueTest(unittest.TestCase):
 
     GARBAGE: Sequence[bytes] = [
         b"EHLO a.com", b"HELO [1.2.3.4]", b"MAIL FROM:<a@a.com>", b"MAIL FROM:<>", b"RCPT TO:<b@b.com>", b"DATA", b".",
-        b"RSET", b"NOOP", b"QUIT", b"FOO", b"", b"\x00", b"\xff\xfe", b"\r", b" ", b"\t", b"x" * 5000, "дядя".encode(),
+        b"RSET", b"NOOP", b"QUIT", b"FOO", b"", b"\x00", b"\xff\xfe", b"\r", b" ", b"\t", b"x" * 600, "дядя".encode(),
     ]  # fmt: skip
 
     def make_garbage(self, rng: random.Random) -> bytes:
@@ -1129,7 +1205,7 @@ class DialogueTest(unittest.TestCase):
         for _ in range(rng.choice((0, 0, 0, 1, 3))):
             at = rng.randrange(len(line) + 1)
             line[at : at + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
-        return bytes(line).replace(b"\n", b"")[:6000]
+        return bytes(line).replace(b"\n", b"")
 
     def streams(self) -> Iterator[tuple[str, dict[str, Any], bytes]]:
         """The dialogues, and what no client would send, from a generator with a fixed seed."""
@@ -1140,14 +1216,14 @@ class DialogueTest(unittest.TestCase):
             rng = random.Random(seed)
             names = ("fail_fast", "multiple_rcptto", "multiple_message_receiving")
             options: dict[str, Any] = {name: rng.random() < 0.3 for name in names}
-            options["msg_size_limit"] = rng.choice((0, 20, 10_000))
-            lines = [self.make_garbage(rng) + rng.choice((b"\n", b"\r\n")) for _ in range(30)]
+            options |= {"msg_size_limit": rng.choice((0, 20, 10_000)), "line_limit": 512}
+            lines = [self.make_garbage(rng) + rng.choice((b"\n", b"\r\n")) for _ in range(20)]
             yield f"garbage {seed}", options, b"".join(lines)
 
     def converse(self, pieces: Iterable[bytes], options: dict[str, Any]) -> tuple[list[str], list[Any]]:
         """What the server says, and what it records, but for what only depends on the pieces."""
         memory = Memory(**options, tolerated=["pipelining", "data-before-354", "after-421"])
-        said = [line for piece in pieces for line in memory.feed(piece)]
+        said = memory.feed(*pieces)
         memory.end()
         for message in memory.messages():
             self.assertEqual(message.content.decode("utf-8", "surrogateescape"), message.msg_request)
@@ -1157,10 +1233,9 @@ class DialogueTest(unittest.TestCase):
     def test_the_pieces_that_bytes_come_in_do_not_matter(self) -> None:
         for title, options, stream in self.streams():
             whole = self.converse([stream], options)
-            for seed in range(3):
-                with self.subTest(title, seed=seed):
-                    rng = random.Random(seed)
-                    count = rng.choice((1, 3, 30, len(stream) - 1))
+            for count in (3, 30, sys.maxsize):
+                with self.subTest(title, count=count):
+                    rng = random.Random(count)
                     cuts = sorted(rng.sample(range(1, len(stream)), min(count, len(stream) - 1)))
                     pieces = [stream[i:j] for i, j in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
                     self.assertEqual(self.converse(pieces, options), whole)
@@ -1169,215 +1244,181 @@ class DialogueTest(unittest.TestCase):
 # -------------------------------------------------------------------------------------- violations
 
 # What a client sends, and which codes the messages of the session then have, in order; x3 stands for three of a kind.
-# Items end in CRLF, except for those that begin with R: and have escapes. One that begins with + comes in one piece
-# with the item before it. Indented lines go on.
 VIOLATIONS = read_table(r"""
 == the default options
-clean: HELO a.example.com | NOOP {x*505} | MAIL | RCPT | DATA | HEAD | Subject: =?utf-8?q?{x*64}?= | X: {x*995} | |
-    {x*998} | .. | ... | ..hidden | a.b | END
-clean: HELLO | MAIL FROM:<> | RCPT TO:<Postmaster> | RSET | MAIL FROM:<@x.org,@y.org:a@example.com> |
-    RCPT TO:<@{a*40}.example.com,@{b*40}.example.com:b@example.com> | RSET |
-    MAIL FROM:<"a b>c"@example.com> | RCPT TO:<"b\"b"@example.com> | RSET | QUIT
-clean: EHLO [192.0.2.1] | MAIL FROM:<a@[192.0.2.1]> | RCPT TO:<b@[IPv6:2001:db8::1]> | RSET |
-    EHLO [IPv6:2001:db8::1] | QUIT
-clean: ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary="=_1" | | For the readers of 1990 | --=_1 |
+HELO a.example.com | NOOP {x*505} | MAIL | RCPT | DATA | HEAD | Subject: =?utf-8?q?{x*64}?= | X: {x*995} | | {x*998} |
+    .. | ... | ..hidden | a.b | END => clean
+HELLO | MAIL FROM:<> | RCPT TO:<Postmaster> | RSET | MAIL FROM:<@x.org,@y.org:a@example.com> |
+    RCPT TO:<@{a*40}.example.com,@{b*40}.example.com:b@example.com> | RSET | MAIL FROM:<"a b>c"@example.com> |
+    RCPT TO:<"b\"b"@example.com> | RSET | QUIT => clean
+EHLO [192.0.2.1] | MAIL FROM:<a@[192.0.2.1]> | RCPT TO:<b@[IPv6:2001:db8::1]> | RSET | EHLO [IPv6:2001:db8::1] | QUIT
+    => clean
+ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary="=_1" | | For the readers of 1990 | --=_1 |
     Content-Type: multipart/alternative; boundary="=_2" | | --=_2 | Content-Type: text/plain; charset=utf-8 |
     CTE: quoted-printable | | Gr=C3=BC=C3=9Fe = | an alle=20 | | --=_2 |
-    Content-Type: text/html; charset=iso-8859-15 | CTE: base64 | | PGI+R3L83zwvYj4= |
-    --=_2-- | | --=_1 | Content-Type: message/rfc822 | | Subject: one in the other |
-    Date: its faults are of others | | Hello | --=_1 | Content-Type: application/pdf; name*=utf-8''%C3%BC.pdf |
-    CTE: base64 (c) | Content-Disposition: attachment; filename*0*=utf-8''%C3%BC; filename*1=".pdf" | | {AAAA*19} |
-    AAAAAA== | --=_1-- | END
-clean: ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (CST) | From: =?utf-8?q?J=C3=BCrgen?= <a@example.com> |
+    Content-Type: text/html; charset=iso-8859-15 | CTE: base64 | | PGI+R3L83zwvYj4= | --=_2-- | | --=_1 |
+    Content-Type: message/rfc822 | | Subject: one in the other | Date: its faults are of others | | Hello | --=_1 |
+    Content-Type: application/pdf; name*=utf-8''%C3%BC.pdf | CTE: base64 (c) |
+    Content-Disposition: attachment; filename*0*=utf-8''%C3%BC; filename*1=".pdf" | | {AAAA*19} | AAAAAA== | --=_1-- |
+    END => clean
+ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (CST) | From: =?utf-8?q?J=C3=BCrgen?= <a@example.com> |
     Sender: =?iso-8859-1*en?Q?J=FCrgen?= (=?utf-8?b?w7w=?=) <a@example.com> |
-    To: "B, b" <b@example.com>, list: =?utf-8?b?w7w=?= <c@example.com>;, d@example.com |
-    Cc: undisclosed-recipients:; | Message-ID: |  <1@example.com> | Subject: =?utf-8?b?w7w=?= |
-    {SP}=?utf-8?q?=C3=BC_x?= and 1=?2 | | END
-clean: LHLO a.example.com | NOOP | HELP | HELLO | VRFY b | NOOP what | ehlo a.example.com | mail from:<a@example.com> |
-    rcpt to:<b@example.com> | QUIT
-clean: ENVELOPE | From: a@example | R:.com\nX
-clean: ENVELOPE | HEAD | MIME | Content-Type: multipart/digest; boundary="a'()+_,-./:=? 9" | | --a'()+_,-./:=? 9 | |
-    Subject: Hi | | Hello | --a'()+_,-./:=? 9-- | END
-bare-lf, bare-cr x2, nul-byte, long-command, command-space x2: R:EHLO a.example.com\n | R:NOOP a\rb\r\n |
-    R:NOOP\r\r\n | R:NOOP a\0b\r\n | NOOP {x*506} | R: NOOP\r\n | R:QUIT \r\n
-long-command, path-too-long, long-command, path-too-long, unannounced-parameter: HELLO |
-    MAIL FROM:<{a*600}@example.com> | RCPT TO:<{a*1100}@example.com> NOTIFY=NEVER | QUIT
-data-before-354: ENVELOPE | + DATE | + FROM | + ID | +  | + . | QUIT
-pipelining x2: HELLO | MAIL | + RCPT | + RSET | QUIT
-pipelining: ENVELOPE | HEAD | | . | + QUIT
-unknown-command x4: HELLO | FOO bar | FOO bar | QÜIT | | AUTH=PLAIN c2VjcmV0 | QUIT
-no-hello: MAIL | QUIT
-hello-invalid, no-hello, hello-invalid x2: EHLO my_host | MAIL | EHLO | EHLO a.example.com here | QUIT
-unannounced-command x5: HELLO | STARTTLS | AUTH PLAIN AHUAcA== | MAIL | RCPT | BDAT 5 | ETRN a.example.com | RSET |
-    HELO a.example.com | AUTH LOGIN | QUIT
-nested-mail: HELLO | MAIL | MAIL FROM:<b@example.com> | QUIT
-path-syntax x8: HELLO | MAIL FROM: <a@example.com> | RSET | MAIL FROM:a@example.com | RCPT TO:Bob <b@example.com> |
-    RCPT TO:<a@b@example.com> | RCPT TO:<> | RCPT TO:<b@example..com> | RCPT <b@example.com> |
-    RSET | R:MAIL FROM:<a\x01b@example.com>\r\n | QUIT
-path-too-long x2, undeclared-utf8, path-too-long x2, undeclared-utf8: HELLO | MAIL FROM:<{a*65}@example.com> | RSET |
-    MAIL FROM:<{a*64}@example.com> | RCPT TO:<{ä*65}@{b.*10}example.com> | RCPT TO:<a@{bcde.*49}example.com> | RSET |
-    MAIL FROM:<{ü*40}@example.com> | QUIT
-unstuffed-dot, bare-cr, nul-byte, long-line: ENVELOPE | HEAD | | .hidden | R:a\rb\r\n | R:a\0b\r\n | {x*999} | END
-bare-lf, false-end: ENVELOPE | HEAD | | R:a\n.\r\n | END
-bare-cr, false-end: ENVELOPE | HEAD | | R:a\r.\rb\r\n | END
-false-end, bare-lf: ENVELOPE | HEAD | | R:a\r\n.\nb\r\n | END
-8bit-unannounced: ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 |
-    CTE: 8bit | | Grüße | END
-header-syntax, header-missing x2, no-message-id: ENVELOPE | Hello | END
-header-syntax, header-missing x2, no-message-id: ENVELOPE | R: Hello\r\n | END
-header-syntax: ENVELOPE | HEAD | Subject : Hi | | END
-header-raw, header-duplicate x2: ENVELOPE | HEAD | X: Grüße | Subject: a | subject: b | TO: c@example.com |
-    Comments: a | Comments: b | | END
-bad-date, bad-message-id: ENVELOPE | Date: Ven, 21 nov 1997 09:55:06 GMT | FROM | Message-ID: <1> | | END
-bad-date: ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 GMT | FROM | ID | | END
-bad-address x5: ENVELOPE | DATE | From: =?utf-8?q?J=C3=BCrgen_=3Ca=40example=2Ecom=3E?= |
-    Sender: Doe, John <a@example.com> | Reply-To: bob | To: | Cc: <a@example.com | ID | | END
-no-mime-version: ENVELOPE | HEAD | Content-Type: text/plain; charset=utf-8 | CTE: 7bit | | END
-encoded-word x9, encoded-word-long: ENVELOPE | DATE | From: =?utf-8?q?J?=<a@example.com> | ID | X-1: =?utf-8?q??= |
-    X-2: =?utf-8?b?w7w?= | X-3: =?utf-8?q?=C3?= | X-4: =?utf-8?q?a b?= | X-5: =?nothing?q?ab?= |
-    X-6: a=?utf-8?q?ab?= | X-7: =?utf-8?x?ab?= | X-8: =?utf-8?q?caf=?= |
-    X-9: =?utf-8?q?{x*65}?= | | END
-encoded-parameter: ENVELOPE | HEAD | MIME | Content-Type: text/plain |
-    Content-Disposition: attachment; filename="=?utf-8?q?=C3=BC?=" | | END
-bad-content-type: ENVELOPE | HEAD | MIME | Content-Type: text | | END
-bad-boundary: ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed | | Hello | END
-bad-boundary: ENVELOPE | HEAD | MIXED | | Hello | END
-bad-boundary: ENVELOPE | HEAD | MIXED | | --x | | Hello | END
-bad-boundary: ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary={x*71} | | --{x*71} | | Hello |
-    --{x*71}-- | END
-bad-encoding x2: ENVELOPE | HEAD | MIXED | | --x | CTE: utf-8 | | Hello | --x | CTE: binary | | Hello | --x-- | END
-bad-encoding: ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | Hello | --x-- | END
-bad-base64 x3: ENVELOPE | HEAD | MIXED | | --x | CTE: base64 | | Hello! | --x | CTE: base64 | | AAA | --x |
-    CTE: base64 | | {AAAA*20} | --x-- | END
-8bit-unannounced, bad-quoted-printable x4: ENVELOPE | HEAD | MIXED | | --x | CTE: quoted-printable | | 1 = 1 | --x |
-    CTE: quoted-printable | | Grüße | --x | CTE: quoted-printable | | {x*79} |
-    --x | CTE: quoted-printable | | trailing{SP} | | --x-- | END
-wrong-charset x3: ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 |
-    CTE: quoted-printable | | =FC | --x | Content-Type: text/html; charset=nothing | | Hello |
-    --x | CTE: base64 | | w7w= | --x-- | END
-clean: ENVELOPE | Date: (c) fri, 21 nov 1997 09:55 -0600 (a (b) c) | FROM | Message-ID: (c) <a@b.c> (c (d)) (e) | | END
-clean: ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/global-headers | CTE: base64 | | YQ== | --x-- | END
-bad-date: ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | FROM | ID | | END
-bad-date: ENVELOPE | Date: 31 Feb 2025 09:55:06 -0600 | FROM | ID | | END
-bad-date: ENVELOPE | Date: 21 Nov 1997 09:55:06 +0099 | FROM | ID | | END
-hello-not-fqdn x2, hello-invalid x4: EHLO vm | HELO localhost | EHLO 192.0.2.1 | EHLO bücher.example |
-    EHLO [999.1.1.1] | EHLO [foo:bar] | QUIT
-unstuffed-dot, false-end, bare-lf: ENVELOPE | HEAD | | .foo | R:.\nbar\r\n | END
-8bit-unannounced, header-syntax, header-raw: ENVELOPE | HEAD | MIXED | | --x | hi there | --x |
-    Content-Type: image/png; name="ä" | | --x-- | END
+    To: "B, b" <b@example.com>, list: =?utf-8?b?w7w=?= <c@example.com>;, d@example.com | Cc: undisclosed-recipients:; |
+    Message-ID: |  <1@example.com> | Subject: =?utf-8?b?w7w=?= | {SP}=?utf-8?q?=C3=BC_x?= and 1=?2 | | END => clean
+LHLO a.example.com | NOOP | HELP | HELLO | VRFY b | NOOP what | ehlo a.example.com | mail from:<a@example.com> |
+    rcpt to:<b@example.com> | QUIT => clean
+ENVELOPE | From: a@example | R:.com\nX => clean
+ENVELOPE | HEAD | MIME | Content-Type: multipart/digest; boundary="a'()+_,-./:=? 9" | | --a'()+_,-./:=? 9 | |
+    Subject: Hi | | Hello | --a'()+_,-./:=? 9-- | END => clean
+R:EHLO a.example.com\n | R:NOOP a\rb\r\n | R:NOOP\r\r\n | R:NOOP a\0b\r\n | NOOP {x*506} | R: NOOP\r\n | R:QUIT \r\n
+    => bare-lf, bare-cr x2, nul-byte, long-command, command-space x2
+HELLO | MAIL FROM:<{a*600}@example.com> | RCPT TO:<{a*1100}@example.com> NOTIFY=NEVER | QUIT
+    => long-command, path-too-long, long-command, path-too-long, unannounced-parameter
+ENVELOPE | + DATE | + FROM | + ID | +  | + . | QUIT => data-before-354
+HELLO | MAIL | + RCPT | + RSET | QUIT => pipelining x2
+ENVELOPE | HEAD | | . | + QUIT => pipelining
+HELLO | FOO bar | FOO bar | QÜIT | | AUTH=PLAIN c2VjcmV0 | QUIT => unknown-command x4
+MAIL | QUIT => no-hello
+EHLO my_host | MAIL | EHLO | EHLO a.example.com here | QUIT => hello-invalid, no-hello, hello-invalid x2
+HELLO | STARTTLS | AUTH PLAIN AHUAcA== | MAIL | RCPT | BDAT 5 | ETRN a.example.com | RSET | HELO a.example.com |
+    AUTH LOGIN | QUIT => unannounced-command x5
+HELLO | MAIL | MAIL FROM:<b@example.com> | QUIT => nested-mail
+HELLO | MAIL FROM: <a@example.com> | RSET | MAIL FROM:a@example.com | RCPT TO:Bob <b@example.com> |
+    RCPT TO:<a@b@example.com> | RCPT TO:<> | RCPT TO:<b@example..com> | RCPT <b@example.com> | RSET |
+    R:MAIL FROM:<a\x01b@example.com>\r\n | QUIT => path-syntax x8
+HELLO | MAIL FROM:<{a*65}@example.com> | RSET | MAIL FROM:<{a*64}@example.com> | RCPT TO:<{ä*65}@{b.*10}example.com> |
+    RCPT TO:<a@{bcde.*49}example.com> | RSET | MAIL FROM:<{ü*40}@example.com> | QUIT
+    => path-too-long x2, undeclared-utf8, path-too-long x2, undeclared-utf8
+ENVELOPE | HEAD | | .hidden | R:a\rb\r\n | R:a\0b\r\n | {x*999} | END => unstuffed-dot, bare-cr, nul-byte, long-line
+ENVELOPE | HEAD | | R:a\n.\r\n | END => bare-lf, false-end
+ENVELOPE | HEAD | | R:a\r.\rb\r\n | END => bare-cr, false-end
+ENVELOPE | HEAD | | R:a\r\n.\nb\r\n | END => false-end, bare-lf
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | Grüße | END => 8bit-unannounced
+ENVELOPE | Hello | END => header-syntax, header-missing x2, no-message-id
+ENVELOPE | R: Hello\r\n | END => header-syntax, header-missing x2, no-message-id
+ENVELOPE | HEAD | Subject : Hi | | END => header-syntax
+ENVELOPE | HEAD | X: Grüße | Subject: a | subject: b | TO: c@example.com | Comments: a | Comments: b | | END
+    => header-raw, header-duplicate x2
+ENVELOPE | Date: Ven, 21 nov 1997 09:55:06 GMT | FROM | Message-ID: <1> | | END => bad-date, bad-message-id
+ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 GMT | FROM | ID | | END => bad-date
+ENVELOPE | DATE | From: =?utf-8?q?J=C3=BCrgen_=3Ca=40example=2Ecom=3E?= | Sender: Doe, John <a@example.com> |
+    Reply-To: bob | To: | Cc: <a@example.com | ID | | END => bad-address x5
+ENVELOPE | HEAD | Content-Type: text/plain; charset=utf-8 | CTE: 7bit | | END => no-mime-version
+ENVELOPE | DATE | From: =?utf-8?q?J?=<a@example.com> | ID | X-1: =?utf-8?q??= | X-2: =?utf-8?b?w7w?= |
+    X-3: =?utf-8?q?=C3?= | X-4: =?utf-8?q?a b?= | X-5: =?nothing?q?ab?= | X-6: a=?utf-8?q?ab?= | X-7: =?utf-8?x?ab?= |
+    X-8: =?utf-8?q?caf=?= | X-9: =?utf-8?q?{x*65}?= | | END => encoded-word x9, encoded-word-long
+ENVELOPE | HEAD | MIME | Content-Type: text/plain | Content-Disposition: attachment; filename="=?utf-8?q?=C3=BC?=" | |
+    END => encoded-parameter
+ENVELOPE | HEAD | MIME | Content-Type: text | | END => bad-content-type
+ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed | | Hello | END => bad-boundary
+ENVELOPE | HEAD | MIXED | | Hello | END => bad-boundary
+ENVELOPE | HEAD | MIXED | | --x | | Hello | END => bad-boundary
+ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary={x*71} | | --{x*71} | | Hello | --{x*71}-- | END
+    => bad-boundary
+ENVELOPE | HEAD | MIXED | | --x | CTE: utf-8 | | Hello | --x | CTE: binary | | Hello | --x-- | END => bad-encoding x2
+ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | Hello | --x-- | END => bad-encoding
+ENVELOPE | HEAD | MIXED | | --x | CTE: base64 | | Hello! | --x | CTE: base64 | | AAA | --x | CTE: base64 | |
+    {AAAA*20} | --x-- | END => bad-base64 x3
+ENVELOPE | HEAD | MIXED | | --x | CTE: quoted-printable | | 1 = 1 | --x | CTE: quoted-printable | | Grüße | --x |
+    CTE: quoted-printable | | {x*79} | --x | CTE: quoted-printable | | trailing{SP} | | --x-- | END
+    => 8bit-unannounced, bad-quoted-printable x4
+ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 | CTE: quoted-printable | | =FC | --x |
+    Content-Type: text/html; charset=nothing | | Hello | --x | CTE: base64 | | w7w= | --x-- | END => wrong-charset x3
+ENVELOPE | Date: (c) fri, 21 nov 1997 09:55 -0600 (a (b) c) | FROM | Message-ID: (c) <a@b.c> (c (d)) (e) | | END
+    => clean
+ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/global-headers | CTE: base64 | | YQ== | --x-- | END => clean
+ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | FROM | ID | | END => bad-date
+ENVELOPE | Date: 31 Feb 2025 09:55:06 -0600 | FROM | ID | | END => bad-date
+ENVELOPE | Date: 21 Nov 1997 09:55:06 +0099 | FROM | ID | | END => bad-date
+EHLO vm | HELO localhost | EHLO 192.0.2.1 | EHLO bücher.example | EHLO [999.1.1.1] | EHLO [foo:bar] | QUIT
+    => hello-not-fqdn x2, hello-invalid x4
+ENVELOPE | HEAD | | .foo | R:.\nbar\r\n | END => unstuffed-dot, false-end, bare-lf
+ENVELOPE | HEAD | MIXED | | --x | hi there | --x | Content-Type: image/png; name="ä" | | --x-- | END
+    => 8bit-unannounced, header-syntax, header-raw
 == SIZE and an extension of one's own  -- extensions=["SIZE", "FOO"]
-unannounced-parameter x4: HELLO | MAIL FROM:<a@example.com> SIZE=10 BODY=8BITMIME |
-    MAIL FROM:<a@example.com> SIZE=10 FOO=1 | RCPT TO:<b@example.com> NOTIFY=NEVER | RSET | HELO a.example.com |
-    MAIL FROM:<a@example.com> SIZE=10 | MAIL FROM:<a@example.com> BODY=BINARYMIME | QUIT
-clean: HELLO | MAIL FROM:<a@example.com> SIZE=117 | RCPT | DATA | HEAD | | Hello | END
-clean: HELLO | MAIL FROM:<a@example.com> SIZE=115 | RCPT | DATA | HEAD | | Hello | END
-size-understated: HELLO | MAIL FROM:<a@example.com> SIZE=107 | RCPT | DATA | HEAD | | END
+HELLO | MAIL FROM:<a@example.com> SIZE=10 BODY=8BITMIME | MAIL FROM:<a@example.com> SIZE=10 FOO=1 |
+    RCPT TO:<b@example.com> NOTIFY=NEVER | RSET | HELO a.example.com | MAIL FROM:<a@example.com> SIZE=10 |
+    MAIL FROM:<a@example.com> BODY=BINARYMIME | QUIT => unannounced-parameter x4
+HELLO | MAIL FROM:<a@example.com> SIZE=117 | RCPT | DATA | HEAD | | Hello | END => clean
+HELLO | MAIL FROM:<a@example.com> SIZE=115 | RCPT | DATA | HEAD | | Hello | END => clean
+HELLO | MAIL FROM:<a@example.com> SIZE=107 | RCPT | DATA | HEAD | | END => size-understated
 == what is tolerated  -- tolerated=["unknown-command", "hello-not-fqdn"]
-clean: EHLO a | FOO | QUIT
+EHLO a | FOO | QUIT => clean
 == PIPELINING, CHUNKING and AUTH  -- extensions=["PIPELINING", "CHUNKING"], auth_users={"u": "p"}
-clean: HELLO | MAIL | + RCPT | + DATA | HEAD | | Hello |
-    R:.\r\nMAIL FROM:<c@example.com>\r\nRCPT TO:<d@example.com>\r\nDATA\r\n | HEAD | | Hello | . | + QUIT
-clean: HELLO | MAIL | RSET | + MAIL | + RCPT | + QUIT
-data-before-354: ENVELOPE | + DATE | + FROM | + ID | +  | + . | QUIT
-pipelining: HELLO | + QUIT
-pipelining-order x2: HELLO | HELLO | + NOOP | + QUIT
-clean: HELLO | AUTH PLAIN AHUAcA== | + MAIL | + RSET | + QUIT
-pipelining-order x2: HELLO | AUTH LOGIN | + dQ== | + cA== | QUIT
-clean: HELLO | MAIL | + RCPT | + R:BDAT 110\r\n | + DATE | + FROM | + To: b@example.com | + ID | +  |
-    R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT
+HELLO | MAIL | + RCPT | + DATA | HEAD | | Hello |
+    R:.\r\nMAIL FROM:<c@example.com>\r\nRCPT TO:<d@example.com>\r\nDATA\r\n | HEAD | | Hello | . | + QUIT => clean
+HELLO | MAIL | RSET | + MAIL | + RCPT | + QUIT => clean
+ENVELOPE | + DATE | + FROM | + ID | +  | + . | QUIT => data-before-354
+HELLO | + QUIT => pipelining
+HELLO | HELLO | + NOOP | + QUIT => pipelining-order x2
+HELLO | AUTH PLAIN AHUAcA== | + MAIL | + RSET | + QUIT => clean
+HELLO | AUTH LOGIN | + dQ== | + cA== | QUIT => pipelining-order x2
+HELLO | MAIL | + RCPT | + R:BDAT 110\r\n | + DATE | + FROM | + To: b@example.com | + ID | +  |
+    R:BDAT 11 LAST\r\n.\r\n.Hello\r\n | QUIT => clean
 == a sender refused
--- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"], msg_mailfrom_blacklisted_email="550 No"
-clean: HELLO | MAIL | + RCPT | + DATA | RSET | QUIT
-bad-sequence, no-recipient: ENVELOPE | QUIT
-== a recipient refused  -- extensions=["PIPELINING"], not_registered_emails=["b@example.com"]
-clean: HELLO | MAIL | + RCPT | + DATA | RSET | + MAIL FROM:<c@example.com> | + RCPT TO:<c@example.com> | + DATA |
-    HEAD | | END
-no-recipient: ENVELOPE | QUIT
-== a 421  -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@example.com"]
-clean: HELLO | MAIL | + RCPT | + DATA | QUIT
-after-421 x2: HELLO | MAIL | RSET | NOOP | QUIT
+-- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@a.com"], msg_mailfrom_blacklisted_email="550 No"
+HELLO | MAIL | + RCPT | + DATA | RSET | QUIT => clean
+ENVELOPE | QUIT => bad-sequence, no-recipient
+== a recipient refused  -- extensions=["PIPELINING"], not_registered_emails=["b@b.com"]
+HELLO | MAIL | + RCPT | + DATA | RSET | + MAIL FROM:<c@example.com> | + RCPT TO:<c@example.com> | + DATA | HEAD | | END
+    => clean
+ENVELOPE | QUIT => no-recipient
+== a 421  -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@a.com"]
+HELLO | MAIL | + RCPT | + DATA | QUIT => clean
+HELLO | MAIL | RSET | NOOP | QUIT => after-421 x2
 == 8BITMIME  -- extensions=["8BITMIME"]
-clean: HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | MIME |
-    Content-Type: text/plain; charset="utf-8" | CTE: 8bit | | Grüße | END
-clean: HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | Content-Type: text/html; |
-    CTE: 8bit | MIME | | Grüße | END
-8bit-undeclared, 8bit-in-7bit: ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | | Grüße | END
+HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | MIME |
+    Content-Type: text/plain; charset="utf-8" | CTE: 8bit | | Grüße | END => clean
+HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | Content-Type: text/html; | CTE: 8bit | MIME | |
+    Grüße | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | | Grüße | END => 8bit-undeclared, 8bit-in-7bit
 == STARTTLS  -- ssl_context=True
-clean: HELLO | STARTTLS | ENVELOPE | HEAD | | END
-no-hello-after-tls: HELLO | STARTTLS | MAIL | QUIT
-pipelining: HELLO | STARTTLS | + EHLO b.example.com | HELLO | QUIT
-unannounced-command: HELLO | STARTTLS | HELLO | STARTTLS | QUIT
-superfluous-argument x4: HELLO | STARTTLS now | MAIL | RCPT | DATA BODY=8BITMIME | RSET all | QUIT please | QUIT
+HELLO | STARTTLS | ENVELOPE | HEAD | | END => clean
+HELLO | STARTTLS | MAIL | QUIT => no-hello-after-tls
+HELLO | STARTTLS | + EHLO b.example.com | HELLO | QUIT => pipelining
+HELLO | STARTTLS | HELLO | STARTTLS | QUIT => unannounced-command
+HELLO | STARTTLS now | MAIL | RCPT | DATA BODY=8BITMIME | RSET all | QUIT please | QUIT => superfluous-argument x4
 == STARTTLS and AUTH, several mails  -- ssl_context=True, auth_users={"u": "p"}, auth_requires_tls=True
 -- multiple_message_receiving=True, multiple_rcptto=True
-clean: HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | RSET | MAIL | RCPT |
-    RCPT TO:<c@example.com> | DATA | HEAD | | END
+HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | RSET | MAIL | RCPT |
+    RCPT TO:<c@example.com> | DATA | HEAD | | END => clean
 == AUTH  -- auth_users={"u": "p"}
-clean: HELLO | AUTH PLAIN | * | AUTH XOAUTH2 | {YWJj*900} | AUTH LOGIN | dQ== | cA== |
-    MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT
-long-command, unannounced-mechanism, bad-sequence x2: HELLO | AUTH XOAUTH2 {YWJj*900} | AUTH NTLM AAAA | RCPT | MAIL |
-    AUTH PLAIN AHUAcA== | RSET | QUIT
+HELLO | AUTH PLAIN | * | AUTH XOAUTH2 | {YWJj*900} | AUTH LOGIN | dQ== | cA== |
+    MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT => clean
+HELLO | AUTH XOAUTH2 {YWJj*900} | AUTH NTLM AAAA | RCPT | MAIL | AUTH PLAIN AHUAcA== | RSET | QUIT
+    => long-command, unannounced-mechanism, bad-sequence x2
 == SMTPUTF8, 8BITMIME, DSN, DELIVERBY, FUTURERELEASE and XCLIENT
 -- extensions=["SMTPUTF8", "8BITMIME", "DSN", "DELIVERBY", "FUTURERELEASE 100 100", "XCLIENT"]
-undeclared-utf8 x2: HELLO | MAIL FROM:<jürgen@example.com> SMTPUTF8 | RSET | MAIL FROM:<jürgen@example.com> | RSET |
-    MAIL | RCPT TO:<jürgen@example.com> | QUIT
-clean: HELLO | MAIL FROM:<jürgen@exämple.com> SMTPUTF8 BODY=8BITMIME | RCPT TO:<jürgen@exämple.com> | DATA | HEAD |
-    Subject: Grüße | | END
-clean: HELLO | XCLIENT NAME=a | MAIL FROM:<a@example.com> RET=HDRS ENVID=QQ314159 BY=120;R HOLDFOR=120 |
-    RCPT TO:<b@example.com> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;b@example.com | RSET | QUIT
+HELLO | MAIL FROM:<jürgen@example.com> SMTPUTF8 | RSET | MAIL FROM:<jürgen@example.com> | RSET | MAIL |
+    RCPT TO:<jürgen@example.com> | QUIT => undeclared-utf8 x2
+HELLO | MAIL FROM:<jürgen@exämple.com> SMTPUTF8 BODY=8BITMIME | RCPT TO:<jürgen@exämple.com> | DATA | HEAD |
+    Subject: Grüße | | END => clean
+HELLO | XCLIENT NAME=a | MAIL FROM:<a@example.com> RET=HDRS ENVID=QQ314159 BY=120;R HOLDFOR=120 |
+    RCPT TO:<b@example.com> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;b@example.com | RSET | QUIT => clean
 == DATA refused  -- msg_data_received="554 No"
-clean: ENVELOPE | RSET | QUIT
+ENVELOPE | RSET | QUIT => clean
 == a mail refused  -- msg_msg_received="451 Later"
-clean: ENVELOPE | HEAD | | . | MAIL | RCPT | DATA | HEAD | | END
+ENVELOPE | HEAD | | . | MAIL | RCPT | DATA | HEAD | | END => clean
 == a mail that is too large  -- msg_size_limit=10
-clean: ENVELOPE | HEAD | END
+ENVELOPE | HEAD | END => clean
 == several recipients  -- multiple_rcptto=True
-clean: ENVELOPE | HEAD | Bcc: B <b@example.com> | | END
-bcc-disclosed: HELLO | MAIL | RCPT | RCPT TO:<c@example.com> | DATA | HEAD | Bcc: C <c@example.com> | | END
+ENVELOPE | HEAD | Bcc: B <b@b.com> | | END => clean
+HELLO | MAIL | RCPT | RCPT TO:<c@example.com> | DATA | HEAD | Bcc: C <c@example.com> | | END => bcc-disclosed
 == a 421 as the greeting  -- msg_greeting="421 Too busy"
-after-421: HELLO | QUIT
+HELLO | QUIT => after-421
 == DATA refused for now  -- extensions=["PIPELINING"], msg_data_received="451 Later"
-data-after-refusal: ENVELOPE | HEAD | QUIT | | R:Hello\n | . | QUIT
-pipelining-order, data-after-refusal: ENVELOPE | + DATE | +  | + . | QUIT
+ENVELOPE | HEAD | QUIT | | R:Hello\n | . | QUIT => data-after-refusal
+ENVELOPE | + DATE | +  | + . | QUIT => pipelining-order, data-after-refusal
 == AUTH where STARTTLS is offered  -- auth_users={"u": "p"}, ssl_context=True
-auth-in-clear x2: HELLO | AUTH PLAIN AHUAcAA= | auth login | dQ== | cA== | QUIT
+HELLO | AUTH PLAIN AHUAcAA= | auth login | dQ== | cA== | QUIT => auth-in-clear x2
 == BINARYMIME  -- extensions=["CHUNKING", "BINARYMIME", "8BITMIME"]
-clean: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | R:BDAT 164 LAST\r\n | + DATE | + FROM | + ID | + MIME |
-    + CTE: binary | +  | + R:\0\n\xff\r\n | QUIT
-bad-sequence, bare-lf: HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | DATA | HEAD | | R:a\n\r\n | END
-bad-sequence: HELLO | MAIL | RCPT | R:BDAT 3\r\nabc | DATA | QUIT
-== no recipient, and a lone dot  -- not_registered_emails=["b@example.com"]  -- rule: DATA: reply 354 Go on
-no-recipient: HELLO | MAIL | RCPT | DATA | END
+HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | R:BDAT 164 LAST\r\n | + DATE | + FROM | + ID | + MIME |
+    + CTE: binary | +  | + R:\0\n\xff\r\n | QUIT => clean
+HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | DATA | HEAD | | R:a\n\r\n | END => bad-sequence, bare-lf
+HELLO | MAIL | RCPT | R:BDAT 3\r\nabc | DATA | QUIT => bad-sequence
+== no recipient, and a lone dot  -- not_registered_emails=["b@b.com"]  -- rule: DATA: reply 354 Go on
+HELLO | MAIL | RCPT | DATA | END => no-recipient
 """)
-SHORT = {
-    "HELLO": "EHLO a.example.com",
-    "MAIL": "MAIL FROM:<a@example.com>",
-    "RCPT": "RCPT TO:<b@example.com>",
-    "ENVELOPE": "HELLO | MAIL | RCPT | DATA",
-    "DATE": "Date: Fri, 21 Nov 1997 09:55:06 -0600",
-    "FROM": "From: a@example.com",
-    "ID": "Message-ID: <1@example.com>",
-    "HEAD": "DATE | FROM | To: b@example.com | ID",
-    "MIME": "MIME-Version: 1.0",
-    "MIXED": "MIME | Content-Type: multipart/mixed; boundary=x",
-    "END": ". | QUIT",
-}
-
-
-def read_items(text: str) -> list[str]:
-    items = [part for item in text.split(" | ") for part in (read_items(SHORT[item]) if item in SHORT else [item])]
-    return [item.replace("CTE: ", "Content-Transfer-Encoding: ") for item in items]
-
-
-def read_pieces(text: str) -> list[bytes]:
-    """What the client sends, and waits for the reply to."""
-    pieces: list[bytes] = []
-    for item in read_items(text.replace("| + ", "| +").replace("| |", "|  |")):
-        follows, raw = item.startswith("+"), item.removeprefix("+")
-        raw = SHORT.get(raw, raw)
-        data = read_escapes(raw[2:]) if raw.startswith("R:") else raw.encode() + b"\r\n"
-        pieces[-1:] = [pieces[-1] + data] if follows else [*pieces[-1:], data]
-    return pieces
 
 
 def list_codes(messages: Iterable[Message]) -> list[str]:
@@ -1386,14 +1427,13 @@ def list_codes(messages: Iterable[Message]) -> list[str]:
 
 
 class ViolationTest(ServerCase):
-    def rows(self) -> Iterator[tuple[str, dict[str, Any], list[str], list[bytes]]]:
+    def rows(self) -> Iterator[tuple[Row, dict[str, Any], list[str], list[bytes]]]:
         """A row, its options, the expected codes, and what the client sends."""
         for entry in VIOLATIONS.values():
-            for line in re.sub("\n {4}", " ", "\n".join(entry.lines)).split("\n"):
-                expected, _, text = line.partition(": ")
-                counted = [f"{code} x1".split(" x")[:2] for code in expected.split(", ") if code != "clean"]
+            for row in entry.rows:
+                counted = [f"{code} x1".split(" x")[:2] for code in row.expected.split(", ") if code != "clean"]
                 codes = [code for code, count in counted for _ in range(int(count))]
-                yield line, entry.options, codes, read_pieces(text)
+                yield row, entry.options, codes, read_pieces(row.given)
 
     def test_the_table(self) -> None:
         """Each piece as a whole and, where it is but a line, in parts."""
@@ -1474,7 +1514,7 @@ class ViolationTest(ServerCase):
 
     def test_what_is_recorded_already_does_not_change(self) -> None:
         """Even if more comes before its reply is sent."""
-        server, client, _ = self.serve("message: delay 0.3")
+        server, client, _ = self.serve("message: delay 0.2")
         for line in (*ENVELOPE, "DATA"):
             client.ask(line)
         client.send(b"hi\r\n.\r\n")
@@ -1494,12 +1534,13 @@ class ViolationTest(ServerCase):
                 client.ask("QUIT")
             self.assertEqual(list_codes(server.messages()), ["early-talker"])
 
-    def test_of_a_truncated_dialogue_only_the_mail_is_checked(self) -> None:
+    def test_of_a_truncated_dialogue_what_is_left_is_checked(self) -> None:
         memory = Memory("EHLO vm", "MAIL FROM:<ü@a.com> SMTPUTF8", "RCPT TO:<b@b.com>", extensions=["SMTPUTF8"])
         memory.say(*["FOO"] * 11000, "DATA", "From: ü@a.com", "", "hi", ".")
         message = memory.message()
-        self.assertEqual(list_codes([message]), ["header-missing", "no-message-id"])
-        self.assertIn("S: <truncated>", message.transcript)
+        codes = ["hello-not-fqdn", "unknown-command", "header-missing", "no-message-id"]
+        self.assertEqual(list_codes([message]), codes)
+        self.assertIn("C: <truncated>", message.transcript)
 
     def test_a_mail_with_so_many_recipients_that_the_dialogue_is_truncated(self) -> None:
         mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n%b\r\nhi\r\n.\r\n"
@@ -1510,7 +1551,7 @@ class ViolationTest(ServerCase):
 
     def test_large_ones(self) -> None:
         """They raise nothing and take time that is linear in their size, or this would last for minutes."""
-        nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\r\n\r\n--b%d\r\n" % (i, i) for i in range(500))
+        nested = b"".join(b"Content-Type: multipart/mixed; boundary=b%d\r\n\r\n--b%d\r\n" % (i, i) for i in range(250))
         for content in (
             nested,
             b"".join(b"X-%d: =?utf-8?q?x?=\r\n" % i for i in range(10_000)),
@@ -1531,120 +1572,129 @@ class ViolationTest(ServerCase):
 # ---------------------------------------------------------------------------------------- messages
 
 # What a session says, and what its messages then keep: in the form of summarize(), and with + between messages.
-# HELO, MAIL, RCPT, DATA, and SEND for a whole mail (BDAT for one in chunks), stand for lines and what is kept of them.
+# HELLO, MAIL, RCPT, DATA, SEND, and BDAT for a mail in chunks, stand for what is kept of these.
 RECORDS = read_table(r"""
 == one message, one recipient
-HELO, SEND, QUIT => HELO, SEND, quit
+HELLO | SEND | QUIT => HELLO | SEND | quit
 nonsense =>
-HELO, SEND, HELO b.com => HELO b.com 250
-HELO, SEND, RSET, NOOP, HELO => HELO
-HELO, SEND, MAIL => HELO, MAIL
-HELO, NOOP, RSET, NOOP, MAIL => HELO, MAIL
-HELO, SEND, RCPT TO:<c@c.com> => HELO, MAIL, RCPT TO:<c@c.com> 250
-HELO, SEND, RCPT TO:<bad> => HELO, MAIL, RCPT TO:<bad> 501
-HELO, SEND, NOOP, DATA, new, . => HELO, MAIL, RCPT, DATA, new 250, noop
-HELO, SEND, DATA x => HELO, MAIL, RCPT, DATA x 502
-HELO, SEND, RSET => HELO, RSET 250
-HELO, SEND, RSET x => HELO, RSET x 502
-HELO, SEND, FOO, NOOPX => HELO, SEND
-HELO, SEND, SEND => HELO, SEND
-HELO, SEND, RSET, SEND, QUIT => HELO, SEND, quit
-HELO, MAIL, RCPT, DATA, half => HELO, MAIL, RCPT, DATA, half
+HELLO | SEND | HELO b.com => HELO b.com 250
+HELLO | SEND | RSET | NOOP | HELLO => HELLO
+HELLO | SEND | MAIL => HELLO | MAIL
+HELLO | NOOP | RSET | NOOP | MAIL => HELLO | MAIL
+HELLO | SEND | RCPT TO:<c@c.com> => HELLO | MAIL | RCPT TO:<c@c.com> 250
+HELLO | SEND | RCPT TO:<bad> => HELLO | MAIL | RCPT TO:<bad> 501
+HELLO | SEND | NOOP | DATA | new | . => HELLO | MAIL | RCPT | DATA | new 250 | noop
+HELLO | SEND | DATA x => HELLO | MAIL | RCPT | DATA x 502
+HELLO | SEND | RSET => HELLO | RSET 250
+HELLO | SEND | RSET x => HELLO | RSET x 502
+HELLO | SEND | FOO | NOOPX => HELLO | SEND
+HELLO | SEND | SEND => HELLO | SEND
+HELLO | SEND | RSET | SEND | QUIT => HELLO | SEND | quit
+HELLO | MAIL | RCPT | DATA | half => HELLO | MAIL | RCPT | DATA | half
 == one message, several recipients  -- multiple_rcptto=True
-HELO, MAIL, RCPT, RCPT TO:<bad>, RCPT TO:<c@c.com> => HELO, MAIL, RCPT, RCPT TO:<bad> 501, RCPT TO:<c@c.com> 250
-HELO, SEND, RCPT TO:<c@c.com> => HELO, MAIL, RCPT, RCPT TO:<c@c.com> 250, DATA, hi 250
-HELO, MAIL, RCPT, MAIL, RCPT TO:<c@c.com> => HELO, MAIL, RCPT TO:<c@c.com> 250
-HELO, SEND, SEND => HELO, SEND
+HELLO | MAIL | RCPT | RCPT TO:<bad> | RCPT TO:<c@c.com>
+    => HELLO | MAIL | RCPT | RCPT TO:<bad> 501 | RCPT TO:<c@c.com> 250
+HELLO | SEND | RCPT TO:<c@c.com> => HELLO | MAIL | RCPT | RCPT TO:<c@c.com> 250 | DATA | hi 250
+HELLO | MAIL | RCPT | MAIL | RCPT TO:<c@c.com> => HELLO | MAIL | RCPT TO:<c@c.com> 250
+HELLO | SEND | SEND => HELLO | SEND
 == several messages, one recipient  -- multiple_message_receiving=True
-HELO, SEND, SEND, QUIT => HELO, SEND + HELO, SEND, quit
-HELO, SEND, RSET, NOOP, QUIT => HELO, SEND, RSET 250, noop, quit
-HELO, SEND, EHLO => HELO, SEND + EHLO 501
-HELO, SEND, FOO => HELO, SEND + HELO
-HELO, SEND, RCPT TO:<c@c.com> => HELO, SEND + HELO, RCPT TO:<c@c.com> 503
-HELO, SEND, MAIL, RSET, QUIT => HELO, SEND + HELO, RSET 250, quit
-HELO, SEND, MAIL, RCPT, RCPT TO:<c@c.com>, DATA, hi, . => HELO, SEND + HELO, MAIL, RCPT TO:<c@c.com> 250, DATA, hi 250
+HELLO | SEND | SEND | QUIT => HELLO | SEND + HELLO | SEND | quit
+HELLO | SEND | RSET | NOOP | QUIT => HELLO | SEND | RSET 250 | noop | quit
+HELLO | SEND | EHLO => HELLO | SEND + EHLO 501
+HELLO | SEND | FOO => HELLO | SEND + HELLO
+HELLO | SEND | RCPT TO:<c@c.com> => HELLO | SEND + HELLO | RCPT TO:<c@c.com> 503
+HELLO | SEND | MAIL | RSET | QUIT => HELLO | SEND + HELLO | MAIL | RSET 250 | quit
+HELLO | MAIL | RSET x | NOOP | RSET | QUIT => HELLO | MAIL | RSET 250 | noop | quit
+HELLO | MAIL | RCPT | MAIL | RCPT => HELLO | MAIL | RCPT + HELLO | MAIL | RCPT
+HELLO | MAIL | RCPT | QUIT x | NOOP => HELLO | MAIL | RCPT | noop
+HELLO | MAIL | RCPT | EHLO | HELLO | SEND => HELLO | MAIL | RCPT + HELLO | SEND
+HELLO | MAIL | STARTTLS | SEND => HELLO | MAIL + HELLO | SEND
+HELLO | MAIL FROM:bad | MAIL <bad> | SEND | RSET => HELLO | MAIL FROM:bad 501 + HELLO + HELLO | SEND | RSET 250
+MAIL | HELLO | SEND => MAIL FROM:<a@a.com> 503 + HELLO | SEND
+HELLO | SEND | NOOP | FOO | SEND => HELLO | SEND | noop + HELLO | SEND
+HELLO | SEND | MAIL | RCPT | RCPT TO:<c@c.com> | DATA | hi | .
+    => HELLO | SEND + HELLO | MAIL | RCPT TO:<c@c.com> 250 | DATA | hi 250
 == several messages, several recipients  -- multiple_message_receiving=True, multiple_rcptto=True
-HELO, MAIL, RCPT, RCPT, DATA, hi, ., SEND => HELO, MAIL, RCPT, RCPT, DATA, hi 250 + HELO, SEND
+HELLO | MAIL | RCPT | RCPT | DATA | hi | . | SEND => HELLO | MAIL | RCPT | RCPT | DATA | hi 250 + HELLO | SEND
 == a refusal by a blacklist  -- blacklisted_mailfrom_emails=["a@a.com"]
-HELO, MAIL => HELO, MAIL FROM:<a@a.com> 421
+HELLO | MAIL => HELLO | MAIL FROM:<a@a.com> 421
 == a body that is too long is not kept  -- msg_size_limit=1
-HELO, SEND => HELO, MAIL, RCPT, DATA, 552
+HELLO | SEND => HELLO | MAIL | RCPT | DATA | 552
 == a body that is refused by its text is kept  -- msg_msg_received="451 no"
-HELO, SEND => HELO, MAIL, RCPT, DATA, hi 451
+HELLO | SEND => HELLO | MAIL | RCPT | DATA | hi 451
 == what rules made of a mail  -- rule: RCPT: reply 250 welcome  -- rule: message: reply 451 try later |
-HELO, MAIL, RCPT TO:<no body>, DATA, hi, ., NOOP => HELO, MAIL, RCPT TO:<no body> 250, DATA, hi 451, noop
+HELLO | MAIL | RCPT TO:<no body> | DATA | hi | . | NOOP => HELLO | MAIL | RCPT TO:<no body> 250 | DATA | hi 451 | noop
 == a body that a rule refuses ends its mail, which stays  -- multiple_message_receiving=True
 -- rule: message: reply 552 no; times=1
-HELO, SEND, RSET, SEND, NOOP => HELO, MAIL, RCPT, DATA, hi 552, RSET 250 + HELO, SEND, noop
+HELLO | SEND | RSET | SEND | NOOP => HELLO | MAIL | RCPT | DATA | hi 552 | RSET 250 + HELLO | SEND | noop
 == chunks  -- extensions=["CHUNKING"]
-HELO, MAIL, RCPT, BDAT 4, hi, BDAT 0 LAST => HELO, MAIL, RCPT, BDAT 0 LAST 250, hi 250
-HELO, MAIL, RCPT, BDAT 4, hi, RSET, MAIL, RCPT, BDAT 0 LAST => HELO, MAIL, RCPT, BDAT 0 LAST 250, 250
-HELO, MAIL, RCPT, BDAT 4, hi, HELO, MAIL, RCPT, DATA, new, . => HELO, MAIL, RCPT, DATA, new 250
-HELO, MAIL, RCPT, BDAT 4, hi, MAIL, RCPT, DATA, new, . => HELO, MAIL, RCPT, DATA, new 250
-BDAT 100 LAST, half => BDAT 100 LAST, half
-HELO, MAIL, RCPT, BDAT 4, hi, BDAT 10 LAST, half => HELO, MAIL, RCPT, BDAT 4 250, hihalf
+HELLO | MAIL | RCPT | BDAT 4 | hi | BDAT 0 LAST => HELLO | MAIL | RCPT | BDAT 0 LAST 250 | hi 250
+HELLO | MAIL | RCPT | BDAT 4 | hi | RSET | MAIL | RCPT | BDAT 0 LAST => HELLO | MAIL | RCPT | BDAT 0 LAST 250 | 250
+HELLO | MAIL | RCPT | BDAT 4 | hi | HELLO | MAIL | RCPT | DATA | new | . => HELLO | MAIL | RCPT | DATA | new 250
+HELLO | MAIL | RCPT | BDAT 4 | hi | MAIL | RCPT | DATA | new | . => HELLO | MAIL | RCPT | DATA | new 250
+BDAT 100 LAST | half => BDAT 100 LAST | half
+HELLO | MAIL | RCPT | BDAT 4 | hi | BDAT 10 LAST | half => HELLO | MAIL | RCPT | BDAT 4 250 | hihalf
 == chunks of several mails  -- extensions=["CHUNKING"], multiple_message_receiving=True
-HELO, MAIL, RCPT, BDAT 4 LAST, hi, MAIL, RCPT, BDAT 4 LAST, hi => HELO, BDAT + HELO, BDAT
+HELLO | MAIL | RCPT | BDAT 4 LAST | hi | MAIL | RCPT | BDAT 4 LAST | hi => HELLO | BDAT + HELLO | BDAT
+HELLO | MAIL | RCPT | BDAT 4 | hi | RSET | SEND => HELLO | MAIL | RCPT | BDAT 4 250 | hi | RSET 250 + HELLO | SEND
 """)
-SAID = {"HELO": ENVELOPE[:1], "MAIL": ENVELOPE[1:2], "RCPT": ENVELOPE[2:], "SEND": SEND}
-KEPT = {"HELO": "EHLO a.com 250", "MAIL": f"{ENVELOPE[1]} 250", "RCPT": f"{ENVELOPE[2]} 250", "DATA": "DATA 354"}
-KEPT["SEND"] = ", ".join([KEPT["MAIL"], KEPT["RCPT"], "DATA 354, hi 250"])
-KEPT["BDAT"] = ", ".join([KEPT["MAIL"], KEPT["RCPT"], "BDAT 4 LAST 250, hi 250"])
-
+KEPT = {"HELLO": "EHLO a.com 250", "MAIL": f"{ENVELOPE[1]} 250", "RCPT": f"{ENVELOPE[2]} 250", "DATA": "DATA 354"}
+KEPT["SEND"] = " | ".join([KEPT["MAIL"], KEPT["RCPT"], "DATA 354 | hi 250"])
+KEPT["BDAT"] = " | ".join([KEPT["MAIL"], KEPT["RCPT"], "BDAT 4 LAST 250 | hi 250"])
 
 # What a session says, and some attributes of its last message, as Python's keyword arguments.
 FACTS = read_table(r"""
 == each attribute
-HELO / SEND / NOOP / QUIT => helo_request="EHLO a.com", helo_response="250 Received", helo=True, esmtp=True
-HELO / SEND => mailfrom_request="MAIL FROM:<a@a.com>", mailfrom_response="250 Received", mailfrom=True
-HELO / SEND => mail_from="a@a.com", mailfrom_parameters={}, rcptto=True, rcpt_tos=["b@b.com"]
-HELO / SEND => rcptto_request_response=[("RCPT TO:<b@b.com>", "250 Received")]
-HELO / SEND => data_request="DATA", data_response="{READY}", data=True
-HELO / SEND => content=b"hi\r\n", msg_request="hi\r\n", msg_response="250 Received", msg=True
-HELO / SEND => rset_request="", rset_response="", rset=False, noop=False, quit_sent=False, is_consistent=True
-HELO / SEND / NOOP / QUIT => noop=True, quit_sent=True, id=1, peer=("192.0.2.1", 4321)
-HELO / SEND => auth_request="", auth_response="", auth=False, auth_user=None, auth_mechanism=None, tls=None
+HELLO | SEND | NOOP | QUIT => helo_request="EHLO a.com", helo_response="250 Received", helo=True, esmtp=True
+HELLO | SEND => mailfrom_request="MAIL FROM:<a@a.com>", mailfrom_response="250 Received", mailfrom=True
+HELLO | SEND => mail_from="a@a.com", mailfrom_parameters={}, rcptto=True, rcpt_tos=["b@b.com"]
+HELLO | SEND => rcptto_request_response=[("RCPT TO:<b@b.com>", "250 Received")]
+HELLO | SEND => data_request="DATA", data_response="{READY}", data=True
+HELLO | SEND => content=b"hi\r\n", msg_request="hi\r\n", msg_response="250 Received", msg=True
+HELLO | SEND => rset_request="", rset_response="", rset=False, noop=False, quit_sent=False, is_consistent=True
+HELLO | SEND | NOOP | QUIT => noop=True, quit_sent=True, id=1, peer=("192.0.2.1", 4321)
+HELLO | SEND => auth_request="", auth_response="", auth=False, auth_user=None, auth_mechanism=None, tls=None
 nonsense => helo=False, mail_from=None, rcpt_tos=[], content=b"", msg_request="", auth_user=None, is_consistent=False
-HELO / SEND / RSET => id=1, received_at=None
-HELO / SEND / RSET / SEND => id=2, is_consistent=True
+HELLO | SEND | RSET => id=1, received_at=None
+HELLO | SEND | RSET | SEND => id=2, is_consistent=True
 == each message has an id  -- multiple_message_receiving=True
-HELO / SEND / NOOP / SEND / RSET / MAIL FROM:nobody => id=3
+HELLO | SEND | NOOP | SEND | RSET | MAIL FROM:nobody => id=3
 == requests and senders
-Ehlo\ta.com => helo_request="Ehlo\ta.com"
- EHLO a.com \r => helo_request="EHLO a.com"
-HELO \xff => helo_request="HELO \udcff"
-HELO / MAIL FROM:<> => mail_from="", is_consistent=False
-HELO / MAIL FROM: John <j@x.com> => mail_from="j@x.com"
-HELO / MAIL FROM:j => mail_from=None
-HELO / MAIL / RCPT TO:nobody => received_at=None, received_header=""
-HELO a.com / SEND => esmtp=False
+R:Ehlo\ta.com\r\n => helo_request="Ehlo\ta.com"
+R: EHLO a.com \r\r\n => helo_request="EHLO a.com"
+R:HELO \xff\r\n => helo_request="HELO \udcff"
+HELLO | MAIL FROM:<> => mail_from="", is_consistent=False
+HELLO | MAIL FROM: John <j@x.com> => mail_from="j@x.com"
+HELLO | MAIL FROM:j => mail_from=None
+HELLO | MAIL | RCPT TO:nobody => received_at=None, received_header=""
+HELO a.com | SEND => esmtp=False
 == what only a rule accepted is taken apart  -- extensions=["SIZE"]
 -- rule: MAIL: reply 250 ok
 -- rule: RCPT: reply 250 ok
-HELO / MAIL FROM:<John> SIZE=10 => mail_from="John", mailfrom_parameters={"SIZE": "10"}
-HELO / MAIL / RCPT TO:<Jim Doe> X=1 Y => rcpt_tos=["Jim Doe"], rcptto_parameters=[{"X": "1", "Y": ""}]
+HELLO | MAIL FROM:<John> SIZE=10 => mail_from="John", mailfrom_parameters={"SIZE": "10"}
+HELLO | MAIL | RCPT TO:<Jim Doe> X=1 Y => rcpt_tos=["Jim Doe"], rcptto_parameters=[{"X": "1", "Y": ""}]
 == parameters  -- extensions=["SIZE", "SMTPUTF8", "DSN"], multiple_rcptto=True
-HELO / MAIL FROM:<a@a.com> SIZE=5 smtputf8 => mail_from="a@a.com", mailfrom_parameters={"SIZE": "5", "SMTPUTF8": ""}
-HELO / MAIL / RCPT TO:<b@b.com> NOTIFY=NEVER / RCPT => rcptto_parameters=[{"NOTIFY": "NEVER"}, {}]
+HELLO | MAIL FROM:<a@a.com> SIZE=5 smtputf8 => mail_from="a@a.com", mailfrom_parameters={"SIZE": "5", "SMTPUTF8": ""}
+HELLO | MAIL | RCPT TO:<b@b.com> NOTIFY=NEVER | RCPT => rcptto_parameters=[{"NOTIFY": "NEVER"}, {}]
 == consistent though a recipient was refused  -- multiple_rcptto=True
-HELO / MAIL / RCPT TO:<bad> / RCPT / DATA / hi / . => is_consistent=True
+HELLO | MAIL | RCPT TO:<bad> | RCPT | DATA | hi | . => is_consistent=True
 == inconsistent by the sender  -- rule: RCPT: reply 250 ok  -- rule: DATA: reply 354 go  -- rule: MAIL: reply 550 no
-HELO / SEND => is_consistent=False, data=True
+HELLO | SEND => is_consistent=False, data=True
 == inconsistent by the recipient  -- rule: DATA: reply 354 go  -- rule: RCPT: reply 550 no
-HELO / SEND => is_consistent=False, data=True
+HELLO | SEND => is_consistent=False, data=True
 == inconsistent by the body  -- rule: message: reply 550 no
-HELO / SEND => is_consistent=False, data=True, refusals=[("<4 bytes>", "550 no")]
+HELLO | SEND => is_consistent=False, data=True, refusals=[("<4 bytes>", "550 no")]
 == a mail that was taken, and then a close  -- rule: message: reply 250 got it; close
-HELO / SEND => is_consistent=True, msg_response="250 got it", id=1
+HELLO | SEND => is_consistent=True, msg_response="250 got it", id=1
 == logins  -- auth_users={"alice": "sécret", "bob": ""}
-HELO / auth plain {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_request="auth plain ***"
-HELO / AUTH PLAIN / {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_mechanism="PLAIN"
-HELO / AUTH LOGIN / {b64 alice} / {b64 sécret} => auth=True, auth_user="alice", auth_request="AUTH LOGIN"
-HELO / AUTH XOAUTH2 {b64 user=alice\1auth=Bearer sécret\1\1} => auth=True, auth_user="alice", auth_mechanism="XOAUTH2"
-HELO / AUTH XOAUTH2 {b64 user=bob\1auth=Bearer wrong\1\1} / * => auth=False, auth_user="bob", auth_mechanism="XOAUTH2"
-HELO / AUTH LOGIN {b64 alice} / {b64 sécret} => auth_mechanism="LOGIN", auth_response="235 Authentication succeeded"
-HELO / AUTH PLAIN {b64 \0mallory\0guess} => auth_user="mallory", auth_response="535 Authentication credentials invalid"
-HELO / AUTH PLAIN {b64 \0bob\0} / AUTH LOGIN / HELO / SEND => auth=True, auth_user="bob"
+HELLO | auth plain {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_request="auth plain ***"
+HELLO | AUTH PLAIN | {b64 \0alice\0sécret} => auth=True, auth_user="alice", auth_mechanism="PLAIN"
+HELLO | AUTH LOGIN | {b64 alice} | {b64 sécret} => auth=True, auth_user="alice", auth_request="AUTH LOGIN"
+HELLO | AUTH XOAUTH2 {b64 user=alice\1auth=Bearer sécret\1\1} => auth=True, auth_user="alice", auth_mechanism="XOAUTH2"
+HELLO | AUTH XOAUTH2 {b64 user=bob\1auth=Bearer wrong\1\1} | * => auth=False, auth_user="bob", auth_mechanism="XOAUTH2"
+HELLO | AUTH LOGIN {b64 alice} | {b64 sécret} => auth_mechanism="LOGIN", auth_response="235 Authentication succeeded"
+HELLO | AUTH PLAIN {b64 \0mallory\0guess} => auth_user="mallory", auth_response="535 Authentication credentials invalid"
+HELLO | AUTH PLAIN {b64 \0bob\0} | AUTH LOGIN | HELLO | SEND => auth=True, auth_user="bob"
 """)
 
 
@@ -1660,12 +1710,12 @@ def summarize(message: Message) -> str:
     ]
     assert all(accepted == (response[:1] in ("2", "3")) for _, response, accepted in steps), steps
     kept = [f"{request} {response[:3]}".strip() for request, response, _ in steps]
-    return ", ".join([*filter(None, kept), *["noop"] * message.noop, *["quit"] * message.quit_sent])
+    return " | ".join([*filter(None, kept), *["noop"] * message.noop, *["quit"] * message.quit_sent])
 
 
 def keep(text: str) -> str:
     """A summary in which the short forms are written out."""
-    return ", ".join(KEPT.get(item, item) for item in text.strip().split(", "))
+    return " | ".join(KEPT.get(item, item) for item in read_items(text))
 
 
 def ids(messages: Iterable[Message]) -> list[int]:
@@ -1684,25 +1734,21 @@ class RecordTest(unittest.TestCase):
 
     def test_records(self) -> None:
         for title, entry in RECORDS.items():
-            for row in entry.lines:
-                said, _, kept = row.partition("=>")
-                with self.subTest(title, said=said):
+            for row in entry.rows:
+                with self.subTest(title, given=row.given):
                     memory = Memory(**entry.options)
-                    items = [item for item in said.strip().split(", ") if item]
-                    memory.say(*(line for item in items for line in SAID.get(item, [item])))
+                    memory.feed(*read_pieces(row.given))
                     memory.end()
-                    expected = [keep(message) for message in kept.split(" + ")] if items else []
+                    expected = list(map(keep, row.expected.split(" + ")))
                     self.assertEqual(list(map(summarize, memory.messages())), expected)
 
     def test_facts(self) -> None:
         for title, entry in FACTS.items():
-            for row in entry.lines:
-                said, _, facts = row.partition(" => ")
-                lines = [line for item in said.split(" / ") for line in SAID.get(item, [item])]
+            for row in entry.rows:
                 memory = Memory(**entry.options)
-                memory.feed(b"".join(read_escapes(line) + b"\r\n" for line in lines))
-                with self.subTest(title, said=said):
-                    message, expected = memory.message(), read_options(facts)
+                memory.feed(*read_pieces(row.given))
+                with self.subTest(title, given=row.given):
+                    message, expected = memory.message(), read_options(row.expected)
                     self.assertEqual({name: getattr(message, name) for name in expected}, expected)
                     self.assertNotRegex(str(message.to_dict()), "sécret|c8OpY3JldA")
 
@@ -1731,7 +1777,7 @@ class RecordTest(unittest.TestCase):
         message.rcpt_tos.append("mine")
         message.rcptto_request_response.clear()
         memory.say("RCPT TO:<c@c.com>", "QUIT")
-        self.assertEqual(summarize(message), keep("HELO, SEND"))
+        self.assertEqual(summarize(message), keep("HELLO | SEND"))
         self.assertEqual(message.transcript.splitlines()[-1], f"S: {RECEIVED}")
         self.assertEqual(memory.messages()[0].rcpt_tos, ["b@b.com", "c@c.com"])
         self.assertEqual(memory.messages()[0].transcript.splitlines()[-1], "S: <closed>")
@@ -1744,10 +1790,11 @@ class RecordTest(unittest.TestCase):
 
     def test_after_a_purge(self) -> None:
         """What is not new does not come again, and what is new comes when it is complete; the dialogue is the same."""
+        new = ["HELLO | MAIL | RCPT | DATA | new 250"]
         for lines, replies, before, after in (
             (["RSET", "NOOP", "QUIT"], 4, [], []),
-            (["DATA", "new", "."], 2, ["HELO, MAIL, RCPT, DATA, new 250"], ["HELO, MAIL, RCPT, DATA, new 250"]),
-            (["NOOP", *SEND[:3]], 4, [], ["HELO, MAIL, RCPT, DATA"]),
+            (["DATA", "new", "."], 2, new, new),
+            (["NOOP", *SEND[:3]], 4, [], ["HELLO | MAIL | RCPT | DATA"]),
         ):
             memory = receive_mail()
             (purged,) = memory.messages(purge=True)
@@ -1786,25 +1833,27 @@ class RecordTest(unittest.TestCase):
     # The dialogue as text.
 
     def test_a_body_is_one_line_of_a_transcript(self) -> None:
-        ends = "S: 221 Closing connection|S: <closed>"
+        ends = "S: 221 Closing connection | S: <closed>"
         for lines, end in (
-            (["DATA", "hi", "..", ".", "QUIT"], f"C: DATA|S: {READY}|C: <8 bytes>|S: {RECEIVED}|C: QUIT|{ends}"),
-            (["BDAT 4 LAST", "hi", "BDAT 4", "hi", "BDAT 10 LAST", "half"], "C: BDAT 10 LAST|C: <10 bytes>"),
-            (["DATA", "hi"], f"S: {READY}|C: <4 bytes>"),
-            (["BDAT 4 LAST", "hi"], "C: BDAT 4 LAST|C: <4 bytes>|S: 250 Received"),
+            (["DATA", "hi", "..", ".", "QUIT"], f"S: {READY} | C: <8 bytes> | S: {RECEIVED} | C: QUIT | {ends}"),
+            (["BDAT 4 LAST", "hi", "BDAT 4", "hi", "BDAT 10 LAST", "half"], "C: BDAT 10 LAST | C: <10 bytes>"),
+            (["DATA", "hi"], f"S: {READY} | C: <4 bytes>"),
+            (["BDAT 4 LAST", "hi"], "C: BDAT 4 LAST | C: <4 bytes> | S: 250 Received"),
         ):
             transcript = Memory(*ENVELOPE, *lines, extensions=["CHUNKING"]).message().transcript
-            self.assertEqual(transcript.splitlines()[-len(end.split("|")) :], end.split("|"))
+            self.assertEqual(transcript.splitlines()[-len(read_items(end)) :], read_items(end))
 
     def test_the_transcript_of_each_mail_of_a_session(self) -> None:
         memory = Memory(multiple_message_receiving=True)
         memory.greet()
         memory.say("NOOP", "EHLO a.com", *SEND, "RSET", "MAIL FROM:nobody", *SEND, "QUIT")
-        first, second = (message.transcript.splitlines() for message in memory.messages())
+        first, abandoned, second = (message.transcript.splitlines() for message in memory.messages())
         self.assertEqual(first[:5], ["S: 220 Welcome", "C: NOOP", "S: 250 Ok", "C: EHLO a.com", "S: 250 Received"])
         self.assertEqual(first[-2:], ["C: RSET", "S: 250 Ok"])
-        start = ["S: 220 Welcome", "C: EHLO a.com", "S: 250 Received", "C: MAIL FROM:nobody"]
-        self.assertEqual((second[:4], second[-1]), (start, "S: <closed>"))
+        start = ["S: 220 Welcome", "C: EHLO a.com", "S: 250 Received"]
+        refused = ["C: MAIL FROM:nobody", "S: 501 MAIL FROM requires valid email address"]
+        self.assertEqual(abandoned, [*start, *refused])
+        self.assertEqual((second[:4], second[-1]), ([*start, "C: MAIL FROM:<a@a.com>"], "S: <closed>"))
 
     def test_of_an_endless_session_only_the_greeting_is_kept(self) -> None:
         memory = Memory(multiple_message_receiving=True)
@@ -1817,6 +1866,214 @@ class RecordTest(unittest.TestCase):
         self.assertLess(len(first.splitlines()), 30000)
         self.assertTrue(first.startswith("S: 220 Welcome\n"))
         self.assertTrue(second.startswith("S: 220 Welcome\nC: EHLO a.com\nS: 250 Received\nC: MAIL"))
+
+
+class ExchangeTest(unittest.TestCase):
+    """What a message covers, and what it says of each exchange."""
+
+    def test_requests_and_responses(self) -> None:
+        memory = Memory(auth_users={"bob": "pw"}, extensions=["CHUNKING"])
+        memory.greet()
+        memory.say("EHLO a.com", "AUTH LOGIN", b64("bob"), b64("pw"), *SEND[:2], "BDAT 4 LAST", "hi", "QUIT")
+        expected = [
+            (None, "220 Welcome"),
+            ("EHLO a.com", "250-Received\n250-CHUNKING\n250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2"),
+            ("AUTH LOGIN", "334 VXNlcm5hbWU6"),
+            ("***", "334 UGFzc3dvcmQ6"),
+            ("***", "235 Authentication succeeded"),
+            *((line, RECEIVED) for line in SEND[:2]),
+            ("BDAT 4 LAST", None),
+            ("<4 bytes>", RECEIVED),
+            ("QUIT", "221 Closing connection"),
+        ]
+        (message,) = memory.messages()
+        self.assertEqual([said[:2] for said in message.exchanges], expected)
+        self.assertEqual({said.accepted for said in message.exchanges}, {True})
+        self.assertEqual(message.auth_request, "AUTH LOGIN")
+        refused = Memory(*ENVELOPE[:1], "FOO").message().exchanges[-1]
+        self.assertEqual((refused.request, refused.response, refused.accepted), ("FOO", UNRECOGNIZED, False))
+
+    def test_times(self) -> None:
+        """Of the read that a request came with."""
+        memory = Memory(multiple_message_receiving=True)
+        memory.greet()
+        memory.clock += 1
+        memory.say(*ENVELOPE)
+        memory.clock += 0.5
+        memory.feed(b"DATA\r\nhi\r\n")
+        memory.clock += 1
+        memory.feed(b".\r\n")
+        memory.clock += 1
+        memory.end("421 bye")
+        (message,) = memory.messages()
+        base = message.exchanges[0].at
+        self.assertEqual(base.isoformat(), "2020-09-13T12:26:40.250000+00:00")
+        times = [(said.at - base).total_seconds() for said in message.exchanges]
+        self.assertEqual(times, [0, 1, 1, 1, 1.5, 2.5, 3.5])
+        self.assertEqual(message.received_at, message.exchanges[-2].at)
+        shown = message.to_dict()["exchanges"][-1]
+        at = "2020-09-13T12:26:43.750000+00:00"
+        self.assertEqual(shown, {"request": None, "response": "421 bye", "accepted": False, "at": at})
+
+    def test_the_clock_of_a_server(self) -> None:
+        with Server() as server, Client(server) as client:
+            before = datetime.datetime.now(datetime.timezone.utc)
+            client.ask("NOOP")
+            client.ask("QUIT")
+            after = datetime.datetime.now(datetime.timezone.utc)
+            at = [said.at for said in server.messages()[0].exchanges]
+            self.assertEqual(at, sorted(at))
+            slack = datetime.timedelta(seconds=1)  # the clock of the system may be set meanwhile
+            self.assertTrue(before - slack <= at[-1] <= after + slack)
+
+    def test_each_mail_covers_what_came_since_the_one_before(self) -> None:
+        for several in (False, True):
+            with self.subTest(several=several):
+                shown: list[str] = []
+                options: dict[str, Any] = {"on_message": lambda message, to=shown: to.append(message.transcript)}
+                memory = Memory(multiple_message_receiving=several, **options)
+                memory.greet()
+                memory.say(ENVELOPE[0], *SEND, "RSET", "NOOP")
+                for _ in range(100):
+                    memory.say(*SEND)
+                start = ["S: 220 Welcome", "C: EHLO a.com", f"S: {RECEIVED}"]
+                mail = [*start, f"C: {SEND[0]}"]
+                noted = [] if several else ["C: RSET", "S: 250 Ok", "C: NOOP", "S: 250 Ok"]
+                self.assertEqual(shown[1].splitlines()[: 4 + len(noted)], [*start, *noted, f"C: {SEND[0]}"])
+                self.assertEqual(shown[2].splitlines()[:4], mail)
+                self.assertEqual(shown[2:], shown[2:3] * 99)
+
+    def test_abandoned_mails_are_recorded_before_the_reply(self) -> None:
+        accepted: list[Message] = []
+        others: list[Message] = []
+        options: dict[str, Any] = {"multiple_message_receiving": True}
+        options |= {"on_message": accepted.append, "on_unaccepted": others.append}
+        for line in ("RSET", "RSET x", "QUIT", "QUIT x", "STARTTLS", "MAIL", "HELO b.com", "EHLO", "ehlo b.com"):
+            with self.subTest(line):
+                others.clear()
+                memory = Memory(*ENVELOPE, **options)
+                self.assertEqual(memory.messages(), [])
+                memory.say(line)
+                self.assertEqual(memory.recorded[-1], 1)
+                self.assertEqual([message.rcpt_tos for message in others], [["b@b.com"]])
+                is_noted = line[:4] in ("RSET", "QUIT")
+                self.assertEqual(f"C: {line}" in memory.messages()[0].transcript.splitlines(), is_noted)
+        for line in ("NOOP", "FOO", "AUTH PLAIN", "RCPT TO:<c@c.com>", "VRFY a"):
+            self.assertEqual(len(Memory(*ENVELOPE, line, **options).messages()), 0, line)
+        self.assertEqual(accepted, [])
+
+    def test_a_greylisted_mail_is_a_message_for_each_attempt(self) -> None:
+        rules = ["RCPT: reply 450 later; times=2"]
+        memory = Memory(ENVELOPE[0], rules=rules, multiple_message_receiving=True)
+        memory.say(*SEND[:2], "RSET", *SEND[:2], "RSET", *SEND)
+        expected = [([(SEND[1], "450 later")], False)] * 2 + [([], True)]
+        self.assertEqual([(message.refusals, message.is_consistent) for message in memory.messages()], expected)
+
+    def test_of_many_attempts_the_oldest_are_kept_as_refusals(self) -> None:
+        memory = Memory(rules=["RCPT: reply 450 later"])
+        memory.greet()
+        memory.say(ENVELOPE[0], *[*SEND[:2], "RSET"] * 250)
+        message = memory.message()
+        self.assertEqual(message.refusals, [(SEND[1], "450 later")] * 250)
+        lines = message.transcript.splitlines()
+        self.assertEqual(lines[0], "S: 220 Welcome")
+        self.assertEqual(lines.count(f"C: {SEND[0]}"), 100)
+        begin = lines.index("C: <truncated>")
+        self.assertEqual(lines[begin + 1 : begin + 4], ["C: EHLO a.com", f"S: {RECEIVED}", f"C: {SEND[0]}"])
+        self.assertNotIn("bad-sequence", list_codes([message]))
+
+    def test_a_record_is_limited_in_bytes(self) -> None:
+        memory = Memory(auth_users={})
+        memory.greet()
+        memory.say(ENVELOPE[0], *["x" * 12000] * 2000)
+        self.assertLess(len(memory.message().transcript), 5_000_000)
+
+    def test_a_mail_that_is_erased_after_its_end_was_truncated(self) -> None:
+        memory = Memory(ENVELOPE[0], *SEND, *["NOOP"] * 11000, *SEND)
+        self.assertEqual(memory.message().content, b"hi\r\n")
+
+    def test_strict_without_mail(self) -> None:
+        """Which only rules can accept."""
+        memory = Memory(rules=["*: reply 354 go"], strict=True)
+        memory.say("DATA", "Date: Fri, 21 Nov 1997 09:55:06 -0600", "From: a@example.com", "", "hi", ".")
+        codes = list_codes([memory.message()])
+        self.assertEqual(len(codes), len(set(codes)))
+
+    def test_a_greeting_that_refuses(self) -> None:
+        codes = {"EHLO a.com": "503", "NOOP": "503", "FOO": "503", "MAIL FROM:<a@a.com>": "503", "QUIT": "221"}
+        for options, expected in (
+            ({"msg_greeting": "554 no"}, codes),
+            ({"rules": ["connect: reply 554 no"]}, codes),
+            ({"msg_greeting": "554 no", "rules": ["NOOP: reply 250 fine"]}, {**codes, "NOOP": "250"}),
+            ({"msg_greeting": "421 busy"}, {"EHLO a.com": "250", "FOO": "502", "QUIT": "221"}),
+        ):
+            memory = Memory(**dict[str, Any](options))
+            self.assertIn(memory.greet()[0][:3], ("554", "421"))
+            self.assertEqual({line: memory.say(line)[0][:3] for line in expected}, expected, options)
+        self.assertEqual(Memory(msg_greeting="554 no", fail_fast=True).greet(), ["554 no", "<closed>"])
+        secret = Memory(msg_greeting="554 no", auth_users={})
+        secret.greet()
+        secret.say("AUTH PLAIN c2VjcmV0")
+        self.assertNotIn("c2VjcmV0", secret.message().transcript)
+
+    def test_rules_look_at_the_line(self) -> None:
+        seen: list[str] = []
+        memory = Memory(*ENVELOPE[:1], auth_users={}, extensions=["CHUNKING"])
+        rule = memory.on("*", seen.append)
+        memory.on("MAIL", "bob@example.com").reply("450 bob")
+        self.assertEqual(memory.say("MAIL <bob@example.com>"), ["450 bob"])
+        memory.say("AUTH OAUTHBEARER c2VjcmV0", "AUTH c2VjcmV0", "AUTH PLAIN", "*", *SEND[:2], "BDAT 4 LAST", "hi")
+        lines = ["AUTH OAUTHBEARER ***", "AUTH ***", "AUTH PLAIN", "AUTH PLAIN", *SEND[:2], "BDAT 4 LAST"]
+        self.assertEqual(seen, ["MAIL <bob@example.com>", *lines])
+        rule.remove()
+        chunk = Memory(*ENVELOPE, extensions=["CHUNKING"], rules=["BDAT: reply 452 no"])
+        chunk.on("BDAT", re.compile("LAST$")).reply("451 last")
+        chunk.on("message", re.compile("hi")).delay(3)
+        self.assertEqual(chunk.say("BDAT 4 LAST", "hi"), ["451 last"])
+        self.assertEqual(chunk.delays[-1], 3)
+
+    def test_a_match_that_fails_during_a_login(self) -> None:
+        memory = Memory(ENVELOPE[0], auth_users={"bob": "pw"})
+        memory.on("AUTH", lambda line: 1 / 0).reply("535 no")
+        replies = memory.say("AUTH LOGIN", "MAIL FROM:<a@a.com>")
+        self.assertEqual([reply[:3] for reply in replies], ["451", "250"])
+        self.assertIn("C: AUTH LOGIN\nS: 451 Local", memory.message().transcript)
+
+    def test_chunks_without_an_end_belong_to_what_a_quit_records(self) -> None:
+        memory = Memory(*ENVELOPE, extensions=["CHUNKING"])
+        memory.feed(b"BDAT 3\r\nabcQUIT\r\n")
+        (before,) = memory.messages()
+        memory.end()
+        (after,) = memory.messages()
+        self.assertEqual(before.to_dict(), after.to_dict())
+        self.assertEqual(before.content, b"abc")
+        self.assertEqual(
+            before.transcript.splitlines()[-4:], ["C: <3 bytes>", "C: QUIT", "S: 221 Closing connection", "S: <closed>"]
+        )
+
+    def test_what_came_early(self) -> None:
+        """It stays so if on_message fails, and in each mail that has the same HELO."""
+        for on_message in (lambda message: None, lambda message: 1 / 0):
+            memory = Memory(*ENVELOPE, "DATA", on_message=on_message)
+            memory.feed(b"hi\r\n.\r\nQUIT\r\n")
+            self.assertIn("pipelining", list_codes(memory.messages()))
+        memory = Memory(multiple_message_receiving=True)
+        memory.greet()
+        memory.feed(b"EHLO a.com \r\nMAIL FROM:<a@a.com>\r\n")
+        memory.say(*SEND[1:], *SEND)
+        codes = [
+            [code for code in list_codes([m]) if code in ("pipelining", "command-space")] for m in memory.messages()
+        ]
+        self.assertEqual(codes, [["command-space", "pipelining"]] * 2)
+
+    def test_what_is_no_discarded_mail_or_recipient(self) -> None:
+        interrupted = Memory(*ENVELOPE, "DATA", rules=["message: reply 250 fine; after=3"])
+        interrupted.say("hello hello")
+        other = Memory(*ENVELOPE, "RCPTINFO b", *SEND[2:], handlers=[make_handler("RCPTINFO", parse=staticmethod(str))])
+        for memory in (interrupted, other):
+            self.assertEqual(Memory.discards(memory.message()), [])
+        self.assertFalse(interrupted.message().msg)
+        self.assertEqual(len(Memory.discards(Memory(ENVELOPE[0], *SEND, *SEND).message())), 1)
 
 
 # -------------------------------------------------------------------------------------------- mail
@@ -1977,16 +2234,17 @@ body
 """)
 MAILS["a subject of 100 KB"] = Entry({"subject": "x" * 100000}, ["Subject: " + "x" * 100000])
 NESTED = "Content-Type: multipart/mixed; boundary=b{0}\n\n--b{0}"
-MAILS["parts as deep as the parser cannot go"] = Entry({"subject": None}, [NESTED.format(n) for n in range(1100)])
+MAILS["parts as deep as the parser cannot go"] = Entry({"subject": None}, [NESTED.format(n) for n in range(600)])
 
 PUBLIC = [name for name in dir(Message) if not name.startswith("_")] + ["id", "peer"]
 
-# What headers and parts are made of; each word, with Python's escapes, but for the white space.
+# What headers and parts are made of, with Python's escapes.
 GARBAGE = r"""
-=?utf-8?q?=ff?= =? < > @ " ; \xff \0 = * % / ( text/plain multipart/mixed message/rfc822 boundary=b --b --b--
-charset=utf-7 filename*0*=utf-8''%ff name=x base64 quoted-printable x-uuencode attachment :\x20 \x20 begin\x206\x20x
-\r\n \r\n \r\n\r\n \r\n\x20 \r\nContent-Type:\x20 \r\nTo:\x20 \r\nDate:\x20 \r\nContent-Disposition:\x20
-\r\nContent-Transfer-Encoding:\x20 \r\nMessage-ID:\x20 \r\nSubject:\x20
+=?utf-8?q?=ff?= | =? | < | > | @ | " | ; | \xff | \0 | = | * | % | / | ( | text/plain | multipart/mixed |
+message/rfc822 | boundary=b | --b | --b-- | charset=utf-7 | filename*0*=utf-8''%ff | name=x | base64 |
+quoted-printable | x-uuencode | attachment | :\x20 | \x20 | begin\x206\x20x | \r\n | \r\n | \r\n\r\n | \r\n\x20 |
+\r\nContent-Type:\x20 | \r\nTo:\x20 | \r\nDate:\x20 | \r\nContent-Disposition:\x20 |
+\r\nContent-Transfer-Encoding:\x20 | \r\nMessage-ID:\x20 | \r\nSubject:\x20
 """
 
 
@@ -1994,6 +2252,10 @@ class MailTest(unittest.TestCase):
     """A message as a mail: its header, its parts, and what a server adds to it."""
 
     maxDiff = None
+
+    def setUp(self) -> None:
+        self.addCleanup(sys.setrecursionlimit, sys.getrecursionlimit())
+        sys.setrecursionlimit(500)  # so that the parser cannot go as deep as usual, and takes less time for that
 
     def receive(self, content: bytes, *recipients: str, helo: str = "EHLO client.example.com") -> Message:
         memory = Memory(multiple_rcptto=True)
@@ -2009,15 +2271,18 @@ class MailTest(unittest.TestCase):
         json.dumps(message.to_dict()).encode("ascii")
         repr(message)
 
-    def content(self, title: str) -> bytes:
+    @staticmethod
+    @functools.cache
+    def received(title: str) -> tuple[bytes, Message]:
+        """A mail of the table, and what came of it; some take long to parse."""
         lines = MAILS[title].lines
-        return read_escapes("\n".join([*lines, ""]) if lines else "").replace(b"\n", b"\r\n")
+        content = read_escapes("\n".join([*lines, ""]) if lines else "").replace(b"\n", b"\r\n")
+        return content, MailTest().receive(content)
 
     def test_mails(self) -> None:
         for title, entry in MAILS.items():
-            content = self.content(title)
             with self.subTest(title):
-                message = self.receive(content)
+                content, message = self.received(title)
                 self.assertEqual(message.content, content)
                 self.assertEqual({name: getattr(message, name) for name in entry.options}, entry.options)
                 self.assertTrue(message.as_bytes().endswith(content))
@@ -2025,10 +2290,10 @@ class MailTest(unittest.TestCase):
                 self.ask_all(message)
 
     def test_defects(self) -> None:
-        message = self.receive(self.content("a boundary that never comes"))
+        _, message = self.received("a boundary that never comes")
         self.assertIn("StartBoundaryNotFoundDefect", [type(defect).__name__ for defect in message.email.defects])
         self.assertIn("StartBoundaryNotFoundDefect", str(message.to_dict()["defects"]))
-        deep = self.receive(self.content("parts as deep as the parser cannot go"))
+        _, deep = self.received("parts as deep as the parser cannot go")
         self.assertIn("nested too deeply", str(deep.email.defects[-1]))
         broken = self.receive(b"Content-Disposition: ;.*\r\n\r\n").email
         self.assertIn("cannot be parsed", str(broken["Content-Disposition"].defects))
@@ -2036,7 +2301,7 @@ class MailTest(unittest.TestCase):
     def test_garbage(self) -> None:
         """Whatever the bytes are, each attribute has a value."""
         rng = random.Random(1)
-        pieces = list(map(read_escapes, GARBAGE.split()))
+        pieces = list(map(read_escapes, read_items(GARBAGE)))
         for _ in range(400):
             content = b"".join(rng.choices(pieces, k=rng.randrange(1, 40))) + b"\r\n"
             with self.subTest(content), warnings.catch_warnings():
@@ -2113,38 +2378,38 @@ class MailTest(unittest.TestCase):
 
 # ----------------------------------------------------------------------------------------- grammar
 
-GOOD_DOMAINS = """
-    example.com EXAMPLE.COM a-b.example.com a--b.com 1.example.com 3f2a9c1b7d4e.com x.co localhost myhost skMac2-5
-    3f2a9c1b7d4e a пример.рф उदाहरण.भारत example.xn--p1ai xn--80ak6aa92e.com 1.2.3.4 [1.2.3.4] [IPv6:::1]
-    [ipv6:2001:db8::1] [IPv6:::ffff:1.2.3.4]
-"""
-BAD_DOMAINS = """
-    999.999.999.999 256.1.1.1 1.2.3 [999.1.1.1] 1.2.3.4] [1.2.3.4 [::1] [IPv6:zz] [IPv6:1.2.3.4] name.zone42 example.c
-    a..com .com a. -a.com a-.com a.-b.com user@host.com 42 4-2 - a_b.com [] [example.com] example.com. a.com/b
-    a\x00.com a.c\udcffm
-"""
-GOOD_ADDRESSES = """
-    user@example.com <user@example.com> user+tag@example.com <o'brien@example.com> a@localhost <a@LocalHost>
-    user.name+tag!#$%@example.com user/dept=x@example.com <user@[1.2.3.4]> <user@[IPv6:::1]> "a"@x.com
-    <"a>b@c\\""@x.com> <user@пример.рф> дядя@пример.рф a@xn--80ak6aa92e.com {a}@x.com
-"""
-BAD_ADDRESSES = """
-    user @ user@ @example.com user@invalid a@a.com@b.com user@example..com <user@example.com user@example.com>
-    <<a@x.com>> a@x.com>> <a@x.com>> <a@x.com>x <a@x.com>,<b@x.com> a..b@x.com .a@x.com a.@x.com "a@x.com a"@x.com
-    user@exa_mple.com a@[1.2.3] a@[x@y] a@[IPv6:x] a@1.2.3.4 a@x.com. a(b)@x.com <> < ><a@x.com> <@a.com> <@:b@x.com>
-    a@-x.com a\x00@x.com PostMaster
-"""
-NAMED_ADDRESSES = ["John Doe <john@x.com>", "J. Doe<john@x.com>", " <john@x.com>", "Дядя <john@x.com>"]
-BAD_NAMED_ADDRESSES = ['"John Doe" <john@x.com>', "john@y.com <john@x.com>", "< john@x.com>", "John <john@x.com> Doe"]
-BAD_NAMED_ADDRESSES += ["", "a b@x.com", "a@x.com x", "<a@x.com> x"]
-
-GOOD_PARAMETERS = """SIZE=5 | size=10485760 | BODY=8BITMIME | Body=7bit | SMTPUTF8 | RET=HDRS | RET=full | XFOO | XFOO=1
-    | ENVID=a+3Db | SIZE=1 BODY=7BIT  SMTPUTF8 RET=FULL"""
-BAD_PARAMETERS = """SIZE=x | SIZE | SIZE=-1 | BODY=9BIT | BODY | SMTPUTF8=1 | RET=ALL | ENVID=a=b | ENVID=+3 | XBAR
-    | SIZE=1 SIZE=2 | NOTIFY=NEVER | AUTH=<> | = | SIZE=1 foo"""
-GOOD_RECIPIENT_PARAMETERS = """NOTIFY=NEVER | notify=SUCCESS,DELAY,failure | ORCPT=rfc822;b@b.com
-    | ORCPT=utf-8;a+2Bb NOTIFY=DELAY"""
-BAD_RECIPIENT_PARAMETERS = "NOTIFY= | NOTIFY=NEVER,DELAY | ORCPT=b@b.com | SIZE=1"
+# Arguments of commands, and the code of the reply, or for a recipient what is kept of it; = is what was given.
+ARGUMENTS = read_table("""
+== a domain
+example.com | EXAMPLE.COM | a-b.example.com | a--b.com | 1.example.com | 3f2a9c1b7d4e.com | x.co | localhost | myhost |
+    skMac2-5 | 3f2a9c1b7d4e | a | пример.рф | उदाहरण.भारत | example.xn--p1ai | xn--80ak6aa92e.com | 1.2.3.4 |
+    [1.2.3.4] | [IPv6:::1] | [ipv6:2001:db8::1] | [IPv6:::ffff:1.2.3.4] => 250
+999.999.999.999 |  | a b | a\u3000b.com | 256.1.1.1 | 1.2.3 | [999.1.1.1] | 1.2.3.4] | [1.2.3.4 | [::1] | [IPv6:zz] |
+    [IPv6:1.2.3.4] | name.zone42 | example.c | a..com | .com | a. | -a.com | a-.com | a.-b.com | user@host.com | 42 |
+    4-2 | - | a_b.com | [] | [example.com] | example.com. | a.com/b | a\x00.com | a.c\udcffm => 501
+== a recipient
+user@example.com | <user@example.com> | user+tag@example.com | <o'brien@example.com> | a@localhost | <a@LocalHost> |
+    user.name+tag!#$%@example.com | user/dept=x@example.com | <user@[1.2.3.4]> | <user@[IPv6:::1]> | "a"@x.com |
+    <"a>b@c\\""@x.com> | <user@пример.рф> | дядя@пример.рф | a@xn--80ak6aa92e.com | {a}@x.com | <"John Doe"@x.com> |
+    <PostMaster> => =
+John Doe <john@x.com> | J. Doe<john@x.com> | {SP}<john@x.com> | Дядя <john@x.com> => john@x.com
+# RFC 5321 section 4.1.1.3
+<@a.com:b@x.com> | <@a.example,@b.example:b@x.com> => b@x.com
+user | @ | user@ | @example.com | user@invalid | a@a.com@b.com | user@example..com | <user@example.com |
+    user@example.com> | <<a@x.com>> | a@x.com>> | <a@x.com>> | <a@x.com>x | <a@x.com>,<b@x.com> | a..b@x.com |
+    .a@x.com | a.@x.com | "a@x.com | a"@x.com | user@exa_mple.com | a@[1.2.3] | a@[x@y] | a@[IPv6:x] | a@1.2.3.4 |
+    a@x.com. | a(b)@x.com | <> | < | ><a@x.com> | <@a.com> | <@:b@x.com> | a@-x.com | a\x00@x.com | PostMaster |
+    "John Doe" <john@x.com> | john@y.com <john@x.com> | < john@x.com> | John <john@x.com> Doe | a b@x.com |  |
+    a@x.com x | <a@x.com> x =>
+== parameters of MAIL FROM:<a@a.com>
+SIZE=5 | size=10485760 | BODY=8BITMIME | Body=7bit | SMTPUTF8 | RET=HDRS | RET=full | XFOO | XFOO=1 | ENVID=a+3Db |
+    SIZE=1 BODY=7BIT  SMTPUTF8 RET=FULL => 250
+SIZE=x | SIZE | SIZE=-1 | BODY=9BIT | BODY | SMTPUTF8=1 | RET=ALL | ENVID=a=b | ENVID=+3 | XBAR | SIZE=1 SIZE=2 |
+    NOTIFY=NEVER | AUTH=<> | = | SIZE=1 foo => 555
+== parameters of RCPT TO:<b@b.com>
+NOTIFY=NEVER | notify=SUCCESS,DELAY,failure | ORCPT=rfc822;b@b.com | ORCPT=utf-8;a+2Bb NOTIFY=DELAY => 250
+NOTIFY= | NOTIFY=NEVER,DELAY | ORCPT=b@b.com | SIZE=1 => 555
+""")
 
 # Command lines in which the part in braces is repeated thousands of times.
 HOSTILE = r"""
@@ -2165,41 +2430,30 @@ class GrammarTest(unittest.TestCase):
 
     def test_domains(self) -> None:
         memory = Memory()
-        for domain in GOOD_DOMAINS.split():
-            self.assertEqual(memory.say(f"HELO {domain}"), [RECEIVED], domain)
-        for domain in ["", "a b", "a\u3000b.com", *BAD_DOMAINS.split()]:
-            self.assertEqual(memory.say(f"EHLO {domain}")[0][:3], "501", domain)
+        for domains, code, _ in ARGUMENTS["a domain"].rows:
+            for domain, verb in itertools.product(domains, ("HELO", "EHLO")):
+                self.assertEqual(memory.say(f"{verb} {domain}")[0][:3], code, domain)
 
     def recipient(self, path: str) -> list[str]:
         """The recipient that this path is."""
         return Memory(*ENVELOPE[:2], f"RCPT TO:{path}").message().rcpt_tos
 
     def test_addresses(self) -> None:
-        for address in GOOD_ADDRESSES.split():
-            self.assertEqual(self.recipient(address), [re.sub("^<(.*)>$", r"\1", address)])
-        for address in NAMED_ADDRESSES:
-            self.assertEqual(self.recipient(address), ["john@x.com"], address)
-        self.assertEqual(self.recipient('<"John Doe"@x.com>'), ['"John Doe"@x.com'])
-        self.assertEqual(self.recipient("<PostMaster>"), ["PostMaster"])
-        for route in ("<@a.com:b@x.com>", "<@a.example,@b.example:b@x.com>"):  # RFC 5321 section 4.1.1.3
-            self.assertEqual(self.recipient(route), ["b@x.com"])
-        for address in [*BAD_ADDRESSES.split(), *BAD_NAMED_ADDRESSES]:
-            self.assertEqual(self.recipient(address), [], address)
+        for addresses, expected, _ in ARGUMENTS["a recipient"].rows:
+            for address in addresses:
+                kept = re.sub("^<(.*)>$", r"\1", address) if expected == "=" else expected
+                self.assertEqual(self.recipient(address), [kept] * bool(kept), address)
 
     def parameters(self) -> Memory:
         return Memory("EHLO a.com", extensions=self.EXTENSIONS, multiple_rcptto=True)
 
     def test_parameters(self) -> None:
-        unknown = "555 Parameter not recognized or not implemented"
-        for command, good, bad in (
-            ("MAIL FROM:<a@a.com>", GOOD_PARAMETERS, BAD_PARAMETERS),
-            ("RCPT TO:<b@b.com>", GOOD_RECIPIENT_PARAMETERS, BAD_RECIPIENT_PARAMETERS),
-        ):
+        for command in ("MAIL FROM:<a@a.com>", "RCPT TO:<b@b.com>"):
             memory = self.parameters()
             memory.say("MAIL FROM:<a@a.com>")
-            for words, expected in ((good, RECEIVED), (bad, unknown)):
-                for word in words.split("|"):
-                    self.assertEqual(memory.say(f"{command} {word.strip()}"), [expected], word)
+            for words, code, _ in ARGUMENTS[f"parameters of {command}"].rows:
+                for word in words:
+                    self.assertEqual(memory.say(f"{command} {word}")[0][:3], code, word)
 
     def test_the_forms_of_paths_with_parameters(self) -> None:
         for path in ("<a@a.com>", "a@a.com", "John Doe <a@a.com>", "<>", '<"a> b"@a.com>', '"a b"@a.com'):
@@ -2212,9 +2466,9 @@ class GrammarTest(unittest.TestCase):
 
     def test_hostile_lines_cost_what_their_length_does(self) -> None:
         """With a pattern that is quadratic in it, this would last for minutes."""
-        for row in HOSTILE.split("|"):
+        for row in read_items(HOSTILE):
             unit = re.findall(r"\{(.*)\*\}", row)[0]
-            line = read_line(row.strip().replace("*}", f"*{200_000 // len(unit)}}}")).encode() + b"\r\n"
+            line = read_line(row.replace("*}", f"*{100_000 // len(unit)}}}")).encode() + b"\r\n"
             for extensions in ((), ("SIZE",)):
                 with self.subTest(row, extensions=extensions):
                     memory = Memory("EHLO a.com", line_limit=400_000, extensions=extensions)
@@ -2266,7 +2520,7 @@ class GrammarTest(unittest.TestCase):
 # ----------------------------------------------------------------------------------- configuration
 
 # Options that are refused, and their errors.
-BAD_OPTIONS = """
+BAD_OPTIONS = read_rows("""
 prot=25                           => prot=25: there is no such option; did you mean port?
 qqqqqqqq=None                     => qqqqqqqq=None: there is no such option
 port=65536                        => port=65536: must be an integer from 0 to 65535
@@ -2303,10 +2557,10 @@ tolerated=["bare-fl"]             => tolerated: bare-fl is unknown; did you mean
 extensions=["SIEZ"]               => extensions: SIEZ is unknown; did you mean SIZE{MORE}
 extensions=["STARTTLS"]           => extensions: STARTTLS is announced with the option ssl_context
 extensions=["auth"]               => extensions: AUTH is announced with the option auth_users
-"""
+""")
 
 # Other calls that are refused, where vrfy() makes a Handler with these attributes, and server has a session.
-BAD_CALLS = r"""
+BAD_CALLS = read_rows(r"""
 Server(configuration="x")                      => configuration='x': must be a Configuration
 Server(logger=object())                        => logger={MORE}must be a logger with methods info(), warning() and error()
 Server(on_message=1)                           => on_message=1: must be callable
@@ -2371,21 +2625,21 @@ server.on("MAIL").raw("x")                     => raw='x': must be bytes
 server.on("MAIL")(1)                           => rule=1: must be callable
 Action(time=2)                                 => time=2: there is no such option; there are reply, raw, delay, tri{MORE}
 Action(then="closed")                          => then='closed': must be one of close, drop, reset, silence
-"""
+""")
 GOOD_CALLS = r"""
-Server(extensions=["XSIZE", "FOO", "size 5"])
-server.on("VRFY"), server.on("HELP"), server.on("XCLIENT"), server.on("Mail From"), server.on("rcpt")
-server.on("RCPT", "a.b+c@example.com"), server.on("RCPT", "example.com"), server.on("RCPT", '"a b"@x.com')
+Server(extensions=["XSIZE", "FOO", "size 5"]) |
+server.on("VRFY"), server.on("HELP"), server.on("XCLIENT"), server.on("Mail From"), server.on("rcpt") |
+server.on("RCPT", "a.b+c@example.com"), server.on("RCPT", "example.com"), server.on("RCPT", '"a b"@x.com') |
 server.on("RCPT", r'"a\"b"@x.com'), server.on("RCPT", "a@[1.2.3.4]")
 """
 
 
 class ConfigurationTest(ServerCase):
     def test_bad_options(self) -> None:
-        for options, error in read_errors(BAD_OPTIONS):
+        for row in BAD_OPTIONS:
             for make in ("Configuration", "Server"):
-                with self.subTest(options), self.assertRaisesRegex(ConfigurationError, error):
-                    eval(f"smtpmock.{make}({options})")
+                with self.subTest(row.given), self.assertRaisesRegex(ConfigurationError, row.pattern):
+                    eval(f"smtpmock.{make}({row.given[0]})")
 
     def test_bad_calls(self) -> None:
         """They have no effect."""
@@ -2397,14 +2651,14 @@ class ConfigurationTest(ServerCase):
             "configure": functools.partial(server.configure, msg_greeting="220 new"),
             "vrfy": lambda **attributes: make_handler("VRFY", "252 maybe", **attributes),
         }
-        for call, error in read_errors(BAD_CALLS):
-            with self.subTest(call):
-                with self.assertRaisesRegex(ConfigurationError, error):
-                    eval(call, names)
+        for row in BAD_CALLS:
+            with self.subTest(row.given):
+                with self.assertRaisesRegex(ConfigurationError, row.pattern):
+                    eval(row.given[0], names)
                 with Client(server) as other:
                     self.assertEqual(other.greeting, "220 old")
         self.assertEqual(client.ask(*ENVELOPE, *SEND[2:]), [*[RECEIVED] * 3, READY, RECEIVED])
-        for call in GOOD_CALLS.strip().splitlines():
+        for call in read_items(GOOD_CALLS):
             eval(call, names)
 
     def test_errors_are_what_they_resemble(self) -> None:
@@ -2417,8 +2671,8 @@ class ConfigurationTest(ServerCase):
         options = Configuration(not_registered_emails=names)
         names.append("b@a.com")
         self.assertEqual(set(options.not_registered_emails), {"a@a.com"})
-        with self.assertRaises(dataclasses.FrozenInstanceError):
-            options.port = 1  # type: ignore[misc]
+        for change in (lambda: setattr(options, "port", 1), lambda: delattr(options, "port")):
+            self.assertRaisesRegex(dataclasses.FrozenInstanceError, "Configuration.port cannot be", change)
 
     # Signatures, and how a Configuration compares.
 
@@ -2426,38 +2680,43 @@ class ConfigurationTest(ServerCase):
 
     def test_signatures(self) -> None:
         fields = dataclasses.fields(Configuration)
-        with_self = (Configuration.__init__, Server.__init__, Server.configure)
-        for shown in (Configuration, Server, Server().configure, *with_self):
+        for shown, own in ((Configuration, ()), (Server, self.OWN), (type("Mine", (Server,), {}), self.OWN)):
             with self.subTest(shown):
-                parameters = list(inspect.signature(shown).parameters.values())[shown in with_self :]
-                if shown not in (Configuration, Configuration.__init__):
+                parameters = list(inspect.signature(shown).parameters.values())
+                if own:
                     first, *parameters = parameters
                     self.assertEqual((first.name, first.kind.name), ("configuration", "POSITIONAL_OR_KEYWORD"))
-                    self.assertEqual(tuple(parameter.name for parameter in parameters[-3:]), self.OWN)
-                    del parameters[-3:]
                 self.assertEqual({parameter.kind.name for parameter in parameters}, {"KEYWORD_ONLY"})
                 self.assertEqual(
-                    [(parameter.name, parameter.default, parameter.annotation) for parameter in parameters],
+                    [(parameter.name, parameter.default, parameter.annotation) for parameter in parameters][
+                        : len(fields)
+                    ],
                     [(field.name, field.default, field.type) for field in fields],
                 )
+                self.assertEqual(tuple(parameter.name for parameter in parameters[len(fields) :]), own)
 
     def test_other_signatures(self) -> None:
+        class Mine(Server):
+            def __init__(self, size: int) -> None:
+                super().__init__(msg_size_limit=size)
+
         for call, names in (
             (smtpmock.Action, [field.name for field in dataclasses.fields(smtpmock.Action)]),
             (Server().on, ["stage", "match", "skip", "times", "probability", "after", "unknown"]),
+            (Server().configure, ["configuration", "options"]),
+            (Mine, ["size"]),
         ):
             self.assertEqual(list(inspect.signature(call).parameters), names)
-        # Though another function is what inspect.signature() looks at:
-        self.assertIn("def configure(self", inspect.getsource(Server.configure))
 
     def test_help(self) -> None:
         documentation = inspect.getdoc(Configuration) or ""
         for field in dataclasses.fields(Configuration):
             self.assertRegex(documentation, rf"(?m)^ *{field.name}: {re.escape(field.metadata['about'])}$")
-        for shown in (Configuration, Server, Server.configure):
+        for shown in (Configuration, Server):
             text = pydoc.plain(pydoc.render_doc(shown))
             self.assertRegex(text, "msg_line_too_long: '?str'? = '500 Line too long'")  # 3.15 shows no quotes
         self.assertRegex(text, r"on_message: '?Callable\[\[Message\], object\] \| None'? = None")
+        self.assertNotRegex(pydoc.plain(pydoc.render_doc(Server.configure)), "host:|port:|500 Line")
 
     def test_repr_shows_what_differs(self) -> None:
         expected = "Configuration(host='::1', fail_fast=True)"
@@ -2477,20 +2736,37 @@ class ConfigurationTest(ServerCase):
         self.assertEqual(smtpmock.Action(delay=1), smtpmock.Action(delay=1.0))
 
     def test_copies(self) -> None:
-        original = Configuration(port=25, not_registered_emails=["a@A.com"], ssl_context="expired", keep_all=True)
+        original = Configuration(port=25, not_registered_emails=["a@A.com"], ssl_context="test")
         for made in (copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
             self.assertEqual((made, made.port, made.not_registered_emails), (original, 25, {"a@a.com"}))
         self.assertEqual(dataclasses.asdict(original)["msg_greeting"], "220 Welcome")
+        for replace in (dataclasses.replace, getattr(copy, "replace", dataclasses.replace)):  # new in 3.13
+            self.assertEqual(
+                replace(original, port=26),
+                Configuration(port=26, not_registered_emails=["a@a.com"], ssl_context="test"),
+            )
+
+    def test_it_is_a_dataclass(self) -> None:
+        """So that users can extend it, match it, and have pprint and pytest show it."""
+
+        @dataclasses.dataclass(frozen=True)
+        class Mine(Configuration):
+            ours: str = "x"
+
+        self.assertTrue(dataclasses.is_dataclass(Configuration) and dataclasses.is_dataclass(smtpmock.Action()))
+        self.assertEqual((Mine(port=25).ours, inspect.signature(Mine).parameters["ours"].default), ("x", "x"))
+        self.assertEqual(smtpmock.Action.__match_args__, ("reply", "raw", "delay", "trickle", "then"))
+        self.assertIn("msg_greeting", pprint.pformat(Configuration(msg_greeting="220 " + 100 * "x"), width=20))
 
     def test_positional_arguments(self) -> None:
         calls = "Configuration(1) | Action('x', reply='y') | Action(*[None] * 6) | Server(None, None)"
-        for call in (*calls.split(" | "), "Server(None, configuration=None)"):
+        for call in (*read_items(calls), "Server(None, configuration=None)"):
             with self.subTest(call), self.assertRaises(TypeError):
                 eval(f"smtpmock.{call}")
         self.assertEqual(smtpmock.Action("x", None, 1.5), smtpmock.Action(reply="x", delay=1.5))
 
 
-# --------------------------------------------------------------------------------- waiting, purging
+# ------------------------------------------------------------------ waiting, purging and on_message
 
 
 class WaitingTest(unittest.TestCase):
@@ -2631,7 +2907,7 @@ class WaitingTest(unittest.TestCase):
         done = threading.Event()
 
         def purge() -> None:
-            while not done.is_set():
+            while not done.wait(0.0001):  # which lets others run
                 found.extend(server.messages_and_purge())
 
         def wait() -> None:
@@ -2640,12 +2916,12 @@ class WaitingTest(unittest.TestCase):
                     found.extend(server.wait_for_messages_and_purge(2, 0.001))
 
         def send_all() -> None:
-            in_threads(*[lambda: send(server, *["hi"] * 25)] * 32)
+            in_threads(*[lambda: send(server, *["hi"] * 25)] * 8)
             done.set()
 
         in_threads(purge, wait, send_all)
         found += server.messages_and_purge()
-        self.assertEqual(sorted(ids(found)), list(range(1, 801)))
+        self.assertEqual(sorted(ids(found)), list(range(1, 201)))
 
 
 class OutboxTest(ServerCase):
@@ -2660,8 +2936,7 @@ class OutboxTest(ServerCase):
             self.assertEqual([message.content for message in server.outbox], [b"one\r\n", b"three\r\n"])
             with Client(server) as other:
                 other.ask(*ENVELOPE, "QUIT")
-            self.assertEqual(ids(server.outbox), ids(server.messages())[:2])
-            self.assertEqual(len(server.messages()), 3)
+            self.assertEqual((ids(server.outbox), ids(server.messages())), ([1, 3], [1, 2, 3, 4]))
             server.messages_and_purge()
             self.assertEqual(server.outbox, [])
 
@@ -2676,27 +2951,25 @@ class OutboxTest(ServerCase):
                 self.assertEqual(len(server.outbox), 1)
 
     # Options, and how many mails and recipients are kept of two mails with two recipients each.
-    KEPT = """
-    keep_all=True                                    | 2 2
-    keep_all=True, multiple_rcptto=False             | 2 1
-    keep_all=True, multiple_message_receiving=False  | 1 2
-    keep_all=False                                   | 1 1
-    keep_all=False, multiple_rcptto=True             | 1 2
-    """
+    KEPT = read_rows("""
+=> 2 2  -- keep_all=True
+=> 2 1  -- keep_all=True, multiple_rcptto=False
+=> 1 2  -- keep_all=True, multiple_message_receiving=False
+=> 1 1  -- keep_all=False
+=> 1 2  -- keep_all=False, multiple_rcptto=True
+""")
 
     def test_keep_all(self) -> None:
-        for row in self.KEPT.strip().splitlines():
-            options, kept = (part.strip() for part in row.split("|"))
-            given = read_options(options)
+        for _, kept, given in self.KEPT:
             undone = Server(keep_all=not given["keep_all"])
             undone.configure(**given)
-            with self.subTest(options), warnings.catch_warnings():
+            with self.subTest(given), warnings.catch_warnings():
                 warnings.simplefilter("error", smtpmock.SMTPMockWarning)
                 for server in (Server(**given), Server(Configuration(**given)), undone):
                     with server, Smtp(server) as client:
                         for content in ("one", "two"):
                             client.sendmail("a@a.com", ["b@b.com", "c@b.com"], content)
-                        if "multiple" not in options:  # else the other option may warn
+                        if len(given) == 1:  # else the other option may warn
                             self.assertEqual(len(server.messages()), int(kept[0]))
                     self.assertEqual(f"{len(server.outbox)} {len(server.outbox[-1].rcpt_tos)}", kept)
         shown = Configuration(keep_all=True, multiple_rcptto=False)
@@ -2714,8 +2987,8 @@ class OutboxTest(ServerCase):
             self.assertEqual((one.id, one.to_dict()), (recorded.id, recorded.to_dict()))
             self.assertEqual((two.id, two.mail_from, two.helo_request), (0, "c@c.com", "EHLO b.com"))
             self.assertEqual(two.peer, second.socket.getsockname())
-            second.ask("RSET")
-            self.assertEqual((two.mail_from, server.sessions()[1].mail_from), ("c@c.com", None))
+            second.ask("RSET", "MAIL FROM:<d@d.com>")
+            self.assertEqual((two.mail_from, server.sessions()[1].mail_from), ("c@c.com", "d@d.com"))
             server.on("NOOP").silence()
             second.send(b"NOOP\r\n")
             self.assertTrue(wait_until(lambda: "<silence>" in server.sessions()[1].transcript))
@@ -2791,20 +3064,20 @@ class OnMessageTest(unittest.TestCase):
             self.assertEqual(ids(seen), expected)
 
 
-# ------------------------------------------------------------------------------------------- rules
+# ------------------------------------------------------------------------------- rules and handlers
 
-# The stages at which a connection can end without a reply: the rule's, a prefix of the dialogue, the next line.
-STAGES = """
-connect            |          |
-EHLO               |          | EHLO example.com
-MAIL FROM          | hello    | MAIL FROM:<a@example.com>
-RCPT b@example.com | sender   | RCPT TO:<b@example.com>
-DATA               | envelope | DATA
-message            | in body  | .
-NOOP               |          | NOOP
-QUIT               |          | QUIT
-XYZ                |          | xyz
-"""
+# What the client says, to the last of which a connection can end without a reply, by a rule for this stage.
+STAGES = read_rows("""
+=> connect
+HELLO => EHLO
+HELLO | MAIL => MAIL FROM
+HELLO | MAIL | RCPT => RCPT b@b.com
+ENVELOPE => DATA
+ENVELOPE | . => message
+NOOP => NOOP
+QUIT => QUIT
+xyz => XYZ
+""")
 
 
 class RuleTest(ServerCase):
@@ -2812,17 +3085,15 @@ class RuleTest(ServerCase):
 
     def test_the_ends_at_each_stage(self) -> None:
         for action, end in (("drop", "<closed>"), ("reset", "<reset>"), ("silence", "<silence>")):
-            for row in STAGES.strip().splitlines():
-                stage, prefix, line = (part.strip() for part in row.split("|"))
+            for given, stage, _ in STAGES:
                 with self.subTest(f"{action} at {stage}"):
                     memory = Memory(rules=[f"{stage}: {action}"])
-                    said = memory.greet()
-                    memory.say(*(said[3:] for said in PREFIXES[prefix].lines if said[0] == "C") if prefix else ())
-                    self.assertEqual(memory.say(line) if line else said, [end])
+                    said = [memory.greet(), *map(memory.feed, read_pieces(given))]
+                    self.assertEqual(said[-1], [end])
                     self.assertEqual(memory.feed(b"NOOP\r\n"), [])
                     memory.end()
                     shown = [f"S: {end}" in message.transcript for message in memory.messages()]
-                    self.assertEqual(shown, [True] * bool(line))
+                    self.assertEqual(shown, [True] * bool(given))
 
     def test_hits_and_remove(self) -> None:
         memory = Memory()
@@ -2975,7 +3246,7 @@ class RuleTest(ServerCase):
                 self.assertTrue(message.transcript.endswith(f"C: <4096 bytes>\nS: {end}"))
 
     def test_trickles_and_delays_take_their_time(self) -> None:
-        for rule, least in (("NOOP: trickle 0.02", 7 * 0.02), ("NOOP: delay 0.05", 0.05)):
+        for rule, least in (("NOOP: trickle 0.01", 7 * 0.01), ("NOOP: delay 0.03", 0.03)):
             _, client, _ = self.serve(rule, response_delay_noop=0 if "trickle" in rule else 10 * TIMEOUT)
             began = time.monotonic()
             self.assertEqual(client.ask("NOOP"), ["250 Ok"])
@@ -3102,7 +3373,7 @@ class HandlerTest(unittest.TestCase):
         self.assertLess(len(memory.kept_lines()), 1000)
 
 
-# ------------------------------------------------------------------------------------ AUTH and TLS
+# --------------------------------------------------------------------------------------------- AUTH
 
 
 def b64(text: str) -> str:
@@ -3189,17 +3460,17 @@ class AuthTest(ServerCase):
             "auth  plain   c2VjcmV0": "auth plain ***",
             "AUTH SECRET c2VjcmV0": "AUTH *** ***",
             "AUTH": "AUTH",
-            "AUTH login c2VjcmV0 / c2VjcmV0": "AUTH login *** / ***",
-            "AUTH LOGIN / *": "AUTH LOGIN / *",
-            "AUTH PLAIN c2VjcmV0 / c2VjcmV0": "AUTH PLAIN *** / ***",  # a login in two lines by mistake
-            "AUTH LOGIN / c2VjcmV0 / c2VjcmV0 / +": "AUTH LOGIN / *** / *** / ***",
-            "AUTH NTLM / c2VjcmV0": "AUTH *** / ***",
-            "AUTH=PLAIN c2VjcmV0 / AUTH: PLAIN c2VjcmV0": "AUTH= *** / AUTH: ***",
+            "AUTH login c2VjcmV0 | c2VjcmV0": "AUTH login *** | ***",
+            "AUTH LOGIN | *": "AUTH LOGIN | *",
+            "AUTH PLAIN c2VjcmV0 | c2VjcmV0": "AUTH PLAIN *** | ***",  # a login in two lines by mistake
+            "AUTH LOGIN | c2VjcmV0 | c2VjcmV0 | +": "AUTH LOGIN | *** | *** | ***",
+            "AUTH NTLM | c2VjcmV0": "AUTH *** | ***",
+            "AUTH=PLAIN c2VjcmV0 | AUTH: PLAIN c2VjcmV0": "AUTH= *** | AUTH: ***",
         }.items():
             for users in ({"alice": "secret"}, None)[: 1 if "*" in lines else 2]:
                 with self.subTest(lines, users=users):
                     server, client, recorder = self.serve(auth_users=users)
-                    client.send("\r\n".join(["EHLO a.com", *lines.split(" / "), "QUIT", ""]).encode())
+                    client.send("\r\n".join(["EHLO a.com", *read_items(lines), "QUIT", ""]).encode())
                     client.read_all()
                     (message,) = server.wait_for_messages(1, TIMEOUT)
                     server.stop()
@@ -3207,14 +3478,17 @@ class AuthTest(ServerCase):
                     self.assertNotIn("c2VjcmV0", str(recorder.seen) + pickle.dumps(message).decode("latin-1"))
                     self.assertNotIn("c2VjcmV0", repr(message.to_dict()))
                     requests = re.findall("(?m)^C: (.*)", message.transcript)
-                    self.assertEqual(requests, ["EHLO a.com", *shown.split(" / "), "QUIT"])
+                    self.assertEqual(requests, ["EHLO a.com", *read_items(shown), "QUIT"])
+
+
+# ---------------------------------------------------------------------------------------- processes
 
 
 class ProcessCase(unittest.TestCase):
     def launch(self, *arguments: str, cwd: str | Path = HERE, **options: Any) -> Any:
         """A Python process, with pipes."""
         process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [sys.executable, "-S", *arguments],  # it needs no other packages, and starts sooner without them
             env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, **options,
         )  # fmt: skip
@@ -3247,6 +3521,9 @@ def call_main(*argv: str) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = smtpmock.main(argv)
     return status, out.getvalue(), err.getvalue()
+
+
+# ---------------------------------------------------------------------------------------------- TLS
 
 
 class TlsTest(ProcessCase):
@@ -3302,11 +3579,11 @@ class TlsTest(ProcessCase):
         self.assertEqual([reply[:10] for reply in replies], ["503 custom", "250 Receiv", "530 Authen", "235 Authen"])
         memory.say(*SEND, *SEND)
         kept = [(message.auth, message.tls) for message in memory.messages()]
-        self.assertEqual(kept, [(True, ("TLSv1.3", "AES"))] * 2)
+        self.assertEqual(kept, [(True, ("TLSv1.3", "AES"))] * 3)  # the first is the MAIL before AUTH
 
     def test_a_reply_that_the_client_does_not_read_at_once(self) -> None:
         """It is sent as a whole, and the client is told that nothing follows."""
-        with self.server(implicit_tls=True, msg_noop_received="250 " + "x" * 10_000_000) as server:
+        with self.server(implicit_tls=True, msg_noop_received="250 " + "x" * 5_000_000) as server:
             with Client(server, greets=False) as plain:
                 context, name = self.trusting(), "localhost"
                 with context.wrap_socket(plain.socket, server_hostname=name, suppress_ragged_eofs=False) as client:
@@ -3314,7 +3591,7 @@ class TlsTest(ProcessCase):
                     self.recorder.wait_for("response: 250 x")
                     client.sendall(b"QUIT\r\n")
                     data = b"".join(iter(lambda: client.recv(1 << 20), b""))
-        self.assertEqual(data, b"220 Welcome\r\n250 %b\r\n221 Closing connection\r\n" % (b"x" * 10_000_000))
+        self.assertEqual(data, b"220 Welcome\r\n250 %b\r\n221 Closing connection\r\n" % (b"x" * 5_000_000))
 
     def test_what_was_sent_before_the_handshake_has_no_effect(self) -> None:
         with self.server() as server, Client(server) as client:
@@ -3394,7 +3671,7 @@ class TlsTest(ProcessCase):
 
     def test_a_farewell_that_the_client_does_not_read(self) -> None:
         """It is tried once, and the session breaks off."""
-        server = self.server(implicit_tls=True, session_timeout=0.2, msg_server_shutdown="421 " + "x" * 20_000_000)
+        server = self.server(implicit_tls=True, session_timeout=0.2, msg_server_shutdown="421 " + "x" * 5_000_000)
         with contextlib.closing(self.connect_ssl(server.start())) as client:
             client.noop()
             server.stop()
@@ -3415,10 +3692,12 @@ class TlsTest(ProcessCase):
                 client.starttls(context=self.trusting())
 
     def test_the_command_line(self) -> None:
-        process = self.start(f"-tlsCert={self.pem}", "-authUsers=u:s", "--implicit-tls")
-        with self.connect_ssl(self.port(process)) as client:
-            client.login("u", "s")
-            client.sendmail("a@a.com", ["b@b.com"], "hi")
+        def use(port: int) -> None:
+            with self.connect_ssl(port) as client:
+                client.login("u", "s")
+                client.sendmail("a@a.com", ["b@b.com"], "hi")
+
+        self.assertEqual(run_main(use, f"-tlsCert={self.pem}", "-authUsers=u:s", "--implicit-tls")[1:], ("", 0))
 
 
 class CertificateTest(ProcessCase):
@@ -3523,7 +3802,7 @@ class CertificateTest(ProcessCase):
         return self.told
 
 
-# ------------------------------------------------------------------------------------- server life
+# ------------------------------------------------------------------- starting, stopping and serving
 
 
 class StartTest(ServerCase):
@@ -3611,10 +3890,9 @@ class StartTest(ServerCase):
     def test_the_listener_sleeps_until_there_is_something_to_do(self) -> None:
         select = selectors.DefaultSelector.select
         with mock.patch.object(selectors.DefaultSelector, "select", autospec=True, side_effect=select) as selects:
-            with Server(session_timeout=0.05) as server:
-                for _ in range(3):
-                    with Client(server) as client:
-                        client.read_all()
+            with Server(session_timeout=0.05) as server, contextlib.ExitStack() as stack:
+                for client in [stack.enter_context(Client(server)) for _ in range(3)]:
+                    client.read_all()
         self.assertLessEqual(selects.call_count, 4)  # three clients and the stop
 
     def test_starts_and_stops_at_once(self) -> None:
@@ -3672,7 +3950,7 @@ class StopTest(ServerCase):
         self.assert_nothing_is_left(server)
 
     def test_a_body_or_a_delay_may_be_finished(self) -> None:
-        server, client, recorder = self.serve(shutdown_timeout=TIMEOUT, response_delay_message=0.05)
+        server, client, recorder = self.serve(shutdown_timeout=TIMEOUT, response_delay_message=0.03)
         client.ask(*ENVELOPE, "DATA")
         stopper = threading.Thread(target=server.stop)
         stopper.start()
@@ -3687,14 +3965,10 @@ class StopTest(ServerCase):
     def test_it_keeps_its_promise(self) -> None:
         """Sessions in the middle of something are cut off when its time is over, but not before that."""
         stopped, forced = "was stopped successfully", "was force stopped"
-        for rule, lines, timeout, ends, outcome in (
-            ("NOOP: silence", ["NOOP"], 10 * TIMEOUT, [], stopped),
-            (f"NOOP: trickle {10 * TIMEOUT}", ["NOOP"], 0.05, ["2"], forced),
-            (f"NOOP: delay {10 * TIMEOUT}", ["NOOP"], 0.05, [], forced),
-            ("NOOP: drop", [*ENVELOPE, "DATA"], 0.2, [READY], forced),  # in a body
-        ):
-            server, client, _ = self.serve(rule, shutdown_timeout=timeout, logger=(recorder := Recorder()))
-            with self.subTest(rule), contextlib.ExitStack() as stack:
+
+        def keep_promise(rule: str, lines: Sequence[str], timeout: float, ends: list[str], outcome: str) -> Server:
+            server, client, recorder = self.serve(rule, shutdown_timeout=timeout)
+            with contextlib.ExitStack() as stack:
                 clients = [client, *(stack.enter_context(Client(server)) for _ in range(9))]
                 for other in clients:
                     other.ask(*lines[:-1])
@@ -3707,17 +3981,28 @@ class StopTest(ServerCase):
                 self.assertEqual([other.read_all() for other in clients], [[*ends, "<closed>"]] * 10)
                 self.assertIn(outcome, recorder.wait_for("SMTP mock server was")[1])
                 self.assertEqual([message.data for message in server.messages()], [lines[-1] == "DATA"] * 10)
+            return server
+
+        rows: Sequence[tuple[str, Sequence[str], float, list[str], str]] = (
+            ("NOOP: silence", ["NOOP"], 10 * TIMEOUT, [], stopped),
+            (f"NOOP: trickle {10 * TIMEOUT}", ["NOOP"], 0.05, ["2"], forced),
+            (f"NOOP: delay {10 * TIMEOUT}", ["NOOP"], 0.05, [], forced),
+            ("NOOP: drop", [*ENVELOPE, "DATA"], 0.05, [READY], forced),  # in a body
+        )
+        for row, server in zip(rows, in_threads(*(functools.partial(keep_promise, *row) for row in rows)), strict=True):
+            with self.subTest(row[0]):
                 self.assert_nothing_is_left(server)
 
     def test_a_client_that_does_not_read_is_cut_off(self) -> None:
-        server, client, recorder = self.serve(shutdown_timeout=0.1, msg_noop_received="250 " + "x" * 10_000_000)
+        server, client, recorder = self.serve(shutdown_timeout=0.05, msg_noop_received="250 " + "x" * 5_000_000)
         client.send(b"NOOP\r\n")
         recorder.wait_for("response: 250 x")
         server.stop()
+        recorder.wait_for("was force stopped")
         self.assert_nothing_is_left(server)
 
     def test_endless_clients_are_cut_off_and_disturb_nobody(self) -> None:
-        server = Server(shutdown_timeout=0.1, msg_size_limit=1000).start()
+        server = Server(shutdown_timeout=0.05, msg_size_limit=1000).start()
         flooding = threading.Barrier(4)
 
         def flood(flood_of: bytes, *lines: str) -> None:
@@ -3908,14 +4193,12 @@ class InterruptTest(ServerCase):
 class SessionTest(ServerCase):
     def test_silence(self) -> None:
         with Server(session_timeout=0.05, msg_session_timeout="421 wake up") as server:
-            with Client(server) as client:
-                self.assertEqual(client.read_all(), ["421 wake up", "<closed>"])
-                self.assertEqual(server.messages(), [])
-            with Client(server) as client:
+            with Client(server) as silent, Client(server) as client:
                 client.ask(*ENVELOPE, "DATA")
-                self.assertEqual(client.read(), "421 wake up")
-                transcript = server.wait_for_messages(1, TIMEOUT)[0].transcript
-                self.assertEqual(transcript.splitlines()[-2:], ["S: 421 wake up", "S: <closed>"])
+                for other in (silent, client):
+                    self.assertEqual(other.read_all(), ["421 wake up", "<closed>"])
+                (message,) = server.wait_for_messages(1, TIMEOUT)
+                self.assertEqual(message.transcript.splitlines()[-2:], ["S: 421 wake up", "S: <closed>"])
 
     def test_an_accepted_message_stays_accepted(self) -> None:
         for end, said in ((Server.stop, ["421 bye", "<closed>"]), (Server.disconnect, ["<closed>"])):
@@ -3954,7 +4237,7 @@ class SessionTest(ServerCase):
 
     def test_half_closed(self) -> None:
         for lines, reply in ((b"EHLO a.com\r\n" + MAIL, RECEIVED), (b"NOOP\r\n", "250 Ok")):
-            with Server(response_delay_noop=0.05) as server, Client(server) as client:
+            with Server(response_delay_noop=0.03) as server, Client(server) as client:
                 client.send(lines)
                 client.socket.shutdown(socket.SHUT_WR)
                 self.assertEqual(client.read_all()[-2:], [reply, "<closed>"])
@@ -3976,7 +4259,7 @@ class SessionTest(ServerCase):
                 self.assertEqual(client.greeting, "220 Welcome")
 
 
-# ------------------------------------------------------------------------------------------- abuse
+# ----------------------------------------------------------------- a running server that is changed
 
 
 class ConfigureTest(ServerCase):
@@ -4145,7 +4428,7 @@ class DisconnectTest(ServerCase):
 
     def test_a_client_that_closed_its_end_or_does_not_read(self) -> None:
         for reset, _ in self.ENDS:
-            server, client, recorder = self.serve("NOOP: delay 1000", msg_rset_received="250 " + "x" * 10_000_000)
+            server, client, recorder = self.serve("NOOP: delay 1000", msg_rset_received="250 " + "x" * 5_000_000)
             with self.subTest(reset=reset), Client(server) as other:
                 client.ask(ENVELOPE[0])
                 client.send(b"NOOP\r\n")
@@ -4178,16 +4461,19 @@ class DisconnectTest(ServerCase):
 
     def test_nothing_is_said_after_it(self) -> None:
         """By a session that was held up by a callback."""
-        for reset, end in self.ENDS:
-            server, client, _ = self.serve(on_message=(hold := Hold()))
-            with self.subTest(reset=reset), mock.patch.object(smtpmock, "_ABORT_TIMEOUT", 0):
+        holds = [Hold() for _ in self.ENDS]
+        served = [(end, *self.serve(on_message=hold), hold) for end, hold in zip(self.ENDS, holds, strict=True)]
+        with mock.patch.object(smtpmock, "_ABORT_TIMEOUT", 0):
+            for _, _, client, _, hold in served:
                 client.mail(b"hi\r\n.\r\nHELO b.com\r\n")
                 hold.wait()
-                server.disconnect(reset)
-                hold.release.set()
-                self.assertIn(client.read(), (end, "<closed>"))
-                stop_in_time(server)
-                self.assertEqual([message.helo_request for message in server.messages()], [ENVELOPE[0]])
+            in_threads(*(functools.partial(server.disconnect, reset) for (reset, _), server, *_ in served))
+            for (reset, end), server, client, _, hold in served:
+                with self.subTest(reset=reset):
+                    hold.release.set()
+                    self.assertIn(client.read(), (end, "<closed>"))
+                    stop_in_time(server)
+                    self.assertEqual([message.helo_request for message in server.messages()], [ENVELOPE[0]])
 
     @unittest.skipUnless(sys.platform == "linux", "other systems have no error for an RST after a FIN")
     def test_no_rst_follows_a_fin(self) -> None:
@@ -4231,6 +4517,9 @@ class DisconnectTest(ServerCase):
         with Client(server):
             server.disconnect()
         self.assertRegex(report(server), "(?s)open sessions: 0.*disconnect[(][)] ended it")
+
+
+# ------------------------------------------------------------------------------------ other systems
 
 
 class OtherSystem:
@@ -4329,7 +4618,8 @@ class OtherSystemsTest(ServerCase):
             tests = tests if isinstance(tests, unittest.TestSuite) else [tests]
             suite.addTests(test for test in tests if not any(part in test.id() for part in self.LEFT_OUT))
         self.assertGreaterEqual(suite.countTestCases(), len(names))
-        suite.run(result := unittest.TestResult())
+        with mock.patch.object(smtpmock, "_POLL_SECONDS", 0.005):  # it only looks more often
+            suite.run(result := unittest.TestResult())
         for test, text in result.errors + result.failures:
             self.fail(f"{test.id()}\n{text}")
 
@@ -4344,7 +4634,7 @@ class OtherSystemsTest(ServerCase):
             self.run_tests("DialogueTest.test_through_a_socket", "SessionTest", "StopTest", "DisconnectTest")
             self.run_tests("TlsTest", "WaitingTest")
             for option, data in (("msg_noop_received", b"NOOP\r\n"), ("msg_server_shutdown", b"")):
-                options: dict[str, Any] = {"shutdown_timeout": 0.05, option: "250 " + "x" * 30_000_000}
+                options: dict[str, Any] = {"shutdown_timeout": 0.05, option: "250 " + "x" * 5_000_000}
                 with Server(**options) as server:
                     with Client(server) as client:
                         client.send(data)
@@ -4395,7 +4685,7 @@ class OtherSystemsTest(ServerCase):
 
         for name in ("macOS", "Windows"):
             with OtherSystem(name), mock.patch.object(socket.socket, "recv", count):
-                with self.subTest(name), Server(response_delay_noop=0.1) as server, Client(server) as client:
+                with self.subTest(name), Server(response_delay_noop=0.05) as server, Client(server) as client:
                     looks.clear()
                     self.assertEqual(client.ask("NOOP"), ["250 Ok"])
                     self.assertTrue(1 <= len(looks) <= 10, len(looks))
@@ -4403,15 +4693,12 @@ class OtherSystemsTest(ServerCase):
     def run_command_line(self, *argv: str) -> str:
         """Run it in this process, which has no SIGQUIT but SIGBREAK, send a mail to it, and stop it by that signal."""
 
-        def send_and_stop(port: int) -> None:
-            try:
-                send(port, b"Subject: hi\r\n\r\nbare\nCRLF\r\n")
-            finally:
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
-
         with OtherSystem("Windows"), mock.patch.dict(vars(signal), SIGBREAK=signal.SIGUSR1):
             del vars(signal)["SIGQUIT"]
-            return run_main(send_and_stop, *argv)
+            mail = b"Subject: hi\r\n\r\nbare\nCRLF\r\n"
+            out, err, status = run_main(lambda port: send(port, mail), *argv, end=signal.SIGUSR1)
+            self.assertEqual((err, status), ("", 0))
+            return out
 
     def test_saved_mails(self) -> None:
         """The names are ones that Windows takes, the bytes are the same, and no file is open when it gets its name.
@@ -4450,6 +4737,9 @@ class OtherSystemsTest(ServerCase):
         self.assertTrue(mail.endswith(b"Subject: hi\r\n\r\nbare\nCRLF\r\n"))
         self.assertEqual(maildir, mail.replace(b"bare\n", b"bare\r\n"))  # the lines of a Maildir are the system's
         self.assertEqual((b"\r\n" in record, json.loads(record)["content"][-11:]), (False, "bare\nCRLF\r\n"))
+
+
+# ---------------------------------------------------------------------------------------- resources
 
 
 class ResourceTest(ServerCase, ProcessCase):
@@ -4517,7 +4807,7 @@ class ResourceTest(ServerCase, ProcessCase):
             server = smtpmock.Server().start()
             server.stop()
             count = len(os.listdir("/dev/fd")) if os.path.exists("/dev/fd") else 0
-            for _ in range(200):
+            for _ in range(100):
                 with server, socket.create_connection((server.host, server.port), 10) as client:
                     client.recv(100)
             left = len(os.listdir("/dev/fd")) if count else 0
@@ -4715,27 +5005,41 @@ def parse_flags(*argv: str) -> Any:
     return made.call_args.kwargs
 
 
-def run_main(use: Callable[[int], object], *argv: str, early: Callable[[int], object] = lambda port: None) -> str:
-    """Run main() until a signal that use() sends, in a thread; what it printed. early() runs when the port is told."""
+def run_main(
+    use: Callable[[int], object],
+    *argv: str,
+    early: Callable[[int], object] = lambda port: None,
+    end: int = signal.SIGTERM,
+) -> tuple[str, str, int]:
+    """Run main() while use() uses the server in a thread, up to a signal; what it printed, and its exit status.
+
+    early() runs when the port is told.
+    """
 
     class Out(io.StringIO):
         def write(self, text: str) -> int:
             if port := re.search(r"listening on [\d.]+:(\d+)", text):
                 early(int(port[1]))
-                user.append(threading.Thread(target=use, args=(int(port[1]),)))
+                user.append(threading.Thread(target=use_and_end, args=(int(port[1]),)))
                 user[0].start()
             return super().write(text)
 
+    def use_and_end(port: int) -> None:
+        failures.extend(error for error in in_threads(lambda: use(port)) if isinstance(error, Exception))
+        signal.pthread_kill(threading.main_thread().ident or 0, end)
+
     user: list[threading.Thread] = []
-    with contextlib.redirect_stdout(Out()) as out:
+    failures: list[Exception] = []
+    with contextlib.redirect_stdout(Out()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         status = smtpmock.main(argv)
     user[0].join(TIMEOUT)
-    assert status == 0
-    return out.getvalue()
+    for failure in failures:
+        raise failure
+    return out.getvalue(), err.getvalue(), status
 
 
 # Command lines that are refused, and why.
-BAD_FLAGS = """
+BAD_FLAGS = read_rows("""
 -port=99999             => -port=99999: must be an integer from 0 to 65535
 -port=x                 => -port='x': must be an integer from 0 to 65535
 -log=maybe              => -log='maybe': must be true or false
@@ -4754,8 +5058,8 @@ stray                   => stray: there is no such flag
 -implicitTls            => -implicitTls=True: needs -tlsCert
 -saveDir=/dev/null/x    => cannot write to /dev/null/x: Not a directory
 --maildir=/dev/null/x   => cannot write to /dev/null/x: Not a directory
-"""
-BAD_RULE_FLAGS = r"""
+""")
+BAD_RULE_FLAGS = read_rows(r"""
 RCPT reply                    => must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'
 : drop                        => must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'
 a b c d: drop                 => must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'
@@ -4768,7 +5072,7 @@ RCPT: reply 450; times        => times='': must be an integer from 1 up
 RCPT: delay soon              => delay='soon': must be a number of seconds from 0 to 1000000
 RCPT: silence please          => 'please' must not follow silence
 RCPT: raw \x                  => raw='\\x': must be bytes
-"""
+""")
 
 
 class CommandLineTest(unittest.TestCase):
@@ -4841,11 +5145,11 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual((status, out.splitlines()[0], err), (0, f"smtpmock: {smtpmock.__version__}", ""))
 
     def test_errors(self) -> None:
-        for flag, error in read_errors(BAD_FLAGS):
-            with self.subTest(flag):
+        for row in BAD_FLAGS:
+            with self.subTest(flag := row.given[0]):
                 status, out, err = call_main(flag)
                 self.assertEqual((status, out), (1 if "/" in flag else 2, ""))
-                self.assertRegex(err.removeprefix("smtpmock: ").removesuffix("\n"), error)
+                self.assertRegex(err.removeprefix("smtpmock: ").removesuffix("\n"), row.pattern)
         with Server() as server:
             status, _, err = call_main(f"-port={server.port}")
         self.assertEqual(status, 1)
@@ -4854,9 +5158,9 @@ class CommandLineTest(unittest.TestCase):
     def test_bad_rules(self) -> None:
         ends = "close or drop or reset or silence"
         actions = f"reply or raw or delay or trickle or {ends} or skip or times or probability or after"
-        for row in BAD_RULE_FLAGS.strip().splitlines():
-            rule, error = (part.strip() for part in row.replace("{ACTIONS}", actions).split(" => "))
+        for (rule,), expected, _ in BAD_RULE_FLAGS:
             with self.subTest(rule):
+                error = expected.replace("{ACTIONS}", actions)
                 self.assertEqual(call_main("-rule", rule), (2, "", f"smtpmock: rule {rule!r}: {error}\n"))
 
     def test_in_this_process(self) -> None:
@@ -4871,16 +5175,18 @@ class CommandLineTest(unittest.TestCase):
                 self.assertRaises(TimeoutError, client.recv, 1)
 
         def use(port: int) -> None:
-            with Smtp(port) as client:
-                assert (client.docmd("VRFY"), client.docmd("EXPN")) == ((252, b"one"), (252, b"two"))
-                client.sendmail("a@a.com", ["b@b.com"], "hi")
-                signal.raise_signal(signal.SIGTERM)
-                assert client.getreply()[0] == 421
-                client.close()
+            client = Smtp(port)
+            clients.append(client)
+            self.assertEqual([client.docmd("VRFY"), client.docmd("EXPN")], [(252, b"one"), (252, b"two")])
+            client.sendmail("a@a.com", ["b@b.com"], "hi")
 
+        clients: list[Smtp] = []
         handler = signal.getsignal(signal.SIGTERM)
-        run_main(use, "-log", "-rule", "VRFY: reply 252 one", "--rule=EXPN: reply 252 two", early=connect_early)
+        rules = ("-rule", "VRFY: reply 252 one", "--rule=EXPN: reply 252 two")
+        self.assertEqual(run_main(use, "-log", *rules, early=connect_early)[1:], ("", 0))
         self.assertIs(signal.getsignal(signal.SIGTERM), handler)
+        with contextlib.closing(clients[0]) as client:
+            self.assertEqual(client.getreply()[0], 421)
 
     @unittest.skipUnless(threading.current_thread() is threading.main_thread(), "signals reach the main thread only")
     def test_control(self) -> None:
@@ -4959,18 +5265,18 @@ class HelpTest(unittest.TestCase):
                 self.assertEqual(len(found), 1, field.name)
 
     def test_an_option_of_no_group_is_there(self) -> None:
-        metadata = Configuration.__dataclass_fields__["fail_fast"].metadata
+        option = Configuration._declared["fail_fast"]
         for name, title, flag in (("new_thing", "Other", "-h"), ("msg_new_thing", "Reply texts", "-helpAll")):
-            field = types.SimpleNamespace(name=name, default=False, metadata=metadata)
-            with mock.patch("dataclasses.fields", return_value=[field]):
+            with mock.patch.dict(Configuration._declared, {name: option}):
                 self.assertIn(flags(name)[0] + " ", self.read_groups(flag)[title] + " ")
 
 
 class ProcessTest(ProcessCase):
     def test_signals(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT):
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+        processes = [self.start("-responseDelayNoop=0.01", "-quiet") for _ in numbers]
+        for number, process in zip(numbers, processes, strict=True):
             with self.subTest(number.name):
-                process = self.start("-responseDelayNoop=0.01", "-quiet")
                 with contextlib.closing(Smtp(self.port(process))) as client:
                     client.sendmail("a@a.com", ["b@b.com"], "hi")
                     process.send_signal(number)
@@ -4982,24 +5288,19 @@ class ProcessTest(ProcessCase):
         self.assertIn("An SMTP server for tests", self.finish(self.launch("-OO", "-m", "smtpmock", "-h")))
 
     def test_no_stdout(self) -> None:
-        full = "cannot write to stdout: No space left on device"
-        for flag, redirection, error in (
-            ("-h", ">/dev/full", full),
-            ("-v", ">&-", "cannot write to stdout: it is closed"),
-            ("-port=0", ">/dev/full", full),
-            ("-port=0", ">&-", "cannot write to stdout: it is closed"),
-        ):
+        flags = [("-h", ">/dev/full"), ("-v", ">&-"), ("-port=0", ">/dev/full"), ("-port=0", ">&-")]
+        program = shlex.quote(sys.executable) + " -S -m smtpmock"
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": HERE}
+        commands = [f"exec {program} {flag} {redirection}" for flag, redirection in flags]
+        processes = [subprocess.Popen(command, shell=True, **pipes) for command in commands]
+        for (flag, redirection), process in zip(flags, processes, strict=True):
             with self.subTest(flag, redirection=redirection):
-                command = f"exec {shlex.quote(sys.executable)} -m smtpmock {flag} {redirection}"
-                process = subprocess.run(
-                    command, shell=True, cwd=HERE, timeout=TIMEOUT, capture_output=True, check=False
-                )
-                expected = (1, b"", f"smtpmock: {error}\n".encode())
-                self.assertEqual((process.returncode, process.stdout, process.stderr), expected)
+                error = "No space left on device" if "full" in redirection else "it is closed"
+                said = process.communicate(timeout=TIMEOUT)
+                self.assertEqual((process.returncode, *said), (1, "", f"smtpmock: cannot write to stdout: {error}\n"))
 
     def test_two_signals_at_once(self) -> None:
-        for _ in range(2):
-            process = self.start()
+        for process in [self.start(), self.start()]:
             self.port(process)
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(ProcessLookupError):
@@ -5019,7 +5320,7 @@ class ProcessTest(ProcessCase):
         self.finish(process)
 
     def test_the_end_of_stdin_is_no_second_signal(self) -> None:
-        flags = ("-control", "-log", "-responseDelayNoop=0.5", f"-shutdownTimeout={10 * TIMEOUT}")
+        flags = ("-control", "-log", "-responseDelayNoop=0.15", f"-shutdownTimeout={10 * TIMEOUT}")
         process = self.start(*flags, stdin=subprocess.PIPE)
         with contextlib.closing(Smtp(json.loads(process.stdout.readline())["port"])) as client:
             client.putcmd("noop")
@@ -5152,16 +5453,18 @@ class OutputTest(ProcessCase):
         process.stdout = None
 
     def test_save_dir(self) -> None:
-        for begin in (1, 3):
-            process = self.start(f"-saveDir={self.folder}")
-            send(self.port(process), b"Subject: first\r\n\r\n\xff", b"Subject: second")
+        def use(begin: int, port: int) -> None:
+            send(port, b"Subject: first\r\n\r\n\xff", b"Subject: second")
             self.assertEqual(self.names(), self.pairs(*range(1, begin + 2)))
             mail = (self.folder / f"{begin:06d}.eml").read_bytes()
             trace = rb"\AReturn-Path: <a@a.com>\r\nReceived: from [^;]*;\r\n[^\r]*\r\n"
             self.assertRegex(mail, trace + rb"Subject: first\r\n\r\n\xff\r\n\Z")
             record = json.loads((self.folder / f"{begin + 1:06d}.json").read_text())
             self.assertEqual((record["subject"], record["id"]), ("second", 2))
-            process.kill()
+
+        for begin in (1, 3):
+            flags = f"-saveDir={self.folder}", "-multipleMessageReceiving"
+            self.assertEqual(run_main(functools.partial(use, begin), *flags)[1:], ("", 0))
 
     def test_two_processes_in_one_folder(self) -> None:
         ports = [self.port(self.start(f"-saveDir={self.folder}")) for _ in range(2)]
@@ -5184,8 +5487,8 @@ class OutputTest(ProcessCase):
     def test_maildir(self) -> None:
         import mailbox
 
-        port = self.port(self.start(f"--maildir={self.folder}"))
-        in_threads(*[lambda: send(port, b"Subject: =?utf-8?q?=E2=82=AC?=\r\n\r\nhi")] * 8)
+        content = b"Subject: =?utf-8?q?=E2=82=AC?=\r\n\r\nhi"
+        run_main(lambda port: in_threads(*[lambda: send(port, content)] * 8), f"--maildir={self.folder}")
         mails = list(mailbox.Maildir(self.folder, create=False))
         self.assertEqual(len(mails), 8)
         self.assertEqual((mails[0]["Return-Path"], mails[0].get_payload()), ("<a@a.com>", "hi\n"))
@@ -5205,7 +5508,7 @@ class OutputTest(ProcessCase):
                         client.sendmail("a@a.com", ["b@b.com"], f"Subject: {name}-{count}\n\n{'x' * 5000}\nend")
                         accepted.put(f"{name}-{count}")
 
-            killer = threading.Timer(rng.uniform(0, 0.5), process.kill)
+            killer = threading.Timer(rng.uniform(0, 0.25), process.kill)
             killer.start()
             in_threads(*(lambda name=name: send_all(name) for name in "abcdefgh"))
             killer.join()
@@ -5226,7 +5529,7 @@ class OutputTest(ProcessCase):
 
 
 # Commands that change nothing, and what is said about them.
-BAD_COMMANDS = """
+BAD_COMMANDS = read_rows("""
 foo                                     => 'foo': must be rule RULE, configure FLAG..., clear, reset, purge, check, {MORE}
 stop now                                => 'stop now': must be {MORE}
 rule                                    => rule '': must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'
@@ -5236,7 +5539,7 @@ configure -failFast -port=1             => -port=1: cannot be changed {MORE}
 configure -failFast -json               => -json: cannot be changed while the server runs
 configure -failFast -tlsCert=/dev/null  => {MORE}cannot be loaded: {MORE}; without -tlsKey, the file must have {MORE}
 configure -failFst                      => -failFst: there is no such flag; did you mean -failFast?
-"""
+""")
 
 
 class ControlTest(ProcessCase):
@@ -5332,11 +5635,11 @@ class ControlTest(ProcessCase):
             self.assertEqual(sorted(self.read()["event"] for _ in range(2)), ["done", "message"])
 
     def test_bad_commands(self) -> None:
-        for command, pattern in read_errors(BAD_COMMANDS):
-            with self.subTest(command):
-                answer = self.ask(command)
+        for row in BAD_COMMANDS:
+            with self.subTest(row.given):
+                answer = self.ask(row.given[0])
                 self.assertEqual(answer["event"], "error")
-                self.assertRegex(answer["error"], pattern)
+                self.assertRegex(answer["error"], row.pattern)
                 self.obey("check")  # no rule without an action is left
         client = self.connect()
         self.assertEqual(client.docmd("FOO")[0], 502)
@@ -5377,7 +5680,7 @@ class ControlTest(ProcessCase):
                 self.assertEqual(json.loads(out), {"event": "error", "error": error})
 
 
-# ---------------------------------------------------------------------------- what a failing test is told
+# ---------------------------------------------------------------------- what a failing test is told
 
 
 class TellingTest(unittest.TestCase):
@@ -5537,14 +5840,16 @@ class TellingTest(unittest.TestCase):
         self.assertLess(len(repr(memory.message())), 1000)
 
 
+# ------------------------------------------------------------- what the command line tells a person
+
+
 class NarrationTest(ProcessCase):
     """The lines that the command line prints for a person."""
 
     def run_by_hand(self, *argv: str, sender: Callable[[int], object]) -> tuple[str, str, int]:
-        process = self.start(*argv)
-        sender(self.port(process))
-        process.send_signal(signal.SIGTERM)
-        return *process.communicate(timeout=TIMEOUT), process.returncode
+        """What it prints after its first line, on stdout and on stderr, and its exit status."""
+        out, err, status = run_main(sender, *argv)
+        return out.partition("\n")[2], err, status
 
     def test_a_line_for_each_mail(self) -> None:
         def talk(port: int) -> None:
@@ -5626,7 +5931,7 @@ class NarrationTest(ProcessCase):
                     process.wait(TIMEOUT)
 
 
-# --------------------------------------------------------------------------------- the file itself
+# -------------------------------------------------------------------------------------- the package
 
 
 class PackageTest(ProcessCase):
@@ -5636,7 +5941,7 @@ class PackageTest(ProcessCase):
 
     def test_what_it_imports(self) -> None:
         code = """
-            import sys, __future__, contextlib, queue, weakref, select, struct, socketserver, selectors, re, typing, dataclasses
+            import sys, __future__, contextlib, queue, weakref, select, struct, socketserver, selectors, re, typing
             before = set(sys.modules)
             import smtpmock
             smtpmock.Server().start().stop()
@@ -5678,6 +5983,9 @@ class PackageTest(ProcessCase):
         self.assertEqual(description[1], (smtpmock.__doc__ or "").splitlines()[0])
         self.assertIn('[project.scripts]\nsmtpmock = "smtpmock:main"\n', self.project)
         self.assertIn('[project.entry-points.pytest11]\nsmtpmock = "smtpmock"\n', self.project)
+
+
+# ----------------------------------------------------------------------------- the plugin of pytest
 
 
 class PytestTest(unittest.TestCase):
@@ -5795,6 +6103,9 @@ class PytestTest(unittest.TestCase):
             self.assertRegex(sections[-1], "^a connection ended early: ")
         with self.run_test() as item:
             self.assertEqual(self.sections(item, "call"), ["no session"])
+
+
+# --------------------------------------------------------------------------------------- the README
 
 
 class ReadmeTest(ProcessCase):
@@ -5916,57 +6227,57 @@ class ReadmeTest(ProcessCase):
 
 # The start of each code of README's "Coming from ...", in its order, and what is true after it: `value` is that of an
 # expression, and `three` what happens to three mails in three connections, as in "ok", "451" or "550 bob".
-COMING_FROM = r"""
-s = smtpmock.Server(host=   | three() == "ok ok ok"
-s.host                      | value == "127.0.0.1"
-s.port                      | value > 0
-m = s.message()             | value.subject == "hi"
-m.mail_from                 | value == "alice@example.com"
-m.rcpt_tos                  | value == ["bob@example.com", "b@b.com", "eve@reject.org"]
-m.content                   | value.startswith(b"Subject: hi")
-m.email                     | value["subject"] == "hi"
-m.peer                      | value[0] == "127.0.0.1"
-email.message_from_bytes    | value["subject"] == "hi"
-s.on("RCPT", "bob           | three() == "550 bob 550 bob 550 bob"
-s.on("RCPT", lambda         | three() == "550 b,eve 550 b,eve 550 b,eve"
-s.on("RCPT", re             | three() == "550 eve 550 eve 550 eve"
-s.on("message", times=1)    | three() == "451 ok ok"
-s.on("message", skip=2)     | three() == "ok ok 452"
-s.on("DATA").delay          | three() == "ok ok ok" and value.hits == 3
-s.on("message", after=1)    | three() == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
-s = smtpmock.Server(on_mess | three() == "ok ok ok"
-s = smtpmock.Server(extensi | "XCLIENT" in ehlo()
-s = smtpmock.Server(extensi | "VRFY" in ehlo("VRFY bob") and "252 Perhaps" in ehlo("VRFY bob") and "214" in ehlo("HELP")
-s.on("*")(lambda            | three() == "ok ok ok" and lines.count("data") == 3
-s = smtpmock.Server(auth_us | three() == "530 530 530" and three("alice") == "ok ok ok" and three("eve") == "535 535 535"
-s = smtpmock.Server(tls_req | three() == "530 530 530"
-s = smtpmock.Server(ssl_con | s.url.startswith("smtps://")
-s = smtpmock.Server(msg_siz | "SIZE 1000" in ehlo() and "SMTPUTF8" in ehlo()
-m = await asyncio.to_thread | value.subject == "hi"
-s.host                      | value == "127.0.0.1"
-(s.host, s.port)            | value == (s.host, s.port)
-s.configure(ssl_context=    | s.url.startswith("smtps://")
-s.configure(auth_users=     | three() == "530 530 530"
-len(s.outbox)               | value == 1
-s.outbox[0].mail_from       | value == "alice@example.com"
-s.messages_and_purge()      | len(value) == 1 and s.outbox == []
-s.message(lambda            | value.subject == "hi"
-m.auth_user                 | value is None
-m.tls                       | value is None
-m.text                      | value == "hello\n"
-m.html                      | value is None
-len(s.wait_for_messages(1)) | value
-s.on("connect", times=1)    | three() == "421 ok ok"
-s.on("MAIL").drop()         | three() == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
-s.stop()                    | three() == "ConnectionRefusedError " * 2 + "ConnectionRefusedError"
-s.on("MAIL").silence()      | three(timeout=0.1) == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
-s.on("AUTH").reply          | three("alice") == "535 535 535"
-n = s.on("connect").reply   | three() == "ok ok ok" and n.hits == 3
-n.hits                      | value == 3
-connect = socket.create     | True
-monkeypatch.setattr(        | three(host="smtp.example.invalid") == "ok ok ok"
-monkeypatch.setenv(         | trusts()
-"""
+COMING_FROM = read_rows(r"""
+s = smtpmock.Server(host= => three() == "ok ok ok"
+s.host => value == "127.0.0.1"
+s.port => value > 0
+m = s.message() => value.subject == "hi"
+m.mail_from => value == "alice@example.com"
+m.rcpt_tos => value == ["bob@example.com", "b@b.com", "eve@reject.org"]
+m.content => value.startswith(b"Subject: hi")
+m.email => value["subject"] == "hi"
+m.peer => value[0] == "127.0.0.1"
+email.message_from_bytes => value["subject"] == "hi"
+s.on("RCPT", "bob => three() == "550 bob 550 bob 550 bob"
+s.on("RCPT", lambda => three() == "550 b,eve 550 b,eve 550 b,eve"
+s.on("RCPT", re => three() == "550 eve 550 eve 550 eve"
+s.on("message", times=1) => three() == "451 ok ok"
+s.on("message", skip=2) => three() == "ok ok 452"
+s.on("DATA").delay => three() == "ok ok ok" and value.hits == 3
+s.on("message", after=1) => three() == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
+s = smtpmock.Server(on_mess => three() == "ok ok ok"
+s = smtpmock.Server(extensi => "XCLIENT" in ehlo()
+s = smtpmock.Server(extensi => "VRFY" in ehlo("VRFY bob") and "252 Perhaps" in ehlo("VRFY bob") and "214" in ehlo("HELP")
+s.on("*")(lambda => three() == "ok ok ok" and lines.count("data") == 3
+s = smtpmock.Server(auth_us => three() == "530 530 530" and three("alice") == "ok ok ok" and three("eve") == "535 535 535"
+s = smtpmock.Server(tls_req => three() == "530 530 530"
+s = smtpmock.Server(ssl_con => s.url.startswith("smtps://")
+s = smtpmock.Server(msg_siz => "SIZE 1000" in ehlo() and "SMTPUTF8" in ehlo()
+m = await asyncio.to_thread => value.subject == "hi"
+s.host => value == "127.0.0.1"
+(s.host, s.port) => value == (s.host, s.port)
+s.configure(ssl_context= => s.url.startswith("smtps://")
+s.configure(auth_users= => three() == "530 530 530"
+len(s.outbox) => value == 1
+s.outbox[0].mail_from => value == "alice@example.com"
+s.messages_and_purge() => len(value) == 1 and s.outbox == []
+s.message(lambda => value.subject == "hi"
+m.auth_user => value is None
+m.tls => value is None
+m.text => value == "hello\n"
+m.html => value is None
+len(s.wait_for_messages(1)) => value
+s.on("connect", times=1) => three() == "421 ok ok"
+s.on("MAIL").drop() => three() == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
+s.stop() => three() == "ConnectionRefusedError " * 2 + "ConnectionRefusedError"
+s.on("MAIL").silence() => three(timeout=0.1) == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
+s.on("AUTH").reply => three("alice") == "535 535 535"
+n = s.on("connect").reply => three() == "ok ok ok" and n.hits == 3
+n.hits => value == 3
+connect = socket.create => True
+monkeypatch.setattr( => three(host="smtp.example.invalid") == "ok ok ok"
+monkeypatch.setenv( => trusts()
+""")
 
 
 class ComingFromTest(unittest.TestCase):
@@ -6049,7 +6360,7 @@ class ComingFromTest(unittest.TestCase):
         text = (HERE / "README.md").read_text(encoding="utf-8").partition("<summary>Coming from aiosmtpd")[2]
         cells = re.findall(r"^\| .* \| (`.*) \|$", text.partition("</details>")[0], re.MULTILINE)
         groups = [group for cell in cells for group in re.split("(?<=`); (?=`)", cell)]  # each with a server of its own
-        expected = [tuple(part.strip() for part in row.split(" | ")) for row in COMING_FROM.strip().splitlines()]
+        expected = [(*row.given, row.expected) for row in COMING_FROM]
         for group in groups:
             with contextlib.ExitStack() as self.stack:
                 self.serve()
