@@ -3458,7 +3458,6 @@ _ca_pem = functools.partial(_make_pem, "ca")  # what clients are to trust
 @functools.cache
 def _load_test_context(name: str) -> ssl.SSLContext:
     import ssl
-    import tempfile
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     pem = _make_pem(name) + _make_pem("key", "EC PRIVATE KEY")
@@ -3468,6 +3467,8 @@ def _load_test_context(name: str) -> ssl.SSLContext:
         file.flush()
         context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
         return context
+    import tempfile
+
     descriptor, path = tempfile.mkstemp()
     try:
         with open(descriptor, "w") as file:
