@@ -367,7 +367,7 @@ class _SessionOptions(_Options):
     session_timeout: float = _option(30, _TIMEOUT, "seconds of silence after which a session is closed")
     shutdown_timeout: float = _option(1, _SECONDS, "seconds that a stop gives to busy sessions")
     fail_fast: bool = _option(False, _FLAG, "close a session after its first refused command")
-    keep_all: bool = _option(False, _FLAG, "turn on both options that follow, unless they are given")
+    keep_all: bool = _option(False, _FLAG, "turn on the next two options, unless they are given")
     multiple_rcptto: bool = _option(False, _FLAG, "keep all recipients of a message, not only the last")
     multiple_message_receiving: bool = _option(False, _FLAG, "keep all messages of a session, not only the last")
     blacklisted_helo_domains: Collection[str] = _option(frozenset(), _NAMES, "domains that HELO and EHLO refuse")
@@ -4503,9 +4503,9 @@ _OWN_FLAGS: dict[str, _Option] = {
     "save_dir": _option("", _FILE, "folder for each accepted mail as 000001.eml and its record as 000001.json"),
     "maildir": _option("", _FILE, "Maildir for each accepted mail"),
     "rule": _option([], _RULES, "make the server fail; can be repeated"),
-    "tls_cert": _option("", _FILE, "PEM file with its chain, or test, expired or wrong host; turns on STARTTLS"),
+    "tls_cert": _option("", _FILE, "PEM file, or test, expired or wrong host; for STARTTLS"),
     "tls_key": _option("", _FILE, "PEM file with the key, unless the other file has it"),
-    "save_ca": _option("", _FILE, "new file for the certificate that clients of -tlsCert=test are to trust"),
+    "save_ca": _option("", _FILE, "new file for what clients of -tlsCert=test must trust"),
     "dev": _option(False, _FLAG, "for development: keep_all, lenient_addresses, extensions, any login, -show, -http=0"),
     "version": _option(False, _FLAG, "print the version and exit; also -v"),
     "help": _option(False, _FLAG, "print this and exit; also -h"),
@@ -4894,7 +4894,7 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
         options |= dict.fromkeys(_LOG_OPTIONS, given["log"])
     tls_cert, tls_key = given.pop("tls_cert", ""), given.pop("tls_key", "")
     if tls_key and tls_cert in ("", *_TEST_CONTEXTS):
-        raise ConfigurationError("needs ", "tls_key", tls_key, needed="tls_cert")
+        raise ConfigurationError("needs a file in ", "tls_key", tls_key, needed="tls_cert")
     if tls_cert in _TEST_CONTEXTS:
         options["ssl_context"] = tls_cert
     elif tls_cert:
@@ -5062,7 +5062,7 @@ def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
         server = Server(**options)
         if path := own.get("save_ca"):
             if options.get("ssl_context") not in _TEST_CONTEXTS:
-                raise ConfigurationError("needs ", "save_ca", path, needed="tls_cert")
+                raise ConfigurationError(f"needs {' or '.join(_TEST_CONTEXTS)} in ", "save_ca", path, needed="tls_cert")
             _save_ca(path)
         for rule in own.get("rule", ()):
             _add_rule(server, rule)

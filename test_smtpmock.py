@@ -5228,8 +5228,8 @@ stray                   => stray: there is no such flag
 -sessionTimeout=nan     => -sessionTimeout=nan: must be a number of seconds from 0.001 to 1000000
 -extensions=AUTH        => -extensions: AUTH is announced with the option -authUsers
 -tlsCert=none.pem       => -tlsCert='none.pem'{MORE}No such file or directory{MORE}
--tlsKey=none.pem        => -tlsKey='none.pem': needs -tlsCert
--saveCa=ca.pem          => -saveCa='ca.pem': needs -tlsCert
+-tlsKey=none.pem        => -tlsKey='none.pem': needs a file in -tlsCert
+-saveCa=ca.pem          => -saveCa='ca.pem': needs test or expired or wrong host in -tlsCert
 -authUsers=**           => -authUsers='**': must be a mapping{MORE}
 -implicitTls            => -implicitTls=True: needs -tlsCert
 -saveDir=/dev/null/x    => cannot write to /dev/null/x: Not a directory
@@ -5311,7 +5311,7 @@ class CommandLineTest(unittest.TestCase):
     def test_certificates(self) -> None:
         for name in ("test", "expired", "wrong host"):
             self.assertEqual(parse_flags(f"-tlsCert={name}", "-authUsers=*"), {"ssl_context": name, "auth_users": "*"})
-            error = "smtpmock: -tlsKey='key.pem': needs -tlsCert\n"
+            error = "smtpmock: -tlsKey='key.pem': needs a file in -tlsCert\n"
             self.assertEqual(call_main(f"-tlsCert={name}", "-tlsKey=key.pem"), (2, "", error))
         self.assertIn("No such file", call_main("-tlsCert=./test")[2])
 
