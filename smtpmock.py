@@ -1805,7 +1805,7 @@ _ASPECTS = ("reply", "delay", "trickle", "then")
 def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The aspects of a reply that these fields of an Action set. A reply of None is the normal one; raw comes last."""
     aspects = {"reply" if name in ("reply", "raw") else name: value for name, value in fields.items()}
-    if "then" in fields:
+    if isinstance(fields.get("then"), str):
         aspects["then"] = _THEN[fields["then"]]
         if fields["then"] != "close":
             aspects["reply"] = b""
@@ -2025,7 +2025,7 @@ class _Rules:
         """Have each of the next sessions answered like one of these."""
         rules = [rule for script in scripts for rule in script.make_rules(self)]
         with self._lock:
-            self.newest_first, self.scripts = (*rules, *self.newest_first), (*self.scripts, *scripts)
+            self.newest_first, self.scripts = (*reversed(rules), *self.newest_first), (*self.scripts, *scripts)
 
     def take_script(self) -> _Script | None:
         with self._lock:
@@ -2082,35 +2082,36 @@ _METER = r"[\r \d.:kMG-]*"  # curl may print it first
 _NOTATIONS = (
     (r"[ \t]*S:(?! ?<) ?", r"[ \t]*R: ?(?=[2-5]\d\d[ -])", str),  # the sender and the receiver of RFC 821 to RFC 3030
     (r"[ \t]*C:(?! ?<[a-z]| &) ?", r"[ \t]*S:(?! ?<wait) ?", str),  # Message.transcript, and later RFCs
-    (r" ?(?:[-~]|\*[*~])> ?", r"<(?:-|~|\*\*|~\*) {0,2}", str),  # swaks
+    (r" ?(?:[-~]|\*[*~])> ?", r"<(?:-|~\*?|\*\*) {0,2}", str),  # swaks
     (r".*?CLIENT -> SERVER: ?", r".*?SERVER -> CLIENT: ?", str),  # PHPMailer
     (r"[\d:. ]*send: b?(?=['\"])", r"[\d:. ]*reply: b?(?=['\"])", _unescape),  # smtplib
     (rf"{_METER}> ", rf"{_METER}< ", str),  # curl
 )
 _OTHER_LINES = (  # of all of them; PHPMailer indents what follows the first line of a reply
     r"(?P<opened>=== Trying|[\d:. ]*connect: to |.*\*  +Trying |.*Connection: opening)"
-    r"|(?P<close>.*(?:connection unexpectedly|unexpectedly closed|reading failed|EOF caught))"
+    r"|(?P<lost>.*(?:connection unexpectedly|unexpectedly closed|reading failed|EOF caught))"
     r"|(?P<reset>.*reset by peer)|[ \t]+(?P<more>\d{3}[ -].*)"
 )
-_MARKERS = {ending.value: name for name, ending in _THEN.items() if name != "drop"}
+_ENDINGS = {ending.value: ending for ending in _Next} | {"lost": _Next.CLOSE, "reset": _Next.RESET}
 
 
 class _Script:
     """One session of a transcript."""
 
     def __init__(self) -> None:
-        self.said: list[tuple[str, int | None, dict[str, Any]]] = []  # stage, size of its body, fields of an Action
-        self.lines = [""]  # of the last reply
+        self.said: list[tuple[str, int | None, dict[str, Any]]] = []  # stage, size of its body, aspects of the reply
+        self.lines: list[str] = []  # of the reply to the last request
         self.waiting: deque[str] = deque()  # the stages of the requests without a reply
         self.expected: str | None = "connect"  # the stage of what comes next, if that is no command
-        self.size: int | None = None  # of the last body
-        self.is_in_body = self.has_credentials = self.is_over = False
+        self.bodies: list[int] = []  # their sizes, where they are known
+        self.is_in_body = self.is_refused = self.has_credentials = self.is_over = False
 
     def read(self, kind: str, line: str) -> bool:
         """Read a line. False if it begins another session."""
         stage, is_reply = self.waiting[0] if self.waiting else self.expected, kind == "server"
         is_greeting = line.startswith("220") and stage not in ("connect", "STARTTLS")
-        if kind in ("server", "more") and re.match(r"\d{3}-", self.lines[-1]):
+        is_complete = not self.lines or (line[:3].isdigit() and re.match(r"\d{3}(?!-)", self.lines[-1]))
+        if kind in ("server", "more") and not is_complete:
             self.lines.append(line)
         elif kind == "opened" or (is_reply and (is_greeting or (self.is_over and line[:3].isdigit()))):
             return False
@@ -2118,26 +2119,27 @@ class _Script:
             self._read_reply(line)
         elif kind == "client" and not self.is_over:
             self._read_request(line)
-        elif kind in _THEN and not self.is_over:
-            self._read_end(kind)
+        elif kind in _ENDINGS and not self.is_over:
+            self._read_ending(_ENDINGS[kind])
         return True
 
     def _read_request(self, line: str) -> None:
         end = re.fullmatch(r"<(\d+) bytes>|\.", line)
-        self.size = int(end[1]) if end and end[1] else None
+        is_body = end is not None and end[1] is not None
+        self.bodies += [int(end[1])] if end and is_body else []
         if self.expected == "message":
             self.waiting.append("message")
-            self.expected, self.is_in_body = None, True
+            self.expected, self.lines, self.is_in_body = None, [], True
         if self.is_in_body:
             self.is_in_body = end is None
             return
-        verb = "message" if self.size is not None else _parse_line(line.replace(r"\t", " ").encode()).verb
-        if self.waiting and self.waiting[-1] == "BDAT" and (verb == "message" or verb not in _VERBS):
+        verb = "message" if is_body else _parse_line(line.replace(r"\t", " ").encode()).verb
+        if self.waiting and self.waiting[-1] == "BDAT" and (is_body or verb not in _VERBS):
             return  # a part of the chunk
         self.has_credentials = self.expected == "AUTH" or line.count(" ") > 1
         verb = "AUTH" if self.expected == "AUTH" else verb
         self.waiting.append("too long" if line.startswith("line of over ") else verb)
-        self.expected, self.lines = None, [""]
+        self.expected, self.lines = None, []
 
     def _take_stage(self) -> str | None:
         stage = self.waiting.popleft() if self.waiting else self.expected
@@ -2145,38 +2147,41 @@ class _Script:
         return stage
 
     def _read_reply(self, line: str) -> None:
-        stage, is_refused = self._take_stage(), line.startswith(("4", "5"))
+        stage, accepts = self._take_stage(), not line.startswith(("4", "5"))
         # A line without a code is the next one of a text of ours, and a 421 may come unasked.
         if re.match({None: "(?!421)[2-5][0-9]{2}", "connect": "2[35]|3"}.get(stage, "$."), line):
             raise ConfigurationError(f"there is no command before {_shorten(line)}", "play")
         if stage is None:
             self.lines.append(line)
         elif stage == "AUTH" and line.startswith("334"):
-            self.expected = stage
+            self.expected, self.has_credentials = stage, True
         else:
             self.lines = [line]
-            # A login that is refused before its challenge.
-            at_once = {"at_once": True} if stage == "AUTH" and is_refused and not self.has_credentials else {}
+            # A login may be refused before its challenge.
+            at_once = {"at_once": True} if stage == "AUTH" and not (accepts or self.has_credentials) else {}
             self.said.append((stage, None, {"reply": self.lines, **at_once}))
-            self.expected = "message" if stage == "DATA" and not is_refused else None
-            self.is_over = stage == "QUIT" and not is_refused
+            self.is_refused = self.is_refused or (stage == "connect" and line.startswith("5"))
+            self.expected = "message" if stage == "DATA" and accepts and not self.is_refused else None
+            self.is_over = stage == "QUIT" and accepts
 
-    def _read_end(self, then: str) -> None:
+    def _read_ending(self, ending: _Next) -> None:
         stage, self.is_over = None if self.expected == "message" else self._take_stage(), True
         if stage is not None:
-            self.said.append((stage, self.size, {"then": "drop" if then == "close" else then}))
+            after = self.bodies[-1] if stage == "message" and self.bodies else None
+            self.said.append((stage, after, {"reply": b"", "then": ending}))
         elif self.said:
-            self.said[-1][2]["then"] = "close"
+            self.said[-1][2]["then"] = ending
 
     def make_rules(self, rules: _Rules) -> Iterator[Rule]:
         """A rule for each stage, which says one thing after the other."""
         uses: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
         for stage, after, use in self.said:
-            if lines := use.get("reply"):  # the last - is missing in the greeting of RFC 4954
+            if lines := use["reply"]:  # the last - is missing in the greeting of RFC 4954
                 use["reply"] = "\n".join([*lines[:-1], re.sub(r"^(\d{3})-", r"\1 ", lines[-1])])
             uses.setdefault((stage, after), []).append(use)
         for (stage, after), of_stage in uses.items():
-            rule = Rule(rules, "*", None, 0, len(of_stage), 1.0, None)
+            skip = 0 if after is None else sum(size >= after for size in self.bodies[:-1])
+            rule = Rule(rules, "*", skip=skip, times=len(of_stage))
             rule._stage, rule._after, rule._uses, rule._script = stage, after, tuple(of_stage), self
             yield rule
 
@@ -2184,19 +2189,20 @@ class _Script:
 def _read_transcript(text: str) -> list[_Script]:
     """The sessions of a transcript."""
     _check("play", text, _TEXT)
-    found = next((notation for notation in _NOTATIONS if re.search(f"(?m)^{notation[1]}", text)), None)
-    if found is None:
+    scripts = [_Script()]
+    for client, server, decode in [row for row in _NOTATIONS if re.search(f"(?m)^{row[1]}", text)][:1]:
+        pattern = re.compile(f"{client}(?P<client>.*)|{server}(?P<server>.*)|{_OTHER_LINES}")
+        for match in filter(None, (pattern.match(line.rstrip("\r")) for line in text.split("\n"))):
+            line = decode(match[match.lastgroup or 0])
+            kind = line if line in _ENDINGS else match.lastgroup or ""
+            if not scripts[-1].read(kind, line):
+                scripts.append(_Script())
+                scripts[-1].read(kind, line)
+    scripts = [script for script in scripts if script.said]
+    if not scripts:
         line = re.sub(r"(?i)(AUTH +\S+ ).*", r"\1***", text.strip().partition("\n")[0])
         raise ConfigurationError(f"the server says nothing in it; it begins with {_shorten(line)}", "play")
-    client, server, decode = found
-    pattern, scripts = re.compile(f"{client}(?P<client>.*)|{server}(?P<server>.*)|{_OTHER_LINES}"), [_Script()]
-    for match in filter(None, (pattern.match(line.rstrip("\r")) for line in text.split("\n"))):
-        line = decode(match[match.lastgroup or 0])
-        kind = _MARKERS.get(line, match.lastgroup or "")
-        if not scripts[-1].read(kind, line):
-            scripts.append(_Script())
-            scripts[-1].read(kind, line)
-    return [script for script in scripts if script.said]
+    return scripts
 
 
 def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[str, Any]:
@@ -2204,7 +2210,7 @@ def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[
     words: dict[str, list[str]] = {}
     for stage, _, use in (said for script in scripts for said in script.said):
         words.setdefault(_VERBS.get(stage, _UNKNOWN_VERB).extension, [])
-        lines = use.get("reply", ())[1:] if stage == "EHLO" else ()
+        lines = use["reply"][1:] if stage == "EHLO" else ()
         announced = [line[4:].upper().replace("AUTH=", "AUTH ").split() for line in lines]
         words |= {name: others for name, *others in filter(None, announced)}
     known = [name for name in words if name in _EXTENSIONS.split() or name.startswith("X")]
@@ -4658,7 +4664,7 @@ class Server:
             if rule._function is None and not any(rule._uses):
                 faults.append(f"{rule!r} has no action")
             elif rule._script is not None:
-                left = [use.get("reply") or use["then"] for use in rule._uses[rule.hits :]]
+                left = [use["reply"] or use["then"].value for use in rule._uses[rule.hits :]]
                 faults += [f"{_shorten(text)} at {rule._stage}, of the transcript, was never reached" for text in left]
             elif not rule.hits:
                 requests = self._list_requests() if requests is None else requests

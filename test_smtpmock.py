@@ -124,6 +124,50 @@ class Memory:
         self.add_rules(self, rules)
         self.say(*lines)
 
+    @classmethod
+    def of(cls, server: Server) -> Memory:
+        """A session of a Server, without a connection."""
+        memory = cls()
+        memory._context, memory._mailbox, memory._rules = server._context, server._mailbox, server._rules
+        memory.begin()
+        return memory
+
+    def record(self, pieces: Iterable[bytes]) -> str:
+        """The transcript of the session, which receives these pieces and ends."""
+        said: dict[int, Any] = {}
+
+        def note(reply: smtpmock._Reply) -> None:
+            said.update((id(exchange), exchange) for exchange in self._session.mail.exchanges)
+            if reply.next is smtpmock._Next.TLS:
+                self.secure()
+
+        note(self._session.greet())
+        for piece in pieces:
+            for reply in self._session.receive(piece):
+                note(reply)
+        self.end()
+        said.update((id(exchange), exchange) for exchange in self._session.mail.exchanges)
+        return "\n".join(smtpmock._format_exchanges(said.values()))
+
+    @staticmethod
+    def read_transcript(text: str) -> list[list[str]]:
+        """What the server says in each session of a transcript, with its stage and how it ends the session."""
+        return [
+            [
+                " ".join(
+                    [
+                        f"{stage}:",
+                        *(["/".join(use["reply"])] if use["reply"] else []),
+                        *([use["then"].value] if "then" in use else []),
+                        *([f"after {after}"] if after is not None else []),
+                        *(["at once"] if "at_once" in use else []),
+                    ]
+                )
+                for stage, after, use in script.said
+            ]
+            for script in smtpmock._read_transcript(text)
+        ]
+
     def begin(self) -> None:
         """Another session begins."""
         self._session = smtpmock._Session(self._context, self._peer)
@@ -3361,6 +3405,497 @@ class RuleTest(ServerCase):
         recorder.wait_for("SMTP session finished")
         self.assertNotIn("warning", [level for level, _ in recorder.seen])
         self.assertTrue(server.wait_for_messages(1, TIMEOUT)[0].transcript.endswith("C: EHLO a.com\nS: <silence>"))
+
+
+# --------------------------------------------------------------------------------------- transcripts
+
+# What these tools printed in one session with a server that does not know bob: swaks 20201014, curl 7.88 with a progress
+# meter, PHPMailer 6.6, and smtplib of Python 3.11. Some headers are left out.
+LOGS = {
+    "swaks": """
+=== Trying 127.0.0.1:45275...
+=== Connected to 127.0.0.1.
+<-  220-mx.example.com ESMTP
+<-  220 ready
+ -> EHLO a.com
+<-  250-Received
+<-  250-SIZE 10485760
+<-  250 AUTH LOGIN
+ -> AUTH LOGIN
+<-  334 VXNlcm5hbWU6
+ -> YWxpY2U=
+<-  334 UGFzc3dvcmQ6
+ -> c2VjcmV0
+<-  235 Authentication succeeded
+ -> MAIL FROM:<a@example.com>
+<-  250 Received
+ -> RCPT TO:<bob@example.com>
+<** 550-5.1.1 That doesn't exist
+<** 550 5.1.1 Learn more
+ -> RCPT TO:<c@example.com>
+<-  250 Received
+ -> DATA
+<-  354 Ready for receive message. End data with <CR><LF>.<CR><LF>
+ -> Subject: test Mon, 30 Nov 2026 19:37:45 +0000\r
+ -> \r
+ -> hi\r
+ -> \r
+ -> \r
+ -> .
+<-  250 Received
+ -> QUIT
+<-  221 Closing connection
+=== Connection closed with remote host.
+""",
+    "curl": """
+  % Total    % Received % Xferd  Average Speed   Time    Time     Time  Current
+                                 Dload  Upload   Total   Spent    Left  Speed
+\r  0     0    0     0    0     0      0      0 --:--:-- --:--:-- --:--:--     0*   Trying 127.0.0.1:34591...
+* Connected to 127.0.0.1 (127.0.0.1) port 34591 (#0)
+< 220-mx.example.com ESMTP\r
+< 220 ready\r
+> EHLO a.com\r
+\r  0     0    0     0    0     0      0      0 --:--:-- --:--:-- --:--:--     0< 250-Received\r
+< 250-SIZE 10485760\r
+< 250 AUTH LOGIN\r
+> AUTH LOGIN\r
+< 334 VXNlcm5hbWU6\r
+> YWxpY2U=\r
+\r  0     0    0     0    0     0      0      0 --:--:--  0:00:01 --:--:--     0< 334 UGFzc3dvcmQ6\r
+> c2VjcmV0\r
+< 235 Authentication succeeded\r
+\r  0     0    0     0    0     0      0      0 --:--:--  0:00:02 --:--:--     0> MAIL FROM:<a@example.com> SIZE=42\r
+< 250 Received\r
+> RCPT TO:<bob@example.com>\r
+< 550-5.1.1 That doesn't exist\r
+< 550 5.1.1 Learn more\r
+> RCPT TO:<c@example.com>\r
+\r  0     0    0     0    0     0      0      0 --:--:--  0:00:03 --:--:--     0< 250 Received\r
+> DATA\r
+\r  0     0    0     0    0     0      0      0 --:--:--  0:00:04 --:--:--     0< 354 Ready for receive message. End data with <CR><LF>.<CR><LF>\r
+} [42 bytes data]
+* We are completely uploaded and fine
+\r100    42    0     0  100    42      0      7  0:00:06  0:00:05  0:00:01     8< 250 Received\r
+\r100    42    0     0  100    42      0      7  0:00:06  0:00:05  0:00:01    10
+* Connection #0 to host 127.0.0.1 left intact
+""",
+    "PHPMailer": """
+2026-11-30 19:37:45\tSERVER -> CLIENT: 220-mx.example.com ESMTP
+                   \t                  220 ready
+2026-11-30 19:37:45\tCLIENT -> SERVER: EHLO a.com
+2026-11-30 19:37:45\tSERVER -> CLIENT: 250-Received
+                   \t                  250-SIZE 10485760
+                   \t                  250 AUTH LOGIN
+2026-11-30 19:37:45\tCLIENT -> SERVER: AUTH LOGIN
+2026-11-30 19:37:45\tSERVER -> CLIENT: 334 VXNlcm5hbWU6
+2026-11-30 19:37:45\tCLIENT -> SERVER: [credentials hidden]
+2026-11-30 19:37:45\tSERVER -> CLIENT: 334 UGFzc3dvcmQ6
+2026-11-30 19:37:45\tCLIENT -> SERVER: [credentials hidden]
+2026-11-30 19:37:45\tSERVER -> CLIENT: 235 Authentication succeeded
+2026-11-30 19:37:45\tCLIENT -> SERVER: MAIL FROM:<a@example.com>
+2026-11-30 19:37:45\tSERVER -> CLIENT: 250 Received
+2026-11-30 19:37:45\tCLIENT -> SERVER: RCPT TO:<bob@example.com>
+2026-11-30 19:37:45\tSERVER -> CLIENT: 550-5.1.1 That doesn't exist
+                   \t                  550 5.1.1 Learn more
+2026-11-30 19:37:45\tSMTP ERROR: RCPT TO command failed: 550-5.1.1 That doesn't exist
+                   \t                  550 5.1.1 Learn more
+2026-11-30 19:37:45\tCLIENT -> SERVER: RCPT TO:<c@example.com>
+2026-11-30 19:37:45\tSERVER -> CLIENT: 250 Received
+2026-11-30 19:37:45\tCLIENT -> SERVER: DATA
+2026-11-30 19:37:45\tSERVER -> CLIENT: 354 Ready for receive message. End data with <CR><LF>.<CR><LF>
+2026-11-30 19:37:45\tCLIENT -> SERVER: Subject: hi
+2026-11-30 19:37:45\tCLIENT -> SERVER:
+2026-11-30 19:37:45\tCLIENT -> SERVER: 220 hello
+2026-11-30 19:37:45\tCLIENT -> SERVER:
+2026-11-30 19:37:45\tCLIENT -> SERVER: .
+2026-11-30 19:37:45\tSERVER -> CLIENT: 250 Received
+2026-11-30 19:37:45\tCLIENT -> SERVER: QUIT
+2026-11-30 19:37:45\tSERVER -> CLIENT: 221 Closing connection
+2026-11-30 19:37:45\tSMTP Error: The following recipients failed: bob@example.com: That doesn't exist
+                   \t                  Learn more
+""",
+    "smtplib": r"""
+connect: to ('127.0.0.1', 45275) None
+reply: b'220-mx.example.com ESMTP\r\n'
+reply: b'220 ready\r\n'
+reply: retcode (220); Msg: b'mx.example.com ESMTP\nready'
+connect: b'mx.example.com ESMTP\nready'
+send: 'ehlo a.com\r\n'
+reply: b'250-Received\r\n'
+reply: b'250-SIZE 10485760\r\n'
+reply: b'250 AUTH LOGIN\r\n'
+reply: retcode (250); Msg: b'Received\nSIZE 10485760\nAUTH LOGIN'
+send: 'AUTH LOGIN YWxpY2U=\r\n'
+reply: b'334 UGFzc3dvcmQ6\r\n'
+reply: retcode (334); Msg: b'UGFzc3dvcmQ6'
+send: 'c2VjcmV0\r\n'
+reply: b'235 Authentication succeeded\r\n'
+reply: retcode (235); Msg: b'Authentication succeeded'
+send: 'mail FROM:<a@example.com> size=30\r\n'
+reply: b'250 Received\r\n'
+send: 'rcpt TO:<bob@example.com>\r\n'
+reply: b"550-5.1.1 That doesn't exist\r\n"
+reply: b'550 5.1.1 Learn more\r\n'
+reply: retcode (550); Msg: b"5.1.1 That doesn't exist\n5.1.1 Learn more"
+send: 'rcpt TO:<c@example.com>\r\n'
+reply: b'250 Received\r\n'
+send: 'data\r\n'
+reply: b'354 Ready for receive message. End data with <CR><LF>.<CR><LF>\r\n'
+reply: retcode (354); Msg: b'Ready for receive message. End data with <CR><LF>.<CR><LF>'
+data: (354, b'Ready for receive message. End data with <CR><LF>.<CR><LF>')
+send: b"Subject: hi\r\n\r\nit's me\r\n..220 x\r\n.\r\n"
+reply: b'250 Received\r\n'
+data: (250, b'Received')
+send: 'quit\r\n'
+reply: b'221 Closing connection\r\n'
+reply: retcode (221); Msg: b'Closing connection'
+""",
+}
+
+# What the server says in each of them.
+LOGGED = f"""
+connect: 220-mx.example.com ESMTP/220 ready
+EHLO: 250-Received/250-SIZE 10485760/250 AUTH LOGIN
+AUTH: 235 Authentication succeeded
+MAIL: 250 Received
+RCPT: 550-5.1.1 That doesn't exist/550 5.1.1 Learn more
+RCPT: 250 Received
+DATA: {READY}
+message: 250 Received
+""".strip().splitlines()
+
+# Lines of transcripts, and what the server says in them at each stage; || is between sessions. The first x is skipped.
+TRANSCRIPTS = read_rows(r"""
+S: 220 hi | C: HELO a | S: 250 a | C: QUIT | S: 221 bye           => connect: 220 hi, HELO: 250 a, QUIT: 221 bye
+S: 220 hi | C: HELO a | C: NOOP                                   => connect: 220 hi
+x | C: RCPT TO:<a@a.com> | S: 450 No | C: ehlo a | S: 250-a | S: 250 DSN => RCPT: 450 No, EHLO: 250-a/250 DSN
+S: 554 No | S: <closed>                                           => connect: 554 No <closed>
+S: <closed>                                                       => connect: <closed>
+S: 999 odd | C: NOOP | S: 999 odd                                 => connect: 999 odd, NOOP: 999 odd
+S: odd | S: odder | C: NOOP | S: odd                              => connect: odd/odder, NOOP: odd
+x | C: DATA | S: 354 go | C: <9 bytes> | S: 250 ok | C: NOOP | S: 250 ok => DATA: 354 go, message: 250 ok, NOOP: 250 ok
+x | C: DATA | S: 354 go | C: QUIT | C: . | S: 250 ok | C: QUIT | S: 221 bye => DATA: 354 go, message: 250 ok, QUIT: 221 bye
+x | C: DATA | S: 354 go | S: 250 ok                               => DATA: 354 go, message: 250 ok
+x | C: DATA | S: 354 go | S: <closed>                             => DATA: 354 go <closed>
+x | C: DATA | S: 354 go | C: hi | S: <closed>                     => DATA: 354 go, message: <closed>
+x | C: DATA | S: 354 go | C: <9 bytes> | S: <reset>               => DATA: 354 go, message: <reset> after 9
+x | C: DATA | S: 554 no | C: QUIT | S: 221 bye                    => DATA: 554 no, QUIT: 221 bye
+x | C: BDAT 2 | S: 250 ok | C: BDAT 3 LAST | C: <5 bytes> | S: 250 ok | C: NOOP | S: 250 ok
+                                                                  => BDAT: 250 ok, BDAT: 250 ok, NOOP: 250 ok
+x | C: AUTH LOGIN | S: 334 VXNlcm5hbWU6 | C: *** | S: 334 UGFzc3dvcmQ6 | C: *** | S: 535 no => AUTH: 535 no
+x | C: AUTH LOGIN | S: 334 VXNlcm5hbWU6 | S: 535 no               => AUTH: 535 no
+x | C: AUTH LOGIN | S: 530 no | C: AUTH PLAIN AAAA | S: 535 no    => AUTH: 530 no at once, AUTH: 535 no
+x | C: NOOP | S: 250 ok | S: 421 Timeout | S: <closed>            => NOOP: 250 ok/421 Timeout <closed>
+x | C: NOOP | S: <silence>                                        => NOOP: <silence>
+S: 220 a | C: NOOP | S: 250 ok | S: 220 b | C: QUIT | S: 221 bye | S: 554 c => connect: 220 a, NOOP: 250 ok || connect: 220 b,
+    QUIT: 221 bye || connect: 554 c
+S: 220 a | C: DATA | S: 354 go | C: <3 bytes> | S: 220 b | S: <closed> | S: 421 c => connect: 220 a, DATA: 354 go
+    || connect: 220 b <closed> || connect: 421 c
+# RFC 2920, RFC 3207, RFC 4954 and RFC 3030
+x | C: MAIL FROM:<a@a.com> | C: RCPT TO:<b@b.com> | C: DATA | S: 250 a | S: 250 b | S: 354 c | C: . | C: QUIT | S: 250 d | S: 221 e
+    => MAIL: 250 a, RCPT: 250 b, DATA: 354 c, message: 250 d, QUIT: 221 e
+S: <waits for a connection> | C: <opens connection> | S: 220 a | C: STARTTLS | S: 220 go | C: <starts TLS> | C: & S: <negotiate>
+    | C & S: <check> | C: EHLO a | S: 250 b                       => connect: 220 a, STARTTLS: 220 go, EHLO: 250 b
+S: 220-a | C: AUTH DIGEST-MD5 | S: 334 cmVhbG09ImVsd29vZC5pbm5vc29mdC5jb20iLG5vbmNlPSJPQTZNRzl0 | RVFHbTJoaCIscW9wPSJhdX | C:
+    | S: 235 ok                                                   => connect: 220-a, AUTH: 235 ok
+R: 220 a | S: BDAT 9 LAST | S: To: a@a.com<CR><LF> | S: Subject: x | R: 250 ok | S: QUIT | R: 221 bye => connect: 220 a,
+    BDAT: 250 ok, QUIT: 221 bye
+# what tools say of a connection
+<-  220 a |  -> EHLO a | <~  250 b |  ~> NOOP | <~* 550 c | **> RSET | *** Remote host closed connection unexpectedly. | <-  220 d
+    => connect: 220 a, EHLO: 250 b, NOOP: 550 c, RSET: <closed> || connect: 220 d
+< 220 a | > EHLO a | < 250 b | > RCPT TO:<b@b.com> | * response reading failed (errno: 115) | > QUIT
+    | * response reading failed (errno: 115) | *   Trying 127.0.0.1:25... | < 220 c => connect: 220 a, EHLO: 250 b, RCPT: <closed>
+    || connect: 220 c
+< 220 a | > NOOP | * Recv failure: Connection reset by peer | curl: (56) Recv failure: Connection reset by peer
+    => connect: 220 a, NOOP: <reset>
+10:00:00.1 reply: b"220 a's \xc3\xa4\r\n" | 10:00:00.2 send: 'rcpt TO:<д@b.com>\r\n' | 10:00:00.3 reply: b'250 b\r\n'
+    | smtplib.SMTPServerDisconnected: Connection unexpectedly closed => connect: 220 a's ä, RCPT: 250 b <closed>
+""")
+
+# Transcripts with a mistake in them.
+BAD_TRANSCRIPTS = read_rows(r"""
+                                           => the server says nothing in it; it begins with ''
+hello | world                              => the server says nothing in it; it begins with 'hello'
+AUTH PLAIN AHVzZXIAc2VjcmV0                => the server says nothing in it; it begins with 'AUTH PLAIN ***'
+x | C: AUTH LOGIN | S: 334 VXNlcm5hbWU6    => the server says nothing in it; it begins with 'x'
+S: 250 ok | C: NOOP                        => there is no command before '250 ok'
+<-  220 a | <-  250 ok                     => there is no command before '250 ok'
+S: 220 a | C: NOOP | S: 250 ok | S: 550 no => there is no command before '550 no'
+""")
+
+
+def play_anew(transcript: str, pieces: Iterable[bytes]) -> str:
+    """The transcript of a session with a default server that plays one, and receives these pieces."""
+    server = Server()
+    server.play(transcript)
+    return Memory.of(server).record(pieces)
+
+
+class PlayTest(ServerCase):
+    def run_server(self, **options: Any) -> Server:
+        server = Server(**options).start()
+        self.addCleanup(server.__exit__)
+        return server
+
+    def test_what_a_server_said(self) -> None:
+        for row in TRANSCRIPTS:
+            with self.subTest(row.given):
+                for end in ("\n", "\r\n"):
+                    sessions = Memory.read_transcript(end.join(row.given))
+                    self.assertEqual(" || ".join(map(", ".join, sessions)), row.expected)
+
+    def test_logs(self) -> None:
+        """Each is answered to another client as it was to the tool; a secret in it is not shown again."""
+        for tool, log in LOGS.items():
+            with self.subTest(tool):
+                said, *others = Memory.read_transcript(log)
+                self.assertEqual((said[:8], others), (LOGGED, []))
+                self.assertEqual(said[8:], ["QUIT: 221 Closing connection"] * (tool != "curl"))
+                server = self.run_server()
+                server.play(log)
+                with Smtp(server.port) as client:
+                    client.user, client.password = "bob", "another"
+                    self.assertEqual(client.ehlo("b.com"), (250, b"Received\nSIZE 10485760\nAUTH LOGIN"))
+                    self.assertEqual(client.auth("LOGIN", client.auth_login), (235, b"Authentication succeeded"))
+                    self.assertEqual(client.sendmail("x@x.com", ["y@y.com", "z@z.com"], "hi").keys(), {"y@y.com"})
+                    if tool != "curl":
+                        with self.assertRaisesRegex(AssertionError, "'221 Closing connection' at QUIT, of the tr"):
+                            server.check()
+                server.check()
+                self.assertNotIn("c2VjcmV0", f"{server._rules.newest_first} {vars(server)} {server.sessions()}")
+
+    def test_round_trip(self) -> None:
+        """Played, and sent its lines again, a dialogue gives itself; but for bytes that are no reply, and secrets."""
+        # A chunk that is too large is not counted as a body, and a token that is refused is told so in a challenge.
+        others = ("rule: bytes that are no reply", "chunks that are too long together", "a refused token is explained")
+        for title, entry in DIALOGUES.items():
+            if not title.startswith(others):
+                with self.subTest(title):
+                    pieces = [read_sent(line) for line in entry.lines if line[0] != "S"]
+                    recorded = Memory(**entry.options).record(pieces)
+                    self.assertEqual(play_anew(recorded, pieces), recorded)
+
+    def test_round_trip_of_random_dialogues(self) -> None:
+        stages = ["EHLO", "HELO", "MAIL", "RCPT", "DATA", "message", "RSET", "NOOP", "QUIT", "FOO", "connect", "*"]
+        greetings = ["450 4.2.0 later", "550 no", "", "odd", "421 Busy", "999"]
+        replies = [*greetings, "250 ok", "250-a\n250 b", "354 go", "200 a\nb", None]
+        lines = [
+            *ENVELOPE,
+            *ENVELOPE[1:],
+            "DATA",
+            "RSET",
+            "NOOP",
+            "VRFY a",
+            "FOO",
+            "HELO",
+            ".",
+            "hi",
+            "",
+            "дядя",
+            "QUIT",
+        ]
+        for seed in range(500):
+            rng = random.Random(seed)
+            options: dict[str, Any] = {name: rng.random() < 0.3 for name in ("fail_fast", "multiple_rcptto")}
+            memory = Memory(**options)
+            for stage in rng.sample(stages, rng.randrange(6)):
+                rule = memory.on(stage, times=rng.randrange(1, 4))
+                if rng.random() < 0.8:
+                    rule.reply(*rng.choices(greetings if stage in ("connect", "*") else replies, k=rng.randrange(1, 4)))
+                if rng.random() < 0.2:
+                    rng.choice((rule.close, rule.drop, rule.reset, rule.silence))()
+            pieces = [line.encode() + b"\r\n" for line in rng.choices(lines, k=rng.randrange(30))]
+            with self.subTest(seed=seed):
+                recorded = memory.record(pieces)
+                self.assertEqual(play_anew(recorded, pieces), recorded)
+
+    def test_through_tls_and_login(self) -> None:
+        """A transcript through both is played with a certificate for tests, and to any login."""
+        server = self.run_server(ssl_context="test", auth_users={"u": "p"}, extensions=["SIZE"], keep_all=True)
+        server.on("RCPT", "bob@b.com").reply("450 4.2.0 Later")
+        transcripts = []
+        for password in ("p", "other"):
+            with Smtp(server.port) as client:
+                client.starttls(context=server.client_context())
+                client.login("u", password)
+                self.assertEqual(client.sendmail("a@a.com", ["bob@b.com", "c@b.com"], "hi").keys(), {"bob@b.com"})
+            transcripts.append(server.messages()[-1].transcript)
+            server = self.run_server(keep_all=True)
+            server.play(transcripts[0])
+        self.assertIn("S: 220 Ready to start TLS", transcripts[0])
+        self.assertEqual(*(re.sub("S: 334 .*", "S: 334", text) for text in transcripts))
+
+    def test_sessions_and_what_comes_after(self) -> None:
+        """Each session of a transcript is for one connection. Replies after that are normal, but what was announced
+        stays accepted, until reset()."""
+        server = self.run_server(not_registered_emails=["x@x.com"])
+        greylisted = "S: 220 a\nC: EHLO a\nS: 250-a\nS: 250 DSN\nC: RCPT TO:<b@b.com>\nS: 450 Later"
+        server.play(f"{greylisted}\nC: QUIT\nS: 221 bye\n{greylisted.replace('450', '451')}")
+        lines = ("EHLO a.com", "MAIL FROM:<> RET=FULL", "RCPT TO:<b@b.com>", "RCPT TO:<x@x.com>", "QUIT")
+        heard = []
+        for _ in range(3):
+            with Client(server) as client:
+                for line in lines:
+                    client.send(line.encode() + b"\r\n")
+                heard.append([client.greeting, *client.read_all()])
+        ends = [RECEIVED, "450 Later", "550 User not found"]
+        self.assertEqual(heard[0], ["220 a", "250-a", "250 DSN", *ends, "221 bye", "<closed>"])
+        ends[1] = "451 Later"
+        self.assertEqual(heard[1], ["220 a", "250-a", "250 DSN", *ends, "221 Closing connection", "<closed>"])
+        ends[1] = RECEIVED
+        self.assertEqual(
+            heard[2], ["220 Welcome", "250-Received", "250 DSN", *ends, "221 Closing connection", "<closed>"]
+        )
+        server.check()
+        server.play(greylisted)
+        server.on("RCPT").reply("550 Mine")
+        with Client(server) as client:
+            self.assertEqual([client.greeting, *client.ask("HELO a.com", *lines[2:3])], ["220 a", RECEIVED, "550 Mine"])
+        with self.assertRaises(AssertionError) as caught:
+            server.check()
+        text = (
+            "'250-a\\n250 DSN' at EHLO, of the transcript, was never reached\n'450 Later' at RCPT, of the transcript,"
+        )
+        self.assertEqual(str(caught.exception), f"{text} was never reached")
+        server.play(greylisted)
+        for forget in (server.clear_rules, server.reset):
+            forget()
+            with Client(server) as client:
+                self.assertEqual(client.greeting, "220 Welcome")
+                replies = client.ask("EHLO a.com")
+        self.assertEqual(replies, [RECEIVED])
+        server.check()
+
+    def test_long_transcripts(self) -> None:
+        """Of 20 recipients, of two mails, and of 2 MB, in linear time."""
+        ask = "C: RCPT TO:<a@a.com>\nS: 250 {}\n"
+        many = "S: 220 a\n" + "".join(ask.format(number) for number in range(20))
+        said = play_anew(many, [b"HELO a.com\r\n", b"MAIL FROM:<>\r\n", *[b"RCPT TO:<b@b.com>\r\n"] * 21]).splitlines()
+        self.assertEqual(said[6::2], [*(f"S: 250 {number}" for number in range(20)), f"S: {RECEIVED}"])
+        mail = "C: MAIL FROM:<>\nS: 250 a{0}\nC: DATA\nS: 354 b{0}\nC: <4 bytes>\nS: 250 c{0}\n"
+        mails = "S: 220 a\n" + mail.format(1) + mail.format(2)
+        pieces = read_pieces(["HELO a.com", "MAIL FROM:<>", "DATA", "hi", ".", "MAIL FROM:<>", "DATA", "ho", "."])
+        said = [line for line in play_anew(mails, pieces).splitlines() if line[0] == "S"]
+        self.assertEqual(
+            said[2:], [f"S: {reply}{number}" for number in (1, 2) for reply in ("250 a", "354 b", "250 c")]
+        )
+        for unit in (ask, "S: 250-a\n", "C: hi\n", "S: 220 a\n", "S: <closed>\n", " \t", "\n", "C: BDAT 9\n"):
+            times = []
+            for size in (100_000, 400_000):
+                began = time.process_time()
+                with contextlib.suppress(ConfigurationError):
+                    Server().play("S: 220 a\nC: EHLO a\n" + unit * (size // len(unit)))
+                times.append(time.process_time() - began)
+            with self.subTest(unit):
+                self.assertLess(times[1], 8 * times[0] + 0.1)
+
+    def test_bad_transcripts(self) -> None:
+        server = Server()
+        for row in BAD_TRANSCRIPTS:
+            with self.subTest(row.given), self.assertRaisesRegex(ConfigurationError, rf"\Aplay: {row.pattern[6:]}"):
+                server.play("\n".join(row.given))
+        for value in (None, b"S: 220 a", "S: \ud800"):
+            with self.assertRaisesRegex(ConfigurationError, "play=.*: must be a string without lone surrogates"):
+                server.play(value)  # type: ignore[arg-type]
+        self.assertEqual(Memory.of(server).record([b"NOOP\r\n"]), "S: 220 Welcome\nC: NOOP\nS: 250 Ok")
+
+    def test_an_interrupted_body(self) -> None:
+        transcript = "C: MAIL FROM:<>\nS: 250 a\nC: DATA\nS: 354 b\nC: <9 bytes>\nS: <reset>"
+        server = self.run_server()
+        server.play("x\n" + transcript)
+        with Client(server) as client:
+            client.ask(*ENVELOPE, "DATA")
+            client.send(b"0123456789")
+            self.assertEqual(client.read(), "<reset>")
+        server.check()
+
+
+# ------------------------------------------------------------------------------------------ profiles
+
+# What a server with a profile answers to the last of these commands.
+PROFILED = read_rows("""
+HELLO | MAIL | RCPT TO:<x@x.com> => 550 5.1.1 <x@x.com>: Recipient address rejected: User unknown in local recipient table
+     -- profile="postfix"
+helo y.com       => 554 5.7.1 <y.com>: Helo command rejected: Access denied  -- profile="postfix"
+HELO a.com       => 250 mail.example.com Hello a.com [127.0.0.1]  -- profile="exim"
+QUIT             => 221 2.0.0 Bye  -- profile="opensmtpd"
+QUIT             => 221 2.0.0 closing connection 2sm2958616wmr.4 - gsmtp  -- profile="gmail"
+HELLO | MAIL     => 250 2.1.0 Sender OK  -- profile="outlook"
+QUIT             => 221 Bye  -- profile="ses"
+QUIT             => 221 mine  -- profile="ses", msg_quit_cmd="221 mine"
+QUIT             => 221 .  -- msg_quit_cmd="221 {address}{address}."
+HELLO | MAIL     => 250 a@a.com and a@a.com  -- msg_mailfrom_received="250 {address} and {address}"
+HELLO | MAIL FROM:<> => 250 <>  -- msg_mailfrom_received="250 <{address}>"
+HELLO | MAIL FROM:a  => 501 .  -- msg_invalid_cmd_mailfrom_arg="501 {address}."
+HELLO | MAIL | RCPT | DATA => 354 b@b.com  -- msg_data_received="354 {address}"
+""")
+
+
+class ProfileTest(unittest.TestCase):
+    OPTIONS: Mapping[str, Any] = {"not_registered_emails": ["x@x.com"], "blacklisted_helo_domains": ["y.com"]}
+
+    def ask(self, memory: Memory, items: Iterable[str]) -> str:
+        """The reply to the last of these."""
+        return "\n".join([memory.feed(piece) for piece in read_pieces(items)][-1]).removesuffix("\n<closed>")
+
+    def test_replies(self) -> None:
+        for row in PROFILED:
+            with self.subTest(row):
+                self.assertEqual(self.ask(Memory(**self.OPTIONS, **row.options), row.given), row.expected)
+
+    def test_each_profile(self) -> None:
+        """It has replies with codes, and accepts what it announces."""
+        for name in ("postfix", "exim", "opensmtpd", "gmail", "outlook", "ses"):
+            with self.subTest(name):
+                options = Configuration(profile=name)
+                fields = [field for field in dataclasses.fields(options) if field.name.startswith("msg_")]
+                texts = {field.name: getattr(options, field.name) for field in fields if field.type == "str"}
+                own = {field.name for field in fields if getattr(options, field.name) != field.default}
+                self.assertGreater(len(own), 9)
+                for text in texts.values():
+                    self.assertRegex(text, r"\A(\d{3}-.+\n)*\d{3} .+\Z")
+                lines = self.ask(Memory(profile=name), ["EHLO a.com"]).split("\n")[1:]
+                self.assertIn(f"250-SIZE {options.msg_size_limit}", lines[:-1])
+                self.assertEqual(len(lines), len(options.extensions))
+
+    def test_options_win(self) -> None:
+        """Over the profile, wherever either is given; the profile can be changed."""
+        given = Configuration(profile="exim", msg_noop_received="250 mine")
+        server = Server(given, profile="postfix")
+        steps: list[Callable[[], object]] = [
+            lambda: None,
+            lambda: server.configure(profile="ses"),
+            lambda: server.configure(msg_quit_cmd="221 other"),
+            lambda: server.configure(profile=None),
+            server.reset,
+        ]
+        for step, quit_reply in zip(steps, ("2.0.0 Bye", "Bye", "other", "other", "2.0.0 Bye"), strict=True):
+            step()
+            said = Memory.of(server).record([b"NOOP\r\n", b"QUIT\r\n"]).splitlines()
+            self.assertEqual(said[2:5:2], ["S: 250 mine", f"S: 221 {quit_reply}"])
+        self.assertEqual(given, copy.copy(given))
+        self.assertEqual(pickle.loads(pickle.dumps(given)), given)
+        self.assertNotEqual(given, Configuration(profile="exim"))
+        for name, text in (
+            ("exmi", "exmi is unknown; did you mean exim"),
+            ("", " is unknown"),
+            (1, "=1: must be a string"),
+        ):
+            with self.assertRaisesRegex(ConfigurationError, f"profile.*{text}"):
+                Configuration(profile=name)  # type: ignore[arg-type]
+
+    def test_an_address_in_a_reply(self) -> None:
+        """Also in that of a rule. It cannot end the reply. Other replies are made once."""
+        memory = Memory(*ENVELOPE[:2], rules=["RCPT: reply 550 <{address}> no", "VRFY: reply 550 {address}."])
+        self.assertEqual(memory.say("RCPT TO:<b@b.com>", "VRFY x"), ["550 <b@b.com> no", "550 x."])
+        memory = Memory(ENVELOPE[0], msg_mailfrom_received="250 {address}", lenient_addresses=True)
+        self.assertEqual(memory.feed(b'MAIL FROM:<"a\r"@a.com>\r\n'), ["501 MAIL FROM requires valid email address"])
+        memory.add_rules(memory, ["MAIL: reply 250 {address}"])
+        self.assertEqual(memory.feed(b"MAIL FROM:<a\rb\xff>\r\n"), [r"250 a\rb\udcff"])
+        for text in (RECEIVED, "250 {address}"):
+            memory = Memory(msg_mailfrom_received=text)
+            first, second = memory.replies(b"NOOP\r\nNOOP\r\n")
+            self.assertIs(first, second)
 
 
 class HandlerTest(unittest.TestCase):
