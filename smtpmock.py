@@ -504,7 +504,7 @@ class _SessionOptions(_Options):
     response_delay_rset: float = _option(0, _SECONDS, "seconds before the reply to RSET")
     response_delay_noop: float = _option(0, _SECONDS, "seconds before the reply to NOOP")
     response_delay_quit: float = _option(0, _SECONDS, "seconds before the reply to QUIT")
-    profile: str | None = _option(None, _TEXT, "server to answer like: postfix, exim, opensmtpd, gmail, outlook, ses")
+    profile: str | None = _option(None, _TEXT, "texts of postfix, exim, opensmtpd, gmail, outlook, ses")
     tolerated: Collection[str] = _option((), _WORDS, "codes of violations and warnings that are not reported")
     strict: bool = _option(False, _FLAG, "refuse a mail with violations at its end")
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
@@ -4848,7 +4848,7 @@ _OWN_FLAGS: dict[str, _Option] = {
     "save_dir": _option("", _FILE, "folder for each accepted mail as 000001.eml and its record as 000001.json"),
     "maildir": _option("", _FILE, "Maildir for each accepted mail"),
     "rule": _option([], _RULES, "make the server fail; can be repeated"),
-    "play": _option("", _FILE, "transcript, or debug output of swaks, smtplib, curl or PHPMailer, to answer like"),
+    "play": _option("", _FILE, "transcript or log of a session, to answer like that"),
     "tls_cert": _option("", _FILE, "PEM file, or test, expired or wrong host; for STARTTLS"),
     "tls_key": _option("", _FILE, "PEM file with the key, unless the other file has it"),
     "save_ca": _option("", _FILE, "new file for what clients of -tlsCert=test must trust"),
@@ -4890,10 +4890,9 @@ A RULE is 'STAGE [ADDRESS]: ACTION; ...'. STAGE is connect, a command, message
 trickle SECONDS, close, drop, reset or silence, or says when the rule applies:
 skip=NUMBER, times=NUMBER, probability=NUMBER or after=BYTES.
 
-With -control, each line of stdin is a command: rule RULE, play TRANSCRIPT with
-\n for line breaks, clear (all rules), configure FLAG..., disconnect, disconnect
-reset, purge (the messages), reset (messages, rules and options), check, or
-stop. An event on stdout answers it.
+With -control, each line of stdin is a command: rule RULE, play TRANSCRIPT,
+clear (all rules), configure FLAG..., disconnect, disconnect reset, purge (the
+messages), reset (all of these), check, or stop. An event on stdout answers it.
 {flags}
 
 Examples:

@@ -3799,6 +3799,27 @@ class PlayTest(ServerCase):
                 server.play(value)  # type: ignore[arg-type]
         self.assertEqual(Memory.of(server).record([b"NOOP\r\n"]), "S: 220 Welcome\nC: NOOP\nS: 250 Ok")
 
+    def test_elsewhere(self) -> None:
+        """The command line, its commands, and the mark of pytest."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "session.log")
+            path.write_bytes(LOGS["curl"].encode() + b"\xff")
+            heard: list[str] = []
+
+            def use(port: int) -> None:
+                for _ in range(2):
+                    with Client(types.SimpleNamespace(host="127.0.0.1", port=port)) as client:  # type: ignore[arg-type]
+                        heard.append(client.greeting)
+
+            run_main(use, "-port=0", f"-play={path}", "-quiet")
+            self.assertEqual(heard, ["220-mx.example.com ESMTP", "220 Welcome"])
+            error = f"smtpmock: -play='{path}2': cannot be read: No such file or directory\n"
+            self.assertEqual(call_main(f"-play={path}2"), (2, "", error))
+            path.write_text("nothing")
+            self.assertIn(
+                "-play: the server says nothing in it; it begins with 'nothing'\n", call_main(f"-play={path}")[2]
+            )
+
     def test_an_interrupted_body(self) -> None:
         transcript = "C: MAIL FROM:<>\nS: 250 a\nC: DATA\nS: 354 b\nC: <9 bytes>\nS: <reset>"
         server = self.run_server()
@@ -5803,7 +5824,7 @@ class CommandLineTest(unittest.TestCase):
     def test_every_option_has_its_flags(self) -> None:
         for field in dataclasses.fields(Configuration):
             if not field.name.startswith("log_") and field.name != "ssl_context":
-                text, value = self.VALUES[str(field.type)]
+                text, value = self.VALUES["str" if field.type == "str | None" else str(field.type)]
                 for flag in flags(field.name):
                     self.assertEqual(parse_flags(f"{flag}={text}"), {field.name: value})
                     self.assertEqual(parse_flags(flag, text), {field.name: value})
@@ -6258,7 +6279,7 @@ class OutputTest(ProcessCase):
 
 # Commands that change nothing, and what is said about them.
 BAD_COMMANDS = read_rows("""
-foo                                     => 'foo': must be rule RULE, configure FLAG..., clear, reset, purge, check, {MORE}
+foo                                     => 'foo': must be rule RULE, play TRANSCRIPT, configure FLAG..., clear, reset, purge, check, {MORE}
 stop now                                => 'stop now': must be {MORE}
 rule                                    => rule '': must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'
 rule RCPT: reply 450; delay soon        => rule 'RCPT: reply 450; delay soon': delay='soon': must be a number of {MORE}
@@ -6266,6 +6287,7 @@ configure -msgRcpttoReceived="450       => No closing quotation
 configure -failFast -port=1             => -port=1: cannot be changed {MORE}
 configure -failFast -json               => -json: cannot be changed while the server runs
 configure -failFast -tlsCert=/dev/null  => {MORE}cannot be loaded: {MORE}; without -tlsKey, the file must have {MORE}
+configure -profile=exmi                 => -profile: exmi is unknown; did you mean exim?
 configure -failFst                      => -failFst: there is no such flag; did you mean -failFast?
 """)
 
@@ -6317,6 +6339,22 @@ class ControlTest(ProcessCase):
             reply = client.rcpt("b@b.com")
         self.assertEqual(self.read()["event"], "message")
         return reply
+
+    def test_a_transcript(self) -> None:
+        """Its line breaks are \\n, also in the output of smtplib; the answer does not repeat it, for its secrets."""
+        reply = r"reply: b'220 a\r\n'\nsend: 'ehlo [1.2.3.4]\r\n'\nreply: b'250 b\r\n'"
+        for transcript in (r"S: 220 a\nC: AUTH PLAIN c2VjcmV0\nS: 235 ok\nC: EHLO a\nS: 250 b", reply):
+            self.write(f"play {transcript}\n")
+            self.assertEqual(self.read(), {"event": "done", "command": "play", "messages": 0})
+        for _ in range(2):
+            client = self.connect()
+            self.assertEqual(client.ehlo_resp, b"b")
+            client.close()
+            self.assertEqual(self.read()["event"], "message")
+        self.write("play c2VjcmV0\n")
+        answer = self.read()
+        self.assertEqual((answer["event"], answer["command"]), ("error", "play"))
+        self.obey("purge")
 
     def test_rules(self) -> None:
         self.obey("rule RCPT: reply 450 later; times=2")
@@ -6768,6 +6806,21 @@ class PytestTest(unittest.TestCase):
             self.server.stop()
         with self.run_test(), Client(self.server) as client:
             self.assertEqual(client.greeting, "220 Welcome")
+
+    def test_a_transcript(self) -> None:
+        for transcript, replies in (
+            ("S: 220 a\nC: NOOP\nS: 250 b", ["220 a", "250 b"]),
+            (None, ["220 Welcome", "250 Ok"]),
+        ):
+            with self.run_test(self.mark(play=transcript, fail_fast=True)) as item:
+                with Client(self.server) as client:
+                    self.assertEqual(
+                        [client.greeting, *client.ask("NOOP", "FOO"), client.read()],
+                        [*replies, UNRECOGNIZED, "<closed>"],
+                    )
+                self.plugin.pytest_runtest_call(item)
+        with self.assertRaises(ConfigurationError), self.run_test(self.mark(play="")):
+            pass
 
     def test_a_client_may_quit_at_the_end_of_a_test(self) -> None:
         """Also one whose last command is not answered yet."""
