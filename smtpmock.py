@@ -251,7 +251,7 @@ msg_size_is_too_big 552 5.3.4 Message size exceeds fixed limit | bdat_arg 521 5.
 rset|noop|rset_sequence 250 2.0.0 Ok | starttls 220 2.0.0 Ready to start TLS | starttls_arg 501 5.5.4 Syntax: STARTTLS
 starttls_sequence 554 5.5.1 Error: TLS already active | auth_cancelled 501 5.7.0 Authentication aborted
 tls_required 530 5.7.0 Must issue a STARTTLS command first | auth 235 2.7.0 Authentication successful
-auth_sequence 503 5.5.1 Error: already authenticated
+auth_sequence 503 5.5.1 Error: already authenticated | vrfy 252 2.0.0 {address}
 auth_(failed|bad_response|unknown_mechanism) 535 5.7.8 Error: authentication failed
 == exim
 extensions SIZE,8BITMIME,DSN,PIPELINING,PIPECONNECT,CHUNKING,SMTPUTF8,HELP | size_limit 52428800 | noop|mailfrom 250 OK
@@ -280,7 +280,7 @@ unknown_parameter 503 5.5.4 Invalid command arguments: Unsupported option
 msg 250 2.0.0 94c306d8 Message accepted for delivery | invalid_cmd 500 5.5.1 Invalid command: Command unrecognized
 msg_size_is_too_big 554 5.3.4 Message too big for system: Transaction failed, message too big
 rset_arg 500 5.5.4 Invalid command arguments: command does not accept arguments.
-starttls_arg 501 5.5.4 Invalid command arguments: No parameters allowed
+starttls_arg 501 5.5.4 Invalid command arguments: No parameters allowed | help 214 2.0.0 End of HELP info
 == gmail
 # github.com/PHPMailer/PHPMailer/issues/1076
 extensions SIZE,8BITMIME,ENHANCEDSTATUSCODES,PIPELINING,CHUNKING,SMTPUTF8 | auth_mechanisms LOGIN,PLAIN,XOAUTH2

@@ -70,6 +70,8 @@ RCPT TO:<bob@example.com> [opensmtpd]
 {HELLO} / RSET
 {HELLO} / RSET x
 {HELLO} / NOOP x [opensmtpd]
+{HELLO} / VRFY bob@example.com [exim]
+{HELLO} / HELP
 {HELLO} / QUIT
 {HELLO} / RCPT TO:<bob@example.com>
 {HELLO} / DATA
