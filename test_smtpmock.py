@@ -3840,7 +3840,7 @@ HELLO | MAIL | RCPT TO:<x@x.com> => 550 5.1.1 <x@x.com>: Recipient address rejec
 helo y.com       => 554 5.7.1 <y.com>: Helo command rejected: Access denied  -- profile="postfix"
 HELO a.com       => 250 mail.example.com Hello a.com [127.0.0.1]  -- profile="exim"
 QUIT             => 221 2.0.0 Bye  -- profile="opensmtpd"
-QUIT             => 221 2.0.0 closing connection 2sm2958616wmr.4 - gsmtp  -- profile="gmail"
+QUIT             => 221 2.0.0 closing connection - gsmtp  -- profile="gmail"
 HELLO | MAIL     => 250 2.1.0 Sender OK  -- profile="outlook"
 QUIT             => 221 Bye  -- profile="ses"
 QUIT             => 221 mine  -- profile="ses", msg_quit_cmd="221 mine"
