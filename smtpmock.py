@@ -2061,13 +2061,18 @@ def _unescape(text: str) -> str:
     return _decode(data.decode("unicode_escape", "ignore").encode("latin-1", "replace"))
 
 
+def _split(text: str) -> str:
+    """The lines of a reply of PHPMailer, which have no line breaks on a web page."""
+    return re.sub(rf"(?!^)(?={text[:3]}[- ])", "\n", text) if re.match(r"\d{3}-", text) else text
+
+
 # How the lines of client and server begin, and how the rest is read. The first one counts that has a server's line.
 _METER = r"[\r \d.:kMG-]*"  # curl may print it first
 _NOTATIONS = (
     (r"[ \t]*S:(?! ?<) ?", r"[ \t]*R: ?(?=[2-5]\d\d[ -])", str),  # the sender and the receiver of RFC 821 to RFC 3030
     (r"[ \t]*C:(?! ?<[a-z]| &) ?", r"[ \t]*S:(?! ?<wait) ?", str),  # Message.transcript, and later RFCs
     (r" ?(?:[-~]|\*[*~])> ?", r"<(?:-|~\*?|\*\*) {0,2}", str),  # swaks
-    (r".*?CLIENT -> SERVER: ?", r".*?SERVER -> CLIENT: ?", str),  # PHPMailer
+    (r".*?CLIENT -> SERVER: ?", r".*?SERVER -> CLIENT: ?", _split),  # PHPMailer
     (r"[\d:. ]*send: b?(?=['\"])", r"[\d:. ]*reply: b?(?=['\"])", _unescape),  # smtplib
     (rf"{_METER}> ", rf"{_METER}< ", str),  # curl
 )
@@ -2173,11 +2178,11 @@ def _read_transcript(text: str) -> list[_Script]:
     for client, server, decode in [row for row in _NOTATIONS if re.search(f"(?m)^{row[1]}", text)][:1]:
         pattern = re.compile(f"{client}(?P<client>.*)|{server}(?P<server>.*)|{_OTHER_LINES}")
         for match in filter(None, (pattern.match(line.rstrip("\r")) for line in text.split("\n"))):
-            line = decode(match[match.lastgroup or 0])
-            kind = line if line in _ENDINGS else match.lastgroup or ""
-            if not scripts[-1].read(kind, line):
-                scripts.append(_Script())
-                scripts[-1].read(kind, line)
+            for line in decode(match[match.lastgroup or 0]).split("\n"):
+                kind = line if line in _ENDINGS else match.lastgroup or ""
+                if not scripts[-1].read(kind, line):
+                    scripts.append(_Script())
+                    scripts[-1].read(kind, line)
     scripts = [script for script in scripts if script.said]
     if not scripts:
         line = re.sub(r"(?i)(AUTH +\S+ ).*", r"\1***", text.strip().partition("\n")[0])

@@ -3606,6 +3606,9 @@ R: 220 a | S: BDAT 9 LAST | S: To: a@a.com<CR><LF> | S: Subject: x | R: 250 ok |
 < 220 a | > EHLO a | < 250 b | > RCPT TO:<b@b.com> | * response reading failed (errno: 115) | > QUIT
     | * response reading failed (errno: 115) | *   Trying 127.0.0.1:25... | < 220 c => connect: 220 a, EHLO: 250 b, RCPT: <closed>
     || connect: 220 c
+2017-06-16 15:04:31 SERVER -> CLIENT: 220 a | 2017-06-16 15:04:31 CLIENT -> SERVER: EHLO a.com
+    | SERVER -> CLIENT: 250-b, [10.0.0.250]250-SIZE 35882577250-8BITMIME250 SMTPUTF8 | CLIENT -> SERVER: QUIT
+    => connect: 220 a, EHLO: 250-b, [10.0.0.250]/250-SIZE 35882577/250-8BITMIME/250 SMTPUTF8
 < 220 a | > NOOP | * Recv failure: Connection reset by peer | curl: (56) Recv failure: Connection reset by peer
     => connect: 220 a, NOOP: <reset>
 10:00:00.1 reply: b"220 a's \xc3\xa4\r\n" | 10:00:00.2 send: 'rcpt TO:<д@b.com>\r\n' | 10:00:00.3 reply: b'250 b\r\n'
