@@ -20,6 +20,7 @@ One module, standard library only, one thread per connection. It reads from top 
     logger          the Logger protocol and the default logger
     server          the connection, the listener, and Server, which owns the listener
     pytest          the plugin
+    http            what -http answers: the same commands, the messages as JSON, and a page for people
     command line    python -m smtpmock
 
 PYTEST_DONT_REWRITE: else pytest would warn if a test imported this module before the plugin.
@@ -183,6 +184,13 @@ _USERS = _OptionType(
 def _check(name: str, value: object, kind: _OptionType) -> None:
     if not kind.accepts(value):
         raise ConfigurationError(f"{name}={value!r}: must be {kind.allowed}")
+
+
+def _read(kind: _OptionType, text: str) -> Any:
+    try:
+        return kind.parse(text)
+    except (KeyError, ValueError):
+        return text  # _check() will say what is wrong with it
 
 
 def _suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -2836,10 +2844,11 @@ _Where = Callable[[Message], object]
 class _Entry:
     """A place in the mailbox."""
 
-    __slots__ = ("is_purged", "message")
+    __slots__ = ("is_purged", "message", "number")
 
     def __init__(self, message: Message) -> None:
         self.message = message  # replaced with the lock of the mailbox, and read without it
+        self.number = 0  # in the order of recording; set with the lock, before others see the entry
         self.is_purged = False  # likewise; whoever acts on it looks again with the lock
 
 
@@ -2872,8 +2881,10 @@ class _Mailbox:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lock = threading.Lock()  # guards everything below
-        self._changed = threading.Condition(self._lock)  # notified when a waiter has enough
+        self._changed = threading.Condition(self._lock)  # notified when a waiter has enough, and by end_waits()
         self._last_number = 0
+        self._recorded = 0  # how many there were, with those that were purged
+        self._waits = True  # False once end_waits() was called
         self._entries: list[_Entry] = []
         self._waiters: list[_Waiter] = []
 
@@ -2886,6 +2897,8 @@ class _Mailbox:
     def add(self, message: Message) -> _Entry:
         entry = _Entry(message)
         with self._lock:
+            self._recorded += 1
+            entry.number = self._recorded
             self._entries.append(entry)
             if self._waiters:  # else there is no need for the call
                 self._show(entry)
@@ -2895,6 +2908,9 @@ class _Mailbox:
         """Replace the message of an entry. False if the entry was purged, and nothing is replaced."""
         with self._lock:
             if not entry.is_purged:
+                if message.id != entry.message.id:  # the session's next mail takes the place of its last
+                    self._recorded += 1
+                    entry.number = self._recorded
                 entry.message = message
                 self._show(entry)
             return not entry.is_purged
@@ -2912,6 +2928,17 @@ class _Mailbox:
                 self._purge(self._entries)
         return messages
 
+    def read(self) -> tuple[int, list[tuple[int, Message]]]:
+        """How many messages were recorded, and those that are left with their numbers in the order of recording."""
+        with self._lock:
+            return self._recorded, [(entry.number, entry.message) for entry in self._entries]
+
+    def end_waits(self) -> None:
+        """End all waits, also those to come."""
+        with self._lock:
+            self._waits = False
+            self._changed.notify_all()
+
     def _purge(self, entries: Iterable[_Entry]) -> None:
         for entry in entries:
             entry.is_purged = True
@@ -2927,7 +2954,9 @@ class _Mailbox:
             waiter_deadline = float("inf")  # everything that was there before the call is looked at
             while True:
                 with self._lock:
-                    in_time = self._changed.wait_for(waiter.has_enough, max(0.0, deadline - time.monotonic()))
+                    left = max(0.0, deadline - time.monotonic())
+                    in_time = self._changed.wait_for(lambda: waiter.has_enough() or not self._waits, left)
+                    in_time = in_time and self._waits
                     unseen, waiter.unseen = waiter.unseen, {}
                 waiter.look_at(unseen, where, waiter_deadline)  # without the lock, because it calls the user's code
                 waiter_deadline = deadline
@@ -3393,11 +3422,11 @@ class _Listener(socketserver.ThreadingTCPServer):
     allow_reuse_address = _IS_POSIX  # on Windows it would let two servers have one port
     request_queue_size = socket.SOMAXCONN
 
-    def __init__(self, family: int, address: Any, context: _Context) -> None:
+    def __init__(self, family: int, address: Any, context: _Context, connection: Any) -> None:
         self.address_family = family
-        super().__init__(address, _Connection, bind_and_activate=False)
+        super().__init__(address, connection, bind_and_activate=False)
         self.context = context
-        self.connections: set[_Connection] = set()  # the open ones; add, discard and copy are atomic
+        self.connections: set[Any] = set()  # the open ones; add, discard and copy are atomic
         self.starting: dict[socket.socket, _Next | None] = {}  # how to end what was accepted and is no connection yet
         self.accepting = threading.Lock()  # guards starting; held while a client is accepted and added to it
         self.spare_threads: list[_SessionThread] = []  # they add themselves; only the listener's thread takes from it
@@ -3570,14 +3599,14 @@ def _abandon_listeners() -> None:
 _register_at_fork(after_in_child=_abandon_listeners)
 
 
-def _bind(context: _Context) -> _Listener:
+def _bind(context: _Context, host: str, port: int, connection: Any = _Connection) -> _Listener:
     """A listener on the first of the host's addresses that is free."""
     failure = OSError("it has no address")
-    name = context.options.host.strip("[]")
-    host = name.encode() if name.isascii() else name  # a str would import the codec of international names
-    for family, _, _, _, address in socket.getaddrinfo(host, context.options.port, type=socket.SOCK_STREAM):
+    name = host.strip("[]")
+    encoded = name.encode() if name.isascii() else name  # a str would import the codec of international names
+    for family, _, _, _, address in socket.getaddrinfo(encoded, port, type=socket.SOCK_STREAM):
         try:
-            return _Listener(family, address, context)
+            return _Listener(family, address, context, connection)
         except OSError as error:
             failure = error
     raise failure
@@ -3679,7 +3708,7 @@ class Server:
             with self._lifecycle:
                 if self._listener is not None:
                     raise ServerStateError(f"{self!r} cannot start: it is running")
-                listener = self._listener = _bind(self._context)
+                listener = self._listener = _bind(self._context, self._options.host, self._options.port)
             self._host, self._port = self._options.host.strip("[]"), listener.server_address[1]
             listener.server_activate()  # before the announcement, because its reader may connect at once
             announce(self._host, self._port)
@@ -3692,14 +3721,13 @@ class Server:
                 return self  # another thread has stopped the server, and closed the socket
             # The bind failed, the host name is invalid, or no thread could be started.
             if isinstance(error, (OSError, ValueError, RuntimeError)) and not isinstance(error, SMTPMockError):
-                raise self._explain(error) from error
+                raise self._explain(error, self._options.host, self._options.port) from error
             raise
         return self
 
-    def _explain(self, error: Exception) -> ServerStartError:
+    def _explain(self, error: Exception, host: str, port: int) -> ServerStartError:
         reason = getattr(error, "strerror", None) or error
-        address = _format_address(self._options.host, self._options.port)
-        explained = ServerStartError(f"cannot listen on {address}: {reason}")
+        explained = ServerStartError(f"cannot listen on {_format_address(host, port)}: {reason}")
         explained.errno = getattr(error, "errno", None)
         self._context.log("error", str(explained))
         return explained
@@ -4001,6 +4029,392 @@ def pytest_configure(config: Any) -> None:
     config.pluginmanager.register(functions)
 
 
+_TEST_CONTEXTS: tuple[str, ...] = ()
+
+
+def _ca_pem() -> str:
+    return ""
+
+
+# -------------------------------------------------------------------------------------------- http
+
+# Any page on the web can have a browser send requests to this machine. So a request must name this server and come from
+# its own pages, and an answer loads nothing.
+_HTTP_SECONDS, _HTTP_STOP_TIMEOUT = 10.0, 0.5  # for a request, and for the last answers when the server stops
+_BODY_LIMIT, _IMAGES_LIMIT, _TEXT_LIMIT, _LIST_LIMIT = 2**20, 2**25, 200000, 200
+_HTTP_HEADERS = {
+    "Cache-Control": "no-store",
+    "Connection": "close",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-DNS-Prefetch-Control": "off",
+}
+_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors"
+_PAGE_POLICY = f"{_POLICY} 'none'; frame-src 'self'; style-src 'unsafe-inline'"
+_MAIL_POLICY = f"{_POLICY} 'self'; img-src data:; style-src 'unsafe-inline'; sandbox"
+_LOCAL_NAME = r"[\w-]+|([\w-]+\.)+(localhost|local|internal|test)"
+
+_COMMANDS = ("rule", "clear", "configure", "disconnect", "purge", "reset", "check")
+_Execute = Callable[[str], tuple[dict[str, Any], int]]  # obeys a command; the event that answers it, and a status
+_READ_HEADERS = ("from", "to", "cc", "reply-to", "date", "subject")
+_REFRESH = _OptionType("an integer from 0 to 3600", _number(0, 3600, int), int)
+_WAIT = _OptionType("a number of seconds from 0 to 60", _number(0, 60, int, float), float)
+# A + that a query does not encode means a space.
+_ADDRESS = _OptionType(
+    "a string", _is_text, lambda text: text.lower() if '"' in text else text.lower().replace(" ", "+")
+)
+_QUERY = {"to": _ADDRESS, "from": _ADDRESS, "subject": _TEXT, "accepted": _FLAG}
+_FILTERS: dict[str, Callable[[Message, Any], bool]] = {
+    "to": lambda message, address: address in map(str.lower, message.rcpt_tos),
+    "from": lambda message, address: message.mail_from is not None and address == message.mail_from.lower(),
+    "subject": lambda message, text: text in (message.subject or ""),
+    "accepted": lambda message, is_accepted: message.is_consistent is is_accepted,
+}
+
+_STYLE = """
+:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+body { max-width: 60rem; margin: auto; padding: 0 1rem 2rem }
+a { color: light-dark(#0645ad, #8ab4f8) }
+:focus-visible { outline: 3px solid light-dark(#c60, #fb3) }
+h1, h2 { font-size: 1.2rem }
+.mail { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .5rem; border-top: 1px solid #8886; color: inherit }
+.mail:hover { background: #8882 }
+.mail span { flex: 1 0 100% }
+.accepted { color: light-dark(#176b34, #7bd88f) }
+.refused, .error { color: light-dark(#b3261e, #ff9a90) }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem }
+dt, small { color: light-dark(#555, #aaa) }
+dd { margin: 0 }
+pre { white-space: pre-wrap; padding: .5rem; background: #8882 }
+iframe { width: 100%; height: 30rem; border: 1px solid #8886; background: #fff; color-scheme: light; resize: vertical }
+@media (max-width: 30rem) { dl { display: block } dd { margin-bottom: .5rem } }
+"""
+
+
+class _HttpAnswer(Exception):
+    """What a request gets: bytes, a value as JSON or, as a str, what is wrong with it. It can be raised."""
+
+    def __init__(self, content: object, status: int = 200, **headers: str) -> None:
+        import json
+
+        value = {"event": "error", "error": content} if isinstance(content, str) else content
+        self.body = value if isinstance(value, bytes) else json.dumps(value).encode() + b"\n"
+        self.status = status
+        self.headers = {"content_type": "application/json", "content_security_policy": f"{_POLICY} 'none'; sandbox"}
+        self.headers |= headers
+
+
+def _read_query(query: str, known: Mapping[str, _OptionType]) -> dict[str, Any]:
+    from urllib.parse import parse_qsl
+
+    values: dict[str, Any] = {}
+    for name, text in parse_qsl(query, keep_blank_values=True):
+        if name not in known or name in values:
+            hint = "; it is there twice" if name in values else _suggest(name, known)
+            raise ConfigurationError(f"{name}={text!r}: must be one of {', '.join(known) or 'no parameters'}{hint}")
+        values[name] = _read(known[name], text)
+        _check(name, values[name], known[name])
+    return values
+
+
+def _check_sender(headers: Any, names: Collection[str], *, is_visit: bool) -> None:
+    """Refuse a request that is not meant for this server, or that a page of another site sent."""
+    hosts = [host.lower() for host in headers.get_all("Host", [])]
+    if len(hosts) != 1 or headers.defects:
+        raise _HttpAnswer("a request must have one Host header, and no malformed ones", 400)
+    match = re.fullmatch(r"(\[[^][]+\]|[^][:]+)(:[0-9]*)?", hosts[0])
+    name = match[1].removesuffix(".") if match else ""
+    family = socket.AF_INET6 if name.startswith("[") else socket.AF_INET
+    is_address = _is_ip_address(name.strip("[]").partition("%")[0], family)
+    if not (is_address or name in names or re.fullmatch(_LOCAL_NAME, name, re.ASCII)):
+        raise _HttpAnswer(f"Host {hosts[0]!r} is not known as a name of this server; -httpNames adds names", 421)
+    origins = [origin.lower() for origin in headers.get_all("Origin", [])]
+    sites = headers.get_all("Sec-Fetch-Site", [])
+    if origins not in ([], [f"http://{hosts[0]}"]) or not (is_visit or {"same-origin", "none"}.issuperset(sites)):
+        raise _HttpAnswer("pages of other sites must not send requests", 403)
+
+
+def _find(server: Server, number: str) -> Message:
+    for message in server._mailbox.messages(purge=False):
+        if str(message.id) == number:
+            return message
+    raise _HttpAnswer(f"there is no message {number}: it was purged, or never recorded", 404)
+
+
+def _list_messages(
+    server: Server, *, after: int = 0, timeout: float | None = None, count: int = 1, **wanted: Any
+) -> _HttpAnswer:
+    recorded, numbered = server._mailbox.read()
+    if after > recorded:
+        raise ConfigurationError(f"{after=}: is of another run; this one has recorded {recorded} messages")
+    old = {message.id for number, message in numbered if number <= after}
+
+    def matches(message: Message) -> bool:
+        return message.id not in old and all(_FILTERS[name](message, value) for name, value in wanted.items())
+
+    late = {}
+    try:
+        if timeout is not None:
+            server._wait(count, timeout, matches, purge=False)
+    except WaitTimeoutError as error:
+        late = {"error": str(error)}
+    recorded, numbered = server._mailbox.read()  # in one step: the next answer begins where this one ends
+    found = [message.to_dict() for _, message in numbered if matches(message)]
+    late = {} if len(found) >= count else late
+    return _HttpAnswer({**late, "messages": found, "next": recorded}, 404 if late else 200)
+
+
+def _download(name: str, data: bytes, kind: str) -> _HttpAnswer:
+    from urllib.parse import quote
+
+    disposition = f"attachment; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+    return _HttpAnswer(data, content_type=kind, content_disposition=disposition)
+
+
+def _download_attachment(server: Server, number: str, index: str) -> _HttpAnswer:
+    attachments = _find(server, number).attachments
+    if index not in map(str, range(len(attachments))):
+        raise _HttpAnswer(f"message {number} has {len(attachments)} attachments, counted from 0", 404)
+    name, _, content = attachments[int(index)]
+    return _download(name or index, content, "application/octet-stream")
+
+
+def _make_page(title: str, body: str, refresh: int = 0) -> _HttpAnswer:
+    from html import escape
+
+    more = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+{more}<title>{escape(title)}</title><style>{_STYLE}</style><h1><a href="/">smtpmock</a></h1><main>{body}</main></html>
+"""
+    data = page.encode("utf-8", "backslashreplace")
+    return _HttpAnswer(data, content_type="text/html; charset=utf-8", content_security_policy=_PAGE_POLICY)
+
+
+def _list_mails(server: Server, *, refresh: int = 5) -> _HttpAnswer:
+    from html import escape
+
+    messages, rows = server._mailbox.messages(purge=False), ""
+    for message in messages[: -_LIST_LIMIT - 1 : -1]:
+        refusal = "" if message.is_consistent or not message.refusals else message.refusals[0][1]
+        word = "accepted" if message.is_consistent else "refused" if refusal else "ended"
+        route = f"{message.mail_from or '<>'} \u2192 {', '.join(message.rcpt_tos)}"
+        rows += f"""<a class="mail" href="/view/{message.id}"><b class="{word}">{word}</b>
+<time>{time.strftime("%H:%M:%S", time.localtime(message._stamped_at))}</time> <bdi>{escape(route)}</bdi>
+<small>{len(message.content)} bytes</small> <span><bdi>{escape(refusal or message.subject or "")}</bdi></span></a>"""
+    pause = '<a href="/?refresh=0">Pause</a>' if refresh else '<a href="/">Go on</a>'
+    head = f"<p>{len(messages)} recorded by {escape(server.url)} {pause}</p>"
+    return _make_page(f"{len(messages)} recorded", head + (rows or "<p>Nothing has come yet."), refresh)
+
+
+def _show_mail(server: Server, number: str) -> _HttpAnswer:
+    from html import escape
+
+    def show(text: str) -> str:
+        rest = f"<p>{len(text)} characters in all" if len(text) > _TEXT_LIMIT else ""
+        return f"<pre>{escape(text[:_TEXT_LIMIT])}</pre>{rest}"
+
+    message, path = _find(server, number), f"/messages/{number}"
+    headers = [item for item in message.email.items() if item[0].lower() in _READ_HEADERS]
+    headers += [("MAIL FROM", message.mail_from), ("RCPT TO", ", ".join(message.rcpt_tos))]
+    body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value or '')}</bdi>" for name, value in headers)
+    violations = [
+        f'<p><b class="{found.severity}">{found.code}</b>: {escape(found.text)} <code>{escape(found.line)}</code>'
+        f'<a href="https://www.rfc-editor.org/rfc/rfc{found.rfc.replace(" ", "#section-")}">RFC {found.rfc}</a>'
+        for found in (*message.violations, *message.warnings)
+    ]
+    attachments = [
+        f'<p><a href="{path}/attachments/{index}"><bdi>{escape(item.name or "no name")}</bdi></a> {escape(item.type)}'
+        f" <small>{len(item.content)} bytes</small>"
+        for index, item in enumerate(message.attachments)
+    ]
+    frame = f'<iframe sandbox title="The HTML of the mail" src="/view/{number}/html"></iframe>'
+    source = f'<a href="{path}/eml">Download</a><details><summary>Show</summary>{show(message.msg_request)}</details>'
+    sections = {
+        "Violations": "".join(violations),
+        "Text": message.text and show(message.text),
+        "HTML": message.html and frame,
+        "Attachments": "".join(attachments),
+        "Dialogue": show(message.transcript),
+        "Source": message.content and source,
+    }
+    body = f"<dl>{body}</dl>" + "".join(f"<h2>{title}</h2>{part}" for title, part in sections.items() if part)
+    return _make_page(message.subject or f"Message {number}", body)
+
+
+def _show_html(server: Server, number: str) -> _HttpAnswer:
+    """The HTML of a mail, with its own images in it."""
+    import base64
+    import html
+    from urllib.parse import unquote
+
+    message, left = _find(server, number), _IMAGES_LIMIT
+    images = [part for part in message.email.walk() if re.match("image/(png|jpeg|gif|webp)$", part.get_content_type())]
+    by_id = {str(part["content-id"]).strip(" <>"): part for part in images}
+
+    @functools.cache
+    def make_url(name: str) -> str:
+        part = by_id.get(name)
+        return f"data:{part.get_content_type()};base64,{base64.b64encode(_decode_part(part)).decode()}" if part else ""
+
+    def inline(match: re.Match[str]) -> str:
+        nonlocal left
+        url = make_url(unquote(html.unescape(match[2])))
+        left -= len(url)  # because a mail may refer to one image very often
+        return match[1] + url if url and left > 0 else match[0]
+
+    # No policy forbids <link rel=preconnect>.
+    page = re.sub(r"(?i)<(/?)(?=link|i?frame|fencedframe|portal|base|meta)", r"<\1x-", message.html or "")
+    page = re.sub(r"""(?i)(["'(=]\s*)cid:([^"'\s<>)]+)""", inline, page)
+    kind = "text/html; charset=utf-8"
+    return _HttpAnswer(page.encode("utf-8", "replace"), content_type=kind, content_security_policy=_MAIL_POLICY)
+
+
+# What a path stands for, with ID for each number in it, and the parameters that it takes.
+_Route = tuple[Callable[..., _HttpAnswer], Mapping[str, _OptionType]]
+_ROUTES: dict[str, _Route] = {
+    "/": (_list_mails, {"refresh": _REFRESH}),
+    "/view/ID": (_show_mail, {}),
+    "/view/ID/html": (_show_html, {}),
+    "/messages": (_list_messages, _QUERY | {"after": _COUNT, "timeout": _WAIT, "count": _TIMES}),
+    "/messages/ID": (lambda server, number: _HttpAnswer(_find(server, number).to_dict()), {}),
+    "/messages/ID/eml": (
+        lambda server, number: _download(f"{number}.eml", _find(server, number).as_bytes(), "message/rfc822"),
+        {},
+    ),
+    "/messages/ID/attachments/ID": (_download_attachment, {}),
+    "/violations": (lambda server: _HttpAnswer({"violations": [_jsonify(fault) for fault in server.violations()]}), {}),
+    "/ca.pem": (lambda server: _HttpAnswer(_ca_pem().encode(), content_type="application/x-pem-file"), {}),
+}
+
+
+def _route(server: Server, execute: _Execute, method: str, target: str, body: str) -> _HttpAnswer:
+    path, _, query = target.partition("?")
+    route, commands = re.sub("(?<=/)[0-9]+(?![^/])", "ID", path), [f"/{name}" for name in _COMMANDS]
+    methods = ["POST"] * (path in commands) or ["GET", "HEAD"] * (route in _ROUTES)
+    if not methods:
+        raise _HttpAnswer(f"there is no {path}{_suggest(route, [*_ROUTES, *commands])}", 404)
+    if method not in methods:
+        raise _HttpAnswer(f"{path} is for {' and '.join(methods)}", 405, allow=", ".join(methods))
+    function, known = _ROUTES.get(route, (lambda server: _HttpAnswer(*execute(f"{path[1:]} {body}".strip())), {}))
+    return function(server, *re.findall("(?<=/)[0-9]+(?![^/])", path), **_read_query(query, known))
+
+
+def _read_body(headers: Any, file: Any) -> str:
+    if "Transfer-Encoding" in headers:
+        raise _HttpAnswer("a body must have a Content-Length", 411)
+    lengths = headers.get_all("Content-Length", ["0"])
+    if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
+        raise _HttpAnswer("Content-Length must be one number", 400)
+    if (length := int(lengths[0])) > _BODY_LIMIT:
+        raise _HttpAnswer(f"a body must not be longer than {_BODY_LIMIT} bytes", 413)
+    if len(body := file.read(length)) < length:
+        raise ConnectionError("the client is gone")
+    try:
+        return str(body, "utf-8")
+    except UnicodeDecodeError as error:
+        raise _HttpAnswer(f"a body must be UTF-8: {error}", 400) from error
+
+
+def _open_input(sock: socket.socket, seconds: float) -> Any:
+    """A file of what comes within this time. A read after that is a TimeoutError, however much came before."""
+    import io
+
+    deadline = time.monotonic() + seconds
+
+    class Input(io.RawIOBase):
+        readable = staticmethod(lambda: True)
+
+        def readinto(self, buffer: Any) -> int:
+            sock.settimeout(max(1e-3, deadline - time.monotonic()))
+            return sock.recv_into(buffer)
+
+    return io.BufferedReader(Input())
+
+
+def _make_http_connection(names: Collection[str], route: Callable[[str, str, str], _HttpAnswer]) -> Any:
+    from http.server import BaseHTTPRequestHandler
+
+    class Connection(BaseHTTPRequestHandler):
+        """One request and its answer."""
+
+        protocol_version = "HTTP/1.1"  # else a client that sends Expect: 100-continue waits for a second
+        is_idle = True  # a stop may interrupt it
+        server: Any
+
+        def setup(self) -> None:
+            with self.server.accepting:
+                self.server.starting.pop(self.request)
+            super().setup()
+            self.rfile.close()
+            self.rfile = _open_input(self.request, _HTTP_SECONDS)
+            self.server.connections.add(self)
+
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):  # the client is gone, or too slow
+                self.raw_requestline = self.rfile.readline(65537)
+                if self.raw_requestline and not self.server.stopping and self.parse_request():
+                    self.send(self.find_answer())
+
+        def find_answer(self) -> _HttpAnswer:
+            is_page = self.command in ("GET", "HEAD") and re.match(r"/(view/[0-9]+)?(\?|$)", self.path)
+            is_visit = (self.headers["Sec-Fetch-Mode"], self.headers["Sec-Fetch-Dest"]) == ("navigate", "document")
+            try:
+                _check_sender(self.headers, names, is_visit=bool(is_page) and is_visit)
+                return route(self.command, self.path, _read_body(self.headers, self.rfile))
+            except _HttpAnswer as refusal:
+                return refusal
+            except ConfigurationError as error:
+                return _HttpAnswer(str(error), 400)
+
+        def send(self, answer: _HttpAnswer) -> None:
+            from http import HTTPStatus
+
+            headers = {**_HTTP_HEADERS, **answer.headers, "Content-Length": len(answer.body)}
+            lines = [f"{name.replace('_', '-').title()}: {value}" for name, value in headers.items()]
+            status = f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"
+            data = "\r\n".join([status, *lines, "", ""]).encode("ascii")
+            self.request.settimeout(_HTTP_SECONDS)
+            self.wfile.write(data if self.command == "HEAD" else data + answer.body)
+
+        def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+            """Called by parse_request()."""
+            self.send(_HttpAnswer(message or explain or "", code))
+
+        def shut_down(self, how: int) -> None:
+            with contextlib.suppress(OSError):
+                self.request.shutdown(how)
+
+        def finish(self) -> None:
+            self.shut_down(socket.SHUT_WR)
+            with contextlib.suppress(OSError):
+                unread = _open_input(self.request, _LINGER)  # it would have the answer destroyed by an RST
+                while unread.read(65536):
+                    pass
+            self.server.connections.discard(self)
+            super().finish()
+
+    return Connection
+
+
+@contextlib.contextmanager
+def _serve_http(server: Server, execute: _Execute, host: str, port: int, names: Iterable[str]) -> Iterator[str]:
+    """Answer HTTP requests. The value is the URL."""
+    known = {name.lower().removesuffix(".") for name in names}
+    connection = _make_http_connection(known, functools.partial(_route, server, execute))
+    with contextlib.ExitStack() as on_exit:
+        try:
+            listener = _bind(server._context, host, port, connection)
+            on_exit.callback(listener.close, _HTTP_STOP_TIMEOUT)
+            on_exit.callback(server._mailbox.end_waits)
+            listener.server_activate()
+            listener.open()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise server._explain(error, host, port) from error
+        yield f"http://{_format_address(host, listener.server_address[1])}"
+
+
 # ------------------------------------------------------------------------------------ command line
 
 _LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # one flag sets both
@@ -4017,6 +4431,9 @@ _OWN_FLAGS = {
         False, _FLAG, "print each mail, each session without one, and errors as lines of JSON; log to stderr"
     ),
     "control": _option(False, _FLAG, "like -json, and obey commands from stdin; its end stops the server"),
+    "http": _option(None, _PORT, "port for the page and the API over HTTP; 0 takes a free one; keeps all mail"),
+    "http_host": _option("127.0.0.1", _TEXT, "host name or address for -http to listen on"),
+    "http_names": _option((), _NAMES, "more names under which clients may ask for it"),
     "save_dir": _option("", _FILE, "folder for each accepted mail as 000001.eml and its record as 000001.json"),
     "maildir": _option("", _FILE, "Maildir for each accepted mail"),
     "rule": _option([], _RULES, "make the server fail; can be repeated"),
@@ -4029,7 +4446,7 @@ _OWN_FLAGS = {
 
 # Each flag belongs to the first group whose pattern its name matches; the last two take what is left.
 _GROUPS = {
-    "Listening": "host|port|session_timeout|shutdown_timeout",
+    "Listening": "host|port|session_timeout|shutdown_timeout|http",
     "Recording": "multiple_|msg_size_limit|lenient_|save_dir|maildir",
     "Output": "log|quiet|json|control|lint",
     "Failing": "fail_fast|strict|blacklisted_|not_registered_|response_delay_|seed|rule",
@@ -4038,6 +4455,7 @@ _GROUPS = {
     "Reply texts": "",
 }
 _METAVARS = {_SECONDS: "SECONDS", _TIMEOUT: "SECONDS", _NAMES: "LIST", _WORDS: "LIST", _TEXT: "TEXT", _FILE: "PATH"}
+_METAVARS |= {_PORT: "PORT"}
 
 _HELP = """\
 usage: smtpmock [FLAG]...
@@ -4194,13 +4612,6 @@ def _open_maildir(path: str) -> Callable[[Message], _Undo]:
     return add
 
 
-def _read(kind: _OptionType, text: str) -> Any:
-    try:
-        return kind.parse(text)
-    except (KeyError, ValueError):
-        return text  # _check() will say what is wrong with it
-
-
 def _read_action(name: str, argument: str) -> tuple[str, list[Any]]:
     """The name of a method of Rule, and its arguments."""
     allowed = [action for action in (*_ACTIONS, *_THEN) if action != "then"]
@@ -4325,7 +4736,7 @@ def _format_flag(name: str, field: Any) -> str:
     import textwrap
 
     kind, default = field.metadata["kind"], field.default
-    metavar = _METAVARS.get(kind, name.rpartition("_")[2].upper()) if name != "host" else "HOST"
+    metavar = _METAVARS.get(kind, name.rpartition("_")[2].upper()) if not name.endswith("host") else "HOST"
     label = f"  {_name_flag(name)}" + f"={metavar}" * (kind is not _FLAG)
     about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), field.metadata["about"])
     if default:
@@ -4406,7 +4817,7 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-# The commands of -control, beside stop and those that have an argument.
+# The commands of -control and -http, beside those that have an argument.
 _CONTROL_COMMANDS: dict[str, Callable[[Server], object]] = {
     "clear": Server.clear_rules,
     "reset": Server.reset,
@@ -4417,24 +4828,42 @@ _CONTROL_COMMANDS: dict[str, Callable[[Server], object]] = {
 }
 
 
-def _obey(server: Server, command: str) -> None:
-    """Obey a line of -control, in which \\n stands for a line break."""
-    name, _, rest = command.replace("\\n", "\n").partition(" ")
-    if name == "rule":
-        _add_rule(server, rest)
-    elif name == "configure":
-        import shlex
+def _configure(server: Server, flags: str, *, opens_files: bool) -> None:
+    import shlex
 
-        given = _parse_arguments(shlex.split(rest))
-        options = _take_options(given)
-        for flag in given.keys() - {"log"}:
-            raise ConfigurationError(f"{_name_flag(flag)}: cannot be changed while the server runs")
-        server.configure(**options)
-    elif " ".join(command.split()) in _CONTROL_COMMANDS:
-        _CONTROL_COMMANDS[" ".join(command.split())](server)
+    given = _parse_arguments(shlex.split(flags))
+    files = {name: given[name] for name in given if _list_flags()[name].metadata["kind"] is _FILE}
+    if not opens_files and not (files.keys() <= {"tls_cert"} and {*files.values()} <= {*_TEST_CONTEXTS}):
+        raise ConfigurationError(f"{', '.join(map(_name_flag, files))}: -http must not open files")
+    options = _take_options(given)
+    for flag in given.keys() - {"log"}:
+        raise ConfigurationError(f"{_name_flag(flag)}: cannot be changed while the server runs")
+    server.configure(**options)
+
+
+def _obey(server: Server, command: str, *, opens_files: bool) -> None:
+    name, argument = (*command.split(maxsplit=1), "")[:2]
+    words = " ".join(command.split())
+    if name == "rule":
+        _add_rule(server, argument)
+    elif name == "configure":
+        _configure(server, argument, opens_files=opens_files)
+    elif words in _CONTROL_COMMANDS:
+        _CONTROL_COMMANDS[words](server)
     else:
         allowed = ", ".join(("rule RULE", "configure FLAG...", *_CONTROL_COMMANDS))
-        raise ConfigurationError(f"{command!r}: must be {allowed} or stop")
+        raise ConfigurationError(f"{command!r}: must be {allowed}{' or stop' if opens_files else ''}")
+
+
+def _execute(server: Server, command: str, *, opens_files: bool = False) -> tuple[dict[str, Any], int]:
+    """Obey a command. Returns the event that answers it, and its HTTP status."""
+    answer: dict[str, Any] = {"event": "done", "command": command}
+    try:
+        _obey(server, command, opens_files=opens_files)
+    except (SMTPMockError, AssertionError, ValueError) as error:  # check() raises the second, shlex the third
+        status = 409 if isinstance(error, AssertionError) else 400
+        return {**answer, "event": "error", "error": _name_flags(str(error))}, status
+    return {**answer, "messages": len(server._mailbox.messages(purge=False))}, 200
 
 
 def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> None:
@@ -4444,12 +4873,19 @@ def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> No
         if command == "stop":
             return
         if command:
-            try:
-                _obey(server, command)
-            except (SMTPMockError, AssertionError, ValueError) as error:  # check() raises the second, shlex the third
-                printer.event("error", command=command, error=_name_flags(str(error)))
-            else:
-                printer.event("done", command=command, messages=len(server._mailbox.messages(purge=False)))
+            answer, _ = _execute(server, command.replace("\\n", "\n"), opens_files=True)
+            printer.event(answer.pop("event"), **{**answer, "command": command})
+
+
+def _open_http(server: Server, own: Mapping[str, Any]) -> contextlib.AbstractContextManager[str | None]:
+    """Answer HTTP requests, if -http is given."""
+    for name in ("http_host", "http_names"):
+        if name in own and "http" not in own:
+            raise ConfigurationError(f"{name}={own[name]!r}: needs http")
+    if "http" not in own:
+        return contextlib.nullcontext()
+    host, names = own.get("http_host", "127.0.0.1"), own.get("http_names", ())
+    return _serve_http(server, functools.partial(_execute, server), host, own["http"], names)
 
 
 def _open_stdin() -> Any:
@@ -4531,11 +4967,14 @@ def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns
     control = functools.partial(_obey_lines, server, printer, _open_stdin()) if own.get("control") else None
 
     def announce(host: str, port: int) -> None:
-        printer.event("listening", host=host, port=port, url=server.url)
+        printer.event("listening", host=host, port=port, url=server.url, **({"http": page} if page else {}))
         if not printer.has_events:
             printer(f"smtpmock: listening on {_format_address(host, port)}")
+            if page:
+                printer(f"smtpmock: the mail is at {page}/")
 
-    with contextlib.redirect_stdout(sys.stderr if printer.has_events else sys.stdout):
+    stdout = contextlib.redirect_stdout(sys.stderr if printer.has_events else sys.stdout)
+    with stdout, _open_http(server, own) as page:
         _run(server, announce, control, owns_process=owns_process)
     for message in server._mailbox.messages(purge=False) if own.get("lint") else ():  # and what came after the mail
         linter(message)
@@ -4552,6 +4991,8 @@ def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
         _Printer()(_format_help(everything=own.get("help_all", False)))
     else:
         options = _take_options(own)
+        if "http" in own:
+            options = {"multiple_rcptto": True, "multiple_message_receiving": True, **options}
         server = Server(**options)
         for rule in own.get("rule", ()):
             _add_rule(server, rule)

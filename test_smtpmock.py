@@ -49,9 +49,12 @@ import time
 import tracemalloc
 import types
 import unittest
+import urllib.error
+import urllib.request
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from email.message import EmailMessage
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from unittest import mock
@@ -163,6 +166,15 @@ class Memory:
         self.end()
 
     CODES: ClassVar[Mapping[str, tuple[str, str, str]]] = smtpmock._VIOLATIONS
+
+    @staticmethod
+    def serve_http(server: Server, **flags: Any) -> Any:
+        """A context manager that answers HTTP requests; its value is the URL."""
+        return smtpmock._open_http(server, flags)
+
+    @staticmethod
+    def count_waits(server: Server) -> int:
+        return len(server._mailbox._waiters)
 
     @staticmethod
     def findings(message: Message) -> list[smtpmock.Violation]:
@@ -5049,6 +5061,629 @@ class ControlTest(ProcessCase):
                 done, out, err = call_main(*argv, flag)
                 self.assertEqual((done, err), (status, f"smtpmock: {error}\n"))
                 self.assertEqual(json.loads(out), {"event": "error", "error": error})
+
+
+# -------------------------------------------------------------------------------------------- HTTP
+
+# Requests with their headers, and the statuses of the answers. Without one that begins with Host, there is a right one.
+HTTP_SENDERS = """
+GET /                                                                       => 200
+HEAD /                                                                      => 200
+GET / | Host: LOCALHOST:1                                                   => 200
+GET / | Host: localhost.                                                    => 200
+GET / | Host: 127.0.0.1.:80                                                 => 200
+GET / | Host: 192.0.2.7                                                     => 200
+GET / | Host: [::1]:8025                                                    => 200
+GET / | Host: [fe80::1%eth0]:8025                                           => 200
+GET / | Host: smtp                                                          => 200
+GET / | Host: my_smtp-1:8025                                                => 200
+GET / | Host: a.LOCALHOST                                                   => 200
+GET / | Host: smtp.my.internal                                              => 200
+GET / | Host: pc.local                                                      => 200
+GET / | Host: mail.test:8025                                                => 200
+GET / | Host: mail.corp.example:8025                                        => 200
+GET / | Host: evil.example                                                  => 421
+GET / | Host: www.mail.corp.example                                         => 421
+GET / | Host: 127.0.0.1.evil.example                                        => 421
+GET / | Host: localhost.evil.example                                        => 421
+GET / | Host: eviltest.example                                              => 421
+GET / | Host: evil.test.                                                    => 200
+GET / | Host: evil.test..                                                   => 421
+GET / | Host: [::1].evil.example                                            => 421
+GET / | Host: [evil.example]                                                => 421
+GET / | Host: ::1                                                           => 421
+GET / | Host: 999.1.1.1                                                     => 421
+GET / | Host: localhost@evil.example                                        => 421
+GET / | Host: localhost, evil.example                                       => 421
+GET / | Host: localhost:80:80                                               => 421
+GET / | Host:                                                               => 421
+GET / | Host: .test                                                         => 421
+POST /purge | Host: evil.example                                            => 421
+GET / | Host: localhost | Host: localhost                                   => 400
+GET / | Host none: localhost                                                => 400
+GET / | no colon                                                            => 400
+GET / | Origin: http://localhost                                            => 200
+GET / | Host: LocalHost:8025 | Origin: http://localhost:8025                => 200
+GET / | Origin: http://localhost:81                                         => 403
+GET / | Origin: https://localhost                                           => 403
+GET / | Origin: http://evil.example                                         => 403
+GET / | Origin: null                                                        => 403
+GET / | Origin:                                                             => 403
+GET / | Origin: http://localhost | Origin: http://evil.example              => 403
+POST /check | Origin: http://localhost                                      => 200
+POST /purge | Origin: http://evil.example                                   => 403
+POST /purge | Origin: null                                                  => 403
+GET /messages | Sec-Fetch-Site: same-origin                                 => 200
+GET /messages | Sec-Fetch-Site: none                                        => 200
+GET /messages | Sec-Fetch-Site: same-site                                   => 403
+GET /messages | Sec-Fetch-Site: cross-site                                  => 403
+GET /messages | Sec-Fetch-Site: none | Sec-Fetch-Site: cross-site           => 403
+GET /messages | {VISIT}                                                     => 403
+GET /messages/1/eml | {VISIT}                                               => 403
+GET /view/1/html | {VISIT}                                                  => 403
+GET /view/1 | {VISIT}                                                       => 200
+GET / | {VISIT}                                                             => 200
+HEAD /?refresh=0 | {VISIT}                                                  => 200
+POST / | {VISIT}                                                            => 403
+POST /purge | {VISIT}                                                       => 403
+POST /purge | {VISIT} | Origin: http://localhost                            => 403
+GET / | {VISIT} | Origin: http://evil.example                               => 403
+GET / | {VISIT} | Host: evil.example                                        => 421
+GET / | Sec-Fetch-Site: cross-site                                          => 403
+GET / | Sec-Fetch-Site: cross-site | Sec-Fetch-Mode: navigate               => 403
+GET / | Sec-Fetch-Site: cross-site | Sec-Fetch-Mode: navigate | Sec-Fetch-Dest: iframe => 403
+GET / | Sec-Fetch-Site: cross-site | Sec-Fetch-Mode: no-cors | Sec-Fetch-Dest: document => 403
+"""
+
+# Likewise, and the errors.
+HTTP_ERRORS = """
+GET /nothing                                => 404 there is no /nothing
+GET /message                                => 404 there is no /message; did you mean /messages?
+GET /messages/                              => 404 there is no /messages/; did you mean /messages?
+GET /messages/99                            => 404 there is no message 99: it was purged, or never recorded
+GET /messages/99/eml                        => 404 there is no message 99: {MORE}
+GET /messages/{1*5000}                      => 404 there is no message {MORE}
+GET /messages/x                             => 404 there is no /messages/x{MORE}
+GET /messages/1/attachments/7               => 404 message 1 has 2 attachments, counted from 0
+GET /view/99                                => 404 there is no message 99: {MORE}
+GET /stop                                   => 404 there is no /stop
+POST /stop                                  => 404 there is no /stop
+GET /../etc/passwd                          => 404 there is no /../etc/passwd
+GET http://localhost/messages               => 404 there is no http://localhost/messages
+OPTIONS *                                   => 404 there is no *
+GET /purge                                  => 405 /purge is for POST
+OPTIONS /purge                              => 405 /purge is for POST
+POST /messages                              => 405 /messages is for GET and HEAD
+DELETE /messages/1                          => 405 /messages/1 is for GET and HEAD
+TRACE /                                     => 405 / is for GET and HEAD
+get /                                       => 405 / is for GET and HEAD
+GET /messages?tmeout=1                      => 400 tmeout='1': must be one of to, {MORE}; did you mean timeout?
+GET /messages?to=a&to=b                     => 400 to='b': must be one of {MORE}; it is there twice
+GET /messages?timeout=61                    => 400 timeout=61.0: must be a number of seconds from 0 to 60
+GET /messages?timeout=nan                   => 400 timeout=nan: must be a number of seconds from 0 to 60
+GET /messages?timeout=                      => 400 timeout='': must be a number of seconds from 0 to 60
+GET /messages?count=0                       => 400 count=0: must be an integer from 1 up
+GET /messages?accepted=maybe                => 400 accepted='maybe': must be true or false
+GET /messages?after=-1                      => 400 after=-1: must be an integer from 0 up
+GET /messages?after=99                      => 400 after=99: is of another run; this one has recorded 3 messages
+GET /?refresh=x                             => 400 refresh='x': must be an integer from 0 to 3600
+GET /violations?x                           => 400 x='': must be one of no parameters
+POST /purge?x=1                             => 400 x='1': must be one of no parameters
+POST /purge | Transfer-Encoding: chunked    => 411 a body must have a Content-Length
+POST /purge | Content-Length: x             => 400 Content-Length must be one number
+POST /purge | Content-Length: -1            => 400 Content-Length must be one number
+POST /purge | Content-Length: 1 | Content-Length: 1 => 400 Content-Length must be one number
+POST /rule | Content-Length: 1048577        => 413 a body must not be longer than 1048576 bytes
+"""
+
+# What a query finds among three messages, and the status.
+HTTP_QUERIES = """
+/messages                                   => 1 2 3
+/messages?to=bob@example.com                => 1 3
+/messages?to=BOB@Example.COM                => 1 3
+/messages?to=eve+x@example.com              => 1
+/messages?to=eve%2Bx@example.com            => 1
+/messages?to=bob@example                    =>
+/messages?from=shop@example.com             => 1 2
+/messages?from=                             => 3
+/messages?subject=Gr%C3%BC%C3%9Fe           => 1
+/messages?subject=gr%C3%BC%C3%9Fe           =>
+/messages?accepted=true                     => 1 3
+/messages?accepted=false                    => 2
+/messages?accepted=true&to=bob@example.com&after=1 => 3
+/messages?after=0                           => 1 2 3
+/messages?after=1                           => 2 3
+/messages?after=3                           =>
+/messages?count=9                           => 1 2 3
+/messages?timeout=0&count=3                 => 1 2 3
+/messages?timeout=60&subject=Hello          => 3
+"""
+
+HOSTILE_HTML = """<html><head><base href="http://evil.example/"><meta http-equiv="refresh" content="0; url=http://evil.example/">
+<LINK rel="preconnect" href="http://evil.example"><script>alert(1)</script></head><body background="cid:pixel@a.com">
+<iframe src="http://evil.example/"></iframe><img src="cid:pixel%40a.com"><img src=cid:page@a.com><img src='cid:none@a.com'>
+"""
+GIF = base64.b64decode("R0lGODlhAQABAAAAACwAAAAAAQABAAACAkQBADs=")
+
+
+PAGE_TAGS = "html meta title style h1 h2 a main dl dt dd bdi p b code pre small time span details summary iframe"
+HTTP_HEADERS = {
+    "Cache-Control": "no-store",
+    "Connection": "close",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Dns-Prefetch-Control": "off",
+}
+# Beside those that -control refuses, too.
+BAD_HTTP_COMMANDS = """
+clear x                     => 'clear x': must be rule RULE, configure FLAG..., clear, {MORE}, disconnect reset or stop
+disconnect now              => 'disconnect now': must be {MORE}
+configure -http=1           => -http: cannot be changed while the server runs
+configure -httpNames=a.com  => -httpNames: cannot be changed while the server runs
+"""
+
+
+def read_rows(text: str) -> Iterator[tuple[str, str]]:
+    for row in text.strip().splitlines():
+        left, _, right = row.partition(" =>")
+        yield left.strip(), right.strip()
+
+
+class HttpCase(ServerCase):
+    """A server with two mails, and a refused one between them."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        options: Any = {"multiple_rcptto": True, "multiple_message_receiving": True}
+        self.server = Server(not_registered_emails=["nobody@example.com"], **options).start()
+        self.addCleanup(self.server.__exit__)
+        self.port = self.serve_http(http_names=["mail.corp.example"])
+        mail = EmailMessage()
+        mail["From"], mail["To"], mail["Subject"] = "Shop <shop@example.com>", "bob@example.com", "Gr\u00fc\u00dfe <b>"
+        mail.set_content("Dear <Bob>,\n")
+        mail.add_alternative(HOSTILE_HTML, subtype="html")
+        page: Any = mail.get_payload(1)
+        page.add_related(GIF, "image", "gif", cid="<pixel@a.com>")
+        page.add_related(b"<svg/>", "image", "svg+xml", cid="<page@a.com>", filename="<\u00fc>.svg")
+        with Smtp(self.server) as client:
+            client.sendmail("shop@example.com", ["bob@example.com", "eve+x@example.com"], mail.as_bytes())
+        with Smtp(self.server) as client:
+            client.ehlo("a.com")
+            client.mail("shop@example.com")
+            client.rcpt("nobody@example.com")
+        self.server.wait_for_messages(2)
+        with Smtp(self.server) as client:
+            client.sendmail("", ["bob@example.com"], "Subject: Hello\r\n\r\nHow are you?")
+        self.server.wait_for_messages(3)
+
+    def serve_http(self, **flags: Any) -> int:
+        context = Memory.serve_http(self.server, http=0, **flags)
+        url = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return int(url.rpartition(":")[2])
+
+    def connect_http(self) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
+        self.addCleanup(sock.close)
+        return sock
+
+    def ask(self, request: str, body: str | bytes = b"") -> tuple[int, dict[str, str], bytes]:
+        """The status, headers and body of the answer to a request such as GET / | Name: value."""
+        body = body.encode() if isinstance(body, str) else body
+        visit = "Sec-Fetch-Site: cross-site | Sec-Fetch-Mode: navigate | Sec-Fetch-Dest: document"
+        line, *headers = read_line(request.replace("{VISIT}", visit)).split(" | ")
+        headers += [] if "Host" in request else ["Host: localhost"]
+        headers += [f"Content-Length: {len(body)}"] if body else []
+        head = "\r\n".join([f"{line} HTTP/1.1", *headers, "", ""]).replace("Host none: localhost\r\n", "")
+        with self.connect_http() as sock, sock.makefile("rb") as file:
+            sock.sendall(head.encode() + body)
+            start, _, content = file.read().partition(b"\r\n\r\n")
+        status, *lines = start.decode().split("\r\n")
+        found = dict(text.split(": ", 1) for text in lines)
+        self.assertEqual(status.split()[0], "HTTP/1.1")
+        if not line.startswith("HEAD"):
+            self.assertEqual(len(content), int(found["Content-Length"]))
+        return int(status.split()[1]), found, content
+
+    def read(self, target: str) -> tuple[int, Any]:
+        status, _, content = self.ask(f"GET {target}")
+        return status, json.loads(content)
+
+    def post(self, path: str, body: str | bytes = "") -> tuple[int, Any]:
+        status, _, content = self.ask(f"POST {path}", body)
+        return status, json.loads(content)
+
+
+class HttpTest(HttpCase):
+    def test_who_may_ask(self) -> None:
+        for request, status in read_rows(HTTP_SENDERS):
+            with self.subTest(request):
+                self.assertEqual(self.ask(request)[0], int(status))
+
+    def test_errors(self) -> None:
+        for request, pattern in read_errors(HTTP_ERRORS):
+            with self.subTest(request[:100]):
+                status, headers, content = self.ask(request)
+                answer = json.loads(content)
+                self.assertEqual(answer["event"], "error")
+                self.assertRegex(f"{status} {answer['error']}", pattern)
+                allowed = {"GET and HEAD": "GET, HEAD", "POST": "POST"}.get(answer["error"].partition(" is for ")[2])
+                self.assertEqual(headers.get("Allow"), allowed)
+        self.assertEqual(len(self.server.messages()), 3)
+
+    def test_what_each_answer_says(self) -> None:
+        """No answer may be framed, sniffed, cached or read by others, or load anything."""
+        requests = ["GET /", "GET /view/1", "GET /view/1/html", "GET /messages", "GET /messages/1/eml", "GET /ca.pem"]
+        requests += ["GET /messages/1/attachments/0", "POST /check", "POST /rule", "POST /purge | Host: evil.example"]
+        requests += ["GET / | Host none: localhost", "GET /nothing", "TRACE /", "GET / | Origin: null", "GET /\r\n\r\n"]
+        for request in [*requests, *[request.replace("GET", "HEAD", 1) for request in requests if "GET" in request]]:
+            with self.subTest(request):
+                status, headers, _ = self.ask(request)
+                policy = headers.pop("Content-Security-Policy")
+                self.assertEqual(policy.partition(";")[0], "default-src 'none'")
+                self.assertIn("frame-ancestors 'self'" if "html" in request else "frame-ancestors 'none'", policy)
+                self.assertEqual(
+                    "sandbox" in policy, not (status == 200 and re.fullmatch("[A-Z]+ /(view/1)?", request))
+                )
+                for name, value in HTTP_HEADERS.items():
+                    self.assertEqual(headers.pop(name), value)
+                extra = set(headers) - {"Content-Type", "Content-Length", "Allow", "Content-Disposition"}
+                self.assertEqual(extra, set())
+
+    def test_head_is_like_get(self) -> None:
+        for target in ("/messages", "/view/1", "/messages/1/eml", "/messages/99", "/purge"):
+            (status, headers, content), got = self.ask(f"HEAD {target}"), self.ask(f"GET {target}")
+            self.assertEqual((status, headers, content), (*got[:2], b""))
+
+    def test_malformed_requests(self) -> None:
+        for data, status in (
+            (b"GET /\r\n", b"400"),
+            (b"GET / HTTP/1.1\n\n", b"400"),
+            (b"GET / HTTP/1.1\nHost: localhost\n\n", b"200"),
+            (b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", b"200"),
+            (b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n", b"505"),
+            (b"GET / FTP/1.0\r\nHost: localhost\r\n\r\n", b"400"),
+            (b"a b c d\r\n\r\n", b"400"),
+            (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"400"),
+            (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"431"),
+            (b"GET / HTTP/1.1\r\nA: " + b"b" * 70000 + b"\r\n\r\n", b"431"),
+            (b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
+            (b"", b""),
+        ):
+            with self.subTest(data[:40]), self.connect_http() as sock, sock.makefile("rb") as file:
+                sock.sendall(data)
+                sock.shutdown(socket.SHUT_WR)
+                self.assertEqual(file.readline()[9:12], status)
+
+    def test_nobody_holds_it_up(self) -> None:
+        """A client has some seconds for its request, however it sends it."""
+        for pieces in (
+            [b""],
+            [b"GET / HTTP/1.1\r\n"],
+            [b"G"] * 1000,
+            [b"POST /purge HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n", b"x"],
+        ):
+            with (
+                self.subTest(pieces[0]),
+                mock.patch.object(smtpmock, "_HTTP_SECONDS", 0.1),
+                self.connect_http() as sock,
+            ):
+                ended = threading.Event()
+                reader = threading.Thread(target=lambda sock=sock, ended=ended: (sock.recv(1), ended.set()))
+                reader.start()
+                with contextlib.suppress(OSError):
+                    for piece in pieces:
+                        sock.sendall(piece)
+                        if ended.wait(0.01):
+                            break
+                reader.join(TIMEOUT)
+                self.assertTrue(ended.is_set())
+
+    def test_a_refusal_reaches_a_client_that_is_still_sending(self) -> None:
+        status, _, content = self.ask("POST /rule", b"x" * 2**22)
+        self.assertEqual((status, b"1048576" in content), (413, True))
+        self.assertEqual(self.post("/rule", "x" * 2**20)[0], 400)
+
+    def test_a_client_that_waits_for_100_continue(self) -> None:
+        with self.connect_http() as sock, sock.makefile("rb") as file:
+            sock.sendall(b"POST /check HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\n")
+            self.assertEqual((file.readline()[:12], file.readline()), (b"HTTP/1.1 100", b"\r\n"))
+            sock.sendall(b" ")
+            self.assertEqual(file.readline(), b"HTTP/1.1 200 OK\r\n")
+
+    def test_queries(self) -> None:
+        for target, ids in read_rows(HTTP_QUERIES):
+            with self.subTest(target):
+                status, answer = self.read(target)
+                self.assertEqual(
+                    (status, [record["id"] for record in answer["messages"]]), (200, list(map(int, ids.split())))
+                )
+                self.assertEqual((set(answer), answer["next"]), ({"messages", "next"}, 3))
+
+    def test_records_and_files(self) -> None:
+        first, refused, _ = self.server.messages()
+        as_json = json.loads(json.dumps(first.to_dict()))
+        self.assertEqual(self.read("/messages/1"), (200, as_json))
+        self.assertEqual(self.read("/messages")[1]["messages"][0], as_json)
+        self.assertEqual(self.read("/messages/2")[1]["refusals"], [list(pair) for pair in refused.refusals])
+        status, headers, content = self.ask("GET /messages/1/eml")
+        self.assertEqual((status, headers["Content-Type"], content), (200, "message/rfc822", first.as_bytes()))
+        self.assertEqual(headers["Content-Disposition"], "attachment; filename*=UTF-8''1.eml")
+        _, headers, content = self.ask("GET /messages/1/attachments/1")
+        self.assertEqual((headers["Content-Type"], content), ("application/octet-stream", b"<svg/>"))
+        self.assertEqual(headers["Content-Disposition"], "attachment; filename*=UTF-8''%3C%C3%BC%3E.svg")
+        found = [violation._asdict() for violation in self.server.violations()]
+        self.assertEqual(self.read("/violations"), (200, {"violations": found}))
+
+    def test_a_loop_of_one_request_sees_each_mail_once(self) -> None:
+        """Whatever is sent meanwhile, and purged."""
+        seen: list[str] = []
+
+        def read() -> None:
+            cursor = 3
+            while len(seen) < 40:
+                _, answer = self.read(f"/messages?after={cursor}&timeout=60&accepted=true")
+                seen.extend(record["subject"] for record in answer["messages"])
+                cursor = answer["next"]
+
+        def write(name: str) -> None:
+            for number in range(20):
+                send(self.server, f"Subject: {name}{number}\r\n\r\n")
+                self.server.wait_for_messages(1, where=lambda message: message.msg)
+
+        in_threads(read, lambda: write("a"), lambda: write("b"))
+        self.assertEqual(sorted(seen), sorted(f"{name}{number}" for name in "ab" for number in range(20)))
+        self.assertEqual(self.post("/purge"), (200, {"event": "done", "command": "purge", "messages": 0}))
+        self.assertEqual(self.read("/messages"), (200, {"messages": [], "next": 43}))
+        send(self.server, "Subject: later\r\n\r\n")
+        self.assertEqual(
+            [record["subject"] for record in self.read("/messages?after=43&timeout=60")[1]["messages"]], ["later"]
+        )
+
+    def test_the_next_mail_of_a_session_that_keeps_one(self) -> None:
+        self.server.configure(multiple_message_receiving=False)
+        with Smtp(self.server) as client:
+            client.sendmail("a@a.com", ["b@b.com"], "Subject: 1\r\n\r\n")
+            first = self.read("/messages?after=3&timeout=60")[1]
+            client.sendmail("a@a.com", ["b@b.com"], "Subject: 2\r\n\r\n")
+            second = self.read(f"/messages?after={first['next']}&timeout=60")[1]
+        self.assertEqual([answer["messages"][0]["subject"] for answer in (first, second)], ["1", "2"])
+        self.assertEqual(self.read(f"/messages?after={second['next']}")[1]["messages"], [])
+
+    def test_a_wait_in_vain(self) -> None:
+        status, answer = self.read("/messages?timeout=0.05&count=2&subject=Hello")
+        self.assertEqual((status, answer["next"], len(answer["messages"])), (404, 3, 1))
+        self.assertRegex(answer["error"], r"^1 of 2 matching messages came in 0\.05 seconds\n  recorded messages: 3\n")
+
+    def test_commands(self) -> None:
+        """They are those of -control, with real line breaks, and the answers are its events."""
+        rule = "rule VRFY: reply 252-a\n252 \\n\u00fc"
+        self.assertEqual(self.post("/rule", f"{rule[5:]}\n"), (200, {"event": "done", "command": rule, "messages": 3}))
+        with Smtp(self.server) as client:
+            client.ehlo("a.com")
+            self.assertEqual(client.docmd("VRFY", "b"), (252, "a\n\\n\u00fc".encode()))
+            self.assertEqual(self.post("/disconnect", "reset")[0], 200)
+            self.assertRaises(smtplib.SMTPServerDisconnected, client.noop)
+        self.assertEqual(self.post("/check")[0], 200)
+        self.assertEqual(self.post("/rule", "RSET: close")[0], 200)
+        status, event = self.post("/check")
+        self.assertEqual((status, event["event"], event["command"]), (409, "error", "check"))
+        self.assertRegex(event["error"], "^<Rule for RSET: 0 hits> was never hit")
+        self.assertEqual(self.post("/clear")[0], 200)
+        self.assertEqual(self.post("/check")[0], 200)
+        self.assertEqual(self.post("/configure", "-failFast\n-msgGreeting='220-a\n220 b'")[0], 200)
+        with socket.create_connection((self.server.host, self.server.port), TIMEOUT) as sock:
+            self.assertEqual(sock.makefile("rb").read(14), b"220-a\r\n220 b\r\n")
+        self.assertEqual(self.post("/reset"), (200, {"event": "done", "command": "reset", "messages": 0}))
+
+    def test_bad_commands(self) -> None:
+        commands = [*read_errors(BAD_COMMANDS), *read_errors(BAD_HTTP_COMMANDS)]
+        for command, pattern in commands:
+            path, _, body = command.partition(" ")
+            if path in ("foo", "stop") or "/dev/null" in command:  # which are no paths, and may open files
+                continue
+            with self.subTest(command):
+                status, event = self.post(f"/{path}", body)
+                self.assertEqual((status, event["event"], event["command"]), (400, "error", command))
+                self.assertRegex(event["error"].replace("disconnect reset", "disconnect reset or stop"), pattern)
+                self.assertEqual(self.post("/check")[0], 200)
+
+    def test_it_opens_no_file(self) -> None:
+        for flags in (
+            "-tlsCert=/dev/null",
+            "-tlsCert=test -tlsKey=test",
+            "-saveDir=/tmp",
+            "-maildir=x",
+            "-tlsKey=test",
+        ):
+            with self.subTest(flags), mock.patch("builtins.open") as opened:
+                status, event = self.post("/configure", flags)
+                self.assertEqual(status, 400)
+                self.assertRegex(event["error"], "^-.*: -http must not open files$")
+                opened.assert_not_called()
+
+    def test_pages(self) -> None:
+        _, headers, content = self.ask("GET /")
+        page = content.decode()
+        self.assertEqual(headers["Content-Type"], "text/html; charset=utf-8")
+        places = [page.index(text) for text in ("Hello", "550 User not found", "Gr\u00fc\u00dfe &lt;b&gt;")]
+        self.assertEqual(places, sorted(places))  # newest first
+        self.assertEqual(re.findall('href="/view/([0-9]+)"', page), ["3", "2", "1"])
+        self.assertIn('<meta http-equiv="refresh" content="5">', page)
+        self.assertNotIn("refresh", self.ask("GET /?refresh=0")[2].decode().partition("<style>")[0])
+        page = self.ask("GET /view/1")[2].decode()
+        texts = (
+            "Gr\u00fc\u00dfe &lt;b&gt;",
+            "Shop &lt;shop@example.com&gt;",
+            "<pre>Dear &lt;Bob&gt;,",
+            "&lt;\u00fc&gt;.svg",
+            "C: data",
+        )
+        for text in texts:
+            self.assertIn(text, page)
+        self.assertIn('<iframe sandbox title="The HTML of the mail" src="/view/1/html"></iframe>', page)
+        for link in re.findall('(?:href|src)="(/.*?)"', page):
+            self.assertEqual(self.ask(f"GET {link}")[0], 200, link)
+        self.assertIn('href="https://www.rfc-editor.org/rfc/rfc5322#section-3.6"', page)
+        page = self.ask("GET /view/2")[2].decode()
+        self.assertIn("550 User not found", page)
+        self.assertNotIn("<iframe", page)
+
+    def test_everything_is_escaped(self) -> None:
+        """Whatever is in a mail, the page has the tags of its own only."""
+        tag = '"\'><script x=">&lt;'
+        self.server.configure(lenient_addresses=True, msg_quit_cmd=f"221 {tag}")
+        self.server.on("MAIL").reply(f"250 {tag}")
+        mail = f"Subject: {tag}\r\nFrom: {tag}\r\nTo: {tag} <{tag}@a.com>\r\nDate: {tag}\r\n"
+        mail += f'Content-Type: text/x-{tag}; name="{tag}"\r\nContent-Disposition: attachment; filename="{tag}"\r\n\r\n{tag}\0\x1b\ud800'
+        with Smtp(self.server) as client:
+            client.ehlo(tag)
+            client.helo("a.com")
+            client.docmd("MAIL", f"FROM:<{tag}@a.com>")
+            client.mail("a@a.com")
+            client.docmd("RCPT", f"TO:<{tag}@a.com>")
+            client.rcpt("b@b.com")
+            client.data(mail.encode("utf-8", "surrogatepass"))
+        number = max(message.id for message in self.server.messages() if message.content)
+        for path in ("/", f"/view/{number}"):
+            page = self.ask(f"GET {path}")[2].decode()
+            self.assertIn("&lt;script", page)
+            self.assertNotIn("<script", page)
+            tags = set(re.findall("<(?!/|!)[^ >]*", page))
+            self.assertLessEqual(tags, {f"<{name}" for name in PAGE_TAGS.split()})
+
+    def test_html_is_sealed(self) -> None:
+        status, headers, content = self.ask("GET /view/1/html")
+        self.assertEqual((status, headers["Content-Type"]), (200, "text/html; charset=utf-8"))
+        policy = set(headers["Content-Security-Policy"].split("; "))
+        self.assertLessEqual(
+            {"sandbox", "img-src data:", "style-src 'unsafe-inline'", "form-action 'none'", "base-uri 'none'"}, policy
+        )
+        page = content.decode().lower()
+        self.assertNotRegex(page, "<(link|iframe|base|meta)")
+        inlined = f"data:image/gif;base64,{base64.b64encode(GIF).decode()}"
+        self.assertEqual(content.decode().count(inlined), 2)
+        self.assertIn("<img src=cid:page@a.com><img src='cid:none@a.com'>", content.decode())
+        self.assertEqual(self.ask("GET /view/3/html")[2], b"")
+
+    def test_an_image_that_is_shown_very_often(self) -> None:
+        """The page does not become much larger than the mail."""
+        mail = EmailMessage()
+        mail.set_content('<img src="cid:a">' * 10000, subtype="html")
+        mail.add_related(bytes(10**6), "image", "png", cid="<a>")
+        send(self.server, mail.as_bytes())
+        self.assertLess(len(self.ask(f"GET /view/{self.server.messages()[-1].id}/html")[2]), 5 * 10**7)
+
+    def test_twenty_readers_wait_when_it_stops(self) -> None:
+        context = Memory.serve_http(self.server, http=0)
+        port = int(context.__enter__().rpartition(":")[2])
+        with mock.patch.object(self, "port", port):
+
+            def read() -> Any:
+                return self.read("/messages?timeout=60&count=9&accepted=true")
+
+            def stop() -> None:
+                self.assertTrue(wait_until(lambda: Memory.count_waits(self.server) == 20))
+                began = time.monotonic()
+                context.__exit__(None, None, None)
+                self.assertLess(time.monotonic() - began, 5)
+
+            *answers, stopped = in_threads(*[read] * 20, stop)
+        self.assertIsNone(stopped)
+        for status, answer in answers:
+            self.assertEqual((status, len(answer["messages"]), answer["next"]), (404, 2, 3))
+        self.assertRaises(OSError, socket.create_connection, ("127.0.0.1", port), TIMEOUT)
+
+    def test_stop_leaves_nothing(self) -> None:
+        """Whatever its clients are about to do."""
+        idle, half, deaf = (self.connect_http() for _ in range(3))
+        half.sendall(b"POST /rule HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nRCPT")
+        send(self.server, "x" * 10**7)
+        deaf.sendall(b"GET /messages HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.assertEqual(deaf.recv(4), b"HTTP")
+        self.doCleanups()
+        self.assertEqual(self.threads(), [])
+        self.assertRaises(OSError, socket.create_connection, ("127.0.0.1", self.port), TIMEOUT)
+        self.server.check()  # the half of a request made no rule
+        for sock in (idle, half, deaf):
+            sock.close()
+
+
+class HttpFlagTest(ProcessCase):
+    """The flags of -http, and what the command line says of it."""
+
+    def get(self, url: str) -> Any:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            return json.load(answer)
+
+    def test_what_it_says(self) -> None:
+        """Where to look, and every mail and recipient is kept unless the flags say otherwise."""
+        for flags, kept in (
+            (["-http=0"], [["b@b.com", "c@c.com"]] * 2),
+            (["-http=0", "-json", "-multipleRcptto=false"], [["c@c.com"]] * 2),
+            (
+                ["--http", "0", "-json", "-multipleMessageReceiving=false", "-httpHost=localhost"],
+                [["b@b.com", "c@c.com"]],
+            ),
+        ):
+            with self.subTest(flags):
+                process = self.start(*flags)
+                if "-json" in flags:
+                    said = json.loads(process.stdout.readline())
+                    port, url = said["port"], said["http"]
+                else:
+                    port = self.port(process)
+                    match = re.fullmatch("smtpmock: the mail is at (http://.*)/\n", process.stdout.readline())
+                    assert match is not None
+                    url = match[1]
+                with Smtp(port) as client:
+                    for _ in range(2):
+                        client.sendmail("a@a.com", ["b@b.com", "c@c.com"], "hi")
+                self.assertEqual([record["rcpt_tos"] for record in self.get(f"{url}/messages")["messages"]], kept)
+                process.send_signal(signal.SIGTERM)
+                process.communicate(timeout=TIMEOUT)
+                self.assertEqual(process.returncode, 0)
+
+    def test_errors(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            for argv, status, error in (
+                ([f"-http={port}"], 1, f"cannot listen on 127.0.0.1:{port}: Address already in use"),
+                (["-http=0", f"-port={port}"], 1, f"cannot listen on 127.0.0.1:{port}: Address already in use"),
+                (["-http=0", "-httpHost=999.1"], 1, "cannot listen on 999.1:0: .*"),
+                (["-http=x"], 2, "-http='x': must be an integer from 0 to 65535"),
+                (["-httpHost=localhost"], 2, "-httpHost='localhost': needs -http"),
+                (["-httpNames=a.com"], 2, r"-httpNames=\['a.com'\]: needs -http"),
+            ):
+                with self.subTest(argv):
+                    done, _, err = call_main(*argv)
+                    self.assertEqual(done, status)
+                    self.assertRegex(err, f"^smtpmock: {error}\n$")
+        self.assertEqual([thread.name for thread in threading.enumerate() if "smtpmock" in thread.name], [])
+
+    def test_names(self) -> None:
+        process = self.start("-http=0", "-json", "-httpNames=Mail.Example.com.,b.example")
+        url = json.loads(process.stdout.readline())["http"]
+        for name, status in (("mail.example.com", 200), ("B.example.:80", 200), ("a.example", 421)):
+            request = urllib.request.Request(f"{url}/messages", headers={"Host": name})
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                    found = answer.status
+            except urllib.error.HTTPError as error:
+                found = error.code
+                error.close()
+            self.assertEqual(found, status)
+
+    def test_what_it_imports(self) -> None:
+        code = """
+            import sys, threading, os, signal, smtpmock
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            smtpmock.main(["-quiet"])
+            print(*{"http", "html", "json", "email", "ssl"} & set(sys.modules))
+        """
+        self.assertEqual(self.run_python(code).splitlines()[1:], [""])
 
 
 # ---------------------------------------------------------------------------- what a failing test is told
