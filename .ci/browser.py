@@ -160,8 +160,14 @@ def post(url: str) -> int:
 def make_mail(subject: str, html: str) -> EmailMessage:
     mail = EmailMessage()
     mail["From"], mail["To"] = "Example Shop <shop@example.com>", "Bob Müller <bob@example.com>, eve@example.com"
-    mail["Subject"], mail["Date"], mail["Message-ID"] = subject, "Mon, 30 Nov 2026 18:44:05 +0000", "<1@shop.example.com>"
-    mail.set_content("Hello Bob,\n\nthank you for your order. Tracking: https://shop.example.com/orders/4711\n\nYour shop\n")
+    mail["Subject"], mail["Date"], mail["Message-ID"] = (
+        subject,
+        "Mon, 30 Nov 2026 18:44:05 +0000",
+        "<1@shop.example.com>",
+    )
+    mail.set_content(
+        "Hello Bob,\n\nthank you for your order. Tracking: https://shop.example.com/orders/4711\n\nYour shop\n"
+    )
     mail.add_alternative(html, subtype="html")
     return mail
 
@@ -174,7 +180,9 @@ def send(port: int, *mails: EmailMessage) -> None:
 
 def take_screenshots(folder: Path) -> None:
     """Of the list and of a mail: light, dark, and in a narrow window."""
-    logo = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63b8a1600b0002ae010f") + bytes.fromhex("a1b2c3d40000000049454e44ae426082")
+    logo = bytes.fromhex(
+        "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c49444154789c63b8a1600b0002ae010f"
+    ) + bytes.fromhex("a1b2c3d40000000049454e44ae426082")
     with run_server("-notRegisteredEmails=nobody@example.com") as (port, url):
         page = '<h1 style="color: #246">Your order</h1><p>Thank you, <b>Bob</b>!<table border="1"><tr><td>1 book<td>12.00 EUR</table>'
         mail = make_mail("Your order 4711 — thank you! ✓", page + '<img src="cid:logo" width="60" height="20">')
@@ -203,7 +211,9 @@ def attack_with_a_mail() -> None:
     with run_server() as (port, url):
         html = HOSTILE.format(url=listener.url)
         send(port, make_mail("Hostile", html))
-        plain.pages["/"] = html.replace('<meta http-equiv="refresh"', '<meta http-equiv="none"').replace("location =", "")
+        plain.pages["/"] = html.replace('<meta http-equiv="refresh"', '<meta http-equiv="none"').replace(
+            "location =", ""
+        )
         visit(plain.url, seconds=6)
         works, listener.seen[:] = set(listener.seen), []
         assert len(works) > 25, works
