@@ -4358,20 +4358,21 @@ _HTTP_HEADERS = {
     "X-DNS-Prefetch-Control": "off",
 }
 _POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors"
+_DATA_POLICY = f"{_POLICY} 'none'; sandbox"
 _PAGE_POLICY = f"{_POLICY} 'none'; frame-src 'self'; style-src 'unsafe-inline'"
 _MAIL_POLICY = f"{_POLICY} 'self'; img-src data:; style-src 'unsafe-inline'; sandbox"
+_NUMBER = "(?<=/)[0-9]+(?![^/])"
 _LOCAL_NAME = r"[\w-]+|([\w-]+\.)+(localhost|local|internal|test)"
 
-_COMMANDS = ("rule", "clear", "configure", "disconnect", "purge", "reset", "check")
-_Execute = Callable[[str], tuple[dict[str, Any], int]]  # obeys a command; the event that answers it, and a status
 _READ_HEADERS = ("from", "to", "cc", "reply-to", "date", "subject")
-_REFRESH = _OptionType("an integer from 0 to 3600", _number(0, 3600, int), int)
+_Execute = Callable[[str], tuple[dict[str, Any], int]]  # obeys a command; the event that answers it, and a status
+_ADDRESS = _OptionType("a string", _is_text, lambda text: text.lower().replace(" ", "+"))  # a bare + means a space
 _WAIT = _OptionType("a number of seconds from 0 to 60", _number(0, 60, int, float), float)
-# A + that a query does not encode means a space.
-_ADDRESS = _OptionType(
-    "a string", _is_text, lambda text: text.lower() if '"' in text else text.lower().replace(" ", "+")
-)
-_QUERY = {"to": _ADDRESS, "from": _ADDRESS, "subject": _TEXT, "accepted": _FLAG}
+_QUERIES: dict[str, dict[str, _OptionType]] = {
+    "/": {"refresh": _OptionType("an integer from 0 to 3600", _number(0, 3600, int), int)},
+    "/messages": {"to": _ADDRESS, "from": _ADDRESS, "subject": _TEXT, "accepted": _FLAG, "after": _COUNT}
+    | {"timeout": _WAIT, "count": _TIMES},
+}
 _FILTERS: dict[str, Callable[[Message, Any], bool]] = {
     "to": lambda message, address: address in map(str.lower, message.rcpt_tos),
     "from": lambda message, address: message.mail_from is not None and address == message.mail_from.lower(),
@@ -4385,9 +4386,10 @@ body { max-width: 60rem; margin: auto; padding: 0 1rem 2rem }
 a { color: light-dark(#0645ad, #8ab4f8) }
 :focus-visible { outline: 3px solid light-dark(#c60, #fb3) }
 h1, h2 { font-size: 1.2rem }
-.mail { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .5rem; border-top: 1px solid #8886; color: inherit }
+.mail { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1rem; padding: .5rem; color: inherit }
+.mail { border-top: 1px solid #8886; text-decoration: none }
 .mail:hover { background: #8882 }
-.mail span { flex: 1 0 100% }
+.mail span { flex: 1 0 100%; text-decoration: underline }
 .accepted { color: light-dark(#176b34, #7bd88f) }
 .refused, .error { color: light-dark(#b3261e, #ff9a90) }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem }
@@ -4399,7 +4401,7 @@ iframe { width: 100%; height: 30rem; border: 1px solid #8886; background: #fff; 
 """
 
 
-class _HttpAnswer(Exception):
+class _HttpAnswer(Exception):  # noqa: N818 - most are no errors
     """What a request gets: bytes, a value as JSON or, as a str, what is wrong with it. It can be raised."""
 
     def __init__(self, content: object, status: int = 200, **headers: str) -> None:
@@ -4408,8 +4410,7 @@ class _HttpAnswer(Exception):
         value = {"event": "error", "error": content} if isinstance(content, str) else content
         self.body = value if isinstance(value, bytes) else json.dumps(value).encode() + b"\n"
         self.status = status
-        self.headers = {"content_type": "application/json", "content_security_policy": f"{_POLICY} 'none'; sandbox"}
-        self.headers |= headers
+        self.headers = {"content_type": "application/json", "content_security_policy": _DATA_POLICY} | headers
 
 
 def _read_query(query: str, known: Mapping[str, _OptionType]) -> dict[str, Any]:
@@ -4472,19 +4473,20 @@ def _list_messages(
     return _HttpAnswer({**late, "messages": found, "next": recorded}, 404 if late else 200)
 
 
-def _download(name: str, data: bytes, kind: str) -> _HttpAnswer:
+def _get_attachment(server: Server, number: str, index: str) -> _HttpAnswer:
     from urllib.parse import quote
 
-    disposition = f"attachment; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
-    return _HttpAnswer(data, content_type=kind, content_disposition=disposition)
-
-
-def _download_attachment(server: Server, number: str, index: str) -> _HttpAnswer:
     attachments = _find(server, number).attachments
     if index not in map(str, range(len(attachments))):
         raise _HttpAnswer(f"message {number} has {len(attachments)} attachments, counted from 0", 404)
     name, _, content = attachments[int(index)]
-    return _download(name or index, content, "application/octet-stream")
+    disposition = f"attachment; filename*=UTF-8''{quote(name or index, safe='', errors='replace')}"
+    return _HttpAnswer(content, content_type="application/octet-stream", content_disposition=disposition)
+
+
+def _get_mail(server: Server, number: str) -> _HttpAnswer:
+    data, disposition = _find(server, number).as_bytes(), f"attachment; filename={number}.eml"
+    return _HttpAnswer(data, content_type="message/rfc822", content_disposition=disposition)
 
 
 def _make_page(title: str, body: str, refresh: int = 0) -> _HttpAnswer:
@@ -4503,12 +4505,18 @@ def _list_mails(server: Server, *, refresh: int = 5) -> _HttpAnswer:
 
     messages, rows = server._mailbox.messages(purge=False), ""
     for message in messages[: -_LIST_LIMIT - 1 : -1]:
-        refusal = "" if message.is_consistent or not message.refusals else message.refusals[0][1]
-        word = "accepted" if message.is_consistent else "refused" if refusal else "ended"
-        route = f"{message.mail_from or '<>'} \u2192 {', '.join(message.rcpt_tos)}"
+        word = "accepted" if message.is_consistent else "refused" if message.refusals else "ended"
+        about = (
+            message.subject or ""
+            if message.is_consistent
+            else " \u2192 ".join(message.refusals[0] if message.refusals else ())
+        )
+        route = (
+            f"{message.mail_from or '<>'} \u2192 {', '.join(message.rcpt_tos)}" if message.mail_from is not None else ""
+        )
         rows += f"""<a class="mail" href="/view/{message.id}"><b class="{word}">{word}</b>
 <time>{message.exchanges[-1].at.astimezone():%H:%M:%S}</time> <bdi>{escape(route)}</bdi>
-<small>{len(message.content)} bytes</small> <span><bdi>{escape(refusal or message.subject or "")}</bdi></span></a>"""
+<small>{len(message.content)} bytes</small> <span><bdi>{escape(about)}</bdi></span></a>"""
     pause = '<a href="/?refresh=0">Pause</a>' if refresh else '<a href="/">Go on</a>'
     head = f"<p>{len(messages)} recorded by {escape(server.url)} {pause}</p>"
     return _make_page(f"{len(messages)} recorded", head + (rows or "<p>Nothing has come yet."), refresh)
@@ -4527,7 +4535,7 @@ def _show_mail(server: Server, number: str) -> _HttpAnswer:
     body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value or '')}</bdi>" for name, value in headers)
     violations = [
         f'<p><b class="{found.severity}">{found.code}</b>: {escape(found.text)} <code>{escape(found.line)}</code>'
-        f'<a href="https://www.rfc-editor.org/rfc/rfc{found.rfc.replace(" ", "#section-")}">RFC {found.rfc}</a>'
+        f' <a href="https://www.rfc-editor.org/rfc/rfc{found.rfc.replace(" ", "#section-")}">RFC {found.rfc}</a>'
         for found in (*message.violations, *message.warnings)
     ]
     attachments = [
@@ -4555,72 +4563,61 @@ def _show_html(server: Server, number: str) -> _HttpAnswer:
     import html
     from urllib.parse import unquote
 
-    message, left = _find(server, number), _IMAGES_LIMIT
-    images = [part for part in message.email.walk() if re.match("image/(png|jpeg|gif|webp)$", part.get_content_type())]
-    by_id = {str(part["content-id"]).strip(" <>"): part for part in images}
-
-    @functools.cache
-    def make_url(name: str) -> str:
-        part = by_id.get(name)
-        return f"data:{part.get_content_type()};base64,{base64.b64encode(_decode_part(part)).decode()}" if part else ""
+    message, urls = _find(server, number), dict[str, str]()
+    for part in message.email.walk():
+        if re.fullmatch("image/(png|jpeg|gif|webp)", part.get_content_type()):
+            data = base64.b64encode(_decode_part(part)).decode()
+            urls[str(part["content-id"]).strip(" <>")] = f"data:{part.get_content_type()};base64,{data}"
 
     def inline(match: re.Match[str]) -> str:
-        nonlocal left
-        url = make_url(unquote(html.unescape(match[2])))
-        left -= len(url)  # because a mail may refer to one image very often
-        return match[1] + url if url and left > 0 else match[0]
+        return match[1] + urls.get(unquote(html.unescape(match[3])), match[2] + match[3])
 
-    # No policy forbids <link rel=preconnect>.
+    # No policy forbids <link rel=preconnect>. A mail may refer to one image very often.
     page = re.sub(r"(?i)<(/?)(?=link|i?frame|fencedframe|portal|base|meta)", r"<\1x-", message.html or "")
-    page = re.sub(r"""(?i)(["'(=]\s*)cid:([^"'\s<>)]+)""", inline, page)
+    most = _IMAGES_LIMIT // max(map(len, urls.values()), default=1) or 1
+    page = re.sub(r"""(?i)(["'(=]\s*)(cid:)([^"'\s<>)]+)""", inline, page, count=most)
     kind = "text/html; charset=utf-8"
     return _HttpAnswer(page.encode("utf-8", "replace"), content_type=kind, content_security_policy=_MAIL_POLICY)
 
 
-# What a path stands for, with ID for each number in it, and the parameters that it takes.
-_Route = tuple[Callable[..., _HttpAnswer], Mapping[str, _OptionType]]
-_ROUTES: dict[str, _Route] = {
-    "/": (_list_mails, {"refresh": _REFRESH}),
-    "/view/ID": (_show_mail, {}),
-    "/view/ID/html": (_show_html, {}),
-    "/messages": (_list_messages, _QUERY | {"after": _COUNT, "timeout": _WAIT, "count": _TIMES}),
-    "/messages/ID": (lambda server, number: _HttpAnswer(_find(server, number).to_dict()), {}),
-    "/messages/ID/eml": (
-        lambda server, number: _download(f"{number}.eml", _find(server, number).as_bytes(), "message/rfc822"),
-        {},
-    ),
-    "/messages/ID/attachments/ID": (_download_attachment, {}),
-    "/violations": (lambda server: _HttpAnswer({"violations": [_jsonify(fault) for fault in server.violations()]}), {}),
-    "/ca.pem": (lambda server: _HttpAnswer(_ca_pem().encode(), content_type="application/x-pem-file"), {}),
+_ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number
+    "/": _list_mails,
+    "/view/ID": _show_mail,
+    "/view/ID/html": _show_html,
+    "/messages": _list_messages,
+    "/messages/ID": lambda server, number: _HttpAnswer(_find(server, number).to_dict()),
+    "/messages/ID/eml": _get_mail,
+    "/messages/ID/attachments/ID": _get_attachment,
+    "/violations": lambda server: _HttpAnswer({"violations": [_jsonify(fault) for fault in server.violations()]}),
+    "/ca.pem": lambda server: _HttpAnswer(_ca_pem().encode(), content_type="application/x-pem-file"),
 }
 
 
-def _route(server: Server, execute: _Execute, method: str, target: str, body: str) -> _HttpAnswer:
+def _route(server: Server, execute: _Execute, commands: Collection[str], method: str, target: str, body: str) -> Any:
     path, _, query = target.partition("?")
-    route, commands = re.sub("(?<=/)[0-9]+(?![^/])", "ID", path), [f"/{name}" for name in _COMMANDS]
-    methods = ["POST"] * (path in commands) or ["GET", "HEAD"] * (route in _ROUTES)
+    route = re.sub(_NUMBER, "ID", path)
+    methods = ["POST"] * (path[1:] in commands) or ["GET", "HEAD"] * (route in _ROUTES)
     if not methods:
-        raise _HttpAnswer(f"there is no {path}{_suggest(route, [*_ROUTES, *commands])}", 404)
+        raise _HttpAnswer(f"there is no {path}{_suggest(route, [*_ROUTES, *(f'/{name}' for name in commands)])}", 404)
     if method not in methods:
         raise _HttpAnswer(f"{path} is for {' and '.join(methods)}", 405, allow=", ".join(methods))
-    function, known = _ROUTES.get(route, (lambda server: _HttpAnswer(*execute(f"{path[1:]} {body}".strip())), {}))
-    return function(server, *re.findall("(?<=/)[0-9]+(?![^/])", path), **_read_query(query, known))
+    parameters = _read_query(query, _QUERIES.get(route, {}))
+    if method == "POST":
+        return _HttpAnswer(*execute(f"{path[1:]} {body}".strip()))
+    return _ROUTES[route](server, *re.findall(_NUMBER, path), **parameters)
 
 
 def _read_body(headers: Any, file: Any) -> str:
+    lengths = headers.get_all("Content-Length", ["0"])
     if "Transfer-Encoding" in headers:
         raise _HttpAnswer("a body must have a Content-Length", 411)
-    lengths = headers.get_all("Content-Length", ["0"])
     if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
         raise _HttpAnswer("Content-Length must be one number", 400)
     if (length := int(lengths[0])) > _BODY_LIMIT:
         raise _HttpAnswer(f"a body must not be longer than {_BODY_LIMIT} bytes", 413)
     if len(body := file.read(length)) < length:
         raise ConnectionError("the client is gone")
-    try:
-        return str(body, "utf-8")
-    except UnicodeDecodeError as error:
-        raise _HttpAnswer(f"a body must be UTF-8: {error}", 400) from error
+    return str(body, "utf-8", "backslashreplace")
 
 
 def _open_input(sock: socket.socket, seconds: float) -> Any:
@@ -4639,7 +4636,7 @@ def _open_input(sock: socket.socket, seconds: float) -> Any:
     return io.BufferedReader(Input())
 
 
-def _make_http_connection(names: Collection[str], route: Callable[[str, str, str], _HttpAnswer]) -> Any:
+def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnswer]) -> Any:  # noqa: C901 - one class
     from http.server import BaseHTTPRequestHandler
 
     class Connection(BaseHTTPRequestHandler):
@@ -4702,23 +4699,6 @@ def _make_http_connection(names: Collection[str], route: Callable[[str, str, str
             super().finish()
 
     return Connection
-
-
-@contextlib.contextmanager
-def _serve_http(server: Server, execute: _Execute, host: str, port: int, names: Iterable[str]) -> Iterator[str]:
-    """Answer HTTP requests. The value is the URL."""
-    known = {name.lower().removesuffix(".") for name in names}
-    connection = _make_http_connection(known, functools.partial(_route, server, execute))
-    with contextlib.ExitStack() as on_exit:
-        try:
-            listener = _bind(server._context, host, port, connection)
-            on_exit.callback(listener.close, _HTTP_STOP_TIMEOUT)
-            on_exit.callback(server._mailbox.end_waits)
-            listener.server_activate()
-            listener.open()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise server._explain(error, host, port) from error
-        yield f"http://{_format_address(host, listener.server_address[1])}"
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -5183,15 +5163,26 @@ def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> No
             printer.event(answer.pop("event"), **{**answer, "command": command})
 
 
-def _open_http(server: Server, own: Mapping[str, Any]) -> contextlib.AbstractContextManager[str | None]:
-    """Answer HTTP requests, if -http is given."""
-    for name in ("http_host", "http_names"):
-        if name in own and "http" not in own:
-            raise ConfigurationError(f"{name}={own[name]!r}: needs http")
+@contextlib.contextmanager
+def _serve_http(server: Server, own: Mapping[str, Any]) -> Iterator[str | None]:
+    """Answer HTTP requests, if -http is given. The value is the URL."""
     if "http" not in own:
-        return contextlib.nullcontext()
-    host, names = own.get("http_host", "127.0.0.1"), own.get("http_names", ())
-    return _serve_http(server, functools.partial(_execute, server), host, own["http"], names)
+        yield None
+        return
+    host, port = own.get("http_host", "127.0.0.1"), own["http"]
+    names = {name.lower().removesuffix(".") for name in own.get("http_names", ())}
+    commands = {name.split()[0] for name in ("rule", "configure", *_CONTROL_COMMANDS)}
+    route = functools.partial(_route, server, functools.partial(_execute, server), commands)
+    with contextlib.ExitStack() as on_exit:
+        try:
+            listener = _bind(server._context, host, port, _make_http_connection(names, route))
+            on_exit.callback(listener.close, _HTTP_STOP_TIMEOUT)
+            on_exit.callback(server._mailbox.end_waits)
+            listener.server_activate()
+            listener.open()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise server._explain(error, host, port) from error
+        yield f"http://{_format_address(host, listener.server_address[1])}"
 
 
 def _open_stdin() -> Any:
@@ -5280,7 +5271,7 @@ def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns
                 printer(f"smtpmock: the mail is at {page}/")
 
     stdout = contextlib.redirect_stdout(sys.stderr if printer.has_events else sys.stdout)
-    with stdout, _open_http(server, own) as page:
+    with stdout, _serve_http(server, own) as page:
         _run(server, announce, control, owns_process=owns_process)
     for message in server._mailbox.messages(purge=False) if own.get("lint") else ():  # and what came after the mail
         linter(message)
@@ -5299,6 +5290,8 @@ def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
         options = _take_options(own)
         if "http" in own:
             options = {"multiple_rcptto": True, "multiple_message_receiving": True, **options}
+        elif names := own.keys() & {"http_host", "http_names"}:
+            raise ConfigurationError(f"{_name_flag(min(names))}: needs -http")
         server = Server(**options)
         for rule in own.get("rule", ()):
             _add_rule(server, rule)
