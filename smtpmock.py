@@ -4437,8 +4437,7 @@ def _check_sender(headers: Any, names: Collection[str], *, is_visit: bool) -> No
     is_address = _is_ip_address(name.strip("[]").partition("%")[0], family)
     if not (is_address or name in names or re.fullmatch(_LOCAL_NAME, name, re.ASCII)):
         raise _HttpAnswer(f"Host {hosts[0]!r} is not known as a name of this server; -httpNames adds names", 421)
-    origins = [origin.lower() for origin in headers.get_all("Origin", [])]
-    sites = headers.get_all("Sec-Fetch-Site", [])
+    origins, sites = headers.get_all("Origin", []), headers.get_all("Sec-Fetch-Site", [])
     if origins not in ([], [f"http://{hosts[0]}"]) or not (is_visit or {"same-origin", "none"}.issuperset(sites)):
         raise _HttpAnswer("pages of other sites must not send requests", 403)
 

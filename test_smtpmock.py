@@ -5145,6 +5145,7 @@ POST /purge | Host: evil.example                                            => 4
 GET / | Host: localhost | Host: localhost                                   => 400
 GET / | no Host                                                => 400
 GET / | no colon                                                            => 400
+GET / | Host: localhost | no colon | Origin: http://evil.example            => 400
 GET / | Origin: http://localhost                                            => 200
 GET / | Host: LocalHost:8025 | Origin: http://localhost:8025                => 200
 GET / | Origin: http://localhost:81                                         => 403
@@ -5214,6 +5215,7 @@ GET /violations?x                           => 400 x='': must be one of no param
 POST /purge?x=1                             => 400 x='1': must be one of no parameters
 POST /purge | Transfer-Encoding: chunked    => 411 a body must have a Content-Length
 POST /purge | Content-Length: x             => 400 Content-Length must be one number
+POST /purge | Content-Length: 1x            => 400 Content-Length must be one number
 POST /purge | Content-Length: -1            => 400 Content-Length must be one number
 POST /purge | Content-Length: 1 | Content-Length: 1 => 400 Content-Length must be one number
 POST /rule | Content-Length: 1048577        => 413 a body must not be longer than 1048576 bytes
@@ -5638,7 +5640,7 @@ class HttpTest(HttpCase):
     def test_stop_leaves_nothing(self) -> None:
         """Whatever its clients are about to do."""
         idle, half, deaf = (self.connect_http() for _ in range(3))
-        half.sendall(b"POST /rule HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nRCPT")
+        half.sendall(b"POST /rule HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nRCPT: drop")
         send(self.server, "x" * 10**7)
         deaf.sendall(b"GET /messages HTTP/1.1\r\nHost: a\r\n\r\n")
         self.assertEqual(deaf.recv(4), b"HTTP")
