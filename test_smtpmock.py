@@ -6471,7 +6471,7 @@ class ReadmeTest(ProcessCase):
     def test_commands(self) -> None:
         """Every command line of the README is one that the parser takes."""
         lines = [line for language in ("sh", "yaml") for block in self.blocks(language) for line in block.splitlines()]
-        commands = [match[1] for line in lines if (match := re.search(r"smtpmock(?:\.py)? (-.*)", line))]
+        commands = [match[1] for line in lines if (match := re.search(r"smtpmock(?:\.py)? (-.*?)(?: &)?$", line))]
         self.assertGreater(len(commands), 2)
         for command in commands:
             parse_flags(*shlex.split(command))
@@ -6486,6 +6486,24 @@ class ReadmeTest(ProcessCase):
             checked = [subprocess.call(command, stderr=subprocess.DEVNULL, timeout=TIMEOUT)]
         checked.append(subprocess.call(command, stderr=subprocess.DEVNULL, timeout=TIMEOUT))
         self.assertEqual((checked, server.messages()), ([0, 1], []))
+
+    @unittest.skipUnless(shutil.which("bash") and shutil.which("curl"), "needs bash and curl")
+    def test_over_http(self) -> None:
+        """The test in bash works, and would notice a mail that does not come."""
+        [script] = [block for block in self.blocks("bash") if "$API" in block]
+        for text, status in (
+            (script, 0),
+            (script.replace("send Third &", ""), 1),
+            (script.replace("send Second", ""), 22),
+        ):
+            process = self.start("-http=0", "-json")
+            listening = json.loads(process.stdout.readline())
+            names = {"SMTP": listening["url"], "API": listening["http"]}
+            done = subprocess.run(
+                ["bash", "-c", text.replace("timeout=5", f"timeout={0.1 if status else TIMEOUT}")],
+                env=os.environ | names, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False,
+            )  # fmt: skip
+            self.assertEqual(done.returncode, status, done.stderr)
 
     def test_links(self) -> None:
         """Each link within the page has a heading, and each section is linked at the top."""
