@@ -4365,7 +4365,7 @@ def _ca_pem() -> str:
 
 # Any page on the web can have a browser send requests to this machine. So a request must name this server and come from
 # its own pages, and an answer loads nothing.
-_HTTP_SECONDS, _HTTP_STOP_TIMEOUT = 10.0, 0.5  # for a request, and for the last answers when the server stops
+_HTTP_SECONDS, _HTTP_STOP_TIMEOUT = 20.0, 0.5  # for a request and its answer each, and for the last answers in a stop
 _BODY_LIMIT, _IMAGES_LIMIT, _TEXT_LIMIT, _LIST_LIMIT = 2**20, 2**25, 200000, 200
 _HTTP_HEADERS = {
     "Cache-Control": "no-store",
@@ -4674,8 +4674,8 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
 
         def handle(self) -> None:
             with contextlib.suppress(OSError):  # the client is gone, or too slow
-                self.raw_requestline = self.rfile.readline(65537)
-                if self.raw_requestline and not self.server.stopping and self.parse_request():
+                self.raw_requestline = b"" if self.server.stopping else self.rfile.readline(65537)
+                if self.raw_requestline and self.parse_request():
                     self.send(self.find_answer())
 
         def find_answer(self) -> _HttpAnswer:
@@ -5188,7 +5188,7 @@ def _serve_http(server: Server, own: Mapping[str, Any]) -> Iterator[str | None]:
         yield None
         return
     host, port = own.get("http_host", "127.0.0.1"), own["http"]
-    names = {name.lower().removesuffix(".") for name in own.get("http_names", ())}
+    names = {name.lower().removesuffix(".") for name in (host, *own.get("http_names", ()))}
     commands = {name.split()[0] for name in ("rule", "configure", *_CONTROL_COMMANDS)}
     route = functools.partial(_route, server, functools.partial(_execute, server), commands)
     with contextlib.ExitStack() as on_exit:

@@ -5602,6 +5602,14 @@ class HttpTest(HttpCase):
             with self.subTest(row.given):
                 self.assertEqual(self.ask(*row.given)[0], int(row.expected))
 
+    def test_the_host_that_it_listens_on_is_one_of_its_names(self) -> None:
+        found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+        with mock.patch("socket.getaddrinfo", return_value=found):
+            port = self.serve_http(http_host="Smtp.example.com")
+        with mock.patch.object(self, "port", port):
+            self.assertEqual(self.ask("GET /", f"Host: smtp.example.com:{port}")[0], 200)
+            self.assertEqual(self.ask("GET /", f"Host: mail.example.com:{port}")[0], 421)
+
     def test_errors(self) -> None:
         for row in HTTP_ERRORS:
             with self.subTest(row.given[0][:100]):
