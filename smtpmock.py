@@ -3184,9 +3184,12 @@ class _Entry:
 class _Waiter:
     """What a waiting thread has found, and what it still has to look at."""
 
-    def __init__(self, entries: Iterable[_Entry]) -> None:
+    def __init__(self, entries: Iterable[_Entry], after: int) -> None:
+        self.after = after  # only entries with a higher number match
         # The lock of the mailbox guards the first two; only the waiting thread uses the third.
-        self.unseen = dict.fromkeys(entries)  # new, or changed since it was looked at
+        self.unseen = {
+            entry: None for entry in entries if entry.number > after
+        }  # new, or changed since it was looked at
         self.missing = 0  # it is not woken for fewer
         self.matching: dict[_Entry, Message] = {}
 
@@ -3196,7 +3199,7 @@ class _Waiter:
     def look_at(self, entries: Iterable[_Entry], where: _Where | None, deadline: float) -> None:
         for entry in entries:
             message = entry.message
-            if where is None or where(message):
+            if entry.number > self.after and (where is None or where(message)):
                 self.matching[entry] = message
             else:
                 self.matching.pop(entry, None)
@@ -3256,10 +3259,10 @@ class _Mailbox:
                 self._purge(self._entries)
         return messages
 
-    def read(self) -> tuple[int, list[tuple[int, Message]]]:
-        """How many messages were recorded, and those that are left with their numbers in the order of recording."""
+    def read(self, after: int) -> tuple[int, list[Message]]:
+        """How many messages were recorded in all, and those that came after so many and were not purged."""
         with self._lock:
-            return self._recorded, [(entry.number, entry.message) for entry in self._entries]
+            return self._recorded, [entry.message for entry in self._entries if entry.number > after]
 
     def end_waits(self) -> None:
         """End all waits, also those to come."""
@@ -3272,11 +3275,13 @@ class _Mailbox:
             entry.is_purged = True
         self._entries = [entry for entry in self._entries if not entry.is_purged]
 
-    def wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> tuple[bool, list[Message]]:
+    def wait(
+        self, count: int, timeout: float, where: _Where | None, *, purge: bool, after: int = 0
+    ) -> tuple[bool, list[Message]]:
         """Wait for count matching messages. Returns whether they came, and all that match; purges only if they came."""
         deadline = time.monotonic() + timeout
         with self._lock:
-            waiter = _Waiter(self._entries)
+            waiter = _Waiter(self._entries, after)
             self._waiters.append(waiter)
         try:
             waiter_deadline = float("inf")  # everything that was there before the call is looked at
@@ -4261,10 +4266,10 @@ class Server:
         __tracebackhide__ = True
         return self._warn(self._wait(count, timeout, where, purge=True))
 
-    def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> list[Message]:
+    def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool, after: int = 0) -> list[Message]:
         __tracebackhide__ = True
         _check_wait(count, timeout, where)
-        enough, messages = self._mailbox.wait(count, timeout, where, purge=purge)
+        enough, messages = self._mailbox.wait(count, timeout, where, purge=purge, after=after)
         if not enough:
             what = "messages" if where is None else "matching messages"
             text = f"{len(messages)} of {count} {what} came in {timeout:g} seconds"
@@ -4508,22 +4513,20 @@ def _find(server: Server, number: str) -> Message:
 def _list_messages(
     server: Server, *, after: int = 0, timeout: float | None = None, count: int = 1, **wanted: Any
 ) -> _HttpAnswer:
-    recorded, numbered = server._mailbox.read()
-    if after > recorded:
+    if after > (recorded := server._mailbox.read(after)[0]):
         raise ConfigurationError(f"is of another run; this one has recorded {recorded} messages", "after", after)
-    old = {message.id for number, message in numbered if number <= after}
 
     def matches(message: Message) -> bool:
-        return message.id not in old and all(_FILTERS[name](message, value) for name, value in wanted.items())
+        return all(_FILTERS[name](message, value) for name, value in wanted.items())
 
     late = {}
     try:
         if timeout is not None:
-            server._wait(count, timeout, matches, purge=False)
+            server._wait(count, timeout, matches, purge=False, after=after)
     except WaitTimeoutError as error:
         late = {"error": str(error)}
-    recorded, numbered = server._mailbox.read()  # in one step: the next answer begins where this one ends
-    found = [message.to_dict() for _, message in numbered if matches(message)]
+    recorded, messages = server._mailbox.read(after)  # in one step: the next answer begins where this one ends
+    found = [message.to_dict() for message in messages if matches(message)]
     late = {} if len(found) >= count else late
     return _HttpAnswer({**late, "messages": found, "next": recorded}, 404 if late else 200)
 
