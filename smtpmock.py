@@ -4678,17 +4678,12 @@ def _list_mails(server: Server, *, refresh: int = 5) -> _HttpAnswer:
     messages, rows = server._mailbox.messages(purge=False), ""
     for message in messages[: -_LIST_LIMIT - 1 : -1]:
         word = "accepted" if message.is_consistent else "refused" if message.refusals else "ended"
-        about = (
-            message.subject or ""
-            if message.is_consistent
-            else " \u2192 ".join(message.refusals[0] if message.refusals else ())
-        )
-        route = (
-            f"{message.mail_from or '<>'} \u2192 {', '.join(message.rcpt_tos)}" if message.mail_from is not None else ""
-        )
+        refusal = " \u2192 ".join(next(iter(message.refusals), ()))
+        about = message.subject if message.is_consistent else refusal
+        route = "" if message.mail_from is None else f"{message.mail_from or '<>'} \u2192 {', '.join(message.rcpt_tos)}"
         rows += f"""<a class="mail" href="/view/{message.id}"><b class="{word}">{word}</b>
 <time>{message.exchanges[-1].at.astimezone():%H:%M:%S}</time> <bdi>{escape(route)}</bdi>
-<small>{len(message.content)} bytes</small> <span><bdi>{escape(about)}</bdi></span></a>"""
+<small>{len(message.content)} bytes</small> <span><bdi>{escape(about or "")}</bdi></span></a>"""
     pause = '<a href="/?refresh=0">Pause</a>' if refresh else '<a href="/">Go on</a>'
     head = f"<p>{len(messages)} recorded by {escape(server.url)} {pause}</p>"
     return _make_page(f"{len(messages)} recorded", head + (rows or "<p>Nothing has come yet."), refresh)
@@ -4767,7 +4762,7 @@ _ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number
 
 def _route(server: Server, execute: _Execute, commands: Collection[str], method: str, target: str, body: str) -> Any:
     path, _, query = target.partition("?")
-    route = re.sub(_NUMBER, "ID", path)
+    route = "" if "ID" in path else re.sub(_NUMBER, "ID", path)
     methods = ["POST"] * (path[1:] in commands) or ["GET", "HEAD"] * (route in _ROUTES)
     if not methods:
         raise _HttpAnswer(f"there is no {path}{_suggest(route, [*_ROUTES, *(f'/{name}' for name in commands)])}", 404)
