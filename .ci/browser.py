@@ -210,7 +210,7 @@ def take_screenshots(folder: Path) -> None:
         first = get(f"{url}/messages")["messages"][0]["id"]
         for name, path in (("list", "/"), ("mail", f"/view/{first}")):
             for look, flags in {
-                "light": ["--window-size=1100,900"],
+                "light": ["--window-size=1100,1800"],
                 "dark": ["--window-size=1100,900", "--blink-settings=preferredColorScheme=0"],
                 "narrow": ["--window-size=400,900"],
             }.items():
