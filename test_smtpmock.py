@@ -6294,6 +6294,17 @@ class HttpTest(HttpCase):
         self.assertEqual((status, answer["next"], len(answer["messages"])), (404, 3, 1))
         self.assertRegex(answer["error"], r"^1 of 2 matching messages came in 0\.05 seconds\n  recorded messages: 3\n")
 
+    def test_what_is_noted_on_an_old_mail_ends_no_wait(self) -> None:
+        with Smtp(self.server) as client:
+            client.sendmail("a@a.com", ["b@b.com"], "hi")
+
+            def note() -> None:
+                self.assertTrue(wait_until(lambda: Memory.count_waits(self.server) == 1))
+                client.rset()
+
+            (status, answer), _ = in_threads(lambda: self.read("/messages?after=4&timeout=0.2"), note)
+        self.assertEqual((status, answer["messages"], answer["next"]), (404, [], 4))
+
     def test_commands(self) -> None:
         """They are those of -control, with real line breaks, and the answers are its events."""
         rule = "rule VRFY: reply 252-a\n252 \\n\u00fc"
