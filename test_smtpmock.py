@@ -91,7 +91,7 @@ class Memory:
         rules: Iterable[str] = (),
         handlers: Iterable[Any] = (),
         on_message: Callable[[Message], object] = lambda message: None,
-        on_unaccepted: Callable[[Message], object] = lambda message: None,
+        on_end: Callable[[Message, Message | None], object] = lambda message, accepted: None,
         peer: tuple[str, int] = ("192.0.2.1", 4321),
         line_limit: int | None = None,
         **options: Any,
@@ -111,7 +111,7 @@ class Memory:
             smtpmock._Log(self.recorder, configuration, collections.deque()),
             self._rules,
             on_message,
-            on_unaccepted,
+            on_end=on_end,
         )
         self._session = smtpmock._Session(context, peer)
         if line_limit is not None:
@@ -2607,15 +2607,15 @@ class OnMessageTest(unittest.TestCase):
 
     def test_what_it_was_given_does_not_change(self) -> None:
         seen: list[Message] = []
-        others: list[Message] = []
+        ends: list[Any] = []
         raises: Any = lambda message: [seen.append(message), 1 / 0]  # type: ignore[func-returns-value]  # noqa: E731
-        memory = receive_mail(on_message=raises, on_unaccepted=others.append)
+        memory = receive_mail(on_message=raises, on_end=lambda *messages: ends.append(messages))
         self.assertEqual(seen[0].msg_response, RECEIVED)
         self.assertTrue(pickle.loads(pickle.dumps(seen[0])).transcript.endswith(f"S: {RECEIVED}"))
         memory.end("421 bye")
         memory.end()
         self.assertIn("\nS: 451 Local error in processing\nS: 421 bye", memory.messages()[0].transcript)
-        self.assertEqual((memory.messages(), [message.msg for message in others]), (others, [False]))
+        self.assertEqual((ends, ends[0][0].msg), ([(memory.messages()[0], None)], False))
 
     def test_only_accepted_messages_and_each_of_a_session(self) -> None:
         for options, expected in (
@@ -4335,7 +4335,7 @@ class LoggingTest(unittest.TestCase):
         "SMTP response: 220 Welcome",
         "SMTP request: EHLO example.com",
         "SMTP response: 250 Received",
-        r"SMTP request: \x00\x1b[1m\xe4\udcff",
+        "SMTP request: \\x00\\x1b[1mä\\udcff",
         f"SMTP response: {UNRECOGNIZED}",
         "SMTP request: QUIT",
         "SMTP response: 221 Closing connection",
@@ -4722,8 +4722,11 @@ class ProcessTest(ProcessCase):
         process.stdout.close()
         send(port, "hi")
         process.terminate()
-        self.assertRegex(process.stderr.read(), r"\Asmtpmock: the log is incomplete[^\n]*BrokenPipe[^\n]*\n\Z")
-        self.assertEqual(process.wait(TIMEOUT), 0)
+        pattern = (
+            r"\Asmtpmock: the log is incomplete[^\n]*BrokenPipe[^\n]*\nsmtpmock: cannot write to stdout: [^\n]*\n\Z"
+        )
+        self.assertRegex(process.stderr.read(), pattern)
+        self.assertEqual(process.wait(TIMEOUT), 1)
 
 
 class OutputTest(ProcessCase):
@@ -4768,7 +4771,7 @@ class OutputTest(ProcessCase):
         for out in (io.TextIOWrapper(io.BufferedWriter(disk)), io.TextIOWrapper(disk, write_through=True)):  # type: ignore[type-var]
             disk.data, disk.left = b"", 6
             with contextlib.redirect_stdout(out):
-                printer = smtpmock._Printer()
+                printer = smtpmock._Writer().out
             printer("one")
             with self.assertRaisesRegex(smtpmock.SMTPMockError, "No space left"):
                 printer("two")
@@ -4822,7 +4825,8 @@ class OutputTest(ProcessCase):
         process.stdout.close()
         process.stdin.write("clear\n")
         process.stdin.flush()
-        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (0, ""))
+        error = "smtpmock: cannot write to stdout: Broken pipe; lines lost: 2\n"
+        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (1, error))
         process.stdout = None
 
     def test_save_dir(self) -> None:
@@ -5228,7 +5232,7 @@ class NarrationTest(ProcessCase):
         out, errors, _ = self.run_by_hand("-notRegisteredEmails=nobody@b.com", sender=talk)
         accepted, refused = out.splitlines()
         self.assertRegex(accepted, r'^\d\d:\d\d:\d\d accepted a@a.com -> c@c.com "Welcome.x1b\[31m" 1\.2 kB$')
-        self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found$")
+        self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found \(rcpt TO:<nobody@b\.com>\)$")
         self.assertEqual(errors, "smtpmock: 1 of 2 accepted recipients was not kept; -multipleRcptto keeps them all\n")
 
     def test_quiet(self) -> None:
