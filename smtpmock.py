@@ -4081,7 +4081,7 @@ Exit status:
 _Undo = Callable[[], object]  # removes a mail from an output again
 _Output = Callable[[Message], _Undo | None]  # takes an accepted mail
 _STALL_SECONDS = 0.1  # after which a reader that has taken nothing is not waited for
-_DRAIN_SECONDS = 0.5  # that it has after a stop to take the rest
+_DRAIN_SECONDS = 0.5  # the same at the end
 _PIECE = getattr(select, "PIPE_BUF", 4096)  # bytes that a pipe takes without blocking if it is ready
 
 
@@ -4121,19 +4121,21 @@ class _Writer:
                 threading.Thread(target=self._write_queue, name="smtpmock writer", daemon=True).start()
             if line.left:
                 self._queue.append(line)
-            is_late = self._skipped is not None and bool(self._skipped.left)
-            while line.left and not is_late:
-                self._changed.wait(_STALL_SECONDS / 4)
-                is_late = time.monotonic() > min(self.deadline, self._writes_since + _STALL_SECONDS)
+            if self._skipped is None or not self._skipped.left:
+                self._wait(lambda: not line.left, _STALL_SECONDS)
             self._skipped = line if line.left else self._skipped
         if line.error is not None:
             raise line.error
 
+    def _wait(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait for it until the reader has taken nothing for this time, or the deadline is this long ago."""
+        while not condition() and time.monotonic() < min(self.deadline, self._writes_since) + seconds:
+            self._changed.wait(_STALL_SECONDS / 4)
+
     def close(self) -> str:
-        """Write the rest until the deadline, and a little longer. Returns what failed."""
-        left = self.deadline + _DRAIN_SECONDS - time.monotonic()
+        """Wait until the rest is written. Returns what failed."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._queue, min(max(0, left), threading.TIMEOUT_MAX))
+            self._wait(lambda: not self._queue, _DRAIN_SECONDS)
             lost = self._lost + len(self._queue)
         return f"{self._failure or 'nobody reads the output'}; lines lost: {lost}" if lost else ""
 
@@ -4369,9 +4371,12 @@ def _name_flags(text: str) -> str:
 
 _ITEM_LIMIT, _RECIPIENT_LIMIT = 100, 5  # characters of an item, and recipients, in a line
 _LINE_COUNT, _TEXT_LIMIT = 100, 10_000  # lines and characters of a mail: a few screens
-_HTML_LIMIT = 100_000  # characters, because html.parser takes more than linear time for broken HTML
-_LINES = ("br", "dd", "dt", "li", "tr")  # a line each
-_BLOCKS = ("blockquote", "div", "h1", "h2", "h3", "h4", "hr", "ol", "p", "pre", "section", "table", "ul")
+_HTML_LIMIT = 100_000  # characters
+# What shows no text, and each < that begins no proper tag, because html.parser takes very long to find that out.
+_TAG = r"""/?[a-z][^<>"']*(?:"[^"<>]*"[^<>"']*|'[^'<>]*'[^<>"']*)*>"""
+_NO_TEXT = rf"(?is)<!--.*?(?:-->|\Z)|<(script|style|title)\b.*?(?:</\1\b[^<>]*>?|\Z)|<[!?][^>]*>?|<(?!{_TAG})"
+_BLOCKS = "blockquote", "div", "h1", "h2", "h3", "h4", "hr", "ol", "p", "pre", "section", "table", "ul"
+_LINES = "br", "dd", "dt", "li", "tr"
 
 
 def _cut(text: str) -> str:
@@ -4388,25 +4393,22 @@ def _read_html(html: str) -> str:
 
     class Reader(HTMLParser):
         address: str | None = None
-        is_hidden = False
 
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
             values = dict(attrs)
-            self.is_hidden = tag in ("script", "style", "title")
             self.address = values.get("href") if tag == "a" else self.address
             found.append("\n" * (tag in _BLOCKS + _LINES) + "- " * (tag == "li") + (values.get("alt") or ""))
 
         def handle_endtag(self, tag: str) -> None:
-            self.is_hidden = False
             is_link = tag == "a" and self.address and self.address != found[-1].strip()
-            found.append("\n" * (tag in _BLOCKS) + (f" <{self.address}>" if is_link else ""))
+            found.append("\n" * (tag in _BLOCKS) + " " * (tag == "td") + (f" <{self.address}>" if is_link else ""))
 
         def handle_data(self, data: str) -> None:
-            found.append("" if self.is_hidden else re.sub(r"\s+", " ", data))
+            found.append(re.sub(r"\s+", " ", data))
 
     found = [""]
     reader = Reader()
-    reader.feed(html[:_HTML_LIMIT])
+    reader.feed(re.sub(_NO_TEXT, lambda match: "&lt;" * (match[0] == "<"), html[:_HTML_LIMIT]))
     reader.close()
     lines = [" ".join(line.split()) for line in "".join(found).split("\n")]
     return re.sub("\n{3,}", "\n\n", "\n".join(lines))
@@ -4426,7 +4428,7 @@ def _format_mail(message: Message) -> str:
     text = "\n".join([*lines, "", text.strip()])
     lines = text[:_TEXT_LIMIT].split("\n")[:_LINE_COUNT]
     lines += ["..."] * (len("\n".join(lines)) < len(text))
-    return "".join(f"\n  {_printable(line.expandtabs().rstrip())}" for line in lines)
+    return "".join(f"\n  {_printable(line.rstrip().expandtabs())}".rstrip(" ") for line in lines)
 
 
 class _Narrator:
@@ -4677,9 +4679,9 @@ def _catch_signals(*, owns_process: bool) -> Iterator[tuple[socket.socket, socke
 
 
 def _run(
-    server: Server, announce: Callable[[str, int], None], control: Any, writer: _Writer, *, owns_process: bool
+    server: Server, announce: Any, control: Any, stop: Callable[[], object], writer: _Writer, *, owns_process: bool
 ) -> None:
-    """Run the server until a signal comes or control() returns; a signal after that aborts the sessions."""
+    """Run the server until a signal comes or control() returns, and then stop(); another signal aborts that."""
     with _catch_signals(owns_process=owns_process) as (wakened, waker):
 
         def call(function: Callable[[], None], byte: bytes) -> None:
@@ -4691,7 +4693,7 @@ def _run(
                     waker.send(byte)
 
         controller = threading.Thread(target=call, args=(control, b"\xff"), daemon=True)
-        stopper = threading.Thread(target=call, args=(server.stop, b"\0"))
+        stopper = threading.Thread(target=call, args=(stop, b"\0"))
         try:
             server._start_and_announce(announce)
             listener = server._listener
@@ -4744,10 +4746,14 @@ def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], writer:
         if not printer.has_events:
             printer(f"smtpmock: listening on {_format_address(host, port)}")
 
+    def stop() -> None:
+        server.stop()
+        with contextlib.suppress(SMTPMockError):  # its reader may have gone first
+            printer.event("done", command="stop", messages=len(server._mailbox.messages(purge=False)))
+        writer.close()
+
     with contextlib.redirect_stdout(sys.stderr if printer.has_events else sys.stdout):
-        _run(server, announce, control, writer, owns_process=owns_process)
-    with contextlib.suppress(SMTPMockError):  # its reader may have gone first
-        printer.event("done", command="stop", messages=len(server._mailbox.messages(purge=False)))
+        _run(server, announce, control, stop, writer, owns_process=owns_process)
     return 3 if linter.has_found_error else 0
 
 
