@@ -4958,7 +4958,7 @@ class BacklogTest(ProcessCase):
         self.send_much(port)
         send(port, "Subject: 3")
         subjects = [json.loads(process.stdout.readline())["subject"] for _ in range(5)]
-        self.assertEqual(subjects, ["0", "1", "2", None, "3"])
+        self.assertEqual((subjects[:3], {*subjects[3:]}), (["0", "1", "2"], {"3", None}))  # None: what was refused
         process.terminate()
         out, _ = process.communicate(timeout=TIMEOUT)
         self.assertEqual((json.loads(out)["event"], process.returncode), ("done", 3))
@@ -5117,6 +5117,7 @@ class ShowTest(ProcessCase):
         process.terminate()
         out, _ = process.communicate(timeout=TIMEOUT)
         self.assertEqual(process.returncode, 0)
+        out = re.sub("(?<=rcpt )TO|(?<=mail )FROM", lambda match: match[0].lower(), out)  # as of Python 3.13
         return re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", out).splitlines()
 
     def test_mails(self) -> None:
@@ -5130,7 +5131,7 @@ class ShowTest(ProcessCase):
 
     def test_long_mails(self) -> None:
         """Of a mail of many lines, or of long ones, the beginning."""
-        contents = {"x\n" * 5000: 98, f"{'x' * 600}\n" * 500: 17, f"{'<p>x' * 100}\n" * 200: 98}
+        contents = {"x\n" * 5000: 99, f"{'x' * 600}\n" * 500: 18, f"{'<p>x' * 100}\n" * 200: 99}
         mails = [f"Subject: s\nContent-Type: text/{'html' if '<' in x else 'plain'}\n\n{x}" for x in contents]
         lines = self.watch("-show", use=lambda port: send(port, *mails))
         shown = "\n".join(lines).split("accepted")[1:]
@@ -5177,9 +5178,9 @@ class ShowTest(ProcessCase):
         for flags, second in (["-quiet=false"], ""), (["-multipleRcptto", "-multipleMessageReceiving"], "b@b.com, "):
             lines = self.watch("-rule", "message d@d.com: reply 554 No: 1", *flags, use=use)
             expected = [
-                "refused 501 RCPT TO requires valid email address (rcpt TO:<root>)",
+                "refused 501 RCPT TO requires valid email address (rcpt to:<root>)",
                 f'accepted a@a.com -> {second}c@c.com "" 4 bytes',
-                "refused 501 MAIL FROM requires valid email address (mail FROM:<root>)",
+                "refused 501 MAIL FROM requires valid email address (mail from:<root>)",
                 "refused 554 No: 1 (<4 bytes>)",
                 'accepted a@a.com -> b@b.com "" 4 bytes',
                 f"refused {UNRECOGNIZED} ({'x' * 97}...)",
@@ -5517,7 +5518,7 @@ class NarrationTest(ProcessCase):
         out, errors, _ = self.run_by_hand("-notRegisteredEmails=nobody@b.com", sender=talk)
         accepted, refused = out.splitlines()
         self.assertRegex(accepted, r'^\d\d:\d\d:\d\d accepted a@a.com -> c@c.com "Welcome.x1b\[31m" 1\.2 kB$')
-        self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found \(rcpt TO:<nobody@b\.com>\)$")
+        self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found \(rcpt (?i:to):<nobody@b\.com>\)$")
         self.assertEqual(errors, "smtpmock: 1 of 2 accepted recipients was not kept; -multipleRcptto keeps them all\n")
 
     def test_quiet(self) -> None:
