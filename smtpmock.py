@@ -4094,6 +4094,72 @@ class _Line:
         self.error: Exception | None = None
 
 
+class _Printer:
+    """Takes the place of stdout or stderr, in any thread. It keeps nothing that could not be written."""
+
+    def __init__(self, writer: _Writer, stream: Any, name: str) -> None:
+        import io
+
+        self.has_events = False
+        self.encoding: Any = getattr(stream, "encoding", None)
+        self._writer = writer
+        self._stream = stream
+        self._name = name
+        self._is_torn = False  # whether only a part of the last line was written
+        buffer = getattr(stream, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)
+        self._raw: Any = raw if isinstance(raw, io.RawIOBase) else None  # else it is of a test
+        self._poll: Any = None  # of a terminal, it would promise too much
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or has no descriptor
+            if self._raw is not None and hasattr(select, "poll") and not stream.isatty():
+                self._poll = select.poll()
+                self._poll.register(self._raw, select.POLLOUT)
+
+    def __getattr__(self, name: str) -> Any:  # such as isatty()
+        return getattr(self._stream, name)
+
+    def explain(self, error: Exception) -> str:
+        return f"cannot write to {self._name}: {getattr(error, 'strerror', None) or 'it is closed'}"
+
+    def encode(self, text: Any) -> Any:
+        if self._raw is None or not isinstance(text, str):
+            return text
+        return memoryview(("\n" * self._is_torn + text).encode(self.encoding, "backslashreplace"))
+
+    def is_ready(self) -> bool:
+        """Whether write_piece() cannot block."""
+        return self._raw is None or (self._poll is not None and bool(self._poll.poll(0)))
+
+    def write_piece(self, data: Any) -> Any:
+        """Write the beginning, and return the rest."""
+        if self._raw is None:
+            self._stream.write(data)
+            return self._stream.flush() or ""
+        written = self._raw.write(data[:_PIECE])  # a full disk may take a part of it
+        if written is None:  # somebody else has set it to non-blocking
+            select.select((), (self._raw,), ())
+        self._is_torn = (written or 0) < len(data)
+        return data[written or 0 :]
+
+    def write(self, text: str) -> None:
+        self._writer.write(_Line(self, text))
+
+    def flush(self) -> None: ...
+
+    def __call__(self, line: str) -> None:
+        try:
+            self.write(line + "\n")
+        except Exception as error:
+            raise SMTPMockError(self.explain(error)) from error
+
+    def event(self, event: str, /, **values: object) -> None:
+        """Print it as JSON, if a program is to read it."""
+        if self.has_events:
+            import json
+
+            self(json.dumps({"event": event, **values}))
+
+
 class _Writer:
     """Writes to stdout and stderr. What a reader could hold up is left to a thread.
 
@@ -4161,72 +4227,6 @@ class _Writer:
             self._failure = self._failure or line.printer.explain(error)
             self._lost += 1
         self._writes_since = float("inf")
-
-
-class _Printer:
-    """Takes the place of stdout or stderr, in any thread. It keeps nothing that could not be written."""
-
-    def __init__(self, writer: _Writer, stream: Any, name: str) -> None:
-        import io
-
-        self.has_events = False
-        self.encoding: Any = getattr(stream, "encoding", None)
-        self._writer = writer
-        self._stream = stream
-        self._name = name
-        self._is_torn = False  # whether only a part of the last line was written
-        buffer = getattr(stream, "buffer", None)
-        raw = getattr(buffer, "raw", buffer)
-        self._raw: Any = raw if isinstance(raw, io.RawIOBase) else None  # else it is of a test
-        self._poll: Any = None  # of a terminal, it would promise too much
-        with contextlib.suppress(OSError, ValueError):  # it is closed, or has no descriptor
-            if self._raw is not None and hasattr(select, "poll") and not stream.isatty():
-                self._poll = select.poll()
-                self._poll.register(self._raw, select.POLLOUT)
-
-    def __getattr__(self, name: str) -> Any:  # such as isatty()
-        return getattr(self._stream, name)
-
-    def explain(self, error: Exception) -> str:
-        return f"cannot write to {self._name}: {getattr(error, 'strerror', None) or 'it is closed'}"
-
-    def encode(self, text: Any) -> Any:
-        if self._raw is None or not isinstance(text, str):
-            return text
-        return memoryview(("\n" * self._is_torn + text).encode(self.encoding, "backslashreplace"))
-
-    def is_ready(self) -> bool:
-        """Whether write_piece() cannot block."""
-        return self._raw is None or (self._poll is not None and bool(self._poll.poll(0)))
-
-    def write_piece(self, data: Any) -> Any:
-        """Write the beginning, and return the rest."""
-        if self._raw is None:
-            self._stream.write(data)
-            return self._stream.flush() or ""
-        written = self._raw.write(data[:_PIECE])  # a full disk may take a part of it
-        if written is None:  # somebody else has set it to non-blocking
-            select.select((), (self._raw,), ())
-        self._is_torn = (written or 0) < len(data)
-        return data[written or 0 :]
-
-    def write(self, text: str) -> None:
-        self._writer.write(_Line(self, text))
-
-    def flush(self) -> None: ...
-
-    def __call__(self, line: str) -> None:
-        try:
-            self.write(line + "\n")
-        except Exception as error:
-            raise SMTPMockError(self.explain(error)) from error
-
-    def event(self, event: str, /, **values: object) -> None:
-        """Print it as JSON, if a program is to read it."""
-        if self.has_events:
-            import json
-
-            self(json.dumps({"event": event, **values}))
 
 
 def _make_folder(path: str) -> None:
