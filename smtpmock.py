@@ -4106,8 +4106,7 @@ class _Printer:
         self._stream = stream
         self._name = name
         self._is_torn = False  # whether only a part of the last line was written
-        buffer = getattr(stream, "buffer", None)
-        raw = getattr(buffer, "raw", buffer)
+        raw = getattr(getattr(stream, "buffer", None), "raw", getattr(stream, "buffer", None))
         self._raw: Any = raw if isinstance(raw, io.RawIOBase) else None  # else it is of a test
         self._poll: Any = None  # of a terminal, it would promise too much
         with contextlib.suppress(OSError, ValueError):  # it is closed, or has no descriptor
@@ -4168,8 +4167,8 @@ class _Writer:
     """
 
     def __init__(self) -> None:
-        self.out = _Printer(self, sys.stdout, "stdout")
-        self.err = _Printer(self, sys.stderr, "stderr")
+        self.out: Any = _Printer(self, sys.stdout, "stdout")
+        self.err: Any = _Printer(self, sys.stderr, "stderr")
         self.deadline = float("inf")  # nobody waits after it
         self._changed = threading.Condition()  # guards what follows; notified when a line is done
         self._queue: deque[_Line] = deque()  # unless it is empty, a thread writes the first one
@@ -4183,13 +4182,13 @@ class _Writer:
         with self._changed:
             if not self._queue:
                 self._try(line, waits=False)
-            if line.left and not self._queue:
-                threading.Thread(target=self._write_queue, name="smtpmock writer", daemon=True).start()
             if line.left:
+                if not self._queue:
+                    threading.Thread(target=self._write_queue, name="smtpmock writer", daemon=True).start()
                 self._queue.append(line)
-            if self._skipped is None or not self._skipped.left:
-                self._wait(lambda: not line.left, _STALL_SECONDS)
-            self._skipped = line if line.left else self._skipped
+                if self._skipped is None or not self._skipped.left:
+                    self._wait(lambda: not line.left, _STALL_SECONDS)
+                self._skipped = line if line.left else self._skipped
         if line.error is not None:
             raise line.error
 
@@ -4203,7 +4202,7 @@ class _Writer:
         with self._changed:
             self._wait(lambda: not self._queue, _DRAIN_SECONDS)
             lost = self._lost + len(self._queue)
-        return f"{self._failure or 'nobody reads the output'}; lines lost: {lost}" if lost else ""
+        return f"{self._failure or 'not all output was read'}; lines lost: {lost}" if lost else ""
 
     def _write_queue(self) -> None:
         with self._changed:
@@ -4568,6 +4567,7 @@ def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
             raise ConfigurationError(re.sub("unrecognized arguments: (.*)", r"\1: there is no such flag", message))
 
     flags, parser = _list_flags(), Parser(add_help=False, allow_abbrev=False)
+    parser.formatter_class = functools.partial(argparse.HelpFormatter, width=80)  # without a width, it imports shutil
     spellings = [argument.partition("=")[0] for argument in argv if re.match("--?[a-zA-Z]", argument)]
     for name in dict.fromkeys(_find_flag(spelling, flags) for spelling in spellings):
         kind = flags[name].metadata["kind"]
@@ -4775,9 +4775,8 @@ def _run_command(argv: Sequence[str], writer: _Writer, *, owns_process: bool) ->
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, or that of the process if argv is None. Returns the exit status."""
     arguments, writer = sys.argv[1:] if argv is None else argv, _Writer()
-    streams: Any = writer.out, writer.err
     try:
-        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        with contextlib.redirect_stdout(writer.out), contextlib.redirect_stderr(writer.err):
             status = _run_command(arguments, writer, owns_process=argv is None)
     except SMTPMockError as error:
         text = _printable(_name_flags(str(error)))

@@ -4943,11 +4943,24 @@ class BacklogTest(ProcessCase):
         modes = ["", "-show", "-log", "-lint", "-json", "-json -log", "-control"]
         ways = [*((mode, "SIGTERM") for mode in modes), ("-control", "stop"), ("-control", "end of stdin")]
         results = in_threads(*(lambda way=way: stop(*way) for way in ways))
-        error = "smtpmock: nobody reads the output; lines lost: N"
+        error = "smtpmock: not all output was read; lines lost: N"
         expected = [(mode, 3 if mode == "-lint" else 1, error if mode != "-json -log" else "") for mode, _ in ways]
         self.assertEqual(results, expected)
 
+    def test_a_stop_with_a_slow_reader(self) -> None:
+        """It has the shutdown timeout and a little more, and a second signal ends that."""
+        for timeout, numbers in (("0.1", [signal.SIGTERM]), ("300", [signal.SIGTERM, signal.SIGINT])):
+            process, port = self.begin("-json", f"-shutdownTimeout={timeout}")
+            self.send_much(port)
+            for number in numbers:
+                process.send_signal(number)
+            while process.poll() is None:
+                os.read(process.stdout.fileno(), 4096)
+                time.sleep(0.02)
+            self.assertEqual(process.returncode, 1, timeout)
+
     def test_a_long_shutdown_timeout(self) -> None:
+        """It is no time for a reader that does not read."""
         process, port = self.begin("-json", f"-shutdownTimeout={10 * TIMEOUT}")
         self.send_much(port)
         process.send_signal(signal.SIGTERM)
@@ -5015,7 +5028,7 @@ class BacklogTest(ProcessCase):
                     process = subprocess.Popen([sys.executable, "-m", "smtpmock", "-json"], stdout=writer, cwd=HERE)
                     self.addCleanup(process.wait)
                     self.addCleanup(process.kill)
-                    send(json.loads(reader.readline())["port"], *["Subject: Hi\n\n" + 500 * f"{'x' * 900}\n"] * 2)
+                    send(json.loads(reader.readline())["port"], *["Subject: Hi\n\n" + 150 * f"{'x' * 900}\n"] * 2)
                     self.assertEqual(json.loads(reader.readline())["subject"], "Hi")
                     reader.readline()
                     process.terminate()
