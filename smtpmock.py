@@ -47,9 +47,12 @@ import threading
 import time
 import types
 import weakref
-from collections import deque
+from collections import deque, namedtuple
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, Protocol, TypeVar
+
+TYPE_CHECKING = (
+    False  # for type checkers it is true; to import typing takes a tenth of the time until the server listens
+)
 
 if TYPE_CHECKING:
     import datetime
@@ -57,9 +60,27 @@ if TYPE_CHECKING:
     import ssl
     from dataclasses import dataclass as _fields
     from email.message import EmailMessage
-    from typing import Concatenate, ParamSpec
+    from typing import Any, ClassVar, Concatenate, Generic, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
     _P = ParamSpec("_P")
+else:
+    Any = ClassVar = NoReturn = object
+    TypeVar = str
+
+    class Protocol: ...
+
+    class Generic:
+        __class_getitem__ = classmethod(types.GenericAlias)
+
+    class _TupleType(type):
+        """Makes a subclass of a namedtuple() of what would be a subclass of NamedTuple."""
+
+        def __new__(cls, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> type:
+            defaults = [names.pop(field) for field in names["__annotations__"] if field in names]
+            base = namedtuple(name, names["__annotations__"], defaults=defaults)
+            return type(name, (base,), names | {"__slots__": ()})
+
+    NamedTuple = type.__new__(_TupleType, "NamedTuple", (), {})
 
 __version__ = "3.0.0"
 

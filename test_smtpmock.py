@@ -4996,6 +4996,24 @@ class BacklogTest(ProcessCase):
             read.extend(os.read(output, 65536))
         self.assertEqual(json.loads(read)["event"], "message")
 
+    def test_no_mail_waits_behind_others(self) -> None:
+        """Though somebody reads again."""
+        process, port = self.begin("-json")
+        self.send_much(port)
+        is_sent = threading.Event()
+
+        def read_slowly() -> int:
+            count = 0
+            while not is_sent.wait(0.01):
+                count += len(os.read(process.stdout.fileno(), 4096))
+            return count
+
+        def send_one() -> None:
+            send(port, "hi")
+            is_sent.set()
+
+        self.assertLess(in_threads(read_slowly, send_one)[0], 300_000)  # of 600,000
+
     def test_a_reader_that_leaves(self) -> None:
         """What was queued is lost, and is counted; later mail is refused."""
         process, port = self.begin("-json", "-multipleMessageReceiving")
