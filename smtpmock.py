@@ -67,11 +67,6 @@ else:
     Any = ClassVar = NoReturn = object
     TypeVar = str
 
-    class Protocol: ...
-
-    class Generic:
-        __class_getitem__ = classmethod(types.GenericAlias)
-
     class _TupleType(type):
         """Makes a subclass of a namedtuple() of what would be a subclass of NamedTuple."""
 
@@ -80,7 +75,9 @@ else:
             base = namedtuple(name, names["__annotations__"], defaults=defaults)
             return type(name, (base,), names | {"__slots__": ()})
 
-    NamedTuple = type.__new__(_TupleType, "NamedTuple", (), {})
+    NamedTuple = type.__new__(_TupleType, "NamedTuple", (), {"__module__": "typing"})
+    Protocol = type("Protocol", (), {"__module__": "typing"})
+    Generic = type("Generic", (), {"__module__": "typing", "__class_getitem__": classmethod(types.GenericAlias)})
 
 __version__ = "3.0.0"
 
