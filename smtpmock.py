@@ -4425,7 +4425,8 @@ def _read_html(html: str) -> str:
 
     found = [""]
     reader = Reader()
-    reader.feed(re.sub(_NO_TEXT, lambda match: "&lt;" * (match[0] == "<"), html[:_HTML_LIMIT]))
+    html = re.sub(_NO_TEXT, lambda match: "&lt;" * (match[0] == "<"), html[: 10 * _HTML_LIMIT])  # styles may be long
+    reader.feed(html[:_HTML_LIMIT])
     reader.close()
     lines = [" ".join(line.split()) for line in "".join(found).split("\n")]
     return re.sub("\n{3,}", "\n\n", "\n".join(lines))
@@ -4730,12 +4731,9 @@ def _run(
                 server.stop()
 
 
-def _say_who_gets_what(
-    printer: _Printer, linter: _Linter, options: dict[str, Any], own: dict[str, Any]
-) -> dict[str, Any]:
-    """The callbacks of a _Context, each with the functions that it calls in their order."""
-    lints = own.get("lint", False)
-    tells = printer.has_events
+def _make_callbacks(printer: _Printer, linter: _Linter, options: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Who gets what: the callbacks of a _Context, each with the functions that it calls, in their order."""
+    lints, tells = own.get("lint", False), printer.has_events
     narrates = not tells and (own.get("show") or not (own.get("quiet") or own.get("log")))
     narrator = _Narrator(printer, options, shows_mail=own.get("show", False))
 
@@ -4743,20 +4741,23 @@ def _say_who_gets_what(
         if accepted is None:
             printer.event("message", **message.to_dict())
 
-    accept: list[Any] = [*_open_files(own), *[tell] * tells, *[narrator.accept] * narrates, *[linter] * lints]
-    refuse = [narrator.refuse] * narrates
-    erase = [linter] * lints
-    end = [*[tell] * tells, *[narrator.end] * narrates, *[linter.end] * lints]
-    callbacks: dict[str, list[Any]] = {"on_refusal": refuse, "on_erase": erase, "on_end": end}
-    called = {name: functools.partial(_call_all, functions) for name, functions in callbacks.items() if functions}
-    return {"on_message": functools.partial(_deliver, accept, printer), **called}
+    def call(*functions: Any) -> Any:
+        return functools.partial(_call_all, functions) if functions else _ignore
+
+    outputs: list[Any] = [*_open_files(own), *[tell] * tells, *[narrator.accept] * narrates, *[linter] * lints]
+    return {
+        "on_message": functools.partial(_deliver, outputs, printer),
+        "on_refusal": call(*[narrator.refuse] * narrates),
+        "on_erase": call(*[linter] * lints),
+        "on_end": call(*[tell] * tells, *[narrator.end] * narrates, *[linter.end] * lints),
+    }
 
 
 def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], writer: _Writer, *, owns_process: bool) -> int:
     """Run the server until something stops it, and return the exit status. With JSON, what it logs goes to stderr."""
     printer, linter = writer.out, _Linter()
     printer.has_events = own.get("json", False) or own.get("control", False)
-    server._context = server._context._replace(**_say_who_gets_what(printer, linter, options, own))
+    server._context = server._context._replace(**_make_callbacks(printer, linter, options, own))
     control = functools.partial(_obey_lines, server, printer, _open_stdin()) if own.get("control") else None
 
     def announce(host: str, port: int) -> None:
