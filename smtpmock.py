@@ -50,9 +50,8 @@ import weakref
 from collections import deque, namedtuple
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 
-TYPE_CHECKING = (
-    False  # for type checkers it is true; to import typing takes a tenth of the time until the server listens
-)
+# Type checkers take it for true. To import typing takes a tenth of the time until the command line listens.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     import datetime
