@@ -48,37 +48,21 @@ import threading
 import time
 import types
 import weakref
-from collections import deque, namedtuple
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-
-# Type checkers take it for true. To import typing takes a tenth of the time until the command line listens.
-TYPE_CHECKING = False
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import datetime
     import logging
     import ssl
     from email.message import EmailMessage
-    from typing import Any, ClassVar, Concatenate, Generic, Literal, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
+    from typing import Concatenate, Literal, ParamSpec
 
     from typing_extensions import dataclass_transform as _dataclass_transform  # pyright: ignore
 
     _P = ParamSpec("_P")
 else:
-    Any = ClassVar = NoReturn = object
-    TypeVar = str
-
-    class _TupleType(type):
-        """Makes a subclass of a namedtuple() of what would be a subclass of NamedTuple."""
-
-        def __new__(cls, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> type:
-            defaults = [names.pop(field) for field in names["__annotations__"] if field in names]
-            base = namedtuple(name, names["__annotations__"], defaults=defaults)
-            return type(name, (base,), names | {"__slots__": ()})
-
-    NamedTuple = type.__new__(_TupleType, "NamedTuple", (), {"__module__": "typing"})
-    Protocol = type("Protocol", (), {"__module__": "typing"})
-    Generic = type("Generic", (), {"__module__": "typing", "__class_getitem__": classmethod(types.GenericAlias)})
 
     def _dataclass_transform(**options: bool) -> Callable[[type], type]:  # what Python 3.10 lacks, and nothing needs
         return lambda cls: cls
@@ -398,7 +382,7 @@ class _SessionOptions(_Options):
     blacklisted_mailfrom_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that MAIL FROM refuses")
     blacklisted_rcptto_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that RCPT TO refuses")
     not_registered_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that RCPT TO refuses as unknown")
-    lenient_addresses: bool = _option(False, _FLAG, "also accept names such as root, a@srv_1.example.com, 0123456789")
+    lenient_addresses: bool = _option(False, _FLAG, "also accept names such as root or a@srv_1.example.com")
     response_delay_helo: float = _option(0, _SECONDS, "seconds before the reply to HELO and EHLO")
     response_delay_mailfrom: float = _option(0, _SECONDS, "seconds before the reply to MAIL FROM")
     response_delay_rcptto: float = _option(0, _SECONDS, "seconds before the reply to RCPT TO")
@@ -4912,9 +4896,9 @@ _CONDITIONS = {"skip": _COUNT, "times": _TIMES, "probability": _PROBABILITY, "af
 # The flags that are no options of a server.
 _OWN_FLAGS: dict[str, _Option] = {
     "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
-    "quiet": _option(False, _FLAG, "print no line for each mail and each session without one"),
+    "quiet": _option(False, _FLAG, "print no line for each mail and session"),
     "show": _option(False, _FLAG, "print each mail as a person reads it"),
-    "lint": _option(False, _FLAG, "print what clients do wrong on stderr; status 3 after an error"),
+    "lint": _option(False, _FLAG, "print violations on stderr; status 3 after an error"),
     "json": _option(
         False, _FLAG, "print each mail, each session without one, and errors as lines of JSON; log to stderr"
     ),
