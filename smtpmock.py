@@ -2202,12 +2202,12 @@ def _read_transcript(text: str) -> list[_Script]:
 
 def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[str, Any]:
     """The options with which a server accepts what these sessions announce, and use."""
-    words: dict[str, list[str]] = {}
-    for stage, _, use in (said for script in scripts for said in script.said):
-        words.setdefault(_VERBS.get(stage, _UNKNOWN_VERB).extension, [])
-        lines = use["reply"][1:] if stage == "EHLO" else ()
-        announced = [line[4:].upper().replace("AUTH=", "AUTH ").split() for line in lines]
-        words |= {name: others for name, *others in filter(None, announced)}
+    said = [(stage, use["reply"]) for script in scripts for stage, _, use in script.said]
+    lines = [
+        line[4:].upper().replace("AUTH=", "AUTH ") for stage, reply in said if stage == "EHLO" for line in reply[1:]
+    ]
+    words: dict[str, list[str]] = {_VERBS.get(stage, _UNKNOWN_VERB).extension: [] for stage, _ in said}
+    words |= {name: others for name, *others in filter(None, map(str.split, lines))}
     known = [name for name in words if name in _EXTENSIONS.split() or name.startswith("X")]
     changes: dict[str, Any] = {"extensions": dict.fromkeys([*options.extensions, *known])}
     if "AUTH" in words and options.auth_users is None:
@@ -2370,8 +2370,10 @@ def _fill_address(text: str, names: Sequence[str]) -> str:
 
 def _choose_with_address(handler: Handler, session: _Session, value: Any) -> _Reply:
     """Like Handler._choose(), if a text has {address}. Other replies are made only once."""
-    reply, names = type(handler)._choose(handler, session, value), handler._names(session, None, value)
-    return reply.replace(text=_fill_address(reply.text, names), data=None) if "{address}" in reply.text else reply
+    reply = type(handler)._choose(handler, session, value)
+    if "{address}" in reply.text:
+        reply = reply.replace(text=_fill_address(reply.text, handler._names(session, None, value)), data=None)
+    return reply
 
 
 class _Greeting(Handler):
@@ -2936,7 +2938,7 @@ class _Handlers(dict[str, Handler]):
         super().__init__((verb, handler) for handler in built_in for verb in handler.verbs)
         self.update((verb.upper(), handler) for handler in (kind(options) for kind in own) for verb in handler.verbs)
         texts = [*vars(options).values(), *_read_profile(options.profile or "").values()]
-        if any("{address}" in text for text in texts if isinstance(text, str)):
+        if own or any("{address}" in text for text in texts if isinstance(text, str)):
             for handler in self.values():
                 vars(handler)["_choose"] = functools.partial(_choose_with_address, handler)
         self.commands = _ParsedLines(self)

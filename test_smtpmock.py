@@ -3929,6 +3929,8 @@ class ProfileTest(unittest.TestCase):
         self.assertEqual(memory.feed(b'MAIL FROM:<"a\r"@a.com>\r\n'), ["501 MAIL FROM requires valid email address"])
         memory.add_rules(memory, ["MAIL: reply 250 {address}"])
         self.assertEqual(memory.feed(b"MAIL FROM:<a\rb\xff>\r\n"), [r"250 a\rb\udcff"])
+        memory = Memory(handlers=[make_handler("XTRA", "250 {address}!", parse=staticmethod(str))])
+        self.assertEqual(memory.say("XTRA you"), ["250 you!"])
         for text in (RECEIVED, "250 {address}"):
             memory = Memory(msg_mailfrom_received=text)
             first, second = memory.replies(b"NOOP\r\nNOOP\r\n")
