@@ -554,6 +554,267 @@ _PARAMETERS = {
 }
 
 
+# -------------------------------------------------------------------------------------------- mail
+
+_TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
+_ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
+_WORD = _ENCODED_WORD.replace("(", "(?:")
+_COMMENT = r"\([^()]*\)"
+_SPACE, _TOKEN = rf"(?:\s|{_COMMENT})*", r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]+"
+_PARAMETER = rf'(?s);{_SPACE}([^\s;=()]+){_SPACE}={_SPACE}(?:"((?:[^"\\]|\\.)*)"?|((?:{_COMMENT}|[^;])*))'
+_FIELD = r"(?<![^\n])([!-9;-~]+)[ \t]*:[ \t]*([^\n]*(?:\n[ \t][^\n]*)*)\n?"
+# Longer headers are not given to `email`, because the time that it takes grows with the square of their length.
+_HEADER_LIMIT, _DEPTH_LIMIT = 2000, 100
+
+_NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
+# The names by IANA and by old programs, without x- and cs, that Python does not know.
+_CHARSETS = {
+    "(?:windows|ibm|ccsid|cp|dos|ms)-?0*([0-9]+)": r"cp\1",
+    "iso-?8859-?([0-9]+)(?:-?[ie])?": r"iso8859-\1",  # RFC 1556: -i and -e are about the direction of the text
+    "utf-?([0-9]+)-?([bl]e)?": r"utf-\1\2",
+    "windows-?31j": "cp932", "iso-8859-1-windows.*": "cp1252", "iso-8859-2-windows.*": "cp1250",
+    "iso-8859-9-windows.*": "cp1254", "pc-multilingual-850.*": "cp858", "ebcdic-us-37.*": "cp1140",
+    "ksc?-?c?-?5601.*|iso-ir-149": "euc_kr", "eucpkdfmtjapanese|extended-unix-code-packed.*": "euc_jp",
+    "jis-?encoding": "iso2022_jp", "iso2022jp2": "iso2022_jp_2", "gb-2312-80": "gb2312", "hproman8": "hp-roman8",
+    "iso-10646-ucs-2|unicode": "utf-16-be", "iso-10646-ucs-4|ucs4": "utf-32-be", "koi8([ru])": r"koi8-\1",
+    "unicode-?1-?1-?utf-?([78])": r"utf-\1", "(?:iso)?-?latin-?9": "iso8859-15",
+}  # fmt: skip
+# Mail programs name a charset and use one with more characters, which keeps the bytes of the others.
+_SUPERSETS = {
+    "ascii": "utf-8", "gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "euc_kr": "cp949",
+    "shift_jis": "cp932", "euc_jp": "euc_jis_2004", "iso2022_jp": "iso2022_jp_ext iso2022_jp_3",
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _find_codec(charset: str) -> str:
+    """Python's name of a charset; a LookupError if it has none."""
+    import codecs
+
+    name = re.sub("[^a-z0-9.+]+", "-", charset[:60].lower()).strip("-")
+    plain = re.sub("^(?:x-|cs)", "", name)
+    for known in (name, *(re.sub(f"^(?:{names})$", codec, plain) for names, codec in _CHARSETS.items())):
+        with contextlib.suppress(LookupError):
+            codec = codecs.lookup(known).name
+            if codec not in _NOT_CHARSETS:
+                return codec
+    raise LookupError(f"unknown charset: {charset[:60]}")
+
+
+def _decode_charset(data: bytes, charset: str) -> str:
+    """The text, with a replacement character for each wrong one; a charset that is unknown counts as UTF-8."""
+    codec = "utf-8"
+    with contextlib.suppress(LookupError):
+        codec = _find_codec(charset)
+    names = ["cp1252"] * (codec == "iso8859-1") + [codec, *_SUPERSETS.get(codec, "").split()]
+    for name, errors in (*((name, "strict") for name in names), (names[-1], "replace"), ("utf-8", "replace")):
+        # What Windows adds to the first set of kanji, Python knows in another set.
+        text = data.replace(b"\x1b$B", b"\x1b$(O") if name == "iso2022_jp_3" else data
+        with contextlib.suppress(Exception):  # a codec may raise anything
+            return text.decode(name, errors)
+    return ""
+
+
+def _decode_content(data: bytes, encoding: str) -> bytes:
+    import binascii
+    import codecs
+
+    if encoding == "quoted-printable":
+        return binascii.a2b_qp(data)
+    if encoding == "base64":  # `email` stops at the first padding, and at a stray character decodes nothing
+        blocks = re.findall(b"[^=]+", re.sub(b"[^A-Za-z0-9+/=]+", b"", data))
+        return b"".join(binascii.a2b_base64(block[: len(block) - (len(block) % 4 == 1)] + b"==") for block in blocks)
+    with contextlib.suppress(Exception):
+        if encoding in ("x-uuencode", "uuencode", "x-uue", "uue"):
+            return codecs.decode(data[data.index(b"begin ") :].replace(b"\r\n", b"\n"), "uu")
+    return data
+
+
+def _decode_words(text: str, write: Callable[[str], str] = str) -> str:
+    """Without the white space between two encoded words; those of one charset may share a character."""
+
+    def decode(match: re.Match[str]) -> str:
+        texts, data, charset = [""], b"", ""
+        for name, kind, word in re.findall(_ENCODED_WORD, match[0]):
+            if name != charset:
+                texts.append(_decode_charset(data, charset.partition("*")[0]))
+                data, charset = b"", name
+            is_base64 = kind in "Bb"
+            encoded = (word if is_base64 else word.replace("_", " ")).encode()
+            data += _decode_content(encoded, "base64" if is_base64 else "quoted-printable")
+        return write("".join([*texts, _decode_charset(data, charset.partition("*")[0])]))
+
+    return re.sub(rf"{_WORD}(?:\s*{_WORD})*", decode, text)
+
+
+def _encode_word(text: str) -> str:
+    """For `email`, which knows fewer charsets and, up to Python 3.13, puts a blank between two words of a name."""
+    import base64
+
+    return f"=?utf-8?b?{base64.b64encode(text.encode('utf-8', 'replace')).decode()}?="
+
+
+def _unfold(value: str) -> str:
+    """The value in one line, with raw bytes read as UTF-8; it may be folded right after the colon."""
+    text = value.replace("\r", "").replace("\n", "").lstrip(" \t")
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _strip_comments(value: str) -> str:
+    for _ in range(4):  # they may be nested; with no limit, the time could grow with the square of the length
+        value = re.sub(_COMMENT, " ", value)
+    return value
+
+
+def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
+    """The value of a header such as Content-Type, and its parameters. `email` takes a comment for a part of the value.
+
+    An unquoted value that needs quotes is taken whole, as mail readers do; `email` stops within it.
+    """
+    from urllib.parse import unquote_to_bytes
+
+    text = _unfold(next((value for name, value in part.raw_items() if name.lower() == header), ""))
+    end = len(re.split(rf"\A((?:{_COMMENT}|[^;])*)", text)[1])
+    values: dict[str, str] = {}
+    sections: dict[str, list[tuple[int, str, str]]] = {}
+    for name, quoted, raw in re.findall(_PARAMETER, text[end:]):
+        bare = _strip_comments(raw).strip()
+        value = (bare if re.fullmatch(_TOKEN, bare) else raw.strip()) or re.sub(r"(?s)\\(.)", r"\1", quoted)
+        base, number, star = re.split(r"(?:\*([0-9]{1,4}))?(\*?)\Z", name.lower(), maxsplit=1)[:3]
+        if number or star:
+            sections.setdefault(base, []).append((int(number or 0), value, star))
+        else:
+            values.setdefault(base, value if base == "boundary" else _decode_words(value))
+    for name, found in sections.items():  # RFC 2231: with a star, a section is percent-encoded
+        data = b"".join(unquote_to_bytes(value) if star else value.encode() for _, value, star in sorted(found))
+        charset, _, data = data.split(b"'", 2) if min(found)[2] and data.count(b"'") > 1 else (b"", b"", data)
+        values[name] = _decode_charset(data, charset.decode("latin-1"))
+    return "".join(_strip_comments(text[:end]).lower().split()), values
+
+
+@functools.cache
+def _make_email_policy() -> Any:
+    from email.errors import InvalidHeaderDefect
+    from email.headerregistry import BaseHeader, HeaderRegistry, UnstructuredHeader
+    from email.policy import EmailPolicy, default
+
+    class Text(UnstructuredHeader):
+        value_parser: Any = staticmethod(_decode_words)
+
+        def fold(self: Any, *, policy: Any) -> str:
+            return str(default.header_factory(self.name, str(self)).fold(policy=policy))
+
+    class Policy(EmailPolicy):
+        def header_fetch_parse(self, name: str, value: str) -> Any:
+            text = _unfold(value)
+            try:
+                if len(text) > _HEADER_LIMIT:
+                    raise ValueError("it is too long")
+                return self.header_factory(name, _decode_words(text, _encode_word))
+            except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
+                header: Any = plain(name, text)
+                header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
+                return header
+
+    text_class: Any = Text
+    registry, plain = HeaderRegistry(default_class=text_class), HeaderRegistry(BaseHeader, text_class, False)
+    registry.map_to_type("subject", text_class)
+    return Policy(header_factory=registry, refold_source="none")
+
+
+def _read_header(part: Any, text: str) -> str:
+    """Add the fields to the part, and return its body.
+
+    A line that is neither a field nor its continuation is skipped, as mail readers do; `email` ends the header there.
+    """
+    from email.errors import MissingHeaderBodySeparatorDefect
+
+    head, *rest = re.split(r"(?<![^\n])\r?\n", text, maxsplit=1)
+    fields = list(re.finditer(_FIELD, head))
+    for field in fields:
+        part.set_raw(field[1], field[2].rstrip("\r\n"))
+    if sum(len(field[0]) for field in fields) != len(head):
+        part.defects.append(MissingHeaderBodySeparatorDefect())
+    if rest and (fields or not head):
+        return rest[0]
+    return text[fields[-1].end() if fields else 0 :]
+
+
+def _split_multipart(part: Any, body: str, boundary: str) -> list[str]:
+    from email import errors
+
+    delimiter = "--" + re.escape(boundary.rstrip().encode().decode("ascii", "surrogateescape"))
+    preamble, *found = re.split(rf"{delimiter}(?<![^\n]{delimiter})(--)?[ \t]*(?:\r?\n|\Z)", body)
+    ends, texts = found[::2], [text.removesuffix("\n").removesuffix("\r") for text in found[1::2]]
+    count = ends.index("--") if "--" in ends else len(ends)
+    if count == 0 or not boundary:
+        part.defects.append(errors.StartBoundaryNotFoundDefect() if boundary else errors.NoBoundaryInMultipartDefect())
+        return []
+    part.preamble = preamble.removesuffix("\n").removesuffix("\r") if preamble else None
+    if count == len(ends):
+        part.defects.append(errors.CloseBoundaryNotFoundDefect())
+    else:
+        part.epilogue = found[2 * count + 1] or ("" if body.endswith("\n") else None)
+    return texts[:count]
+
+
+def _parse_mail(data: bytes, start: int) -> Any:
+    """The mail as an EmailMessage; the client's own header begins at `start`.
+
+    The parser of `email` rewrites a mail within the mail, is recursive, and compares each line with all boundaries.
+    """
+    from email.errors import MessageDefect
+    from email.message import EmailMessage
+
+    whole = data.decode("ascii", "surrogateescape")
+    mail: Any = EmailMessage(_make_email_policy())
+    _read_header(mail, whole[:start])
+    pending: list[tuple[Any, str, int]] = [(mail, whole[start:], 0)]
+    while pending:
+        part, text, depth = pending.pop()
+        body, texts = _read_header(part, text), []
+        (kind, parameters), encoding = _read_mime(part, _TYPE), _read_mime(part, _ENCODING)[0]
+        kind = kind if kind.count("/") == 1 else "text/plain" if kind else part.get_default_type()
+        part._mime = kind, parameters, encoding, body
+        if depth > _DEPTH_LIMIT:
+            mail.defects.append(MessageDefect("parts are nested too deeply"))
+        elif kind.startswith("multipart/"):
+            texts = _split_multipart(part, body, parameters.get("boundary", ""))
+        elif kind.startswith("message/"):
+            texts = [_decode_part(part).decode("ascii", "surrogateescape")]
+            depth += 9  # each of them is kept
+            if kind == "message/delivery-status":
+                texts = re.findall(r"(?:[^\r\n][^\n]*(?:\n|\Z))+", texts[0])
+        part.set_payload([EmailMessage(part.policy) for _ in texts] or body)
+        for inner, text in zip(part.get_payload() if texts else (), texts, strict=True):
+            inner.set_default_type("message/rfc822" if kind == "multipart/digest" else "text/plain")
+            pending.append((inner, text, depth + 1))
+    return mail
+
+
+def _walk(part: Any) -> Iterator[Any]:
+    """All parts, in their order; the walk() of `email` is recursive."""
+    parts = [part]
+    while parts:
+        part = parts.pop()
+        yield part
+        parts += reversed(part.get_payload()) if part.is_multipart() else []
+
+
+def _list_headers(mail: Any) -> list[tuple[str, str]]:
+    """What `email` makes of each; of those with one name, only of the first, because it is slow."""
+    headers: dict[str, str] = {}
+    return [
+        (name, headers.setdefault(name, str(mail[name])) if name not in headers else _decode_words(_unfold(value)))
+        for name, value in mail.raw_items()
+    ]
+
+
+def _decode_part(part: Any) -> bytes:
+    _, _, encoding, body = part._mime
+    return _decode_content(body.encode("ascii", "surrogateescape"), encoding)
+
+
 # -------------------------------------------------------------------------------------- violations
 
 # Subclasses of str and int carry facts that the text of the dialogue does not show.
@@ -864,13 +1125,9 @@ _ENCODINGS = {
     "quoted-printable": ("bad-quoted-printable", _NOT_QUOTED),
 }
 
-_TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
 _ADDRESS_HEADERS = ("from", "sender", "reply-to", "to", "cc")
 _SINGULAR_HEADERS = (*_ADDRESS_HEADERS, "date", "bcc", "message-id", "in-reply-to", "references", "subject")
 _BOUNDARY_DEFECTS = ("NoBoundaryInMultipartDefect", "StartBoundaryNotFoundDefect", "CloseBoundaryNotFoundDefect")
-_NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
-_ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
-_COMMENT = r"\([^()]*\)"
 _MESSAGE_ID = r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*"
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -878,8 +1135,6 @@ _DATE = (
     r"(?i)\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{4})\s+"
     r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{2}[0-5][0-9]\s*"
 )
-# Longer headers are not parsed, because the time that `email` takes grows with the square of their length.
-_HEADER_LIMIT, _MIME_HEADER_LIMIT = 2000, 1000
 
 
 def _find_line(code: str, pattern: bytes, data: bytes) -> _Findings:
@@ -907,26 +1162,6 @@ def _check_content(content: bytes, client: _ClientState, is_counted: bool) -> _F
         yield from _find_line(code, _NOT_ASCII, body)
 
 
-@functools.cache
-def _make_email_policy() -> Any:
-    from email.errors import InvalidHeaderDefect
-    from email.policy import EmailPolicy
-
-    class Policy(EmailPolicy):
-        def header_fetch_parse(self, name: str, value: str) -> Any:
-            try:
-                if name.lower().startswith("content-") and len(value) > _MIME_HEADER_LIMIT:
-                    raise ValueError("it is too long")
-                return super().header_fetch_parse(name, value)
-            except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
-                text = "".join(value[:_HEADER_LIMIT].splitlines()).replace("=?", "= ?")
-                header: Any = self.header_factory("unstructured", text)
-                header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
-                return header
-
-    return Policy()
-
-
 @functools.lru_cache(maxsize=64)  # addresses are parsed twice
 def _parse_header(name: str, value: str) -> tuple[Any, bool]:
     """The header as `email` parses it, without encoded words, and whether it is malformed."""
@@ -934,15 +1169,9 @@ def _parse_header(name: str, value: str) -> tuple[Any, bool]:
 
     if len(value) > _HEADER_LIMIT:
         return None, False
-    text = re.sub(_ENCODED_WORD, "x", value)  # encoded words have a check of their own
+    text = value if name in _MIME else re.sub(_ENCODED_WORD, "x", value)  # encoded words have a check of their own
     header = _make_email_policy().header_fetch_parse(name, text.rstrip("; \t\r\n") if name == _TYPE else text)
     return header, any(isinstance(defect, InvalidHeaderDefect) for defect in header.defects)
-
-
-def _strip_comments(value: str) -> str:
-    for _ in range(4):  # they may be nested; with no limit, the time could grow with the square of the length
-        value = re.sub(_COMMENT, " ", value)
-    return value
 
 
 def _is_bad_date(value: str) -> bool:
@@ -967,7 +1196,6 @@ def _has_no_address(value: str) -> bool:
 def _can_decode(data: bytes, encoding: str, charset: str | None = None) -> bool:
     import base64
     import binascii
-    import codecs
 
     try:
         if encoding == "base64":
@@ -975,8 +1203,8 @@ def _can_decode(data: bytes, encoding: str, charset: str | None = None) -> bool:
         elif encoding == "quoted-printable":
             data = binascii.a2b_qp(data)
         if charset is not None:
-            data.decode(charset)
-        return charset is None or codecs.lookup(charset).name not in _NOT_CHARSETS
+            data.decode(_find_codec(charset))
+        return True
     except (LookupError, ValueError):
         return False
 
@@ -1206,23 +1434,6 @@ class Attachment(NamedTuple):
     content: bytes
 
 
-def _decode_part(part: Any) -> bytes:
-    if not part.is_multipart():
-        return bytes(part.get_payload(decode=True))
-    # A mail within the mail, or the blocks of a delivery report. The generator cannot write all of them.
-    policy, data = part.policy.clone(linesep="\r\n", refold_source="none"), b""
-    with contextlib.suppress(Exception):
-        data = b"".join(inner.as_bytes(policy=policy) for inner in part.get_payload())
-    return data
-
-
-def _decode_text(part: Any) -> str:
-    data = _decode_part(part).replace(b"\r\n", b"\n")
-    with contextlib.suppress(LookupError, ValueError):
-        return data.decode(part.get_content_charset("utf-8"))
-    return data.decode("utf-8", "replace")
-
-
 def _jsonify_bytes(data: bytes) -> dict[str, str]:
     import base64
 
@@ -1407,22 +1618,16 @@ class Message:
     @functools.cached_property
     def email(self) -> EmailMessage:
         """as_bytes() parsed. Faults are in the `defects` of its parts; they raise nothing."""
-        from email.errors import MessageDefect
-        from email.parser import BytesParser
-
-        parser: BytesParser[EmailMessage] = BytesParser(policy=_make_email_policy())
-        try:
-            return parser.parsebytes(self.as_bytes())
-        except RecursionError:
-            mail = parser.parsebytes(self.as_bytes(), headersonly=True)
-            mail.defects.append(MessageDefect("parts are nested too deeply"))
-            return mail
+        data, starts_with_space = self.as_bytes(), self.content[:1] in (b" ", b"\t")
+        mail: EmailMessage = _parse_mail(data, len(data) - len(self.content) - 2 * starts_with_space)
+        return mail
 
     @property
     def subject(self) -> str | None:
         """The decoded subject; None without one."""
-        subject = self.email["subject"]
-        return None if subject is None else str(subject)
+        header = re.split(rb"(?<![^\n])\r?\n|\A[ \t]", self.content, maxsplit=1)[0].decode("ascii", "surrogateescape")
+        subjects = (field[2] for field in re.finditer(_FIELD, header) if field[1].lower() == "subject")
+        return next((_decode_words(_unfold(subject)) for subject in subjects), None)
 
     @property
     def text(self) -> str | None:
@@ -1444,17 +1649,20 @@ class Message:
         """The first text of each type, and all other parts."""
         texts: dict[str, str] = {}
         attachments: list[Attachment] = []
-        parts: list[Any] = [self.email]
+        parts: list[Any] = [self.email] if self.content else []
         while parts:
             part = parts.pop()
-            kind, name = part.get_content_type(), part.get_filename()
-            if part.get_content_maintype() == "multipart":
+            kind, parameters, _, _ = part._mime
+            disposition, more = _read_mime(part, _DISPOSITION)
+            name = more.get("filename", parameters.get("name"))
+            if kind.startswith("multipart/"):
                 if part.is_multipart():
                     parts.extend(reversed(part.get_payload()))
                     continue
                 kind = "text/plain"  # because its boundary never appeared
-            if kind in ("text/plain", "text/html") and kind not in texts and name is None and not part.is_attachment():
-                texts[kind] = _decode_text(part)
+            is_body = part is self.email or name is None
+            if kind in ("text/plain", "text/html") and kind not in texts and is_body and disposition != "attachment":
+                texts[kind] = _decode_charset(_decode_part(part), parameters.get("charset", "")).replace("\r\n", "\n")
             else:
                 attachments.append(Attachment(name, kind, _decode_part(part)))
         return texts, attachments
@@ -1478,8 +1686,8 @@ class Message:
         values = {name: getattr(self, name) for name in names}
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
         values["rcptto_request_response"] = self.rcptto_request_response
-        values["headers"] = [(name, str(value)) for name, value in self.email.items()]
-        values["defects"] = [f"{type(fault).__name__}: {fault}" for part in self.email.walk() for fault in part.defects]
+        values["headers"] = _list_headers(self.email)
+        values["defects"] = [f"{type(fault).__name__}: {fault}" for part in _walk(self.email) for fault in part.defects]
         values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
         return dict(_jsonify(values | _jsonify_bytes(self.content)))
 
