@@ -588,7 +588,7 @@ _SUPERSETS = {
 
 @functools.lru_cache(maxsize=64)
 def _find_codec(charset: str) -> str:
-    """Python's name of a charset; a LookupError if it has none."""
+    """Python's name of a charset; "", which is none, if it has none."""
     import codecs
 
     name = re.sub("[^a-z0-9.+]+", "-", charset[:60].lower()).strip("-")
@@ -598,14 +598,12 @@ def _find_codec(charset: str) -> str:
             codec = codecs.lookup(known).name
             if codec not in _NOT_CHARSETS:
                 return codec
-    raise LookupError(f"unknown charset: {charset[:60]}")
+    return ""
 
 
 def _decode_charset(data: bytes, charset: str) -> str:
     """The text, with a replacement character for each wrong one; a charset that is unknown counts as UTF-8."""
-    codec = "utf-8"
-    with contextlib.suppress(LookupError):
-        codec = _find_codec(charset)
+    codec = _find_codec(charset) or "utf-8"
     names = ["cp1252"] * (codec == "iso8859-1") + [codec, *_SUPERSETS.get(codec, "").split()]
     for name, errors in (*((name, "strict") for name in names), (names[-1], "replace"), ("utf-8", "replace")):
         # What Windows adds to the first set of kanji, Python knows in another set.
@@ -647,13 +645,6 @@ def _decode_words(text: str, write: Callable[[str], str] = str) -> str:
     return re.sub(rf"{_WORD}(?:\s*{_WORD})*", decode, text)
 
 
-def _encode_word(text: str) -> str:
-    """For `email`, which knows fewer charsets and, up to Python 3.13, puts a blank between two words of a name."""
-    import base64
-
-    return f"=?utf-8?b?{base64.b64encode(text.encode('utf-8', 'replace')).decode()}?="
-
-
 def _unfold(value: str) -> str:
     """The value in one line, with raw bytes read as UTF-8; it may be folded right after the colon."""
     text = value.replace("\r", "").replace("\n", "").lstrip(" \t")
@@ -673,7 +664,10 @@ def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
     """
     from urllib.parse import unquote_to_bytes
 
-    text = _unfold(next((value for name, value in part.raw_items() if name.lower() == header), ""))
+    text = next((value for name, value in part.raw_items() if name.lower() == header), None)
+    if text is None:
+        return "", {}
+    text = _unfold(text)
     end = len(re.split(rf"\A((?:{_COMMENT}|[^;])*)", text)[1])
     values: dict[str, str] = {}
     sections: dict[str, list[tuple[int, str, str]]] = {}
@@ -683,8 +677,8 @@ def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
         base, number, star = re.split(r"(?:\*([0-9]{1,4}))?(\*?)\Z", name.lower(), maxsplit=1)[:3]
         if number or star:
             sections.setdefault(base, []).append((int(number or 0), value, star))
-        else:
-            values.setdefault(base, value if base == "boundary" else _decode_words(value))
+        elif base not in values:
+            values[base] = value if base == "boundary" else _decode_words(value)
     for name, found in sections.items():  # RFC 2231: with a star, a section is percent-encoded
         data = b"".join(unquote_to_bytes(value) if star else value.encode() for _, value, star in sorted(found))
         charset, _, data = data.split(b"'", 2) if min(found)[2] and data.count(b"'") > 1 else (b"", b"", data)
@@ -694,15 +688,16 @@ def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
 
 @functools.cache
 def _make_email_policy() -> Any:
+    import base64
     from email.errors import InvalidHeaderDefect
     from email.headerregistry import BaseHeader, HeaderRegistry, UnstructuredHeader
-    from email.policy import EmailPolicy, default
+    from email.policy import EmailPolicy
 
-    class Text(UnstructuredHeader):
-        value_parser: Any = staticmethod(_decode_words)
+    def encode(text: str) -> str:
+        """`email` knows fewer charsets, and up to Python 3.13 it puts a blank between the encoded words of a name."""
+        return f"=?utf-8?b?{base64.b64encode(text.encode('utf-8', 'replace')).decode()}?="
 
-        def fold(self: Any, *, policy: Any) -> str:
-            return str(default.header_factory(self.name, str(self)).fold(policy=policy))
+    unstructured: Any = type("Text", (UnstructuredHeader,), {"value_parser": staticmethod(_decode_words)})
 
     class Policy(EmailPolicy):
         def header_fetch_parse(self, name: str, value: str) -> Any:
@@ -710,16 +705,25 @@ def _make_email_policy() -> Any:
             try:
                 if len(text) > _HEADER_LIMIT:
                     raise ValueError("it is too long")
-                return self.header_factory(name, _decode_words(text, _encode_word))
+                return self.header_factory(name, _decode_words(text, encode))
             except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
-                header: Any = plain(name, text)
+                header: Any = HeaderRegistry(BaseHeader, unstructured, False)(name, text)
                 header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
                 return header
 
-    text_class: Any = Text
-    registry, plain = HeaderRegistry(default_class=text_class), HeaderRegistry(BaseHeader, text_class, False)
-    registry.map_to_type("subject", text_class)
-    return Policy(header_factory=registry, refold_source="none")
+    return Policy(refold_source="none")
+
+
+def _show_headers(mail: Any) -> list[tuple[str, str]]:
+    """As `email` shows addresses and other structured values, but only the first of a name, because that takes long."""
+    structured = mail.policy.header_factory.registry.keys() - {"subject"}
+    values = []
+    for name, value in mail.raw_items():
+        is_structured = name.lower() in structured
+        structured.discard(name.lower())
+        text = str(mail.policy.header_fetch_parse(name, value)) if is_structured else _decode_words(_unfold(value))
+        values.append((name, text))
+    return values
 
 
 def _read_header(part: Any, text: str) -> str:
@@ -758,10 +762,11 @@ def _split_multipart(part: Any, body: str, boundary: str) -> list[str]:
     return texts[:count]
 
 
-def _parse_mail(data: bytes, start: int) -> Any:
-    """The mail as an EmailMessage; the client's own header begins at `start`.
+def _parse_mail(data: bytes, start: int) -> list[tuple[Any, str, dict[str, str], bytes | None]]:
+    """Each part, but for those of a mail within the mail, with its type, parameters and content; first the whole mail.
 
-    The parser of `email` rewrites a mail within the mail, is recursive, and compares each line with all boundaries.
+    The client's own header begins at `start`. The parser of `email` rewrites a mail within the mail, is recursive, and
+    compares each line with the boundaries of all parts around it.
     """
     from email.errors import MessageDefect
     from email.message import EmailMessage
@@ -769,50 +774,31 @@ def _parse_mail(data: bytes, start: int) -> Any:
     whole = data.decode("ascii", "surrogateescape")
     mail: Any = EmailMessage(_make_email_policy())
     _read_header(mail, whole[:start])
-    pending: list[tuple[Any, str, int]] = [(mail, whole[start:], 0)]
+    parts: list[tuple[Any, str, dict[str, str], bytes | None]] = []
+    pending: list[tuple[Any, str, int, bool]] = [(mail, whole[start:], 0, True)]
     while pending:
-        part, text, depth = pending.pop()
-        body, texts = _read_header(part, text), []
+        part, text, depth, is_ours = pending.pop()
+        body = _read_header(part, text)
         (kind, parameters), encoding = _read_mime(part, _TYPE), _read_mime(part, _ENCODING)[0]
         kind = kind if kind.count("/") == 1 else "text/plain" if kind else part.get_default_type()
-        part._mime = kind, parameters, encoding, body
-        if depth > _DEPTH_LIMIT:
+        is_message, texts = kind.startswith("message/") and depth < _DEPTH_LIMIT, []
+        if depth == _DEPTH_LIMIT:
             mail.defects.append(MessageDefect("parts are nested too deeply"))
         elif kind.startswith("multipart/"):
             texts = _split_multipart(part, body, parameters.get("boundary", ""))
-        elif kind.startswith("message/"):
-            texts = [_decode_part(part).decode("ascii", "surrogateescape")]
-            depth += 9  # each of them is kept
-            if kind == "message/delivery-status":
+        content = None if texts else _decode_content(body.encode("ascii", "surrogateescape"), encoding)
+        if is_message and content is not None:
+            texts = [content.decode("ascii", "surrogateescape")]
+            if kind == "message/delivery-status":  # its blocks
                 texts = re.findall(r"(?:[^\r\n][^\n]*(?:\n|\Z))+", texts[0])
-        part.set_payload([EmailMessage(part.policy) for _ in texts] or body)
-        for inner, text in zip(part.get_payload() if texts else (), texts, strict=True):
-            inner.set_default_type("message/rfc822" if kind == "multipart/digest" else "text/plain")
-            pending.append((inner, text, depth + 1))
-    return mail
-
-
-def _walk(part: Any) -> Iterator[Any]:
-    """All parts, in their order; the walk() of `email` is recursive."""
-    parts = [part]
-    while parts:
-        part = parts.pop()
-        yield part
-        parts += reversed(part.get_payload()) if part.is_multipart() else []
-
-
-def _list_headers(mail: Any) -> list[tuple[str, str]]:
-    """What `email` makes of each; of those with one name, only of the first, because it is slow."""
-    headers: dict[str, str] = {}
-    return [
-        (name, headers.setdefault(name, str(mail[name])) if name not in headers else _decode_words(_unfold(value)))
-        for name, value in mail.raw_items()
-    ]
-
-
-def _decode_part(part: Any) -> bytes:
-    _, _, encoding, body = part._mime
-    return _decode_content(body.encode("ascii", "surrogateescape"), encoding)
+        inner = [(EmailMessage(part.policy), text, depth + 1, is_ours and not is_message) for text in texts]
+        part.set_payload([node for node, *_ in inner] or body)
+        for node, *_ in inner if kind == "multipart/digest" else ():
+            node.set_default_type("message/rfc822")
+        pending += reversed(inner)
+        if is_ours:  # a multipart without its boundary is shown as text
+            parts.append((part, re.sub("^multipart/.*", "text/plain", kind), parameters, content))
+    return parts
 
 
 # -------------------------------------------------------------------------------------- violations
@@ -1252,7 +1238,9 @@ def _check_header_set(first: dict[str, str], client: _ClientState) -> _Findings:
         yield "no-message-id", ""
     if "mime-version" not in first:
         yield from [("no-mime-version", f"{name}: {first[name]}") for name in _MIME if name in first][:1]
-    hidden = re.findall(r"[^\s<>(),:;\"]+@[^\s<>(),:;\"]+", f"{first.get('bcc')} {first.get('resent-bcc')}".lower())
+    hidden = re.findall(
+        r"(?<![^\s<>(),:;\"])[^\s<>(),:;\"@]+@[^\s<>(),:;\"]+", f"{first.get('bcc')} {first.get('resent-bcc')}".lower()
+    )
     if not set(hidden).issuperset(client.recipients):  # else this is the copy for the hidden ones
         yield from (("bcc-disclosed", address) for address in hidden)
 
@@ -1504,7 +1492,7 @@ class Message:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the record, without what was parsed from it and cached."""
-        cached = ("transcript", "received_header", "email", "_parts", "_findings")
+        cached = ("transcript", "received_header", "_mail", "_parts", "_findings")
         values = vars(self).copy()  # at once: another thread may cache something meanwhile
         return {name: value for name, value in values.items() if name not in cached}
 
@@ -1616,10 +1604,14 @@ class Message:
         return head.encode("utf-8", "surrogateescape") + self.content
 
     @functools.cached_property
+    def _mail(self) -> list[tuple[Any, str, dict[str, str], bytes | None]]:
+        data, starts_with_space = self.as_bytes(), self.content[:1] in (b" ", b"\t")
+        return _parse_mail(data, len(data) - len(self.content) - 2 * starts_with_space)
+
+    @property
     def email(self) -> EmailMessage:
         """as_bytes() parsed. Faults are in the `defects` of its parts; they raise nothing."""
-        data, starts_with_space = self.as_bytes(), self.content[:1] in (b" ", b"\t")
-        mail: EmailMessage = _parse_mail(data, len(data) - len(self.content) - 2 * starts_with_space)
+        mail: EmailMessage = self._mail[0][0]
         return mail
 
     @property
@@ -1649,22 +1641,16 @@ class Message:
         """The first text of each type, and all other parts."""
         texts: dict[str, str] = {}
         attachments: list[Attachment] = []
-        parts: list[Any] = [self.email] if self.content else []
-        while parts:
-            part = parts.pop()
-            kind, parameters, _, _ = part._mime
-            disposition, more = _read_mime(part, _DISPOSITION)
-            name = more.get("filename", parameters.get("name"))
-            if kind.startswith("multipart/"):
-                if part.is_multipart():
-                    parts.extend(reversed(part.get_payload()))
-                    continue
-                kind = "text/plain"  # because its boundary never appeared
-            is_body = part is self.email or name is None
-            if kind in ("text/plain", "text/html") and kind not in texts and is_body and disposition != "attachment":
-                texts[kind] = _decode_charset(_decode_part(part), parameters.get("charset", "")).replace("\r\n", "\n")
+        for part, kind, parameters, content in self._mail if self.content else ():
+            if content is None:
+                continue
+            disposition, names = _read_mime(part, _DISPOSITION)
+            name = names.get("filename", parameters.get("name"))
+            is_body = disposition != "attachment" and (name is None or part is self.email)
+            if is_body and kind in ("text/plain", "text/html") and kind not in texts:
+                texts[kind] = _decode_charset(content, parameters.get("charset", "")).replace("\r\n", "\n")
             else:
-                attachments.append(Attachment(name, kind, _decode_part(part)))
+                attachments.append(Attachment(name, kind, content))
         return texts, attachments
 
     @property
@@ -1686,8 +1672,8 @@ class Message:
         values = {name: getattr(self, name) for name in names}
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
         values["rcptto_request_response"] = self.rcptto_request_response
-        values["headers"] = _list_headers(self.email)
-        values["defects"] = [f"{type(fault).__name__}: {fault}" for part in _walk(self.email) for fault in part.defects]
+        values["headers"] = _show_headers(self.email)
+        values["defects"] = [f"{type(fault).__name__}: {fault}" for part, *_ in self._mail for fault in part.defects]
         values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
         return dict(_jsonify(values | _jsonify_bytes(self.content)))
 

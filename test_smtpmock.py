@@ -1854,7 +1854,7 @@ Content-Type: text/plain
 the first
 --XX--
 == a delivery report
--- attachments=[(None, "message/delivery-status", b"Reporting-MTA: dns; a.com\r\n\r\nFinal-Recipient: rfc822; b@b.com\r\nAction: failed\r\n\r\n")]
+-- attachments=[(None, "message/delivery-status", b"Reporting-MTA: dns; a.com\r\n\r\nFinal-Recipient: rfc822; b@b.com\r\nAction: failed\r\n")]
 Content-Type: multipart/report; boundary=b
 
 --b
