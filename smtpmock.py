@@ -558,7 +558,7 @@ _PARAMETERS = {
 
 _TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
 _ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
-_WORD = _ENCODED_WORD.replace("(", "(?:")
+_WORD = _ENCODED_WORD.replace("A-Za-z", "BbQq")
 _COMMENT = r"\([^()]*\)"
 _SPACE, _TOKEN = rf"(?:\s|{_COMMENT})*", r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]+"
 _PARAMETER = rf'(?s);{_SPACE}([^\s;=()]+){_SPACE}={_SPACE}(?:"((?:[^"\\]|\\.)*)"?|((?:{_COMMENT}|[^;])*))'
@@ -618,7 +618,7 @@ def _decode_content(data: bytes, encoding: str) -> bytes:
     import codecs
 
     if encoding == "quoted-printable":
-        return binascii.a2b_qp(data)
+        return binascii.a2b_qp(re.sub(rb"(?<![ \t])[ \t]+(?=\r?\n|\Z)", b"", data))
     if encoding == "base64":  # `email` stops at the first padding, and at a stray character decodes nothing
         blocks = re.findall(b"[^=]+", re.sub(b"[^A-Za-z0-9+/=]+", b"", data))
         return b"".join(binascii.a2b_base64(block[: len(block) - (len(block) % 4 == 1)] + b"==") for block in blocks)
@@ -633,21 +633,22 @@ def _decode_words(text: str, write: Callable[[str], str] = str) -> str:
 
     def decode(match: re.Match[str]) -> str:
         texts, data, charset = [""], b"", ""
-        for name, kind, word in re.findall(_ENCODED_WORD, match[0]):
+        for name, kind, word in re.findall(_WORD, match[0]):
             if name != charset:
                 texts.append(_decode_charset(data, charset.partition("*")[0]))
                 data, charset = b"", name
             is_base64 = kind in "Bb"
-            encoded = (word if is_base64 else word.replace("_", " ")).encode()
+            encoded = (word if is_base64 else word.replace("_", "=20")).encode()
             data += _decode_content(encoded, "base64" if is_base64 else "quoted-printable")
         return write("".join([*texts, _decode_charset(data, charset.partition("*")[0])]))
 
-    return re.sub(rf"{_WORD}(?:\s*{_WORD})*", decode, text)
+    word = _WORD.replace("(", "(?:")
+    return re.sub(rf"{word}(?:\s*{word})*", decode, text)
 
 
 def _unfold(value: str) -> str:
     """The value in one line, with raw bytes read as UTF-8; it may be folded right after the colon."""
-    text = value.replace("\r", "").replace("\n", "").lstrip(" \t")
+    text = value.rstrip("\r\n").replace("\r\n", "").replace("\n", "").replace("\r", " ").lstrip(" \t")
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
