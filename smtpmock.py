@@ -632,15 +632,13 @@ def _decode_words(text: str, write: Callable[[str], str] = str) -> str:
     """Without the white space between two encoded words; those of one charset may share a character."""
 
     def decode(match: re.Match[str]) -> str:
-        texts, data, charset = [""], b"", ""
-        for name, kind, word in re.findall(_WORD, match[0]):
-            if name != charset:
-                texts.append(_decode_charset(data, charset.partition("*")[0]))
-                data, charset = b"", name
-            is_base64 = kind in "Bb"
-            encoded = (word if is_base64 else word.replace("_", "=20")).encode()
-            data += _decode_content(encoded, "base64" if is_base64 else "quoted-printable")
-        return write("".join([*texts, _decode_charset(data, charset.partition("*")[0])]))
+        runs: list[tuple[str, list[bytes]]] = []
+        for charset, kind, word in re.findall(_WORD, match[0]):
+            if not runs or runs[-1][0] != charset:
+                runs.append((charset, []))
+            encoding, text = ("base64", word) if kind in "Bb" else ("quoted-printable", word.replace("_", "=20"))
+            runs[-1][1].append(_decode_content(text.encode(), encoding))
+        return write("".join(_decode_charset(b"".join(data), charset.partition("*")[0]) for charset, data in runs))
 
     word = _WORD.replace("(", "(?:")
     return re.sub(rf"{word}(?:\s*{word})*", decode, text)
