@@ -564,7 +564,8 @@ _SPACE, _TOKEN = rf"(?:\s|{_COMMENT})*", r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]+"
 _PARAMETER = rf'(?s);{_SPACE}([^\s;=()]+){_SPACE}={_SPACE}(?:"((?:[^"\\]|\\.)*)"?|((?:{_COMMENT}|[^;])*))'
 _FIELD = r"(?<![^\n])([!-9;-~]+)[ \t]*:[ \t]*([^\n]*(?:\n[ \t][^\n]*)*)\n?"
 # Longer headers are not given to `email`, because the time that it takes grows with the square of their length.
-_HEADER_LIMIT, _DEPTH_LIMIT = 2000, 100
+_HEADER_LIMIT, _DEPTH_LIMIT = 2000, 30
+_Parts = list[tuple[Any, str, dict[str, str], bytes | None]]  # each with its type, parameters, and content if it is one
 
 _NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
 # The names by IANA and by old programs, without x- and cs, that Python does not know.
@@ -604,7 +605,7 @@ def _find_codec(charset: str) -> str:
 def _decode_charset(data: bytes, charset: str) -> str:
     """The text, with a replacement character for each wrong one; a charset that is unknown counts as UTF-8."""
     codec = _find_codec(charset) or "utf-8"
-    names = ["cp1252"] * (codec == "iso8859-1") + [codec, *_SUPERSETS.get(codec, "").split()]
+    names = ["cp1252"] if codec == "iso8859-1" else [codec, *_SUPERSETS.get(codec, "").split()]
     for name, errors in (*((name, "strict") for name in names), (names[-1], "replace"), ("utf-8", "replace")):
         # What Windows adds to the first set of kanji, Python knows in another set.
         text = data.replace(b"\x1b$B", b"\x1b$(O") if name == "iso2022_jp_3" else data
@@ -669,18 +670,19 @@ def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
     text = _unfold(text)
     end = len(re.split(rf"\A((?:{_COMMENT}|[^;])*)", text)[1])
     values: dict[str, str] = {}
-    sections: dict[str, list[tuple[int, str, str]]] = {}
+    sections: dict[str, dict[int, tuple[str, str]]] = {}
     for name, quoted, raw in re.findall(_PARAMETER, text[end:]):
         bare = _strip_comments(raw).strip()
         value = (bare if re.fullmatch(_TOKEN, bare) else raw.strip()) or re.sub(r"(?s)\\(.)", r"\1", quoted)
         base, number, star = re.split(r"(?:\*([0-9]{1,4}))?(\*?)\Z", name.lower(), maxsplit=1)[:3]
         if number or star:
-            sections.setdefault(base, []).append((int(number or 0), value, star))
+            sections.setdefault(base, {}).setdefault(int(number or 0), (value, star))
         elif base not in values:
             values[base] = value if base == "boundary" else _decode_words(value)
     for name, found in sections.items():  # RFC 2231: with a star, a section is percent-encoded
-        data = b"".join(unquote_to_bytes(value) if star else value.encode() for _, value, star in sorted(found))
-        charset, _, data = data.split(b"'", 2) if min(found)[2] and data.count(b"'") > 1 else (b"", b"", data)
+        ordered = [section for _, section in sorted(found.items())]
+        data = b"".join(unquote_to_bytes(value) if star else value.encode() for value, star in ordered)
+        charset, _, data = data.split(b"'", 2) if ordered[0][1] and data.count(b"'") > 1 else (b"", b"", data)
         values[name] = _decode_charset(data, charset.decode("latin-1"))
     return "".join(_strip_comments(text[:end]).lower().split()), values
 
@@ -748,55 +750,45 @@ def _split_multipart(part: Any, body: str, boundary: str) -> list[str]:
 
     delimiter = "--" + re.escape(boundary.rstrip().encode().decode("ascii", "surrogateescape"))
     preamble, *found = re.split(rf"{delimiter}(?<![^\n]{delimiter})(--)?[ \t]*(?:\r?\n|\Z)", body)
-    ends, texts = found[::2], [text.removesuffix("\n").removesuffix("\r") for text in found[1::2]]
-    count = ends.index("--") if "--" in ends else len(ends)
-    if count == 0 or not boundary:
+    texts = [text.removesuffix("\n").removesuffix("\r") for text in (preamble, *found[1::2])]
+    last = found.index("--") // 2 if "--" in found[::2] else len(found) // 2
+    if last == 0 or not boundary:
         part.defects.append(errors.StartBoundaryNotFoundDefect() if boundary else errors.NoBoundaryInMultipartDefect())
         return []
-    part.preamble = preamble.removesuffix("\n").removesuffix("\r") if preamble else None
-    if count == len(ends):
+    part.preamble = texts[0] if preamble else None
+    if 2 * last == len(found):
         part.defects.append(errors.CloseBoundaryNotFoundDefect())
     else:
-        part.epilogue = found[2 * count + 1] or ("" if body.endswith("\n") else None)
-    return texts[:count]
+        part.epilogue = found[2 * last + 1] or ("" if body.endswith("\n") else None)
+    return texts[1 : last + 1]
 
 
-def _parse_mail(data: bytes, start: int) -> list[tuple[Any, str, dict[str, str], bytes | None]]:
-    """Each part, but for those of a mail within the mail, with its type, parameters and content; first the whole mail.
+def _parse_part(part: Any, text: str, parts: _Parts, depth: int = 0) -> _Parts:
+    """Fill the EmailMessage, and add it and its parts to the list, but for those of a mail within the mail.
 
-    The client's own header begins at `start`. The parser of `email` rewrites a mail within the mail, is recursive, and
-    compares each line with the boundaries of all parts around it.
+    The parser of `email` rewrites a mail within the mail, is limited by the stack alone, and compares each line with
+    the boundaries of all parts around it.
     """
     from email.errors import MessageDefect
     from email.message import EmailMessage
 
-    whole = data.decode("ascii", "surrogateescape")
-    mail: Any = EmailMessage(_make_email_policy())
-    _read_header(mail, whole[:start])
-    parts: list[tuple[Any, str, dict[str, str], bytes | None]] = []
-    pending: list[tuple[Any, str, int, bool]] = [(mail, whole[start:], 0, True)]
-    while pending:
-        part, text, depth, is_ours = pending.pop()
-        body = _read_header(part, text)
-        (kind, parameters), encoding = _read_mime(part, _TYPE), _read_mime(part, _ENCODING)[0]
-        kind = kind if kind.count("/") == 1 else "text/plain" if kind else part.get_default_type()
-        is_message, texts = kind.startswith("message/") and depth < _DEPTH_LIMIT, []
-        if depth == _DEPTH_LIMIT:
-            mail.defects.append(MessageDefect("parts are nested too deeply"))
-        elif kind.startswith("multipart/"):
-            texts = _split_multipart(part, body, parameters.get("boundary", ""))
-        content = None if texts else _decode_content(body.encode("ascii", "surrogateescape"), encoding)
-        if is_message and content is not None:
-            texts = [content.decode("ascii", "surrogateescape")]
-            if kind == "message/delivery-status":  # its blocks
-                texts = re.findall(r"(?:[^\r\n][^\n]*(?:\n|\Z))+", texts[0])
-        inner = [(EmailMessage(part.policy), text, depth + 1, is_ours and not is_message) for text in texts]
-        part.set_payload([node for node, *_ in inner] or body)
-        for node, *_ in inner if kind == "multipart/digest" else ():
-            node.set_default_type("message/rfc822")
-        pending += reversed(inner)
-        if is_ours:  # a multipart without its boundary is shown as text
-            parts.append((part, re.sub("^multipart/.*", "text/plain", kind), parameters, content))
+    body = _read_header(part, text)
+    (kind, parameters), encoding = _read_mime(part, _TYPE), _read_mime(part, _ENCODING)[0]
+    kind = kind if kind.count("/") == 1 else "text/plain" if kind else part.get_default_type()
+    is_multipart, is_message = kind.startswith("multipart/"), kind.startswith("message/")
+    if depth == _DEPTH_LIMIT and (is_multipart or is_message):
+        (parts[0][0] if parts else part).defects.append(MessageDefect("parts are nested too deeply"))
+        is_multipart = is_message = False
+    texts = _split_multipart(part, body, parameters.get("boundary", "")) if is_multipart else []
+    content = None if texts else _decode_content(body.encode("ascii", "surrogateescape"), encoding)
+    if is_message and content is not None:
+        blocks = r"(?:[^\r\n][^\n]*(?:\n|\Z))+" if kind == "message/delivery-status" else r"(?s).+|\A\Z"
+        texts = re.findall(blocks, content.decode("ascii", "surrogateescape"))
+    parts.append((part, re.sub("^multipart/.*", "text/plain", kind), parameters, content))
+    part.set_payload([EmailMessage(part.policy) for _ in texts] or body)
+    for inner, text in zip(part.get_payload() if texts else (), texts, strict=True):
+        inner.set_default_type("message/rfc822" if kind == "multipart/digest" else "text/plain")
+        _parse_part(inner, text, [] if is_message else parts, depth + 1)
     return parts
 
 
@@ -1603,9 +1595,14 @@ class Message:
         return head.encode("utf-8", "surrogateescape") + self.content
 
     @functools.cached_property
-    def _mail(self) -> list[tuple[Any, str, dict[str, str], bytes | None]]:
-        data, starts_with_space = self.as_bytes(), self.content[:1] in (b" ", b"\t")
-        return _parse_mail(data, len(data) - len(self.content) - 2 * starts_with_space)
+    def _mail(self) -> _Parts:
+        from email.message import EmailMessage
+
+        text = self.as_bytes().decode("ascii", "surrogateescape")
+        start = len(text) - len(self.content) - 2 * (self.content[:1] in (b" ", b"\t"))
+        mail: EmailMessage = EmailMessage(_make_email_policy())
+        _read_header(mail, text[:start])
+        return _parse_part(mail, text[start:], [])
 
     @property
     def email(self) -> EmailMessage:
