@@ -564,21 +564,19 @@ _SPACE, _TOKEN = rf"(?:\s|{_COMMENT})*", r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]+"
 _PARAMETER = rf'(?s);{_SPACE}([^\s;=()]+){_SPACE}={_SPACE}(?:"((?:[^"\\]|\\.)*)"?|((?:{_COMMENT}|[^;])*))'
 _FIELD = r"(?<![^\n])([!-9;-~]+)[ \t]*:[ \t]*([^\n]*(?:\n[ \t][^\n]*)*)\n?"
 # Longer headers are not given to `email`, because the time that it takes grows with the square of their length.
-_HEADER_LIMIT, _DEPTH_LIMIT = 2000, 30
+_HEADER_LIMIT, _DEPTH_LIMIT, _PART_LIMIT = 2000, 30, 10_000
 _Parts = list[tuple[Any, str, dict[str, str], bytes | None]]  # each with its type, parameters, and content if it is one
 
 _NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
 # The names by IANA and by old programs, without x- and cs, that Python does not know.
 _CHARSETS = {
-    "(?:windows|ibm|ccsid|cp|dos|ms)-?0*([0-9]+)": r"cp\1",
+    "(?:windows|ibm|ccsid|cp|dos|ms)-?0*([0-9]+)": r"cp\1", "windows-?31j": "cp932", "iso-8859-1-windows.*": "cp1252",
+    "iso-8859-2-windows.*": "cp1250", "iso-8859-9-windows.*": "cp1254", "pc-multilingual-850.*": "cp858",
     "iso-?8859-?([0-9]+)(?:-?[ie])?": r"iso8859-\1",  # RFC 1556: -i and -e are about the direction of the text
-    "utf-?([0-9]+)-?([bl]e)?": r"utf-\1\2",
-    "windows-?31j": "cp932", "iso-8859-1-windows.*": "cp1252", "iso-8859-2-windows.*": "cp1250",
-    "iso-8859-9-windows.*": "cp1254", "pc-multilingual-850.*": "cp858", "ebcdic-us-37.*": "cp1140",
-    "ksc?-?c?-?5601.*|iso-ir-149": "euc_kr", "eucpkdfmtjapanese|extended-unix-code-packed.*": "euc_jp",
-    "jis-?encoding": "iso2022_jp", "iso2022jp2": "iso2022_jp_2", "gb-2312-80": "gb2312", "hproman8": "hp-roman8",
-    "iso-10646-ucs-2|unicode": "utf-16-be", "iso-10646-ucs-4|ucs4": "utf-32-be", "koi8([ru])": r"koi8-\1",
-    "unicode-?1-?1-?utf-?([78])": r"utf-\1", "(?:iso)?-?latin-?9": "iso8859-15",
+    "(?:unicode-?1-?1-?)?utf-?([0-9]+)-?([bl]e)?": r"utf-\1\2", "iso-10646-ucs-2|unicode": "utf-16-be",
+    "iso-10646-ucs-4|ucs4": "utf-32-be", "ksc?-?c?-?5601.*|iso-ir-149": "euc_kr", "koi8([ru])": r"koi8-\1",
+    "eucpkdfmtjapanese|extended-unix-code-packed.*": "euc_jp", "jis-?encoding": "iso2022_jp", "gb-2312-80": "gb2312",
+    "iso2022jp2": "iso2022_jp_2", "(?:iso)?-?latin-?9": "iso8859-15", "hproman8": "hp-roman8",
 }  # fmt: skip
 # Mail programs name a charset and use one with more characters, which keeps the bytes of the others.
 _SUPERSETS = {
@@ -609,8 +607,8 @@ def _decode_charset(data: bytes, charset: str) -> str:
     for name, errors in (*((name, "strict") for name in names), (names[-1], "replace"), ("utf-8", "replace")):
         # What Windows adds to the first set of kanji, Python knows in another set.
         text = data.replace(b"\x1b$B", b"\x1b$(O") if name == "iso2022_jp_3" else data
-        with contextlib.suppress(Exception):  # a codec may raise anything
-            return text.decode(name, errors)
+        with contextlib.suppress(Exception):  # a codec may raise anything, and that of UTF-7 makes lone surrogates
+            return re.sub("[\ud800-\udfff]", "\ufffd", text.decode(name, errors))
     return ""
 
 
@@ -749,18 +747,19 @@ def _split_multipart(part: Any, body: str, boundary: str) -> list[str]:
     from email import errors
 
     delimiter = "--" + re.escape(boundary.rstrip().encode().decode("ascii", "surrogateescape"))
-    preamble, *found = re.split(rf"{delimiter}(?<![^\n]{delimiter})(--)?[ \t]*(?:\r?\n|\Z)", body)
-    texts = [text.removesuffix("\n").removesuffix("\r") for text in (preamble, *found[1::2])]
-    last = found.index("--") // 2 if "--" in found[::2] else len(found) // 2
-    if last == 0 or not boundary:
+    line = rf"{delimiter}(?<![^\n]{delimiter})(--)?[ \t]*(?:\r?\n|\Z)"
+    preamble, *found = re.split(line, body, maxsplit=_PART_LIMIT) if boundary else [body]
+    ends, texts = found[::2], [text.removesuffix("\n").removesuffix("\r") for text in (preamble, *found[1::2])]
+    count = ends.index("--") if "--" in ends else len(ends)
+    if count == 0:
         part.defects.append(errors.StartBoundaryNotFoundDefect() if boundary else errors.NoBoundaryInMultipartDefect())
         return []
     part.preamble = texts[0] if preamble else None
-    if 2 * last == len(found):
+    if count == len(ends):
         part.defects.append(errors.CloseBoundaryNotFoundDefect())
     else:
-        part.epilogue = found[2 * last + 1] or ("" if body.endswith("\n") else None)
-    return texts[1 : last + 1]
+        part.epilogue = found[2 * count + 1] or ("" if body.endswith("\n") else None)
+    return texts[1 : count + 1]
 
 
 def _parse_part(part: Any, text: str, parts: _Parts, depth: int = 0) -> _Parts:

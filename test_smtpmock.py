@@ -2082,6 +2082,7 @@ Content-Disposition: attachment; filename="unclosed.pdf                         
 Content-Disposition: attachment; filename="ä.pdf"                                               => ä.pdf
 Content-Disposition: attachment (one) ; (two; a=b) FileName = "c d.pdf" (more)                  => c d.pdf
 Content-Disposition: attachment; {x=y; *400}filename=a.pdf                                      => a.pdf
+Content-Disposition: attachment; filename*=utf-7''+2AA-x; boundary*=utf-7''+2AA-                => \ufffdx
 Content-Type: application/pdf; name*=iso-8859-1'de'%e4.pdf                                      => ä.pdf
 Content-Type: application/pdf; name="=?utf-8?B?w6QucGRm?="                                      => ä.pdf
 Content-Type: application/pdf; name==?iso-8859-1?Q?=E4.pdf?=                                    => ä.pdf
@@ -2119,6 +2120,7 @@ TEXTS = r"""
 ; charset=iso-8859-1                                                | \x93\xfc\x94\x81   => “ü”\ufffd
 ; charset=us-ascii                                                  | ü\xff              => ü\ufffd
 ; charset=utf-7                                                     | +APw-x             => üx
+; charset=utf-7                                                     | +2AA-x             => \ufffdx
 ; charset=klingon                                                   | Qapla\xff          => Qapla\ufffd
 ; charset=punycode                                                  | a-z9               => a-z9
 ; charset=unicode_escape                                            | \\d                => \\d
@@ -2232,6 +2234,17 @@ hi
 x --ä--b
 --ä-- {SP}
 not shown
+== a text that is like the end of a delimiter  -- text="--", attachments=[(None, "image/png", b"<p>")]
+Content-Type: multipart/mixed; boundary=b
+
+--b
+
+--
+--b
+Content-Type: image/png
+
+<p>
+--b--
 == a boundary that begins like another one  -- text="hi", html="<p>"
 Content-Type: multipart/mixed; boundary=b
 
@@ -5269,6 +5282,24 @@ class OutputTest(ProcessCase):
     def refuse(self, port: int, content: bytes | str = b"hi") -> None:
         """A mail is refused."""
         self.assertEqual(catch(smtplib.SMTPDataError, send, port, content).smtp_code, 451)
+
+    def test_what_is_in_a_mail_is_no_reason_to_refuse_it(self) -> None:
+        mails = [make_mail(random.Random(seed)) for seed in range(20)]
+        mails += [content for _, content, _ in list_readings()]
+        for flag, start in (("-json", '{"event": "message"'), ("-multipleMessageReceiving", "")):
+            folder, maildir = self.folder / flag, self.folder / f"{flag}-maildir"
+            process = self.start(f"-saveDir={folder}", f"-maildir={maildir}", flag)
+            port = int(re.search("[0-9]{4,}", process.stdout.readline())[0])  # type: ignore[index]
+            lines: list[str] = []
+            reader = threading.Thread(target=lines.extend, args=(process.stdout,))
+            reader.start()
+            for content in mails:
+                send(port, content)
+            process.terminate()
+            reader.join(TIMEOUT)
+            self.assertEqual(len([line for line in lines if line.startswith(start)]), len(mails))
+            self.assertEqual(len([*folder.iterdir()]), 2 * len(mails))
+            self.assertEqual(len([*(maildir / "new").iterdir()]), len(mails))
 
     def test_json_to_nobody(self) -> None:
         process = self.start("-json")

@@ -33,6 +33,7 @@ ACCEPTED = [
     ("(a) quoted-printable", "postal-mime", "RFC 2045 section 6.7 (3) says to delete blanks at the end of a line"),
     ("x-uuencode", "text", "they do not know it"),
     ("charset=utf-7", "text", "they do not know it"),
+    ("utf-7''", "attachments", "they do not know it"),
     ("charset=IBM00858", "text", "they do not know it"),
     ("charset=ks_c_5601-1987", "postal-mime", "it does not know the characters that Windows adds"),
     ("\\x7f\\x7f", "mailparser", "its replacement character is ?"),
