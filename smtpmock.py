@@ -11,6 +11,7 @@ One module, standard library only, one thread per connection. It reads from top 
     errors          what can go wrong, each also the built-in error that it resembles
     options         Configuration: every option with its default and its meaning
     grammar         the patterns of RFC 5321 and the parsers of a command line
+    mail            how a mail is read: its charsets, encodings, headers and parts
     violations      what a client can do wrong: the checks, each with its RFC
     records         what the server answers, and what it records of a session
     rules           when the server deviates from its normal replies, and how
@@ -570,13 +571,13 @@ _Parts = list[tuple[Any, str, dict[str, str], bytes | None]]  # each with its ty
 _NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
 # The names by IANA and by old programs, without x- and cs, that Python does not know.
 _CHARSETS = {
-    "(?:windows|ibm|ccsid|cp|dos|ms)-?0*([0-9]+)": r"cp\1", "windows-?31j": "cp932", "iso-8859-1-windows.*": "cp1252",
-    "iso-8859-2-windows.*": "cp1250", "iso-8859-9-windows.*": "cp1254", "pc-multilingual-850.*": "cp858",
+    "(?:windows|ibm|ccsid|dos|ms)?-?(?:cp)?-?0*([0-9]+)": r"cp\1", "windows-?31j": "cp932", "hproman8": "hp-roman8",
+    "iso-8859-1-windows.*": "cp1252", "iso-8859-2-windows.*": "cp1250", "iso-8859-9-windows.*": "cp1254",
     "iso-?8859-?([0-9]+)(?:-?[ie])?": r"iso8859-\1",  # RFC 1556: -i and -e are about the direction of the text
     "(?:unicode-?1-?1-?)?utf-?([0-9]+)-?([bl]e)?": r"utf-\1\2", "iso-10646-ucs-2|unicode": "utf-16-be",
     "iso-10646-ucs-4|ucs4": "utf-32-be", "ksc?-?c?-?5601.*|iso-ir-149": "euc_kr", "koi8([ru])": r"koi8-\1",
     "eucpkdfmtjapanese|extended-unix-code-packed.*": "euc_jp", "jis-?encoding": "iso2022_jp", "gb-2312-80": "gb2312",
-    "iso2022jp2": "iso2022_jp_2", "(?:iso)?-?latin-?9": "iso8859-15", "hproman8": "hp-roman8",
+    "iso2022jp2": "iso2022_jp_2", "(?:iso)?-?latin-?9": "iso8859-15", "pc-multilingual-850.*": "cp858",
 }  # fmt: skip
 # Mail programs name a charset and use one with more characters, which keeps the bytes of the others.
 _SUPERSETS = {
@@ -608,7 +609,7 @@ def _decode_charset(data: bytes, charset: str) -> str:
         # What Windows adds to the first set of kanji, Python knows in another set.
         text = data.replace(b"\x1b$B", b"\x1b$(O") if name == "iso2022_jp_3" else data
         with contextlib.suppress(Exception):  # a codec may raise anything, and that of UTF-7 makes lone surrogates
-            return re.sub("[\ud800-\udfff]", "\ufffd", text.decode(name, errors))
+            return re.sub("[\ud800-\udfff]", "\ufffd", text.decode(name, errors).removeprefix("\ufeff"))
     return ""
 
 
@@ -696,7 +697,9 @@ def _make_email_policy() -> Any:
         """`email` knows fewer charsets, and up to Python 3.13 it puts a blank between the encoded words of a name."""
         return f"=?utf-8?b?{base64.b64encode(text.encode('utf-8', 'replace')).decode()}?="
 
-    unstructured: Any = type("Text", (UnstructuredHeader,), {"value_parser": staticmethod(_decode_words)})
+    # It has what is asked of a Content- header, too.
+    attributes = {"value_parser": staticmethod(_decode_words), "params": {}, "content_disposition": None, "cte": "7bit"}
+    unstructured: Any = type("Text", (UnstructuredHeader,), attributes)
 
     class Policy(EmailPolicy):
         def header_fetch_parse(self, name: str, value: str) -> Any:
@@ -748,7 +751,7 @@ def _split_multipart(part: Any, body: str, boundary: str) -> list[str]:
 
     delimiter = "--" + re.escape(boundary.rstrip().encode().decode("ascii", "surrogateescape"))
     line = rf"{delimiter}(?<![^\n]{delimiter})(--)?[ \t]*(?:\r?\n|\Z)"
-    preamble, *found = re.split(line, body, maxsplit=_PART_LIMIT) if boundary else [body]
+    preamble, *found = re.split(line, body, maxsplit=_PART_LIMIT) if 0 < len(boundary) < _HEADER_LIMIT else [body]
     ends, texts = found[::2], [text.removesuffix("\n").removesuffix("\r") for text in (preamble, *found[1::2])]
     count = ends.index("--") if "--" in ends else len(ends)
     if count == 0:
@@ -1178,9 +1181,9 @@ def _can_decode(data: bytes, encoding: str, charset: str | None = None) -> bool:
             data = base64.b64decode(b"".join(data.split()), validate=True)
         elif encoding == "quoted-printable":
             data = binascii.a2b_qp(data)
-        if charset is not None:
-            data.decode(_find_codec(charset))
-        return True
+        codec = "latin-1" if charset is None else _find_codec(charset)
+        data.decode(codec or "latin-1")
+        return codec != ""
     except (LookupError, ValueError):
         return False
 
@@ -1640,7 +1643,7 @@ class Message:
             if content is None:
                 continue
             disposition, names = _read_mime(part, _DISPOSITION)
-            name = names.get("filename", parameters.get("name"))
+            name = names.get("filename") or parameters.get("name") or None
             is_body = disposition != "attachment" and (name is None or part is self.email)
             if is_body and kind in ("text/plain", "text/html") and kind not in texts:
                 texts[kind] = _decode_charset(content, parameters.get("charset", "")).replace("\r\n", "\n")

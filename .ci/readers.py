@@ -35,6 +35,8 @@ ACCEPTED = [
     ("charset=utf-7", "text", "they do not know it"),
     ("utf-7''", "attachments", "they do not know it"),
     ("charset=IBM00858", "text", "they do not know it"),
+    ("charset=x-ms-cp932", "mailparser", "it does not know it"),
+    ("\\xef\\xbb\\xbf", "mailparser", "it shows the byte order mark"),
     ("charset=ks_c_5601-1987", "postal-mime", "it does not know the characters that Windows adds"),
     ("\\x7f\\x7f", "mailparser", "its replacement character is ?"),
     ("digest", "mailparser", "it shows the mail within the mail"),
