@@ -1148,7 +1148,8 @@ def _parse_header(name: str, value: str) -> tuple[Any, bool]:
 
     if len(value) > _HEADER_LIMIT:
         return None, False
-    text = value if name in _MIME else re.sub(_ENCODED_WORD, "x", value)  # encoded words have a check of their own
+    # Encoded words have a check of their own, but for one in place of a parameter's value that is not quoted.
+    text = re.sub(rf"(?<!=)(?<!= ){_ENCODED_WORD}", "x", value)
     header = _make_email_policy().header_fetch_parse(name, text.rstrip("; \t\r\n") if name == _TYPE else text)
     return header, any(isinstance(defect, InvalidHeaderDefect) for defect in header.defects)
 

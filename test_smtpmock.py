@@ -2462,6 +2462,32 @@ class ReadingTest(unittest.TestCase):
                         self.assertEqual(getattr(message, name), value)
                 self.assertEqual(headers.get("Subject"), message.subject)
 
+    def test_what_is_read_nevertheless_is_a_violation(self) -> None:
+        codes = {
+            "an unquoted boundary": {"bad-content-type"}, "a multipart without a boundary": {"bad-boundary"},
+            "an inner multipart without its end": {"bad-boundary"}, "a blank before the colon": {"header-syntax"},
+            "a bad line before all headers": {"header-syntax"}, "a bad line in the header of a part": {"header-syntax"},
+            "a mail within the mail, in base64": {"bad-encoding"}, "a type that is none": {"bad-content-type"},
+            "a name in two encoded words": set(), "a mail within the mail": set(),
+        }  # fmt: skip
+        about = set().union(*codes.values())
+        mails = {title: content for title, content, _ in list_readings()}
+        for title, expected in codes.items():
+            with self.subTest(title):
+                message = receive_content(mails[title])
+                self.assertEqual({found.code for found in message.violations} & about, expected)
+
+    def test_a_charset_that_is_read_is_no_violation(self) -> None:
+        right = "iso-8859-8-i ISO-8859-6-E Windows-31J x-sjis windows-874 IBM00858 ks_c_5601-1987 cswindows1252 latin-9"
+        for charset in (*right.split(), "punycode", "klingon", "unicode_escape", "zlib"):
+            for text in (b"a", b""):
+                message = receive_content(
+                    b"Content-Type: text/plain; charset=" + charset.encode() + b"\r\n\r\n" + text + b"\r\n"
+                )
+                found = "wrong-charset" in [violation.code for violation in message.violations]
+                with self.subTest(charset):
+                    self.assertEqual(found, charset not in right)
+
     def test_a_message_without_a_body(self) -> None:
         message = Memory(*ENVELOPE).message()
         self.assertEqual((message.subject, message.text, message.html, message.attachments), (None, None, None, []))
