@@ -1174,6 +1174,7 @@ encoded-word x9, encoded-word-long: ENVELOPE | DATE | From: =?utf-8?q?J?=<a@exam
 encoded-parameter: ENVELOPE | HEAD | MIME | Content-Type: text/plain |
     Content-Disposition: attachment; filename="=?utf-8?q?=C3=BC?=" | | END
 bad-content-type: ENVELOPE | HEAD | MIME | Content-Type: text | | END
+encoded-parameter, bad-content-type: ENVELOPE | HEAD | MIME | Content-Type: text/plain; name==?utf-8?q?a?= | | END
 bad-boundary: ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed | | Hello | END
 bad-boundary: ENVELOPE | HEAD | MIXED | | Hello | END
 bad-boundary: ENVELOPE | HEAD | MIXED | | --x | | Hello | END
@@ -2051,7 +2052,7 @@ SUBJECTS = r"""
 =?utf-8?B?TcO8bg==?=\r\n =?utf-8?B?Y2hlbg==?= and =?utf-8?Q?more?= => München and more
 =?utf-8?B?TcM=?= =?utf-8?B?vG5jaGVu?=                      => München
 =?utf-8?B?w7x4?==?utf-8?B?w7w?=                            => üxü
-=?iso-8859-1?Q?=FC?= =?utf-8?Q?=C3=BC?= =?utf-8*de?q?_=C3=BC?= => üü ü
+=?iso-8859-1?Q?=FC?= =?utf-8?Q?=C3=BC?= =?iso-8859-1*de?q?_=FC?= => üü ü
 (=?utf-8?Q?=C3=BC?=) x=?utf-8?Q?=C3=BC?=y                  => (ü) xüy
 =?utf-8?Q?a b?= =?utf-8?q?c=3F?= =?UTF-8?b?dw==?=          => a bc?w
 =?utf-8?X?a?= =?utf-8?Q?a?= 100%?=                         => =?utf-8?X?a?= a 100%?=
@@ -2085,6 +2086,7 @@ Content-Disposition: attachment; {x=y; *400}filename=a.pdf                      
 Content-Disposition: attachment; filename*=utf-7''+2AA-x; boundary*=utf-7''+2AA-                => \ufffdx
 Content-Type: application/pdf; name*=iso-8859-1'de'%e4.pdf                                      => ä.pdf
 Content-Type: application/pdf; name="=?utf-8?B?w6QucGRm?="                                      => ä.pdf
+Content-Type: application/pdf; name=b.pdf\r\nContent-Disposition: attachment; filename=a.pdf        => a.pdf
 Content-Type: application/pdf; name==?iso-8859-1?Q?=E4.pdf?=                                    => ä.pdf
 Content-Type: application/pdf; name*0*="utf-8''a"; name*="utf-8''b"; {x=y; *400}                => a
 """
@@ -2101,6 +2103,7 @@ BODIES = r"""
 (plain words; a=b); charset=iso-8859-1                              | \xfc               => ü
 ; charset=iso-8859-1 (Latin)                                        | \xfc               => ü
 \x20; CHARSET = "ISO-8859-1"                                        | \xfc               => ü
+\r\nContent-Transfer-Encoding: base64                               | aGVsb              => hel
 ; charset='iso-8859-1'                                              | \xfc               => ü
 ; charset=iso-8859-8-i                                              | \xf9\xec\xe5\xed   => שלום
 ; charset=ISO-8859-8-E                                              | \xf9\xec\xe5\xed   => שלום
@@ -2227,13 +2230,13 @@ Content-Type: image/png; name=a.png
 
 X
 ------=_Part_1_22.33--
-== a boundary in UTF-8, with blanks after it  -- text="hi\nx --ä--b"
-Content-Type: multipart/mixed; boundary="ä"
+== a boundary in UTF-8, with blanks after it  -- text="hi\nx --ä"
+Content-Type: multipart/mixed; boundary="ä "
 
 --ä {SP}
 
 hi
-x --ä--b
+x --ä
 --ä-- {SP}
 not shown
 == a text that is like the end of a delimiter  -- text="--", attachments=[(None, "image/png", b"<p>")]
@@ -2314,6 +2317,10 @@ Content-Type: text; charset=iso-8859-1
 Content-Transfer-Encoding: quoted-printable
 
 =FC
+== no header, and two paragraphs  -- subject=None, text="Hello\n\nBye\n"
+Hello
+
+Bye
 == a blank line at the beginning  -- subject=None, text="Subject: hi\n"
 
 Subject: hi
@@ -2491,6 +2498,12 @@ class ReadingTest(unittest.TestCase):
     def test_a_message_without_a_body(self) -> None:
         message = Memory(*ENVELOPE).message()
         self.assertEqual((message.subject, message.text, message.html, message.attachments), (None, None, None, []))
+
+    def test_a_parsed_mail_whose_headers_cannot_be_parsed(self) -> None:
+        for value in (b"x;" * 2000, b"; a*=\"b''\"", b""):
+            mail = receive_content(b"Content-Type: %b\r\nContent-Disposition: %b\r\n\r\n" % (value, value)).email
+            with self.subTest(value):
+                self.assertEqual((mail.get_content_type(), mail.is_attachment()), ("text/plain", False))
 
     def test_a_name_of_two_words_in_the_parsed_mail(self) -> None:
         mail = receive_content(b"From: =?utf-8?B?TcO8bg==?= =?utf-8?B?Y2hlbg==?= <a@a.com>\r\n\r\n").email
