@@ -561,8 +561,9 @@ _TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-enco
 _ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
 _WORD = _ENCODED_WORD.replace("A-Za-z", "BbQq")
 _COMMENT = r"\([^()]*\)"
-_SPACE, _TOKEN = rf"(?:\s|{_COMMENT})*", r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]+"
-_PARAMETER = rf'(?s);{_SPACE}([^\s;=()]+){_SPACE}={_SPACE}(?:"((?:[^"\\]|\\.)*)"?|((?:{_COMMENT}|[^;])*))'
+_SPACE, _TOKEN = rf"\s*(?:{_COMMENT}\s*)*", r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]+"
+_UNQUOTED = r"[^;(]*(?:\((?:[^()]*\))?[^;(]*)*"
+_PARAMETER = rf'(?s);{_SPACE}([^\s;=()]+){_SPACE}={_SPACE}(?:"([^"\\]*(?:\\.[^"\\]*)*)"?|({_UNQUOTED}))'
 _FIELD = r"(?<![^\n])([!-9;-~]+)[ \t]*:[ \t]*([^\n]*(?:\n[ \t][^\n]*)*)\n?"
 # Longer headers are not given to `email`, because the time that it takes grows with the square of their length.
 _HEADER_LIMIT, _DEPTH_LIMIT, _PART_LIMIT = 2000, 30, 10_000
@@ -666,8 +667,8 @@ def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
     text = next((value for name, value in part.raw_items() if name.lower() == header), None)
     if text is None:
         return "", {}
-    text = _unfold(text)
-    end = len(re.split(rf"\A((?:{_COMMENT}|[^;])*)", text)[1])
+    text = _unfold(text[:100_000])  # `re` needs up to 300 bytes for each character
+    end = len(re.split(rf"\A({_UNQUOTED})", text)[1])
     values: dict[str, str] = {}
     sections: dict[str, dict[int, tuple[str, str]]] = {}
     for name, quoted, raw in re.findall(_PARAMETER, text[end:]):
@@ -785,7 +786,7 @@ def _parse_part(part: Any, text: str, parts: _Parts, depth: int = 0) -> _Parts:
     content = None if texts else _decode_content(body.encode("ascii", "surrogateescape"), encoding)
     if is_message and content is not None:
         blocks = r"(?:[^\r\n][^\n]*(?:\n|\Z))+" if kind == "message/delivery-status" else r"(?s).+|\A\Z"
-        texts = re.findall(blocks, content.decode("ascii", "surrogateescape"))
+        texts = re.findall(blocks, content.decode("ascii", "surrogateescape"))[:_PART_LIMIT]
     parts.append((part, re.sub("^multipart/.*", "text/plain", kind), parameters, content))
     part.set_payload([EmailMessage(part.policy) for _ in texts] or body)
     for inner, text in zip(part.get_payload() if texts else (), texts, strict=True):
