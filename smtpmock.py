@@ -570,7 +570,7 @@ _HEADER_LIMIT, _DEPTH_LIMIT, _PART_LIMIT = 2000, 30, 10_000
 _Parts = list[tuple[Any, str, dict[str, str], bytes | None]]  # each with its type, parameters, and content if it is one
 
 _NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
-# The names by IANA and by old programs, without x- and cs, that Python does not know.
+# Names of charsets, by IANA and by old programs and without x- or cs, that Python knows under another name.
 _CHARSETS = {
     "(?:windows|ibm|ccsid|dos|ms)?-?(?:cp)?-?0*([0-9]+)": r"cp\1", "windows-?31j": "cp932", "hproman8": "hp-roman8",
     "iso-8859-1-windows.*": "cp1252", "iso-8859-2-windows.*": "cp1250", "iso-8859-9-windows.*": "cp1254",
@@ -580,7 +580,7 @@ _CHARSETS = {
     "eucpkdfmtjapanese|extended-unix-code-packed.*": "euc_jp", "jis-?encoding": "iso2022_jp", "gb-2312-80": "gb2312",
     "iso2022jp2": "iso2022_jp_2", "(?:iso)?-?latin-?9": "iso8859-15", "pc-multilingual-850.*": "cp858",
 }  # fmt: skip
-# Mail programs name a charset and use one with more characters, which keeps the bytes of the others.
+# Mail programs often name the first charset and use the second, which has all its characters and more.
 _SUPERSETS = {
     "ascii": "utf-8", "gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "euc_kr": "cp949",
     "shift_jis": "cp932", "euc_jp": "euc_jis_2004", "iso2022_jp": "iso2022_jp_ext iso2022_jp_3",
@@ -589,7 +589,7 @@ _SUPERSETS = {
 
 @functools.lru_cache(maxsize=64)
 def _find_codec(charset: str) -> str:
-    """Python's name of a charset; "", which is none, if it has none."""
+    """Python's name of a charset; "" if Python does not know it."""
     import codecs
 
     name = re.sub("[^a-z0-9.+]+", "-", charset[:60].lower()).strip("-")
@@ -607,7 +607,7 @@ def _decode_charset(data: bytes, charset: str) -> str:
     codec = _find_codec(charset) or "utf-8"
     names = ["cp1252"] if codec == "iso8859-1" else [codec, *_SUPERSETS.get(codec, "").split()]
     for name, errors in (*((name, "strict") for name in names), (names[-1], "replace"), ("utf-8", "replace")):
-        # What Windows adds to the first set of kanji, Python knows in another set.
+        # Windows adds characters to JIS X 0208 that Python knows in JIS X 0213 alone.
         text = data.replace(b"\x1b$B", b"\x1b$(O") if name == "iso2022_jp_3" else data
         with contextlib.suppress(Exception):  # a codec may raise anything, and that of UTF-7 makes lone surrogates
             return re.sub("[\ud800-\udfff]", "\ufffd", text.decode(name, errors).removeprefix("\ufeff"))
@@ -630,7 +630,7 @@ def _decode_content(data: bytes, encoding: str) -> bytes:
 
 
 def _decode_words(text: str, write: Callable[[str], str] = str) -> str:
-    """Without the white space between two encoded words; those of one charset may share a character."""
+    """Decode the encoded words, without the white space between two; those of one charset may share a character."""
 
     def decode(match: re.Match[str]) -> str:
         runs: list[tuple[str, list[bytes]]] = []
@@ -658,9 +658,10 @@ def _strip_comments(value: str) -> str:
 
 
 def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
-    """The value of a header such as Content-Type, and its parameters. `email` takes a comment for a part of the value.
+    """The value of a header such as Content-Type, and its parameters.
 
-    An unquoted value that needs quotes is taken whole, as mail readers do; `email` stops within it.
+    `email` takes comments for a part of the value, raises on some parameters, and stops within an unquoted one that
+    needs quotes; mail readers take it whole.
     """
     from urllib.parse import unquote_to_bytes
 
@@ -718,7 +719,7 @@ def _make_email_policy() -> Any:
 
 
 def _show_headers(mail: Any) -> list[tuple[str, str]]:
-    """As `email` shows addresses and other structured values, but only the first of a name, because that takes long."""
+    """Addresses and other structured values are shown as `email` does, but only the first of a name: it is slow."""
     structured = mail.policy.header_factory.registry.keys() - {"subject"}
     values = []
     for name, value in mail.raw_items():
@@ -777,7 +778,8 @@ def _parse_part(part: Any, text: str, parts: _Parts, depth: int = 0) -> _Parts:
 
     body = _read_header(part, text)
     (kind, parameters), encoding = _read_mime(part, _TYPE), _read_mime(part, _ENCODING)[0]
-    kind = kind if kind.count("/") == 1 else "text/plain" if kind else part.get_default_type()
+    if kind.count("/") != 1:  # RFC 2045 section 5.2
+        kind = "text/plain" if kind else part.get_default_type()
     is_multipart, is_message = kind.startswith("multipart/"), kind.startswith("message/")
     if depth == _DEPTH_LIMIT and (is_multipart or is_message):
         (parts[0][0] if parts else part).defects.append(MessageDefect("parts are nested too deeply"))
@@ -1600,6 +1602,7 @@ class Message:
 
     @functools.cached_property
     def _mail(self) -> _Parts:
+        """What all attributes of the mail are read from."""
         from email.message import EmailMessage
 
         text = self.as_bytes().decode("ascii", "surrogateescape")
