@@ -741,7 +741,7 @@ def _read_header(part: Any, text: str) -> str:
     fields = list(re.finditer(_FIELD, head))
     for field in fields:
         part.set_raw(field[1], field[2].rstrip("\r\n"))
-    if sum(len(field[0]) for field in fields) != len(head):
+    if sum(len(field[0]) for field in fields if field[0][len(field[1])] == ":") != len(head):
         part.defects.append(MissingHeaderBodySeparatorDefect())
     if rest and (fields or not head):
         return rest[0]

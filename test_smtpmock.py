@@ -1160,6 +1160,7 @@ false-end, bare-lf: ENVELOPE | HEAD | | R:a\r\n.\nb\r\n | END
 header-syntax, header-missing x2, no-message-id: ENVELOPE | Hello | END
 header-syntax, header-missing x2, no-message-id: ENVELOPE | R: Hello\r\n | END
 header-syntax: ENVELOPE | HEAD | Subject : Hi | | END
+header-syntax: ENVELOPE | HEAD | MIXED | | --x | Content-Type : text/plain | | Hello | --x-- | END
 header-raw, header-duplicate x2: ENVELOPE | HEAD | X: Grüße | Subject: a | subject: b | TO: c@example.com |
     Comments: a | Comments: b | | END
 bad-date, bad-message-id: ENVELOPE | Date: Ven, 21 nov 1997 09:55:06 GMT | FROM | Message-ID: <1> | | END
