@@ -606,12 +606,12 @@ def _decode_charset(data: bytes, charset: str) -> str:
     """The text, with a replacement character for each wrong one; a charset that is unknown counts as UTF-8."""
     codec = _find_codec(charset) or "utf-8"
     names = ["cp1252"] if codec == "iso8859-1" else [codec, *_SUPERSETS.get(codec, "").split()]
-    for name, errors in (*((name, "strict") for name in names), (names[-1], "replace"), ("utf-8", "replace")):
+    for name, errors in (*((name, "strict") for name in names), (names[-1], "replace")):
         # Windows adds characters to JIS X 0208 that Python knows in JIS X 0213 alone.
         text = data.replace(b"\x1b$B", b"\x1b$(O") if name == "iso2022_jp_3" else data
         with contextlib.suppress(Exception):  # a codec may raise anything, and that of UTF-7 makes lone surrogates
             return re.sub("[\ud800-\udfff]", "\ufffd", text.decode(name, errors).removeprefix("\ufeff"))
-    return ""
+    return data.decode("utf-8", "replace")
 
 
 def _decode_content(data: bytes, encoding: str) -> bytes:
