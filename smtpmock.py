@@ -10,10 +10,11 @@ One module, standard library only, one thread per connection. It reads from top 
 
     errors          what can go wrong, each also the built-in error that it resembles
     options         Configuration: every option with its default and its meaning
-    grammar         the patterns of RFC 5321 and the parsers of a command line
+    grammar         the verbs, the patterns of RFC 5321, and the parsers of a command line
+    dialogue        a request, a reply, and the exchange of the two
     mail            how a mail is read: its charsets, encodings, headers and parts
     violations      what a client can do wrong: the checks, each with its RFC
-    records         what the server answers, and what it records of a session
+    records         what the server records of a session
     rules           when the server deviates from its normal replies, and how
     handlers        how a command is processed, and one class per command
     session         one SMTP conversation, without a socket
@@ -21,6 +22,7 @@ One module, standard library only, one thread per connection. It reads from top 
     logger          the Logger protocol and the default logger
     server          the connection, the listener, and Server, which owns the listener
     pytest          the plugin
+    http            what -http answers: the same commands, the messages as JSON, and a page for people
     command line    python -m smtpmock
 
 PYTEST_DONT_REWRITE: else pytest would warn if a test imported this module before the plugin.
@@ -31,7 +33,6 @@ MIT licence, https://opensource.org/licenses/MIT. Copyright 2026 the smtpmock au
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import errno
 import functools
@@ -56,11 +57,17 @@ if TYPE_CHECKING:
     import datetime
     import logging
     import ssl
-    from dataclasses import dataclass as _fields
     from email.message import EmailMessage
-    from typing import Concatenate, ParamSpec
+    from typing import Concatenate, Literal, ParamSpec
+
+    from typing_extensions import dataclass_transform as _dataclass_transform  # pyright: ignore
 
     _P = ParamSpec("_P")
+else:
+
+    def _dataclass_transform(**options: bool) -> Callable[[type], type]:  # what Python 3.10 lacks, and nothing needs
+        return lambda cls: cls
+
 
 __version__ = "3.0.0"
 
@@ -69,6 +76,7 @@ __all__ = [
     "Attachment",
     "Configuration",
     "ConfigurationError",
+    "Exchange",
     "Handler",
     "Logger",
     "Message",
@@ -92,11 +100,20 @@ class SMTPMockError(Exception):
 
 
 class ConfigurationError(SMTPMockError, ValueError):
-    """An invalid option or argument. The text has its name, its value, and what is allowed."""
+    """An invalid option or argument. The text has its name, its value, and what is allowed.
+
+    `option` is its name, and `needed` that of the option without which it is invalid; "" if there is none.
+    """
+
+    def __init__(self, text: str, option: str = "", *values: object, needed: str = "") -> None:
+        start = option + "".join(f"={value!r}" for value in values)
+        super().__init__(f"{start}: {text}{needed}" if option else text)
+        self.option = option
+        self.needed = needed
 
 
 class ServerStateError(SMTPMockError, RuntimeError):
-    """start() was called on a running server, or stop() on one that is not running."""
+    """start() on a running server, stop() on a stopped one, or client_context() without a certificate for tests."""
 
 
 class ServerStartError(SMTPMockError, OSError):
@@ -164,9 +181,10 @@ _NAMES = _OptionType(
 _WORDS = _OptionType(
     "a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse, tuple
 )
+_TEST_CONTEXTS = "test", "expired", "wrong host"
 _CONTEXT = _OptionType(
-    "an ssl.SSLContext for servers, as ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)",
-    lambda value: hasattr(value, "wrap_socket") and value.check_hostname is not True,
+    "an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) with a certificate, or 'test', 'expired' or 'wrong host'",
+    lambda value: value in _TEST_CONTEXTS or (hasattr(value, "wrap_socket") and value.check_hostname is not True),
 )
 _HANDLERS = _OptionType("a list of subclasses of Handler", lambda value: isinstance(value, Iterable), normalise=tuple)
 _CALLABLE = _OptionType("callable", callable)
@@ -175,15 +193,22 @@ _LOGGER = _OptionType(
     lambda value: all(callable(getattr(value, name, None)) for name in ("info", "warning", "error")),
 )
 _USERS = _OptionType(
-    "a mapping of users to secrets, user:secret,... or a function of the mechanism, user and secret",
-    lambda value: callable(value) or (isinstance(value, Mapping) and _are_names([*value, *value.values()])),
-    lambda text: dict(pair.split(":", 1) for pair in _NAMES.parse(text)),
+    "a mapping of users to secrets, user:secret,... a function of the mechanism, user and secret, or * for anybody",
+    lambda who: who == "*" or callable(who) or (isinstance(who, Mapping) and _are_names([*who, *who.values()])),
+    lambda text: text if text == "*" else dict(pair.split(":", 1) for pair in _NAMES.parse(text)),
 )
 
 
 def _check(name: str, value: object, kind: _OptionType) -> None:
     if not kind.accepts(value):
-        raise ConfigurationError(f"{name}={value!r}: must be {kind.allowed}")
+        raise ConfigurationError(f"must be {kind.allowed}", name, value)
+
+
+def _read(kind: _OptionType, text: str) -> Any:
+    try:
+        return kind.parse(text)
+    except (KeyError, ValueError):
+        return text  # _check() will say what is wrong with it
 
 
 def _suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -193,8 +218,14 @@ def _suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+class _Option(NamedTuple):
+    default: Any
+    kind: _OptionType
+    about: str
+
+
 def _option(default: Any, kind: _OptionType, about: str) -> Any:
-    return dataclasses.field(default=default, metadata={"kind": kind, "about": about})
+    return _Option(default, kind, about)  # type checkers take this for the default
 
 
 def _reply(default: str, to: str) -> Any:
@@ -220,40 +251,96 @@ _NEEDED = {
 _T = TypeVar("_T")
 
 
-class _Fields:
-    """The base of frozen dataclasses. An instance keeps the fields that it was given; the class has the others."""
+@functools.cache
+def _make_dataclass(cls: Any) -> Any:
+    import dataclasses
+    import inspect
 
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    types = {name: text for base in reversed(cls.__mro__) for name, text in inspect.get_annotations(base).items()}
+    fields = []
+    for name, (default, _, about) in cls._declared.items():
+        is_keyword = name not in cls._positional
+        field = dataclasses.field(default=default, kw_only=is_keyword, metadata={"about": about})
+        fields.append((name, types[name], field))
+    made: Any = dataclasses.make_dataclass(cls.__name__, fields, frozen=True)
+    made.__signature__ = inspect.signature(made)
+    return made
 
-    def __init__(self, *values: Any, **fields: Any) -> None:
-        known = [field.name for field in dataclasses.fields(self)]
-        for name, value in fields.items():
-            if name not in known:
+
+class _DataclassAttribute:
+    """An attribute of the dataclass that a class of options seems to be, made late: dataclasses is slow to import."""
+
+    def __init__(self, options: Any = None) -> None:
+        self._options = options
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: Any) -> Any:
+        if self._name == "__signature__" and owner.__init__.__module__ != __name__:
+            return None  # inspect looks at the __init__ of the subclass then
+        return getattr(_make_dataclass(self._options or owner), self._name)
+
+
+@_dataclass_transform(kw_only_default=True, frozen_default=True)
+class _Options:
+    """The base of classes with options. An instance keeps the options that it was given, the class the defaults."""
+
+    _declared: ClassVar[dict[str, _Option]] = {}
+    _positional: ClassVar[tuple[str, ...]] = ()
+    __dataclass_fields__: ClassVar[Any] = _DataclassAttribute()
+    __dataclass_params__: ClassVar[Any] = _DataclassAttribute()
+    __match_args__: ClassVar[Any] = _DataclassAttribute()
+    __signature__: ClassVar[Any] = _DataclassAttribute()
+
+    def __init_subclass__(cls, kw_only: bool = True) -> None:
+        own = {name: option for name, option in vars(cls).items() if isinstance(option, _Option)}
+        for name, option in own.items():
+            setattr(cls, name, option.default)
+        inherited = [getattr(base, "_declared", {}) for base in reversed(cls.__bases__)]
+        cls._declared = {name: option for options in (*inherited, own) for name, option in options.items()}
+        if not kw_only:
+            cls._positional = tuple(own)
+        about = [f"{name}: {option.about}" for name, option in cls._declared.items()]
+        cls.__doc__ = "\n    ".join([cls.__doc__ or "", *about])
+
+    def __init__(self, *values: Any, **options: Any) -> None:
+        for name, value in options.items():
+            if name not in self._declared:
+                known = list(self._declared)
                 others = "" if len(known) > 9 else f"; there are {', '.join(known)}"
-                raise ConfigurationError(f"{name}={value!r}: there is no such option{_suggest(name, known) or others}")
-        positional = [field.name for field in dataclasses.fields(self) if not field.kw_only][: len(values)]
-        if len(values) > len(positional) or not fields.keys().isdisjoint(positional):
+                raise ConfigurationError(f"there is no such option{_suggest(name, known) or others}", name, value)
+        positional = self._positional[: len(values)]
+        if len(values) > len(positional) or not options.keys().isdisjoint(positional):
             raise TypeError(f"{type(self).__name__}() has too many positional arguments: {values!r}")
-        vars(self).update(zip(positional, values, strict=True), **fields)
-        for field in dataclasses.fields(self):
-            given, kind = getattr(self, field.name), field.metadata["kind"]
-            if given is not field.default:
-                _check(field.name, given, kind)
-                vars(self)[field.name] = kind.normalise(given)
+        for name, value in (dict(zip(positional, values, strict=True)) | options).items():
+            default, kind, _ = self._declared[name]
+            if value is not default:
+                _check(name, value, kind)
+            vars(self)[name] = default if value is default else kind.normalise(value)
         self.__post_init__()
 
     def __post_init__(self) -> None: ...
 
+    def __setattr__(self, name: str, value: object = None) -> None:
+        from dataclasses import FrozenInstanceError
+
+        raise FrozenInstanceError(f"{type(self).__name__}.{name} cannot be changed")
+
+    __delattr__ = __setattr__
+
     def _replace(self: _T, **changes: Any) -> _T:
         return type(self)(**{**vars(self), **changes})
 
-    def _find_changes(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
-        fields = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
-        return {name: value for name, (value, default) in fields.items() if value != default}
+    __replace__ = _replace  # of copy.replace()
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Fields) and (type(self), self._find_changes()) == (type(other), other._find_changes())
+    def _find_changes(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        values = ((name, getattr(self, name), option.default) for name, option in self._declared.items())
+        return {name: value for name, value, default in values if value != default}
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and self._find_changes() == other._find_changes()
 
     def __hash__(self) -> int:
         return hash(tuple(self._find_changes()))  # the names only, because a value may have no hash
@@ -263,62 +350,33 @@ class _Fields:
         return f"{type(self).__name__}({changes})"
 
 
-def _shows_options(options: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
-    """Have a method show the fields of a dataclass as its parameters, to type checkers and to inspect.signature()."""
-    # That looks at __wrapped__, here never called. A __signature__ would need the module inspect, slow to import.
-
-    def declare(method: Any) -> Any:
-        fields = sorted(vars(options)["__dataclass_fields__"].values(), key=operator.attrgetter("kw_only"))
-        names = ("self", *(field.name for field in fields))
-        count = 1 + sum(not field.kw_only for field in fields)
-        code = method.__code__.replace(co_varnames=names, co_nlocals=len(names), co_flags=3)
-        code = code.replace(co_argcount=count, co_kwonlyargcount=len(names) - count)
-        shown = types.FunctionType(code, {}, None, tuple(field.default for field in fields[: count - 1]))
-        shown.__kwdefaults__ = {field.name: field.default for field in fields}
-        shown.__annotations__ = {field.name: field.type for field in fields} | {"return": None}
-        method.__wrapped__ = shown
-        return method
-
-    return declare
-
-
-if not TYPE_CHECKING:  # type checkers see dataclasses.dataclass instead
-
-    def _fields(**options: Any) -> Callable[[type], type]:
-        """Make a dataclass with the methods of _Fields. Generating them would take longer than everything else here."""
-
-        def declare(cls: type) -> type:
-            cls = dataclasses.dataclass(init=False, repr=False, eq=False, **options)(cls)
-            cls.__init__ = _shows_options(cls)(types.FunctionType(_Fields.__init__.__code__, globals()))
-            about = [f"{field.name}: {field.metadata['about']}" for field in dataclasses.fields(cls)]
-            cls.__doc__ = "\n    ".join([cls.__doc__ or "", *about])
-            return cls
-
-        return declare
+def _shows_options(of: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
+    """Have type checkers see the options of this class as the arguments of a method."""
+    return lambda method: method
 
 
 def _check_choices(option: str, names: Iterable[str], known: Collection[str], fold: Callable[[str], str] = str) -> None:
     for name in names:
         if fold(name) not in known:
-            raise ConfigurationError(f"{option}: {name} is unknown{_suggest(fold(name), known)}")
+            raise ConfigurationError(f"{name} is unknown{_suggest(fold(name), known)}", option)
 
 
-@_fields(frozen=True, kw_only=True)
-class Configuration(_Fields):
-    """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
-
-    Times are in seconds and may have fractions. A reply may be any text, with or without a code. Each
-    newline in it starts another line of the reply, and {msg_size_limit} stands for that option. A text
-    that begins with 4 or 5 refuses the command, whichever option it is.
-    """
+class _AddressOptions(_Options):
+    """What configure() cannot change."""
 
     host: str = _option("127.0.0.1", _TEXT, "host name or address to listen on; [::] is all of them")
     port: int = _option(0, _PORT, "port to listen on; 0 takes a free one")
+
+
+class _SessionOptions(_Options):
+    """All others of a Configuration."""
+
     log_to_stdout: bool = _option(False, _FLAG, "log to stdout, and errors to stderr")
     log_server_activity: bool = _option(False, _FLAG, "include sessions, requests and replies in that log")
     session_timeout: float = _option(30, _TIMEOUT, "seconds of silence after which a session is closed")
     shutdown_timeout: float = _option(1, _SECONDS, "seconds that a stop gives to busy sessions")
     fail_fast: bool = _option(False, _FLAG, "close a session after its first refused command")
+    keep_all: bool = _option(False, _FLAG, "turn on the next two options, unless they are given")
     multiple_rcptto: bool = _option(False, _FLAG, "keep all recipients of a message, not only the last")
     multiple_message_receiving: bool = _option(False, _FLAG, "keep all messages of a session, not only the last")
     blacklisted_helo_domains: Collection[str] = _option(frozenset(), _NAMES, "domains that HELO and EHLO refuse")
@@ -338,13 +396,15 @@ class Configuration(_Fields):
     strict: bool = _option(False, _FLAG, "refuse a mail with violations at its end")
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
     extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept: SIZE, DSN, CHUNKING...")
-    auth_users: Mapping[str, str] | Callable[[str, str, str], object] | None = _option(
-        None, _USERS, "who can log in, as user:secret,...; no AUTH without it"
+    auth_users: Mapping[str, str] | Callable[[str, str, str], object] | Literal["*"] | None = _option(
+        None, _USERS, "who can log in, as user:secret,... or * for anybody; no AUTH without it"
     )
     auth_mechanisms: Collection[str] = _option(_AUTH_MECHANISMS, _WORDS, "AUTH mechanisms to announce and accept")
     auth_required: bool = _option(False, _FLAG, "refuse the commands of a mail before AUTH")
     auth_requires_tls: bool = _option(False, _FLAG, "neither announce nor accept AUTH without TLS")
-    ssl_context: ssl.SSLContext | None = _option(None, _CONTEXT, "ssl.SSLContext with a certificate; no TLS without it")
+    ssl_context: ssl.SSLContext | Literal["test", "expired", "wrong host"] | None = _option(
+        None, _CONTEXT, "ssl.SSLContext with a certificate, or the name of one for tests; no TLS without it"
+    )
     implicit_tls: bool = _option(False, _FLAG, "begin each session with TLS, as on port 465; no STARTTLS then")
     tls_required: bool = _option(False, _FLAG, "refuse all commands but EHLO, NOOP and QUIT before STARTTLS")
     msg_size_limit: int = _option(10485760, _COUNT, "largest message body, in bytes")
@@ -374,6 +434,9 @@ class Configuration(_Fields):
     msg_rset_received: str = _reply("250 Ok", "RSET")
     msg_noop_received: str = _reply("250 Ok", "NOOP")
     msg_quit_cmd: str = _reply("221 Closing connection", "QUIT")
+    msg_vrfy_received: str = _reply("252 Cannot VRFY user, but will accept message", "VRFY")
+    msg_expn_received: str = _reply("252 Cannot EXPN list, but will accept message", "EXPN")
+    msg_help_received: str = _reply("214 HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT", "HELP")
     msg_unknown_parameter: str = _reply(
         "555 Parameter not recognized or not implemented", "a bad MAIL or RCPT parameter"
     )
@@ -401,33 +464,103 @@ class Configuration(_Fields):
         known = _EXTENSIONS.split()
         for name in (extension.split()[0].upper() for extension in self.extensions):
             if option := {"AUTH": "auth_users", "STARTTLS": "ssl_context"}.get(name):
-                raise ConfigurationError(f"extensions: {name} is announced with the option {option}")
+                raise ConfigurationError(f"{name} is announced with the option ", "extensions", needed=option)
             if name not in known and not name.startswith("X") and (hint := _suggest(name, known, 0.7)):
-                raise ConfigurationError(f"extensions: {name} is unknown{hint}")
+                raise ConfigurationError(f"{name} is unknown{hint}", "extensions")
         _check_choices("tolerated", self.tolerated, _VIOLATIONS)
         if not self.auth_mechanisms:
-            raise ConfigurationError("auth_mechanisms: must name one or more")
+            raise ConfigurationError("must name one or more", "auth_mechanisms")
         _check_choices("auth_mechanisms", self.auth_mechanisms, _AUTH_MECHANISMS, str.upper)
         for name, other in _NEEDED.items():
             if getattr(self, name) and getattr(self, other) is None:
-                raise ConfigurationError(f"{name}=True: needs {other}")
+                raise ConfigurationError("needs ", name, True, needed=other)
+
+
+class _KeepAllDefault:
+    """The default of an option that keep_all turns on."""
+
+    def __get__(self, options: _SessionOptions | None, owner: object) -> bool:
+        return options is not None and options.keep_all
+
+
+_SessionOptions.multiple_rcptto = _SessionOptions.multiple_message_receiving = _KeepAllDefault()  # type: ignore[assignment]
+
+
+class Configuration(_SessionOptions, _AddressOptions):
+    """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
+
+    Times are in seconds and may have fractions. A reply may be any text, with or without a code. Each
+    newline in it starts another line of the reply, and {msg_size_limit} stands for that option. A text
+    that begins with 4 or 5 refuses the command, whichever option it is.
+    """
 
 
 _CONFIGURATION = _OptionType("a Configuration", lambda value: isinstance(value, Configuration))
 
 
-@_fields(frozen=True)
-class _ServerOptions(Configuration):
-    """What a Server takes."""
-
+class _BaseOptions(_Options, kw_only=False):
     configuration: Configuration | None = _option(None, _CONFIGURATION, "the options that are not given by name")
-    _: dataclasses.KW_ONLY
+
+
+class _Changes(_SessionOptions, _BaseOptions):
+    """What Server.configure() takes."""
+
     logger: Logger | logging.Logger | None = _option(None, _LOGGER, "what replaces the default log")
     on_message: Callable[[Message], object] | None = _option(None, _CALLABLE, "called with each accepted message")
     handlers: Iterable[type[Handler]] = _option((), _HANDLERS, "verbs of your own, or in place of the built-in ones")
 
 
+class _ServerOptions(_Changes, Configuration):
+    """What Server() takes."""
+
+
 # ----------------------------------------------------------------------------------------- grammar
+
+
+class _Verb(NamedTuple):
+    """What a verb is, whether or not the server has it."""
+
+    argument: str = ""  # a domain, an address, a text or a secret; "" if there is none
+    extension: str = ""  # the keyword that announces it
+    has_recipients: bool = False  # rules for an address are about those of the mail
+    ends_group: bool = False  # it must be the last of a pipelined group
+    ends_mail: bool = False  # it abandons a mail that has begun
+    follows_mail: bool = False  # it begins no mail, and is noted on the one before it
+
+
+# The verbs of all RFCs, and below what this module calls the other things that a client sends. Pipelined groups are
+# those of RFC 2920 section 3.1, RFC 3207 section 4 and RFC 4954 section 4.
+_VERBS = {
+    "HELO": _Verb("domain", ends_mail=True),
+    "EHLO": _Verb("domain", ends_group=True, ends_mail=True),
+    "LHLO": _Verb("domain", ends_group=True, ends_mail=True),
+    "MAIL": _Verb("address", ends_mail=True),
+    "RCPT": _Verb("address"),
+    "DATA": _Verb(has_recipients=True, ends_group=True),
+    "BDAT": _Verb("text", "CHUNKING", has_recipients=True),
+    "RSET": _Verb(ends_mail=True, follows_mail=True),
+    "NOOP": _Verb("text", ends_group=True, follows_mail=True),
+    "QUIT": _Verb(ends_group=True, ends_mail=True, follows_mail=True),
+    "STARTTLS": _Verb("", "STARTTLS", ends_group=True, ends_mail=True),
+    "AUTH": _Verb("secret", "AUTH", ends_group=True),
+    "VRFY": _Verb("address", ends_group=True),
+    "EXPN": _Verb("address", ends_group=True),
+    "HELP": _Verb("text"),
+    "ETRN": _Verb("domain", "ETRN"),
+    "ATRN": _Verb("domain", "ATRN"),
+    "TURN": _Verb(ends_group=True),
+    "BURL": _Verb("secret", "BURL"),
+    "SEND": _Verb("address"),
+    "SOML": _Verb("address"),
+    "SAML": _Verb("address"),
+    "connect": _Verb(),
+    "answer": _Verb("secret", ends_group=True),
+    "message": _Verb(has_recipients=True),
+    "partial message": _Verb(),
+    "too long": _Verb(),
+    "truncated": _Verb(),
+}
+_UNKNOWN_VERB = _Verb("secret")
 
 # Patterns are compiled when they are first used, because that takes time, and many programs only import this module.
 # Every pattern is linear: no two parts of a repetition can match the same text. Letters of any script are
@@ -485,6 +618,31 @@ def _is_clean(text: str) -> bool:
     return (text.isascii() and text.isprintable()) or re.search(_FORBIDDEN, text) is None
 
 
+class _Path(NamedTuple):
+    """The argument of MAIL or RCPT (RFC 5321 section 4.1.2)."""
+
+    address: str  # "" for <>
+    parameters: dict[str, str]  # by names in upper case; never changed, because the path is kept
+
+
+_NO_PARAMETERS: dict[str, str] = {}
+
+
+def _split_path(text: str) -> tuple[str, Sequence[str]]:
+    """The path, and the parameters behind it."""
+    match = _PATH_END.match(text)
+    end = match.end() if match and text[match.end() : match.end() + 1] in ("", " ") else len(text)
+    return text[:end], text[end:].split()
+
+
+def _read_parameters(words: Iterable[str]) -> dict[str, str]:
+    """By names in upper case. A duplicate gets "?", which is never valid, so it is refused."""
+    parameters: dict[str, str] = {}
+    for name, _, value in (word.partition("=") for word in words):
+        parameters[name.upper()] = "?" if name.upper() in parameters else value
+    return parameters
+
+
 # Each of these parses the argument of a command, and returns None if it is invalid.
 
 
@@ -493,42 +651,24 @@ def _parse_domain(text: str, pattern: str = _DOMAIN) -> str | None:
     return text if valid and _is_clean(text) else None
 
 
-@functools.lru_cache(maxsize=512)  # tests use few addresses, each many times
-def _parse_path(text: str, pattern: str = _PATH) -> str | None:
-    match = re.fullmatch(pattern, text)
-    if match is None or (match[1] is None) != (match[3] is None) or not _is_clean(text):
+def _parse_path(pattern: str, allowed: str, has_parameters: bool, text: str) -> _Path | None:
+    """A path of this pattern, or the allowed one, which has no mailbox."""
+    path, words = _split_path(text) if has_parameters else (text, ())
+    parameters = _read_parameters(words) if words else _NO_PARAMETERS
+    if path.lower() == allowed:
+        return _Path(path[1:-1], parameters)
+    match = re.fullmatch(pattern, path)
+    if match is None or (match[1] is None) != (match[3] is None) or not _is_clean(path):
         return None
     address: str = match[2]
     domain = address.rpartition("@")[2]
-    return address if domain[0] != "[" or _is_address_literal(domain) else None
+    return _Path(address, parameters) if domain[0] != "[" or _is_address_literal(domain) else None
 
 
 def _parse_chunk(text: str) -> tuple[int, bool] | None:
     """The size of a chunk, and whether it is the last (RFC 3030 section 2)."""
     match = re.fullmatch(r"([0-9]{1,20})(?: +([lL][aA][sS][tT]))?", text)
     return (int(match[1]), match[2] is not None) if match else None
-
-
-class _Address(str):
-    """An address that came with parameters (RFC 5321 section 4.1.2)."""
-
-    parameters: dict[str, str]  # names in upper case; a duplicate gets "?", which is never valid, so it is refused
-
-
-def _parse_parameters(text: str, parse: Callable[[str], str | None]) -> str | None:
-    """Parse a path with parameters behind it; parse() is given the path alone."""
-    match = _PATH_END.match(text)
-    end = match.end() if match and text[match.end() : match.end() + 1] in ("", " ") else len(text)
-    path = parse(text[:end])
-    words = text[end:].split()
-    if path is None or not words:
-        return path
-    address = _Address(path)
-    address.parameters = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        address.parameters[name.upper()] = "?" if name.upper() in address.parameters else value
-    return address
 
 
 def _decode(data: bytes) -> str:
@@ -553,6 +693,137 @@ _PARAMETERS = {
     "HOLDFOR": ("MAIL", "FUTURERELEASE", "[^?]*"),  # RFC 4865
     "HOLDUNTIL": ("MAIL", "FUTURERELEASE", "[^?]*"),
 }
+
+
+# ---------------------------------------------------------------------------------------- dialogue
+
+
+class _Request:
+    """What a client has sent. Sessions share those that they repeat, so nothing changes one.
+
+    Like a reply it is no NamedTuple, because their attributes take longer to read.
+    """
+
+    def __init__(self, verb: str, line: str, argument: str = "", faults: tuple[tuple[str, str], ...] = ()) -> None:
+        self.verb = verb  # in upper case, or one of the last names in _VERBS
+        self.line = line  # as it may be shown: *** for a secret, <9 bytes> for a body
+        self.argument = argument
+        self.faults = faults  # what the line does not show: codes of violations, each with the line for it
+        self.kind = _VERBS.get(verb, _UNKNOWN_VERB)
+
+    def hide(self, line: str, argument: str = "") -> _Request:
+        """The request with this line, because its own may hold a secret."""
+        return _Request(self.verb, line, argument, tuple((code, line) for code, _ in self.faults))
+
+
+def _find_faults(line: bytes, shown: str) -> tuple[tuple[str, str], ...]:
+    """What is wrong with the bytes of a line. Those are not kept, because they may be a secret."""
+    text = line[:-1] if line.endswith(b"\r") else line
+    faults = {
+        "bare-lf": text is line,
+        "bare-cr": b"\r" in text,
+        "nul-byte": b"\0" in text,
+        "command-space": text.strip(b" \t") != text,
+        "long-command": len(line) >= 512,  # and the LF
+    }
+    return tuple((code, shown) for code, is_wrong in faults.items() if is_wrong)
+
+
+def _parse_line(line: bytes) -> _Request:
+    """Split a line into the verb and the argument (RFC 5321 section 4.1.1)."""
+    text = _decode(line.strip())
+    # Nothing was stripped but the CR.
+    is_clean = len(text) == len(line) - 1 < 511 and line[-1] == 13 and text.isprintable()
+    verb, _, argument = (text.replace("\t", " ") if "\t" in text else text).partition(" ")
+    # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
+    verb = verb.upper() if verb.isascii() else ""
+    return _Request(verb, text, argument, () if is_clean else _find_faults(line, text))
+
+
+class _Next(enum.Enum):
+    """What the server does after a reply, if it does not wait for a command. All but TLS end the session."""
+
+    TLS = "<tls>"
+    CLOSE = "<closed>"
+    RESET = "<reset>"  # closes with an RST
+    SILENCE = "<silence>"  # stays connected, but answers nothing any more
+
+
+def _encode(text: str) -> bytes:
+    return text.replace("\r\n", "\n").replace("\n", "\r\n").encode("utf-8", "surrogateescape") + b"\r\n"
+
+
+class _Reply:
+    """What the server says next, for the connection to carry out. Nothing changes it, because it is said again."""
+
+    def __init__(
+        self,
+        text: str,
+        data: bytes | None = None,
+        delay: float = 0.0,
+        next: _Next | None = None,
+        accepts: bool = False,
+        trickle: float = 0.0,
+    ) -> None:
+        self.text = text
+        self.data = _encode(text) if data is None else data  # what is sent; empty if the server says nothing
+        self.delay = delay  # seconds before it
+        self.next = next
+        self.accepts = accepts  # whether the command takes effect
+        self.trickle = trickle  # seconds between the bytes
+        self.refuses = bool(self.data) and text.startswith(("4", "5"))
+        self.ends = next is not None and next is not _Next.TLS
+
+    def replace(self, **changes: Any) -> _Reply:
+        """A reply with these changes; data=None encodes its text."""
+        names = ("text", "data", "delay", "next", "accepts", "trickle")
+        return _Reply(**{**{name: getattr(self, name) for name in names}, **changes})
+
+
+class _Exchange(NamedTuple):
+    """A request and the reply to it."""
+
+    request: _Request | None  # None where the server speaks unasked
+    reply: _Reply | None  # None where there is none
+    value: Any  # of the argument; None if that is invalid
+    at: float  # when the request arrived, in seconds since the epoch
+    was_early: bool  # whether the client had sent more before the reply
+
+    @property
+    def verb(self) -> str:
+        return "" if self.request is None else self.request.verb
+
+    @property
+    def line(self) -> str:
+        return "" if self.request is None else self.request.line
+
+    @property
+    def response(self) -> str:
+        return "" if self.reply is None else self.reply.text
+
+    @property
+    def accepted(self) -> bool:
+        return self.reply is not None and self.reply.accepts
+
+    @property
+    def is_refused(self) -> bool:
+        return self.request is not None and self.reply is not None and self.reply.refuses
+
+
+def _printable(text: str) -> str:
+    """The text as one line, with escapes in place of control characters, which a terminal would obey."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def _format_exchanges(exchanges: Iterable[_Exchange]) -> Iterator[str]:
+    """Yield lines such as "C: QUIT", "S: 221 Closing connection" and "S: <closed>"."""
+    for request, reply, *_ in exchanges:
+        if request is not None:
+            yield f"C: {_printable(request.line)}"
+        if reply is not None and reply.data:
+            yield from (f"S: {_printable(line)}" for line in reply.text.replace("\r\n", "\n").split("\n"))
+        if reply is not None and reply.next is not None and reply.ends:
+            yield f"S: {reply.next.value}"
 
 
 # -------------------------------------------------------------------------------------------- mail
@@ -799,63 +1070,6 @@ def _parse_part(part: Any, text: str, parts: _Parts, depth: int = 0) -> _Parts:
 
 # -------------------------------------------------------------------------------------- violations
 
-# Subclasses of str and int carry facts that the text of the dialogue does not show.
-
-
-class _FaultyLine(str):
-    """A request with faults that its text does not show. Bytes are not kept, because they may be a secret."""
-
-    faults: tuple[str, ...] = ()  # codes of violations
-
-
-class _FaultyBody(int):
-    """The size of a body, with such faults."""
-
-    faults: tuple[tuple[str, str], ...] = ()  # codes of violations, each with its line
-    is_partial = False  # whether the session ended before the body
-
-
-class _EarlyReply(str):
-    """A reply before which the client had sent more."""
-
-
-_mark_early = functools.lru_cache(maxsize=512)(_EarlyReply)
-
-
-def _add_faults(request: str, faults: tuple[str, ...]) -> str:
-    line = _FaultyLine(request)
-    line.faults = faults
-    return line if faults else request
-
-
-def _hide(request: str, text: str) -> str:
-    """This text in place of the request, which may be a secret."""
-    return _add_faults(text, getattr(request, "faults", ()))
-
-
-def _find_faults(request: str, line: bytes) -> str:
-    """The request, which was this line, with its faults."""
-    text = line[:-1] if line.endswith(b"\r") else line
-    faults = {
-        "bare-lf": text is line,
-        "bare-cr": b"\r" in text,
-        "nul-byte": b"\0" in text,
-        "command-space": text.strip(b" \t") != text,
-        "long-command": len(line) >= 512,  # and the LF
-    }
-    return _add_faults(request, tuple(code for code, is_wrong in faults.items() if is_wrong))
-
-
-def _parse_command(line: bytes) -> tuple[str, str, str]:
-    """Split a line into the stripped line, the verb in upper case, and the argument (RFC 5321 section 4.1.1)."""
-    request = _decode(line.strip())
-    # Nothing was stripped but the CR.
-    if not (len(request) == len(line) - 1 < 511 and line[-1] == 13 and request.isprintable()):
-        request = _find_faults(request, line)
-    verb, _, argument = (request.replace("\t", " ") if "\t" in request else request).partition(" ")
-    # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
-    return request, verb.upper() if verb.isascii() else "", argument
-
 
 class Violation(NamedTuple):
     """A rule of SMTP or of mail that the client broke."""
@@ -926,13 +1140,7 @@ _VIOLATIONS = {
     "wrong-charset": ("the text cannot be decoded with its charset", "2046 4.1.2", "error"),
 }
 
-# The verbs of all RFCs, and what this module calls the other things that a client sends.
-_VERBS = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY EXPN HELP STARTTLS AUTH ETRN ATRN TURN BURL SEND SOML SAML"
-_REQUESTS = (*_VERBS.split(), "LHLO", "answer", "message")
-_KEYWORDS = {"STARTTLS": "STARTTLS", "AUTH": "AUTH", "BDAT": "CHUNKING", "ETRN": "ETRN", "ATRN": "ATRN", "BURL": "BURL"}
 _HELLO, _PATHS, _PLAINTEXT_MECHANISMS = ("EHLO", "HELO"), ("MAIL", "RCPT"), ("PLAIN", "LOGIN")
-# The last of a pipelined group: RFC 2920 section 3.1, RFC 3207 section 4, RFC 4954 section 4.
-_LAST_OF_GROUP = ("EHLO", "DATA", "NOOP", "QUIT", "VRFY", "EXPN", "TURN", "AUTH", "STARTTLS", "answer")
 
 # The strict grammar of RFC 5321 section 4.1.2, where the server's own is tolerant.
 _HOST = rf"{_LABEL}(?:\.{_LABEL})*"
@@ -950,52 +1158,52 @@ def _is_too_long(path: str) -> bool:
 class _ClientState:
     """One request, and the state of the client when it sent it."""
 
-    line = reply = verb = argument = path = mechanism = ""  # verb is one of _REQUESTS, or any other word
+    line = reply = verb = argument = path = mechanism = ""
+    kind = _UNKNOWN_VERB
     given: dict[str, str] = {}  # parameters of this request
     parameters: dict[str, str] = {}  # of the last MAIL
     recipients: list[str] = []  # accepted since
     announced: dict[str, list[str]] = {}  # extensions, each with its words
-    is_greeted = is_in_mail = is_challenged = has_begun_tls = was_told_421 = False
+    is_greeted = is_in_mail = has_begun_tls = was_told_421 = False
     was_refused_data = ignores_refusal = has_chunks = False
     was_pipelined = may_be_blind = False  # sent before the last reply, and allowed to be (RFC 2920)
 
-    def read(self, request: _Request, reply: _Request) -> None:
-        self.reply = str(reply or "")
-        self.line = request if isinstance(request, str) else ""
-        verb, _, argument = self.line.replace("\t", " ").partition(" ")
-        self.verb = "answer" if self.is_challenged else verb.upper() if verb.isascii() else ""
-        if not isinstance(request, str):
-            self.verb = "greeting" if request is None else "message"
-        self.argument, self.mechanism = argument.strip(), argument.strip().partition(" ")[0].upper()
-        text = argument.partition(":")[2].strip() if self.verb in _PATHS else ""
-        self.path = next(_PATH_END.finditer(text))[0]
-        words = (word.partition("=") for word in text[len(self.path) :].split())
-        self.given = {name.upper(): value.upper() for name, _, value in words}
+    def read(self, request: _Request, exchange: _Exchange) -> None:
+        reply = exchange.reply
+        self.reply = reply.text if reply is not None and reply.data else ""
+        self.verb, self.line, self.argument, self.kind = request.verb, request.line, request.argument, request.kind
+        self.mechanism = request.argument.partition(" ")[0].upper() if self.verb == "AUTH" else ""
+        self.path, words = _split_path(request.argument) if self.verb in _PATHS else ("", [])
+        self.given = {name: value.upper() for name, value in _read_parameters(words).items()}
         self.needed = {_PARAMETERS.get(name, ("", name))[1] for name in self.given}  # the extensions of those
         self.needed |= {"BINARYMIME"} & {self.given.get("BODY", "")}
         self.has_literal = _is_address_literal(self.argument)
         self.is_refused, self.may_pipeline = self.reply[:1] in ("4", "5"), "PIPELINING" in self.announced
-        self.has_more = isinstance(reply, _EarlyReply)
-        self._read_faults(getattr(request, "faults", ()))
+        self.has_more = exchange.was_early and bool(self.reply)
+        self._read_faults(request)
 
-    def _read_faults(self, faults: tuple[Any, ...]) -> None:
+    def _read_faults(self, request: _Request) -> None:
         # Extensions allow longer lines: parameters do, and RFC 4954 section 4 for an answer to a challenge.
         is_long = self.line != "***" if self.verb == "answer" else not self.given or len(self.line) > 1010
-        self.faults = [fault for fault in faults if fault != "long-command" or is_long]
+        self.faults = [fault for fault in request.faults if fault[0] != "long-command" or is_long]
         self.sends_mail_early = self.has_more and self.verb == "DATA" and not self.is_refused
-        self.is_unknown = self.verb not in _REQUESTS and not (self.was_refused_data or "long-command" in faults)
+        self.is_unknown = self.verb not in _VERBS and not self.was_refused_data
         # A mechanism of one round trip may be followed by more (RFC 4954 section 4).
-        self.may_go_on = self.sends_mail_early or re.match("(?i:AUTH (PLAIN|EXTERNAL)) .", self.line)
+        self.may_go_on = self.sends_mail_early or (self.mechanism in ("PLAIN", "EXTERNAL") and self.line[-3:] == "***")
 
     def advance(self) -> None:
         """Let the request and its reply take effect."""
         accepted = self.verb if self.reply and not self.is_refused else ""
         self.was_pipelined, self.may_be_blind = self.has_more, self.has_more and self.may_pipeline
         self.was_told_421 = self.was_told_421 or self.reply.startswith("421")
-        self.is_challenged, self.has_begun_tls = self.reply.startswith("334"), accepted == "STARTTLS"
-        self.ignores_refusal = self.was_refused_data and self.verb not in _REQUESTS and self.line != "."
+        self.has_begun_tls = accepted == "STARTTLS"
+        self.ignores_refusal = self.was_refused_data and self.verb not in _VERBS and self.line != "."
         self.was_refused_data = self.verb == "DATA" and self.is_refused
-        self.is_in_mail &= self.verb != "message" and accepted not in (*_HELLO, "STARTTLS", "RSET")
+        self.is_in_mail &= self.verb not in ("message", "partial message") and accepted not in (
+            *_HELLO,
+            "STARTTLS",
+            "RSET",
+        )
         if accepted in (*_HELLO, "STARTTLS"):
             self.is_greeted, self.announced = accepted in _HELLO, {}
             for line in self.reply.upper().replace("AUTH=", "AUTH ").splitlines()[1:]:
@@ -1012,13 +1220,13 @@ class _ClientState:
 _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], object]], ...] = (
     ("after-421", (), lambda client: client.was_told_421 and not client.was_pipelined and client.verb != "QUIT"),
     ("no-hello-after-tls", (), lambda client: client.has_begun_tls and client.verb not in (*_HELLO, "QUIT")),
-    ("data-after-refusal", (), lambda client: client.was_refused_data and client.verb not in _REQUESTS),
+    ("data-after-refusal", (), lambda client: client.was_refused_data and client.verb not in _VERBS),
     ("data-before-354", ("DATA",), lambda client: client.sends_mail_early),
     ("pipelining", (), lambda client: client.has_more and not (client.may_pipeline or client.sends_mail_early)),
     (
         "pipelining-order",
-        _LAST_OF_GROUP,
-        lambda client: client.has_more and client.may_pipeline and not client.may_go_on,
+        (),
+        lambda client: client.kind.ends_group and client.has_more and client.may_pipeline and not client.may_go_on,
     ),
     (
         "unknown-command",
@@ -1032,7 +1240,7 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], obj
         lambda client: not re.fullmatch(_STRICT_NAME, client.argument) and not client.has_literal,
     ),
     ("hello-not-fqdn", _HELLO, lambda client: re.fullmatch(_LABEL, client.argument)),
-    ("unannounced-command", tuple(_KEYWORDS), lambda client: _KEYWORDS[client.verb] not in client.announced),
+    ("unannounced-command", (), lambda client: client.kind.extension not in ("", *client.announced)),
     (
         "unannounced-mechanism",
         ("AUTH",),
@@ -1043,7 +1251,7 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], obj
         ("AUTH",),
         lambda client: client.mechanism in _PLAINTEXT_MECHANISMS and "STARTTLS" in client.announced,
     ),
-    ("superfluous-argument", ("DATA", "RSET", "QUIT", "STARTTLS"), lambda client: client.argument),
+    ("superfluous-argument", (), lambda client: client.argument and not client.kind.argument),
     ("bad-sequence", ("AUTH",), lambda client: client.is_in_mail),
     (
         "bad-sequence",
@@ -1071,20 +1279,22 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], obj
 _Findings = Iterator[tuple[str, str]]  # codes, each with its line
 
 
-def _check_dialogue(dialogue: list[_Request], client: _ClientState) -> _Findings:
-    for request, reply in zip(dialogue[::2], dialogue[1::2], strict=False):
-        if client.ignores_refusal:  # up to the end of the mail that was sent all the same
-            client.ignores_refusal = request != "."
-            continue
-        client.read(request, reply)
-        if client.verb != "greeting":
-            yield from ((fault, client.line) if isinstance(fault, str) else fault for fault in client.faults)
+def _check_dialogue(exchanges: Iterable[_Exchange], client: _ClientState) -> _Findings:
+    for exchange in exchanges:
+        request = exchange.request
+        if request is None:
+            client.was_told_421 = client.was_told_421 or exchange.response.startswith("421")
+            if exchange.was_early:
+                yield "early-talker", ""
+        elif client.ignores_refusal:  # up to the end of the mail that was sent all the same
+            client.ignores_refusal = request.line != "."
+        else:
+            client.read(request, exchange)
+            yield from client.faults
             for code, verbs, is_wrong in _DIALOGUE_CHECKS:
                 if (not verbs or client.verb in verbs) and is_wrong(client):
                     yield code, client.line
-        elif client.has_more:
-            yield "early-talker", ""
-        client.advance()
+            client.advance()
 
 
 # Patterns for a mail or a body with a CRLF before it. Most begin with a byte, which is found fast.
@@ -1288,19 +1498,15 @@ def _check_mail(message: Message, client: _ClientState) -> _Findings:
 
 def _find_violations(message: Message) -> list[Violation]:
     """In the order of the dialogue and then of the mail, one for each code and line."""
-    dialogue, body, client = message._dialogue[: message._length], message._steps.get("msg"), _ClientState()
-    if dialogue[3:4] != [_TRUNCATED]:
-        found = [*_check_dialogue(dialogue, client)]
-    else:  # of the commands, only these are certain
-        found = []
-        for exchange in (message._steps[step] for step in ("helo", "mailfrom") if step in message._steps):
-            client.read(exchange.request, exchange.response)
-            client.advance()
-        client.recipients = [address.lower() for address in message.rcpt_tos]
+    exchanges, steps, client = message._exchanges[: message._length], message._steps, _ClientState()
+    # What comes before a truncation is not complete.
+    begin = max((at for at, exchange in enumerate(exchanges) if exchange.verb == "truncated"), default=-1) + 1
+    found = [*_check_dialogue(exchanges[begin:], client)]
+    client.recipients += [address.lower() for address in message.rcpt_tos if begin]
+    body, data = steps.get("msg"), steps.get("data")
     # A client that got a 354 although it has no recipient must send a lone dot (RFC 2920 section 3.1).
-    is_complete = body is not None and body.value is not None and not getattr(body.request, "is_partial", False)
-    if body is not None and is_complete and (body.value or client.recipients):
-        found += _check_content(body.value, client, message.data_request[:4].upper() == "BDAT")
+    if body is not None and body.verb == "message" and body.value is not None and (body.value or client.recipients):
+        found += _check_content(body.value, client, data is not None and data.verb == "BDAT")
         found += _check_mail(message, client)
     violations: dict[Violation, None] = {}
     for code, line in found:
@@ -1313,80 +1519,13 @@ def _find_violations(message: Message) -> list[Violation]:
 # ----------------------------------------------------------------------------------------- records
 
 
-class _Next(enum.Enum):
-    """What the server does after a reply, if it does not wait for a command. All but TLS end the session."""
+class Exchange(NamedTuple):
+    """A request of the client and the response of the server, as both may be shown."""
 
-    TLS = "<tls>"
-    CLOSE = "<closed>"
-    RESET = "<reset>"  # closes with an RST
-    SILENCE = "<silence>"  # stays connected, but answers nothing any more
-
-
-_ENDINGS = [ending.value for ending in _Next if ending is not _Next.TLS]  # as transcripts show them
-_Request = str | int | None  # a client's line, the size of its body, or None where the server speaks unasked
-
-
-class _AuthResult(NamedTuple):
-    """The outcome of AUTH."""
-
-    response: str  # the option that has the text of the reply
-    mechanism: str | None = None
-    user: str | None = None
-
-
-def _encode(text: str) -> bytes:
-    return text.replace("\r\n", "\n").replace("\n", "\r\n").encode("utf-8", "surrogateescape") + b"\r\n"
-
-
-class _Reply:
-    """What the server says next, as data for the connection to carry out. Nothing changes it, because it is said again.
-
-    It is no NamedTuple, because their attributes take longer to read.
-    """
-
-    def __init__(
-        self,
-        text: str,
-        data: bytes | None = None,
-        delay: float = 0.0,
-        next: _Next | None = None,
-        accepts: bool = False,
-        trickle: float = 0.0,
-    ) -> None:
-        self.text = text
-        self.data = _encode(text) if data is None else data  # what is sent
-        self.delay = delay  # seconds before it
-        self.next = next
-        self.accepts = accepts  # whether the command takes effect
-        self.trickle = trickle  # seconds between the bytes
-
-    def replace(self, **changes: Any) -> _Reply:
-        """A reply with these changes; data=None encodes its text."""
-        return _Reply(**{**vars(self), **changes})
-
-
-class _Exchange(NamedTuple):
-    """A request and its reply."""
-
-    request: _Request
-    response: str
-    accepted: bool
-    value: Any  # of the argument; None if that is invalid
-
-
-def _printable(text: str) -> str:
-    """The text as one line, with escapes in place of control characters, which a terminal would obey."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
-
-
-def _format_dialogue(dialogue: list[_Request]) -> Iterator[str]:
-    """Yield lines such as "C: QUIT" and "S: 221 Closing connection" for requests and responses in turn."""
-    for index, said in enumerate(dialogue):
-        if isinstance(said, int):
-            yield f"C: <{said} bytes>"
-        elif said is not None:
-            lines = said.replace("\r\n", "\n").split("\n") if index % 2 else [said]
-            yield from (f"{'S' if index % 2 else 'C'}: {_printable(line)}" for line in lines)
+    request: str | None  #: "<9 bytes>" for a body, *** for a secret, None where the server speaks unasked
+    response: str | None  #: without the last CRLF; None where there is none
+    accepted: bool  #: whether the command took effect
+    at: datetime.datetime  #: when the request arrived, in UTC; differences are those of a monotonic clock
 
 
 def _shorten(value: object) -> str:
@@ -1398,17 +1537,23 @@ def _shorten(value: object) -> str:
 class _StepField(Generic[_T]):
     """An attribute of Message that is read from the exchange of one step; the default if the step is missing."""
 
-    def __init__(self, step: str, field: str, default: _T) -> None:
-        self.step, self.read, self.default = step, operator.attrgetter(field), default
+    def __init__(self, step: str, read: Callable[[_Exchange], _T | None], default: _T) -> None:
+        self.step, self.read, self.default = step, read, default
 
     def __get__(self, message: Message, owner: type[Message]) -> _T:
         exchange = message._steps.get(self.step)
-        value: _T | None = None if exchange is None else self.read(exchange)
+        value = None if exchange is None else self.read(exchange)
         return self.default if value is None else value
 
 
+_read_line: Callable[[_Exchange], str] = operator.attrgetter("line")
+_read_response: Callable[[_Exchange], str] = operator.attrgetter("response")
+_read_accepted: Callable[[_Exchange], bool] = operator.attrgetter("accepted")
+
+
 def _make_fields(step: str) -> tuple[_StepField[str], _StepField[str], _StepField[bool]]:
-    return _StepField(step, "request", ""), _StepField(step, "response", ""), _StepField(step, "accepted", False)
+    fields = _StepField(step, _read_line, ""), _StepField(step, _read_response, "")
+    return *fields, _StepField(step, _read_accepted, False)
 
 
 class Attachment(NamedTuple):
@@ -1449,40 +1594,50 @@ class Message:
 
     helo_request, helo_response, helo = _make_fields("helo")
     mailfrom_request, mailfrom_response, mailfrom = _make_fields("mailfrom")
-    mail_from = _StepField[str | None]("mailfrom", "value", None)  #: the sender, "" for <>; None if none was valid
+    mail_from = _StepField[str | None](
+        "mailfrom", lambda exchange: exchange.value and exchange.value.address, None
+    )  #: the sender, "" for <>; None if none was valid
     data_request, data_response, data = _make_fields("data")
-    content = _StepField("msg", "value", b"")  #: the body, dots unstuffed, CRLF kept; partial if the client left
-    msg_response = _StepField("msg", "response", "")
-    msg = _StepField("msg", "accepted", False)
+    content = _StepField[bytes](
+        "msg", operator.attrgetter("value"), b""
+    )  #: the body, dots unstuffed, CRLF kept; partial if the client left
+    msg_response = _StepField("msg", _read_response, "")
+    msg = _StepField("msg", _read_accepted, False)
     rset_request, rset_response, rset = _make_fields("rset")
-    noop = _StepField("noop", "accepted", False)
-    quit_sent = _StepField("quit", "accepted", False)
+    noop = _StepField("noop", _read_accepted, False)
+    quit_sent = _StepField("quit", _read_accepted, False)
     auth_request, auth_response, auth = _make_fields("auth")  #: the request is without the secret
-    auth_mechanism = _StepField[str | None]("auth", "value.mechanism", None)  #: also if the login failed
-    auth_user = _StepField[str | None]("auth", "value.user", None)
-    tls = _StepField[tuple[str, str] | None]("tls", "value", None)  #: (version, cipher); None without TLS
+    auth_mechanism = _StepField[str | None](
+        "auth", operator.attrgetter("value.mechanism"), None
+    )  #: also if the login failed
+    auth_user = _StepField[str | None]("auth", operator.attrgetter("value.user"), None)
+    tls = _StepField[tuple[str, str] | None](
+        "tls", operator.attrgetter("value"), None
+    )  #: (version, cipher); None without TLS
     id: int  #: unique among the messages of the server
     peer: tuple[str, int]  #: the client's address and port
 
-    _stamped_at: float
     _steps: dict[str, _Exchange]
     _recipients: list[_Exchange]
     _count: int
-    _dialogue: list[_Request]
+    _exchanges: list[_Exchange]
     _length: int
-    _start: int
+    _discarded: int
     _tolerated: Collection[str]
     _findings = functools.cached_property(_find_violations)
 
-    def __init__(
-        self, mail: _Mail, peer: tuple[str, int], stamp: tuple[int, float], tolerated: Collection[str]
-    ) -> None:
+    def __init__(self, mail: _Mail, peer: tuple[str, int], id: int, tolerated: Collection[str]) -> None:
         # The session goes on appending to the lists, so their present lengths are kept with them.
         fields = self.__dict__  # because __setattr__() allows nothing
-        fields["id"], fields["_stamped_at"] = stamp
-        fields["peer"], fields["_steps"], fields["_tolerated"] = peer, mail.steps.copy(), tolerated
-        fields["_recipients"], fields["_count"] = mail.recipients, len(mail.recipients)
-        fields["_dialogue"], fields["_length"], fields["_start"] = mail.dialogue, len(mail.dialogue), mail.start
+        fields["id"] = id
+        fields["peer"] = peer
+        fields["_tolerated"] = tolerated
+        fields["_steps"] = mail.steps.copy()
+        fields["_recipients"] = mail.recipients
+        fields["_count"] = len(mail.recipients)
+        fields["_exchanges"] = mail.exchanges
+        fields["_length"] = len(mail.exchanges)
+        fields["_discarded"] = mail.discarded
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
@@ -1496,12 +1651,12 @@ class Message:
     @property
     def rcptto_request_response(self) -> list[tuple[str, str]]:
         """(request, response) of each RCPT TO; without multiple_rcptto, of the last."""
-        return [(str(exchange.request), exchange.response) for exchange in self._recipients[: self._count]]
+        return [(exchange.line, exchange.response) for exchange in self._recipients[: self._count]]
 
     @property
     def rcpt_tos(self) -> list[str]:
         """The accepted recipients; without multiple_rcptto, the last one, if it was accepted."""
-        return [exchange.value for exchange in self._recipients[: self._count] if exchange.accepted]
+        return [exchange.value.address for exchange in self._recipients[: self._count] if exchange.accepted]
 
     @property
     def rcptto(self) -> bool:
@@ -1510,39 +1665,48 @@ class Message:
     @property
     def mailfrom_parameters(self) -> dict[str, str]:
         """The parameters of MAIL FROM, such as {"SIZE": "1000", "SMTPUTF8": ""}."""
-        return dict(getattr(self.mail_from, "parameters", {}))
+        sender = self._steps.get("mailfrom")
+        return dict(sender.value.parameters) if sender is not None and sender.value is not None else {}
 
     @property
     def rcptto_parameters(self) -> list[dict[str, str]]:
         """The parameters of each of the rcpt_tos."""
-        return [dict(getattr(address, "parameters", {})) for address in self.rcpt_tos]
+        return [dict(exchange.value.parameters) for exchange in self._recipients[: self._count] if exchange.accepted]
 
     @property
     def msg_request(self) -> str:
         """The content as str: UTF-8, with surrogates for bytes that are not."""
         return _decode(self.content)
 
-    def _list_replies(self, start: int = 0) -> list[tuple[str, str]]:
-        """(request, response) of each command from this place in the dialogue on; a body is "<9 bytes>"."""
-        dialogue = self._dialogue[start : self._length]
-        pairs = zip(dialogue[::2], dialogue[1::2], strict=False)
-        shown = ((f"<{said} bytes>" if isinstance(said, int) else said, response) for said, response in pairs)
-        return [(request, str(response)) for request, response in shown if request is not None and response is not None]
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """The greeting, HELO, TLS and AUTH that are in force, and all that was said since the mail before."""
+        import datetime
+
+        return [
+            Exchange(
+                None if request is None else request.line,
+                reply.text if reply is not None and reply.data else None,
+                reply is not None and reply.accepts,
+                datetime.datetime.fromtimestamp(at, datetime.timezone.utc),
+            )
+            for request, reply, _, at, _ in self._exchanges[: self._length]
+            if request is not None or (reply is not None and reply.data)
+        ]
 
     @property
     def refusals(self) -> list[tuple[str, str]]:
-        """(request, response) of each command that got a 4xx or 5xx, even if erased since; a body is "<9 bytes>"."""
-        return [pair for pair in self._list_replies() if pair[1].startswith(("4", "5"))]
+        """(request, response) of each of the exchanges that got a 4xx or 5xx, even if a repeated command erased it."""
+        return [(said.line, said.response) for said in self._exchanges[: self._length] if said.is_refused]
 
     def _find_discards(self) -> Iterator[tuple[str, str]]:
         """What was accepted and not kept, each with the option that keeps it."""
-        accepted = [line for line, response in self._list_replies(self._start) if not response.startswith(("4", "5"))]
-        verbs = [line[:4].upper() if line[:1] != "<" else "<" for line in accepted]
-        last_mail = len(verbs) - verbs[::-1].index("MAIL") if "MAIL" in verbs else 0
-        recipients = verbs[last_mail:].count("RCPT") if self.msg else 0
+        accepted = [exchange.verb for exchange in self._exchanges[: self._length] if exchange.accepted]
+        last_mail = len(accepted) - accepted[::-1].index("MAIL") if "MAIL" in accepted else 0
+        recipients = accepted[last_mail:].count("RCPT") if self.msg else 0
         for option, what, count, kept in (
             ("multiple_rcptto", "recipients", recipients, len(self.rcpt_tos)),
-            ("multiple_message_receiving", "mails", verbs.count("<"), int(self.msg)),
+            ("multiple_message_receiving", "mails", self._discarded + self.msg, int(self.msg)),
         ):
             if count > kept:
                 verb = "was" if count - kept == 1 else "were"
@@ -1556,22 +1720,19 @@ class Message:
     @property
     def esmtp(self) -> bool:
         """Whether the client greeted with EHLO, and was accepted."""
-        return self.helo and self.helo_request[:4].upper() == "EHLO"
+        return self.helo and self._steps["helo"].verb == "EHLO"
 
     @property
     def received_at(self) -> datetime.datetime | None:
-        """When the mail was accepted, in UTC; None if it was not."""
+        """When the end of the accepted mail arrived, in UTC; None if it was not accepted."""
         import datetime
 
-        return datetime.datetime.fromtimestamp(self._stamped_at, datetime.timezone.utc) if self.msg else None
+        return datetime.datetime.fromtimestamp(self._steps["msg"].at, datetime.timezone.utc) if self.msg else None
 
     @functools.cached_property
     def transcript(self) -> str:
-        """The dialogue, with lines such as "C: QUIT" and "S: 221 Closing connection"; a body is one line with its size.
-
-        With multiple_message_receiving it has the greeting, HELO, and then this mail alone.
-        """
-        return "\n".join(_format_dialogue(self._dialogue[: self._length]))
+        """The exchanges as lines such as "C: QUIT" and "S: 221 Bye"; a body is one line with its size."""
+        return "\n".join(_format_exchanges(self._exchanges[: self._length]))
 
     @functools.cached_property
     def received_header(self) -> str:
@@ -1675,13 +1836,14 @@ class Message:
         values = {name: getattr(self, name) for name in names}
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
         values["rcptto_request_response"] = self.rcptto_request_response
+        values["exchanges"] = [said._asdict() | {"at": said.at.isoformat()} for said in self.exchanges]
         values["headers"] = _show_headers(self.email)
         values["defects"] = [f"{type(fault).__name__}: {fault}" for part, *_ in self._mail for fault in part.defects]
         values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
         return dict(_jsonify(values | _jsonify_bytes(self.content)))
 
     def __repr__(self) -> str:
-        replies = [said for said in self._dialogue[1 : self._length : 2] if said is not None and said not in _ENDINGS]
+        replies = [response for _, response, *_ in self.exchanges if response is not None]
         end = f"not accepted, last reply {_shorten(replies[-1])}" if replies else "no reply"
         if self.is_consistent:
             end = "accepted"
@@ -1721,8 +1883,7 @@ def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
     return aspects
 
 
-@_fields(frozen=True)
-class Action(_Fields):
+class Action(_Options, kw_only=False):
     """What a rule does. A field that is None leaves its aspect of the reply as it is without the rule."""
 
     reply: str | None = _option(None, _TEXT, "the text of the reply")
@@ -1732,11 +1893,10 @@ class Action(_Fields):
     then: str | None = _option(None, _ENDING, "close, or without a reply: drop, reset or silence")
 
 
-_ACTIONS = {field.name: field.metadata["kind"] for field in dataclasses.fields(Action)}
-_STAGES = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT AUTH STARTTLS connect message"
+_ACTIONS = {name: option.kind for name, option in Action._declared.items()}
 
 # What people write for a stage, and what it is called here. Other verbs are allowed if they are not nearly these.
-_STAGE_NAMES = {stage.upper(): stage for stage in _STAGES.split()}
+_STAGE_NAMES = {verb.upper(): verb for verb in _VERBS if verb.isupper() or verb in ("connect", "message")}
 _STAGE_NAMES |= {"MAILFROM": "MAIL", "RCPTTO": "RCPT", "BODY": "message", "END": "message", "CONNECTION": "connect"}
 
 
@@ -1746,25 +1906,26 @@ def _parse_stage(name: object, verbs: Collection[str]) -> str:
 
     words = name.replace(":", " ").split() if isinstance(name, str) else []
     if not words or len(words) > 2 or (words[1:] and words[1].upper() not in ("FROM", "TO")):
-        raise ConfigurationError(f"stage={name!r}: must be connect, message, * or a verb such as RCPT")
+        raise ConfigurationError("must be connect, message, * or a verb such as RCPT", "stage", name)
     stage = words[0].lower() if words[0].lower() in ("connect", "message") else words[0].upper()
-    if stage in ("*", *_STAGE_NAMES.values(), *verbs, *_VERBS.split()):
+    if stage in ("*", *_STAGE_NAMES.values(), *verbs):
         return stage
     if near := difflib.get_close_matches(stage, _STAGE_NAMES, n=1, cutoff=0.7):  # the rule would never apply
-        raise ConfigurationError(f"stage={name!r}: there is no such stage; did you mean {_STAGE_NAMES[near[0]]}?")
+        raise ConfigurationError(f"there is no such stage; did you mean {_STAGE_NAMES[near[0]]}?", "stage", name)
     return stage
 
 
 def _check_match(match: str, stage: str) -> None:
     """Refuse a string that no address or domain of this stage can be."""
-    if stage in ("connect", "RSET", "NOOP", "QUIT", "STARTTLS"):
-        raise ConfigurationError(f"match={match!r}: there is no address or domain at {stage}")
+    kind = _VERBS.get(stage, _UNKNOWN_VERB)
+    if kind.argument in ("", "text") and not kind.has_recipients:
+        raise ConfigurationError(f"there is no address or domain at {stage}", "match", match)
     if address := re.search(r"<(.*)>$|^\*?@(.+)", match):
-        raise ConfigurationError(f"match={match!r}: did you mean {address[1] or address[2]!r}?")
+        raise ConfigurationError(f"did you mean {address[1] or address[2]!r}?", "match", match)
     if not match or match.endswith("@"):
-        raise ConfigurationError(f"match={match!r}: must be an address or a domain")
+        raise ConfigurationError("must be an address or a domain", "match", match)
     if re.search(r"\\[.dwsDWS]|\.[*+]|^\^|\$$|^\*", match):
-        raise ConfigurationError(f"match={match!r}: looks like a pattern; did you mean re.compile({match!r})?")
+        raise ConfigurationError(f"looks like a pattern; did you mean re.compile({match!r})?", "match", match)
 
 
 class Rule:
@@ -1776,30 +1937,38 @@ class Rule:
     """
 
     def __init__(
-        self, rules: _Rules, stage: str, match: _Match, times: int | None, probability: float, after: int | None
+        self,
+        rules: _Rules,
+        stage: str,
+        match: _Match = None,
+        skip: int = 0,
+        times: int | None = None,
+        probability: float = 1.0,
+        after: int | None = None,
     ) -> None:
-        self.hits = 0  #: how often the rule was used; guarded by the lock of the rules
+        self.hits = 0  #: how often the rule was used; guarded by the lock of the rules, like what follows
+        self._skipped = 0
         self._rules = rules
         self._stage = _parse_stage(stage, rules.verbs)
         is_pattern = isinstance(match, re.Pattern) and isinstance(match.pattern, str)
         if not (match is None or isinstance(match, str) or is_pattern or callable(match)):
-            raise ConfigurationError(f"match={match!r}: must be an address, a domain, a pattern of str or a function")
+            raise ConfigurationError("must be an address, a domain, a pattern of str or a function", "match", match)
         if isinstance(match, str):
             _check_match(match, self._stage)
         self._match = _fold(match) if isinstance(match, str) else match
+        _check("skip", skip, _COUNT)
         for name, value, kind in (("times", times, _TIMES), ("after", after, _COUNT)):
             if value is not None:
                 _check(name, value, kind)
         _check("probability", probability, _PROBABILITY)
         if after is not None and self._stage != "message":
-            raise ConfigurationError(f"after={after!r}: is for the stage message, not for {self._stage}")
-        self._times, self._probability, self._after = times, probability, after
-        self._random = rules.make_random() if probability < 1 else None
+            raise ConfigurationError(f"is for the stage message, not for {self._stage}", "after", after)
+        self._skip, self._times, self._probability, self._after = skip, times, probability, after
+        self._random: Any = None
         # Fields of an Action for each use; the last ones stay in force. Only the methods set this and the function,
         # and they replace them, so that sessions can read them without the lock.
         self._uses: tuple[dict[str, Any], ...] = ({},)
         self._function: _Function | None = None
-        rules.add(self)
 
     def reply(self, *texts: str | None) -> Rule:
         """Say these texts, one per use, and the last one from then on; None is the normal reply.
@@ -1854,17 +2023,20 @@ class Rule:
         self._uses = tuple(use | {name: value} for use in self._uses)
         return self
 
-    def _matches(self, request: str, names: Sequence[str]) -> bool:
+    def _matches(self, text: str, names: Sequence[str]) -> bool:
         match = self._match
         if isinstance(match, re.Pattern):
-            return match.search(request) is not None
+            return match.search(text) is not None
         if callable(match):
-            return bool(match(request))
+            return bool(match(text))
         folded = [_fold(name) for name in names]
         return match is None or any(match in (name, name.rpartition("@")[2].lower()) for name in folded)
 
     def _use(self, wanted: Collection[str], *, counts: bool) -> tuple[dict[str, Any], _Function | None]:
         """The aspects that are wanted; counts a use if there are any. Called with the lock of the rules."""
+        if self._skipped < self._skip:  # whether newer rules have decided everything or not
+            self._skipped += counts
+            return {}, None
         uses, function = self._uses, self._function if "reply" in wanted else None
         use = _find_aspects(uses[min(self.hits, len(uses) - 1)])
         aspects = {name: value for name, value in use.items() if name in wanted}
@@ -1884,7 +2056,8 @@ class Rule:
         return f"; the nearest command was {_shorten(nearest[0])}" if nearest else ""
 
     def __repr__(self) -> str:
-        return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits>"
+        skipped = f", {self._skipped} of {self._skip} skipped" if self._skip else ""
+        return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits{skipped}>"
 
 
 class _Rules:
@@ -1895,19 +2068,19 @@ class _Rules:
         self.newest_first: tuple[Rule, ...] = ()  # replaced, never changed; so it can be read without the lock
         self.seed = seed
         self._seeded = 0  # how many rules have a generator of random numbers
-        self._lock = threading.Lock()  # guards newest_first, _seeded and hits; configure() sets the other two
+        self._lock = threading.Lock()  # guards newest_first, _seeded, hits, _skipped; configure() sets the other two
 
-    def add(self, rule: Rule) -> None:
+    def add(self, rule: Rule) -> Rule:
+        """Have the rule apply from now on."""
         with self._lock:
+            if rule._probability < 1:
+                from random import Random
+
+                # For this rule alone, so that its numbers do not depend on what other rules meet.
+                self._seeded += 1
+                rule._random = Random(None if self.seed is None else f"{self.seed} {self._seeded}")
             self.newest_first = (rule, *self.newest_first)
-
-    def make_random(self) -> Any:
-        """A generator for one rule, so that its numbers do not depend on what other rules meet."""
-        from random import Random
-
-        with self._lock:
-            self._seeded += 1
-            return Random(None if self.seed is None else f"{self.seed} {self._seeded}")
+        return rule
 
     def remove(self, rule: Rule) -> None:
         with self._lock:
@@ -1923,23 +2096,26 @@ class _Rules:
 
     def decide(
         self,
-        stages: Collection[str],
-        request: str,
+        texts: Mapping[str, str],
         names: Sequence[str],
         message: Callable[[], Message],
         after: int | None = None,
         wanted: Collection[str] = _ASPECTS,
     ) -> dict[str, Any]:
-        """Each wanted aspect of a reply, from the newest rule that sets it. Raises what the user's functions raise."""
+        """Each wanted aspect of a reply, from the newest rule that sets it. Raises what the user's functions raise.
+
+        The texts are what the rules of each stage look at, and the names the addresses or domains.
+        """
         found: dict[str, Any] = {}
         counts = "reply" in wanted  # a challenge of AUTH is no use of its own
         for rule in self.newest_first:
-            if rule._stage in stages and rule._after == after and rule._matches(request, names):
+            text = texts.get(rule._stage)
+            if text is not None and rule._after == after and rule._matches(text, names):
                 missing = [aspect for aspect in wanted if aspect not in found]
                 with self._lock:
                     aspects, function = rule._use(missing, counts=counts) if rule in self.newest_first else ({}, None)
                 if function is not None:  # called without the lock, like every function of the user
-                    result = function(request, message())
+                    result = function(text, message())
                     action = Action(result) if result is None or isinstance(result, str) else result
                     if not isinstance(action, Action):
                         raise TypeError(f"a rule returned {result!r}: must be None, a reply or an Action")
@@ -1977,19 +2153,16 @@ class Handler:
     has_secret = False  #: whether logs and transcripts show *** in place of the argument
 
     _keyword = ""  # follows the verb, as FROM: follows MAIL
-    _step = ""  # the name under which a message has the command
     _erases: tuple[str, ...] = ()  # the steps that it undoes, even if it is refused then
-    _bad_sequence = "msg_invalid_cmd_helo_sequence"
-    _more_stages: tuple[str, ...] = ("*",)  # beside its own, those whose rules apply
-    _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
-    _lenient_pattern = ""  # what parse() takes as pattern, with lenient_addresses
-    _delay = ""  # the option that has it
-    _next: _Next | None = None  # if it is accepted
     _before_tls = False  # whether tls_required allows it before STARTTLS
     _before_auth = True  # whether auth_required allows it before AUTH
-    _belongs_to_previous_mail = False  # whether it belongs to the accepted message before it and does not begin another
-    _is_offered: Callable[[Configuration], bool] = staticmethod(lambda options: True)  # if not, it is unknown
+    _bad_sequence = "msg_invalid_cmd_helo_sequence"
+    _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
     _read_loosely: Callable[[Any], Any] = staticmethod(lambda argument: argument)  # a bad one, which a rule accepted
+    _delay = ""  # the option that has it
+    _next: _Next | None = None  # if it is accepted
+    _step = ""  # the name under which a message has the command
+    _is_offered: Callable[[Configuration], bool] = staticmethod(lambda options: True)  # if not, it is unknown
 
     def __init__(self, options: Configuration) -> None:
         self.options = options
@@ -1998,15 +2171,11 @@ class Handler:
         # Limited, because refuse() may return any number of texts.
         self._find_reply = functools.lru_cache(maxsize=64)(self._make_reply)
         self._accepting = self._make_reply(self.received)
-        if options.lenient_addresses and self._lenient_pattern:
-            self.parse = functools.partial(self.parse, pattern=self._lenient_pattern)
         self.needs = tuple(self.needs)
         if options.auth_required and not self._before_auth:
             self.needs = ("auth", *self.needs)
         if options.tls_required and not self._before_tls:
             self.needs = ("tls", *self.needs)
-        for name in ("parse", "_keyword", "_step", "_belongs_to_previous_mail", "_erases"):
-            setattr(self, name, getattr(self, name))  # because those of an instance take less time to read
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         """The reply that refuses this result of parse(), or None. session.message() is the Message as it is so far."""
@@ -2025,27 +2194,28 @@ class Handler:
     def _choose_next(self, accepts: bool) -> _Next | None:
         return self._next if accepts else _Next.CLOSE if self.options.fail_fast else None
 
-    def _begin(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+    def _begin(self, session: _Session, request: _Request) -> _Reply | None:
         """Run the command; None if more must come before there is a reply."""
+        argument = request.argument
         if self.has_secret and argument:
-            request = _hide(request, f"{request.split(maxsplit=1)[0]} ***")
-        return session.run(self, verb, request, argument)
+            request = request.hide(f"{request.line.split(maxsplit=1)[0]} ***")
+        return session.run(self, request, argument)
 
-    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
+    def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         """Erase, check, record. The reply is sent later."""
         if self._erases:
             session.erase(self._erases)
         value = self.parse(argument)
         reply = self._choose(session, value)
         if session.rules.newest_first:
-            names = self._names(session, argument, value)
-            reply = self._apply(session.decide((stage, *self._more_stages), request, argument, names), reply)
+            reply = self._apply(self._decide(session, request, argument, value), reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
-        text = reply.text if reply.data else None
-        session.mail.dialogue.extend((request, _mark_early(text) if text and session.has_more else text))
+        mail = session.mail
         # A call of _Exchange would run a Python function, and take twice as long.
-        exchange = tuple.__new__(_Exchange, (request, reply.text, reply.accepts, value))
-        self._record(session.mail, exchange)
+        exchange = tuple.__new__(_Exchange, (request, reply, value, session.at, session.has_more))
+        mail.exchanges.append(exchange)
+        if self._step:
+            self._record(mail, exchange)
         return reply
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
@@ -2058,14 +2228,27 @@ class Handler:
         if value is None:
             return self._find_reply(self.bad_argument)
         for values, text in self._refused:
-            if _fold(value) in values:
+            if _fold(self._name(value)) in values:
                 return self._find_reply(text)
         refusal = self.refuse(session, value)
         return self._accepting if refusal is None else self._find_reply(refusal)
 
+    def _decide(self, session: _Session, request: _Request | None, argument: Any, value: Any) -> dict[str, Any]:
+        """The aspects of the reply that rules set."""
+        return session.decide(self._texts(session, request, argument), self._names(session, argument, value))
+
+    def _texts(self, session: _Session, request: _Request | None, argument: Any) -> dict[str, str]:
+        """What rules look at, by their stages."""
+        return {"connect": "", "*": ""} if request is None else {request.verb: request.line, "*": request.line}
+
+    def _name(self, value: Any) -> str:
+        """The address or the domain in the value of an argument."""
+        return str(value)
+
     def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         """The addresses or domains for rules to match."""
-        return [name.strip("<>") for name in (value, argument) if isinstance(name, str)]
+        names = [argument] if value is None else [self._name(value), argument]
+        return [name.strip("<>") for name in names if isinstance(name, str)]
 
     def _apply(self, aspects: dict[str, Any], normal: _Reply) -> _Reply:
         """The normal reply, changed by the aspects that rules set."""
@@ -2081,10 +2264,10 @@ class Handler:
         return reply.replace(next=aspects["then"]) if "then" in aspects else reply
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
-        if self._step:
-            mail.steps[self._step] = exchange
-            if exchange.accepted:
-                mail.accepted_steps.add(self._step)
+        mail.steps[self._step] = exchange
+        reply = exchange.reply
+        if reply is not None and reply.accepts:
+            mail.accepted_steps.add(self._step)
 
 
 class _Greeting(Handler):
@@ -2093,6 +2276,7 @@ class _Greeting(Handler):
     verbs = ("connect",)
     received = "msg_greeting"
     _before_tls = True
+    _step = "greeting"
 
 
 class _Helo(Handler):
@@ -2100,44 +2284,56 @@ class _Helo(Handler):
 
     verbs = ("HELO",)
     parse = staticmethod(_parse_domain)
-    received, bad_argument = "msg_helo_received", "msg_invalid_cmd_helo_arg"
-    _step, _delay = "helo", "response_delay_helo"
-    _erases, _lenient_pattern = _STEPS, _LENIENT_DOMAIN
-    _lists = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
+    bad_argument = "msg_invalid_cmd_helo_arg"
+    received = "msg_helo_received"
+    _erases = _STEPS
     _before_tls = True
+    _lists = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
+    _delay = "response_delay_helo"
+    _step = "helo"
+
+    def __init__(self, options: Configuration) -> None:
+        super().__init__(options)
+        if options.lenient_addresses:
+            self.parse = functools.partial(_parse_domain, pattern=_LENIENT_DOMAIN)
 
 
 class _PathHandler(Handler):
     """What MAIL and RCPT have in common: an address with parameters."""
 
-    _lenient_pattern = _LENIENT_PATH
-    _read_loosely = staticmethod(
-        lambda argument: _parse_parameters(argument, lambda path: path[1:-1] if path[:1] + path[-1:] == "<>" else path)
-    )
+    _allowed = ""  # the path that needs no mailbox
+    _before_auth = False
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
-        if self._extensions:
-            self.parse = functools.partial(_parse_parameters, parse=self.parse)
+        pattern = _LENIENT_PATH if options.lenient_addresses else _PATH
+        parse = functools.partial(_parse_path, pattern, self._allowed, bool(self._extensions))
+        self.parse = functools.lru_cache(maxsize=512)(parse)  # tests use few addresses, each many times
+
+    def _name(self, value: _Path) -> str:
+        return value.address
+
+    @staticmethod
+    def _read_loosely(argument: str) -> _Path:
+        path, words = _split_path(argument)
+        return _Path(path[1:-1] if path[:1] + path[-1:] == "<>" else path, _read_parameters(words))
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         if not self._extensions:
             return None
-        given = getattr(value, "parameters", {})
         sender = session.mail.steps["mailfrom"].value if self._step == "rcptto" else value
-        declared = getattr(sender, "parameters", {})
-        if "SMTPUTF8" in self._extensions and not value.isascii() and "SMTPUTF8" not in declared:
+        if "SMTPUTF8" in self._extensions and not value.address.isascii() and "SMTPUTF8" not in sender.parameters:
             return self.bad_argument
-        if not all(self._allows(session, *parameter) for parameter in given.items()):
+        if not all(self._allows(session, *parameter) for parameter in value.parameters.items()):
             return "msg_unknown_parameter"
-        return "msg_msg_size_is_too_big" if int(given.get("SIZE", 0)) > self.options.msg_size_limit else None
+        size = int(value.parameters.get("SIZE", 0))
+        return "msg_msg_size_is_too_big" if size > self.options.msg_size_limit else None
 
     def _allows(self, session: _Session, name: str, value: str) -> bool:
         other = _PARAMETERS.get(name, (self.verbs[0], name, "[^?]*"))
         verb, extension, pattern = _PARAMETERS.get(f"{name}={value.upper()}", other)
-        is_esmtp = str(session.mail.steps["helo"].request)[:4].upper() == "EHLO"
-        was_announced = is_esmtp and extension in self._extensions and verb in self.verbs
-        return was_announced and re.fullmatch(pattern, value, re.IGNORECASE) is not None
+        was_announced = session.mail.steps["helo"].verb == "EHLO" and extension in self._extensions
+        return was_announced and verb in self.verbs and re.fullmatch(pattern, value, re.IGNORECASE) is not None
 
 
 class _Mailfrom(_PathHandler):
@@ -2145,29 +2341,33 @@ class _Mailfrom(_PathHandler):
 
     verbs = ("MAIL",)
     needs: Sequence[str] = ("helo",)
-    parse = staticmethod(lambda text, **pattern: "" if text == "<>" else _parse_path(text, **pattern))
-    received, bad_argument = "msg_mailfrom_received", "msg_invalid_cmd_mailfrom_arg"
-    _step, _keyword, _delay = "mailfrom", "FROM:", "response_delay_mailfrom"
-    _erases, _before_auth = _TRANSACTION, False
+    bad_argument = "msg_invalid_cmd_mailfrom_arg"
+    received = "msg_mailfrom_received"
+    _keyword = "FROM:"
+    _allowed = "<>"
+    _erases = _TRANSACTION
     _bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
     _lists = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
+    _delay = "response_delay_mailfrom"
+    _step = "mailfrom"
 
 
 class _Rcptto(_PathHandler):
     """RCPT TO:<address>, once per recipient."""
 
-    verbs, needs = ("RCPT",), ("helo", "mailfrom")
-    # Postmaster is the only address that needs no domain (RFC 5321 section 4.1.1.3).
-    parse = staticmethod(
-        lambda text, **pattern: text[1:-1] if text.lower() == "<postmaster>" else _parse_path(text, **pattern)
-    )
-    received, bad_argument = "msg_rcptto_received", "msg_invalid_cmd_rcptto_arg"
-    _step, _keyword, _delay = "rcptto", "TO:", "response_delay_rcptto"
-    _bad_sequence, _before_auth = "msg_invalid_cmd_rcptto_sequence", False
+    verbs = ("RCPT",)
+    needs = ("helo", "mailfrom")
+    bad_argument = "msg_invalid_cmd_rcptto_arg"
+    received = "msg_rcptto_received"
+    _keyword = "TO:"
+    _allowed = "<postmaster>"  # RFC 5321 section 4.1.1.3
+    _bad_sequence = "msg_invalid_cmd_rcptto_sequence"
     _lists = (
         ("blacklisted_rcptto_emails", "msg_rcptto_blacklisted_email"),
         ("not_registered_emails", "msg_rcptto_not_registered_email"),
     )
+    _delay = "response_delay_rcptto"
+    _step = "rcptto"
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
@@ -2178,23 +2378,30 @@ class _Rcptto(_PathHandler):
         mail.recipients.append(exchange)
 
 
+def _name_recipients(handler: Handler, session: _Session, argument: Any, value: Any) -> Sequence[str]:
+    return session.mail.accepted_recipients()
+
+
 class _Data(Handler):
     """DATA, which asks for permission to send the body."""
 
     verbs: Sequence[str] = ("DATA",)
     needs = ("helo", "mailfrom", "rcptto")
-    received, bad_argument, _bad_sequence = "msg_data_received", "msg_invalid_cmd", "msg_invalid_cmd_data_sequence"
-    _step, _delay, _before_auth = "data", "response_delay_data", False
+    bad_argument = "msg_invalid_cmd"
+    received = "msg_data_received"
     _erases: tuple[str, ...] = ("data", "msg")
+    _before_auth = False
+    _bad_sequence = "msg_invalid_cmd_data_sequence"
+    _delay = "response_delay_data"
+    _step = "data"
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         return None if session.mail.body is None else self._bad_sequence  # after a chunk, RFC 3030 section 2
 
-    def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
-        return session.mail.accepted_recipients()
+    _names = _name_recipients
 
-    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
-        reply = super()._run(session, stage, request, argument)
+    def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
+        reply = super()._run(session, request, argument)
         if reply.accepts and reply.next is None:
             session.expect_body()
         return reply
@@ -2205,31 +2412,31 @@ class _Bdat(_Data):
 
     verbs = ("BDAT",)
     parse = staticmethod(_parse_chunk)
-    received, bad_argument = "msg_bdat_received", "msg_invalid_cmd_bdat_arg"
+    bad_argument = "msg_invalid_cmd_bdat_arg"
+    received = "msg_bdat_received"
     _erases = ()
     _is_offered = staticmethod(lambda options: "CHUNKING" in _name_extensions(options))
 
-    def _begin(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
-        chunk = _parse_chunk(argument)
+    def _begin(self, session: _Session, request: _Request) -> _Reply | None:
+        chunk = _parse_chunk(request.argument)
         if chunk is None:
-            return session.run(self, verb, request, argument)
-        session.begin_mail_if_due(self)  # so that the bytes go to the same mail as the command
-        return session.expect_chunk(chunk[0], request, lambda: self._finish(session, request, argument, chunk))
+            return session.run(self, request, request.argument)
+        session.begin_mail_if_due(request.kind)  # so that the bytes go to the same mail as the command
+        return session.expect_chunk(chunk[0], request, lambda: self._finish(session, request, chunk))
 
-    def _finish(self, session: _Session, request: str, argument: str, chunk: tuple[int, bool]) -> _Reply:
+    def _finish(self, session: _Session, request: _Request, chunk: tuple[int, bool]) -> _Reply:
         """Run the command after its chunk has arrived. With LAST, the reply is that to the body."""
         if not chunk[1] or not self._choose(session, chunk).accepts:
-            return session.run(self, "BDAT", request, argument)
-        session.mail.dialogue.extend((request, None))
-        self._record(session.mail, _Exchange(request, self._accepting.text, True, chunk))
-        return session.finish_body(request)
+            return session.run(self, request, request.argument)
+        self._record(session.mail, session.note(request, self._accepting.replace(data=b""), chunk))
+        return session.finish_body()
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         body = session.mail.body
         return "msg_msg_size_is_too_big" if body and body.size > self.options.msg_size_limit else None
 
-    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
-        reply = Handler._run(self, session, stage, request, argument)
+    def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
+        reply = Handler._run(self, session, request, argument)
         if not reply.accepts and self.parse(argument) is not None:  # no chunk counts any more before the next MAIL
             session.mail.accepted_steps.discard("rcptto")
             session.mail.body = None
@@ -2241,29 +2448,37 @@ class _EndOfBody(Handler):
 
     verbs = ("message",)
     parse = staticmethod(lambda content: content)
-    received, bad_argument = "msg_msg_received", "msg_msg_size_is_too_big"
-    _step, _delay = "msg", "response_delay_message"
-    _names = _Data._names
+    bad_argument = "msg_msg_size_is_too_big"
+    received = "msg_msg_received"
+    _delay = "response_delay_message"
+    _step = "msg"
+    _names = _name_recipients
+
+    def _decide(self, session: _Session, request: _Request | None, argument: Any, value: Any) -> dict[str, Any]:
+        texts, names = self._texts(session, request, argument), self._names(session, argument, value)
+        return session.decide(texts, names, lambda: session.message_with_body(argument))
 
     def refuse(self, session: _Session, value: Any) -> str | None:
-        body = session.mail.body
-        violations = (
-            session.message(body.size, value, without_history=True).violations if self.options.strict and body else []
-        )
+        violations = session.message_with_body(value, without_history=True).violations if self.options.strict else []
         if not violations:
             return None
         text = str(violations[0]).encode("ascii", "backslashreplace").decode()
         return self.options.msg_violation.replace("{violation}", text[:400])  # RFC 5321 section 4.5.3.1.5
 
-    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
-        reply = super()._run(session, stage, request, argument)
+    def _texts(self, session: _Session, request: _Request | None, argument: Any) -> dict[str, str]:
+        text = _decode(argument or b"")
+        body = session.mail.body
+        if body is None or body.request is None:
+            return {"message": text, "*": text}
+        return {"message": text, "BDAT": body.request.line, "*": body.request.line}
+
+    def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
+        reply = super()._run(session, request, argument)
         if reply.accepts and not session.deliver():
             failed = self._find_reply("msg_msg_failed")
             reply = failed.replace(delay=reply.delay, next=reply.next or failed.next)
-            # A copy, because on_message was given a message that has the list.
-            session.mail.dialogue = [*session.mail.dialogue[:-1], reply.text]
-            self._record(session.mail, _Exchange(request, reply.text, False, argument))
             session.mail.accepted_steps.discard("msg")
+            session.mail.replace_last(reply=reply)
         return reply
 
 
@@ -2271,7 +2486,6 @@ class _EndOfChunks(_EndOfBody):
     """The end of a body that came in chunks. BDAT LAST has one reply for the command and for the body."""
 
     verbs = ("last chunk",)
-    _more_stages = ("BDAT", "*")
 
     def _make_reply(self, option: str) -> _Reply:
         reply = super()._make_reply(option)
@@ -2281,11 +2495,13 @@ class _EndOfChunks(_EndOfBody):
 class _Rset(Handler):
     """RSET, which abandons the mail."""
 
-    verbs, needs = ("RSET",), ("helo",)
-    received, _bad_sequence = "msg_rset_received", "msg_invalid_cmd_rset_sequence"
-    _step, _delay = "rset", "response_delay_rset"
+    verbs = ("RSET",)
+    needs = ("helo",)
+    received = "msg_rset_received"
     _erases = _TRANSACTION
-    _belongs_to_previous_mail = True
+    _bad_sequence = "msg_invalid_cmd_rset_sequence"
+    _delay = "response_delay_rset"
+    _step = "rset"
 
 
 class _Noop(Handler):
@@ -2294,25 +2510,51 @@ class _Noop(Handler):
     verbs = ("NOOP",)
     parse = staticmethod(str)
     received = "msg_noop_received"
-    _step, _delay = "noop", "response_delay_noop"
-    _before_tls, _belongs_to_previous_mail = True, True
+    _before_tls = True
+    _delay = "response_delay_noop"
+    _step = "noop"
 
 
 class _Quit(Handler):
     """QUIT, which ends the session."""
 
     verbs = ("QUIT",)
-    received, bad_argument = "msg_quit_cmd", "msg_invalid_cmd"
-    _step, _delay = "quit", "response_delay_quit"
-    _next, _before_tls, _belongs_to_previous_mail = _Next.CLOSE, True, True
+    bad_argument = "msg_invalid_cmd"
+    received = "msg_quit_cmd"
+    _before_tls = True
+    _delay = "response_delay_quit"
+    _next = _Next.CLOSE
+    _step = "quit"
+
+
+class _Vrfy(Handler):
+    """VRFY. It exists if it is announced, and so do the next two."""
+
+    verbs = ("VRFY",)
+    parse = staticmethod(str)
+    received = "msg_vrfy_received"
+    _is_offered = classmethod(lambda cls, options: cls.verbs[0] in _name_extensions(options))
+
+
+class _Expn(_Vrfy):
+    verbs = ("EXPN",)
+    received = "msg_expn_received"
+
+
+class _Help(_Vrfy):
+    verbs = ("HELP",)
+    received = "msg_help_received"
 
 
 class _Starttls(Handler):
     """STARTTLS, after which the session begins again within TLS (RFC 3207)."""
 
-    verbs, needs = ("STARTTLS",), ("helo",)
-    received, bad_argument = "msg_starttls_received", "msg_invalid_cmd_starttls_arg"
-    _next, _before_tls = _Next.TLS, True
+    verbs = ("STARTTLS",)
+    needs = ("helo",)
+    bad_argument = "msg_invalid_cmd_starttls_arg"
+    received = "msg_starttls_received"
+    _before_tls = True
+    _next = _Next.TLS
     _is_offered = staticmethod(lambda options: options.ssl_context is not None and not options.implicit_tls)
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
@@ -2332,6 +2574,18 @@ _MECHANISMS = {
 _BAD_TOKEN = '{"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"}\n'
 
 
+# Mechanisms that clients name (RFC 4422 section 3.1). Any other word after AUTH may be a secret.
+_MECHANISM_NAME = "[A-Z0-9_-]{1,20}|(?i:PLAIN|LOGIN|CRAM-MD5|XOAUTH2|OAUTHBEARER|EXTERNAL|NTLM|GSSAPI|SCRAM-SHA-[0-9]+)"
+
+
+class _AuthResult(NamedTuple):
+    """The outcome of AUTH."""
+
+    response: str  # the option that has the text of the reply
+    mechanism: str
+    user: str | None = None
+
+
 class _Auth(Handler):
     """AUTH, in one line or in several. Each line is run; the last one yields the _AuthResult."""
 
@@ -2343,15 +2597,16 @@ class _Auth(Handler):
     def refuse(self, session: _Session, value: Any) -> str | None:
         return None if value.response == self.received else value.response
 
-    def _begin(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+    def _begin(self, session: _Session, request: _Request) -> _Reply | None:
         # Only the verb and a known mechanism are shown, because anything else may be a secret.
-        name, _, initial = argument.partition(" ")
+        name, _, initial = request.argument.partition(" ")
         shown = name if name.upper() in _MECHANISMS else "***" if name else ""
-        words = (request.split(maxsplit=1)[0], shown, "***" if initial else "")
-        request = _hide(request, " ".join(filter(None, words)))
-        return session.run(self, verb, request, (self._log_in(session, name.upper(), initial), request, None))
+        words = (request.line.split(maxsplit=1)[0], shown, "***" if initial else "")
+        mechanism = name if re.fullmatch(_MECHANISM_NAME, name) else "***"
+        command = request.hide(" ".join(filter(None, words)), " ".join(filter(None, (mechanism, words[2]))))
+        return session.run(self, command, (self._log_in(session, name.upper(), initial), command, None))
 
-    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
+    def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         """The argument is the login in progress, its command, and the answer to the last challenge."""
         import base64
 
@@ -2359,20 +2614,28 @@ class _Auth(Handler):
         try:
             text = f"334 {base64.b64encode(login.send(answer).encode()).decode()}"
         except StopIteration as stop:
-            result = stop.value
-        else:
-            reply, run = _Reply(text, accepts=True), session.run
-            if session.rules.newest_first:
-                aspects = session.decide((stage, "*"), command, None, [""], wanted=("delay", "trickle"))
-                reply = self._apply(aspects, reply)
-            session.mail.dialogue.extend((request, _mark_early(text) if session.has_more else text))
-            session.expect_answer(
-                lambda line: run(self, stage, _hide(line, line if line == "*" else "***"), (login, command, line))
-            )
-            return reply
-        reply = super()._run(session, stage, command, result)
-        session.mail.dialogue[-2] = request
+            return self._finish(session, request, command, stop.value)
+        reply = _Reply(text, accepts=True)
+        if session.rules.newest_first:
+            texts = self._texts(session, command, None)
+            reply = self._apply(session.decide(texts, [""], wanted=("delay", "trickle")), reply)
+        session.note(request, reply)
+        if reply.accepts:  # unless a rule failed
+            session.expect_answer(lambda answer, text: session.run(self, answer, (login, command, text)))
         return reply
+
+    def _finish(self, session: _Session, request: _Request | None, command: _Request, result: _AuthResult) -> _Reply:
+        reply = self._choose(session, result)
+        if session.rules.newest_first:
+            reply = self._apply(self._decide(session, command, None, result), reply)
+        # A message has the outcome under the command, whatever came between.
+        self._record(session.mail, session.note(request, reply, result)._replace(request=command))
+        return reply
+
+    def _texts(self, session: _Session, request: _Request | None, argument: Any) -> dict[str, str]:
+        assert request is not None
+        line = f"AUTH {request.argument}".rstrip()
+        return {"AUTH": line, "*": line}
 
     def _log_in(self, session: _Session, name: str, initial: str) -> Generator[str, str, _AuthResult]:
         """Yield the challenges, receive the lines that answer them, and return the outcome."""
@@ -2407,6 +2670,8 @@ class _Auth(Handler):
 
     def _check_secret(self, mechanism: str, user: str, secret: str) -> bool:
         users: Any = self.options.auth_users
+        if users == "*":
+            return True
         if callable(users):
             return bool(users(mechanism, user, secret))
         expected = users.get(user)
@@ -2475,12 +2740,14 @@ class _Unknown(Handler):
     bad_argument = "msg_invalid_cmd"
     _before_tls = True
 
-    def _begin(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+    def _begin(self, session: _Session, request: _Request) -> _Reply | None:
         # What follows an AUTH that was refused may be the answer to a challenge that was not sent.
-        before = str(session.mail.dialogue[-2] if session.mail.dialogue else "").upper()
-        if verb.startswith("AUTH") or before.startswith(("AUTH", "***")):
-            request = _hide(request, f"{request[:5]} ***" if verb.startswith("AUTH") else "***")
-        return super()._begin(session, verb, request, argument)
+        before = session.mail.exchanges[-1].request if session.mail.exchanges else None
+        if request.verb.startswith("AUTH"):
+            request = request.hide(f"{request.line[:5]} ***")
+        elif before is not None and (before.verb.startswith("AUTH") or before.line == "***"):
+            request = request.hide("***")
+        return super()._begin(session, request)
 
 
 class _TooLong(_Unknown):
@@ -2490,8 +2757,15 @@ class _TooLong(_Unknown):
     bad_argument = "msg_line_too_long"
 
 
+class _TurnedAway(_Unknown):
+    """Any command but QUIT, if the greeting has refused the session (RFC 5321 section 3.1)."""
+
+    verbs = ("turned away",)
+    bad_argument = "msg_invalid_cmd_helo_sequence"
+
+
 _BUILT_IN: tuple[type[Handler], ...] = (_Greeting, _Helo, _Ehlo, _Mailfrom, _Rcptto, _Data, _Bdat, _EndOfBody)
-_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Starttls, _Auth, _Unknown, _TooLong)
+_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Vrfy, _Expn, _Help, _Starttls, _Auth, _Unknown, _TooLong, _TurnedAway)
 
 
 def _check_handler(handler: Any) -> None:
@@ -2509,7 +2783,7 @@ def _check_handler(handler: Any) -> None:
     for step in handler.needs:
         if step not in (*_STEPS, *_DEMANDS):
             raise ConfigurationError(f"{name}.needs: {step!r} is no step of a session")
-    known = [field.name for field in dataclasses.fields(Configuration) if field.name.startswith("msg_")]
+    known = [name for name in Configuration._declared if name.startswith("msg_")]
     for attribute in ("received", "bad_argument"):
         text = getattr(handler, attribute)
         if not (_is_text(text) and (text in known or re.match("[0-9]{3}", text))):
@@ -2518,33 +2792,30 @@ def _check_handler(handler: Any) -> None:
             raise ConfigurationError(f"{name}.{attribute}={text!r}: must be {allowed}")
 
 
-# Commands whose lines may be kept. Those of others may hold a secret.
-_WITHOUT_SECRETS = ("EHLO", "HELO", "MAIL", "RCPT", "DATA", "RSET", "NOOP", "QUIT")
+class _ParsedLines(dict[str, tuple[Handler, _Request]]):
+    """The handler and the request of each command line.
 
-
-class _ParsedLines(dict[str, tuple[Handler, str, str, str]]):
-    """The handler of each command line, the verb, the request (the stripped line) and the argument.
-
-    It keeps up to 512 of them, because clients repeat lines. Any thread may add one, in one atomic step. A key is a
-    line as Latin-1, because Python 3.13 without a GIL locks a dict for any other key than a str, and for get().
+    It keeps up to 512 of them, because clients repeat lines, and none that may hold a secret. Any thread may add one,
+    in one atomic step. A key is a line as Latin-1, because Python 3.13 without a GIL locks a dict for any other key
+    than a str, and for get().
     """
 
     def __init__(self, handlers: _Handlers) -> None:
         super().__init__()
         self._handlers = handlers
 
-    def __missing__(self, line: str) -> tuple[Handler, str, str, str]:
-        request, verb, argument = _parse_command(line.encode("latin-1"))
-        handler = self._handlers.get(verb) or self._handlers["unknown"]
-        keyword = handler._keyword
-        if argument[: len(keyword)].upper() != keyword:
-            handler = self._handlers["unknown"]
-        command = handler, verb, request, argument[len(keyword) :].strip()
-        if verb in _WITHOUT_SECRETS and not handler.has_secret and len(line) < 512:
+    def __missing__(self, line: str) -> tuple[Handler, _Request]:
+        request = _parse_line(line.encode("latin-1"))
+        handlers, argument = self._handlers, request.argument
+        handler = handlers[request.verb] if request.verb in handlers else handlers["unknown"]
+        if handler._keyword and argument[: len(handler._keyword)].upper() != handler._keyword:
+            handler = handlers["unknown"]
+        request.argument = argument[len(handler._keyword) :].strip()
+        if len(line) < 512 and not handler.has_secret and request.kind.argument != "secret":
             if len(self) >= 512:
                 self.clear()
-            self[line] = command
-        return command
+            self[line] = handler, request
+        return handler, request
 
 
 class _Handlers(dict[str, Handler]):
@@ -2558,6 +2829,13 @@ class _Handlers(dict[str, Handler]):
         self.update((verb.upper(), handler) for handler in (kind(options) for kind in own) for verb in handler.verbs)
         self.commands = _ParsedLines(self)
 
+    def turn_away(self) -> _Handlers:
+        """Those of a session that the greeting has refused."""
+        others = _Handlers.__new__(_Handlers)
+        others.update({**dict.fromkeys(self, self["turned away"]), "QUIT": self["QUIT"]})
+        others.commands = _ParsedLines(others)
+        return others
+
 
 # ----------------------------------------------------------------------------------------- session
 
@@ -2567,14 +2845,19 @@ _AUTH_LINE_LIMIT = 12288  # where lines may hold tokens; RFC 4954 section 4
 # Only CRLF ends a line: if a bare LF did, a mail could smuggle in another one (RFC 5321 section 4.1.1.4).
 _END_OF_DATA = b"\r\n.\r\n"
 _DOT_FAULTS = {"unstuffed-dot": rb"\r\n(\.[^.\r\n][^\r\n]{0,199})", "false-end": rb"\r\n(\.)[\r\n]"}
-_DIALOGUE_LIMIT = 20000  # requests and replies in a transcript; an endless session must not fill the memory
-_TRUNCATED = "<truncated>"
+
+# An endless session must not fill the memory. What is not kept of a record is one exchange with this request.
+_EXCHANGE_LIMIT, _SIZE_LIMIT = 10000, 4_000_000  # in a record; the second in bytes of the lines
+_ATTEMPT_LIMIT = 100  # to send a mail, of which all is kept
+_TRUNCATION = _Exchange(_Request("truncated", "<truncated>"), None, None, 0.0, False)
 
 
 class _Body:
     """The body of a mail while it arrives, from DATA or in the chunks of BDAT."""
 
     finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
+    request: _Request | None = None  # the BDAT of the present chunk
+    ending: _Request  # the request that the end of the body is
     size = 0  # bytes as they were sent, without the end marker and what may be its beginning
     missing = 0  # bytes of the present chunk
     _whole: bytes | None = None  # the content, if nothing else was to be done
@@ -2633,13 +2916,16 @@ class _Body:
             raw = raw.replace(b"\r\n.", b"\r\n")
         return bytes(memoryview(raw)[2:]) if not self._dropped and len(raw) - 2 <= self._limit else None
 
-    def find_faults(self, content: bytes) -> None:
-        """Keep with the size the first line whose dot was not doubled, and the first that is nothing but a dot."""
+    def end(self, verb: str) -> bytes | None:
+        """Make the request that its end is, and return the content."""
+        content, self.ending = self.content(), _Request(verb, f"<{self.size} bytes>")
         # Each dot that was doubled has left one.
+        if verb != "message" or content is None or len(content) == self.size:
+            return content
         if self.size - len(content) != content.count(b"\r\n.") + content.startswith(b"."):
             found = [(code, re.search(pattern, self._raw)) for code, pattern in _DOT_FAULTS.items()]
-            self.size = _FaultyBody(self.size)
-            self.size.faults = tuple((code, _decode(match[1])) for code, match in found if match)
+            self.ending.faults = tuple((code, _decode(match[1])) for code, match in found if match)
+        return content
 
 
 class _Mail:
@@ -2653,26 +2939,74 @@ class _Mail:
         self.steps: dict[str, _Exchange] = {}
         self.accepted_steps: set[str] = set()
         self.recipients: list[_Exchange] = []
-        self.dialogue: list[_Request] = []
+        self.exchanges: list[_Exchange] = []
         self.body: _Body | None = None
-        self.start = 0  # where in the dialogue its message begins
-        self.stamp: tuple[int, float] | None = None  # the number of its message, and the time of that
+        self.discarded = 0  # accepted mails that the message no longer shows
+        self.has_begun = False  # MAIL came
+        self.is_complete = False  # only RSET, NOOP and QUIT belong to it any more
+        self.number = 0  # of its message; 0 if it has none yet
         self.delivered: Message | None = None  # what was accepted, or given to on_unaccepted
         self.entry: _Entry | None = None  # its place in the mailbox
 
+    def lasting(self) -> list[_Exchange]:
+        """What is in force beyond the mail."""
+        return [self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps]
+
     def make_next(self) -> _Mail:
-        """The mail after this one. It begins with the greeting and with the steps that last."""
+        """The mail after this one. It begins with what is in force."""
         mail = _Mail()
-        mail.dialogue = self.dialogue[:2]
-        for step in ("tls", "helo", "auth"):
-            if step in self.steps:
-                mail.steps[step] = exchange = self.steps[step]
-                mail.dialogue += (exchange.request, exchange.response or None)
+        mail.steps = {step: self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps}
+        mail.exchanges = list(mail.steps.values())
         mail.accepted_steps = self.accepted_steps.intersection(mail.steps)
         return mail
 
+    def find_last_mail(self) -> int:
+        """Where in the exchanges the last MAIL is; 0 if it is not there."""
+        exchanges = self.exchanges
+        return next((at for at in range(len(exchanges) - 1, 0, -1) if exchanges[at].verb == "MAIL"), 0)
+
+    def replace_last(self, **changes: Any) -> None:
+        """Change the last exchange, wherever it is kept, but not what messages show that are recorded already."""
+        old = self.exchanges[-1]
+        new = old._replace(**changes)
+        self.exchanges = [*self.exchanges[:-1], new]
+        self.steps = {step: new if exchange is old else exchange for step, exchange in self.steps.items()}
+        self.recipients = [new if exchange is old else exchange for exchange in self.recipients]
+
+    def forget(self, body: _Exchange) -> None:
+        """Forget an accepted mail, up to this exchange."""
+        self.discarded += 1
+        if body in self.exchanges:  # else it was truncated
+            self.exchanges = self.lasting() + self.exchanges[self.exchanges.index(body) + 1 :]
+
+    def forget_attempts(self) -> None:
+        """Keep of all but the last attempts to send a mail only what was refused."""
+        attempts = [at for at, exchange in enumerate(self.exchanges) if exchange.verb == "MAIL"]
+        if len(attempts) >= _ATTEMPT_LIMIT:
+            at = attempts[1 - _ATTEMPT_LIMIT]
+            self._truncate([exchange for exchange in self.exchanges[:at] if exchange.is_refused], at)
+
+    def limit_size(self) -> None:
+        """Keep half of what is allowed if it has become more."""
+        sizes = [len(exchange.line) + len(exchange.response) for exchange in self.exchanges]
+        at, size = max(0, len(sizes) - _EXCHANGE_LIMIT // 2), sum(sizes)
+        if len(sizes) > _EXCHANGE_LIMIT or size > _SIZE_LIMIT:
+            size = sum(sizes[at:])
+            while size > _SIZE_LIMIT // 2:
+                size -= sizes[at]
+                at += 1
+            self._truncate([], at)
+
+    def _truncate(self, kept: list[_Exchange], at: int) -> None:
+        """Keep these exchanges, and from this one on all that a reader needs to understand the rest."""
+        greeting = [self.steps["greeting"]] if "greeting" in self.steps else []
+        rest, recipient = self.exchanges[at:], next((said for said in self.recipients if said.accepted), None)
+        needed = [*self.lasting()[len(greeting) :], self.steps.get("mailfrom"), recipient]
+        missing = [said for said in needed if said is not None and not any(said is other for other in rest)]
+        self.exchanges = [*greeting, *kept, _TRUNCATION, *missing, *rest]
+
     def accepted_recipients(self) -> list[str]:
-        return [recipient.value for recipient in self.recipients if recipient.accepted]
+        return [recipient.value.address for recipient in self.recipients if recipient.accepted]
 
 
 def _ignore(message: Message) -> None:
@@ -2712,18 +3046,20 @@ _State = Callable[["_Session", bytes, int], tuple[int, _Reply | None]]
 class _Session:
     """One SMTP conversation, without a socket, a thread or a clock.
 
-    In which pieces the bytes arrive matters only for has_more.
+    In which pieces the bytes arrive matters only for has_more and for the times, in seconds since the epoch.
     """
 
     def __init__(self, context: _Context, peer: tuple[str, int]) -> None:
         self.context, self.handlers, self.commands = context, context.handlers, context.handlers.commands
         self.peer = peer
         self.rules = context.rules
-        self.request: _Request = None  # the last one, for the log
+        self.request: _Request | None = None  # the last one, for the log
         self.has_more = False  # whether more had come together with it
+        self.at = 0.0  # when it came
         self.mail = _Mail()
         self._take: _State = _Session._take_line
         self.rest = b""  # the beginning of a line
+        self._unmeasured = 0  # bytes that came since the size of the record was looked at
         self._keeps_messages = context.options.multiple_message_receiving
         self._line_limit = _LINE_LIMIT if context.options.auth_users is None else _AUTH_LINE_LIMIT
 
@@ -2735,64 +3071,79 @@ class _Session:
     def is_receiving_body(self) -> bool:
         return self._take is _Session._take_body
 
-    def message(
-        self, request: _Request = None, content: bytes | None = None, *, without_history: bool = False
-    ) -> Message:
-        """The message as it would be recorded now; with a body that is not accepted yet.
+    def message(self) -> Message:
+        """The message as it would be recorded now."""
+        return Message(self.mail, self.peer, self.mail.number, self.context.options.tolerated)
 
-        Alone, it is without what the session said before the mail, except for HELO.
-        """
-        dialogue = self.mail.dialogue
-        message = Message(self.mail, self.peer, (0, 0.0), self.context.options.tolerated)
-        if without_history:
-            begin = next((at for at in range(len(dialogue) - 2, 0, -2) if str(dialogue[at])[:4].upper() == "MAIL"), 0)
-            # If there is none, the mail has this many recipients that its beginning is truncated.
-            dialogue = [*self.mail.make_next().dialogue, *dialogue[begin:]] if begin else dialogue
-        if isinstance(request, int):
-            message._steps["msg"] = _Exchange(request, "", False, content)
-            vars(message).update(_dialogue=[*dialogue, request, None], _length=len(dialogue) + 2)
+    def message_with_body(self, content: bytes | None, *, without_history: bool = False) -> Message:
+        """The message with a body that is not accepted yet; perhaps without what was said between HELO and MAIL."""
+        mail, message = self.mail, self.message()
+        assert mail.body is not None
+        begin = mail.find_last_mail() if without_history else 0
+        exchanges = [*(mail.lasting() if begin else ()), *mail.exchanges[begin:]]
+        exchange = _Exchange(mail.body.ending, None, content, self.at, self.has_more)
+        message._steps["msg"] = exchange
+        vars(message).update(_exchanges=[*exchanges, exchange], _length=len(exchanges) + 1)
         return message
+
+    def note(self, request: _Request | None, reply: _Reply | None, value: Any = None) -> _Exchange:
+        """Append to the record."""
+        exchange = _Exchange(request, reply, value, self.at, self.has_more)
+        self.mail.exchanges.append(exchange)
+        return exchange
 
     def note_early_input(self) -> None:
         """Keep that the client has sent more before the last reply, which is still to be sent."""
-        mail = self.mail
-        # A copy, because recorded messages have the list.
-        mail.dialogue = [*mail.dialogue[:-1], _mark_early(str(mail.dialogue[-1]))]
-        if mail.entry is not None:
-            self._publish(complete=False, belongs_to_previous_mail=True)
+        self.mail.replace_last(was_early=True)
+        if self.mail.entry is not None:
+            self._publish(complete=False, follows_mail=True)
 
-    def greet(self) -> _Reply:
-        return self.run(self.handlers["connect"], "connect", None, "")
+    def greet(self, at: float = 0.0) -> _Reply:
+        self.at = at
+        reply = self.run(self.handlers["connect"], None, "")
+        if reply.text.startswith("5"):
+            self.handlers = self.handlers.turn_away()
+            self.commands = self.handlers.commands
+        return reply
 
-    def receive(self, data: bytes) -> Iterator[_Reply]:
-        """Yield the replies to what data completes. A command is run when its reply is asked for."""
-        said = self.mail.dialogue
-        if len(said) > _DIALOGUE_LIMIT:
-            self.mail.dialogue = [*said[:2], None, _TRUNCATED, *said[-_DIALOGUE_LIMIT // 2 :]]
+    def receive(self, data: bytes, at: float = 0.0) -> Iterator[_Reply]:
+        """Yield the replies to what data, which came at this time, completes. A command is run when its reply is
+        asked for."""
+        self.at = at
         if self.rest:
             data, self.rest = self.rest + data, b""
-        at, end = 0, len(data)
-        while at < end:
-            at, reply = self._take(self, data, at)
+        position, end = 0, len(data)
+        if end > 512 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
+            self._limit_record(end)
+        while position < end:
+            position, reply = self._take(self, data, position)
             if reply is not None:
                 yield reply
                 if reply.next is not None:  # drop the rest; what came in clear must have no effect within TLS
                     return
 
-    def end(self, *ending: _Request) -> None:
+    def _limit_record(self, size: int) -> None:
+        self._unmeasured += size
+        if self._unmeasured > 65536 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
+            self._unmeasured = 0
+            self.mail.limit_size()
+
+    def end(self, reply: _Reply | None = None, at: float = 0.0) -> None:
         """Record what is not yet recorded, because the connection ends.
 
-        The ending is what the server adds to the dialogue, unless it has closed the session before.
+        The reply is what the server says to that, unless it has closed the session before.
         """
         mail, body = self.mail, self.mail.body
-        if mail.dialogue and mail.dialogue[-1] in _ENDINGS:
-            ending = ()
+        last = mail.exchanges[-1].reply if mail.exchanges else None
+        self.at, self.has_more = at, False
         if body is not None:
-            self._leave_body(body, "")
+            self._leave_body(body)
         self._take = _Session._ignore_input  # a login that is not complete refers to the session
-        mail.dialogue += ending
-        if self.request is not None and (mail.entry is None or body is not None or ending):
-            self._publish(complete=True, belongs_to_previous_mail=body is None)
+        is_noted = reply is not None and not (last is not None and last.ends)
+        if is_noted:
+            self.note(None, reply)
+        if self.request is not None and (mail.entry is None or body is not None or is_noted):
+            self._publish(complete=True, follows_mail=body is None)
         self._report_unaccepted()
 
     def _report_unaccepted(self) -> None:
@@ -2808,18 +3159,19 @@ class _Session:
         end = data.find(b"\n", at, at + self._line_limit)
         if end < 0:
             return self._take_part_of_line(data, at)
-        handler, verb, request, argument = self.commands[data[at:end].decode("latin-1")]
+        handler, request = self.commands[data[at:end].decode("latin-1")]
         self.has_more = end + 1 < len(data)
-        return end + 1, handler._begin(self, verb, request, argument)
+        return end + 1, handler._begin(self, request)
 
-    def _take_answer(self, data: bytes, at: int, run: Callable[[str], _Reply]) -> tuple[int, _Reply | None]:
+    def _take_answer(self, data: bytes, at: int, run: Callable[[_Request, str], _Reply]) -> tuple[int, _Reply | None]:
         end = data.find(b"\n", at, at + self._line_limit)
         if end < 0:
             return self._take_part_of_line(data, at)
         self._take = _Session._take_line
-        line = data[at:end]
+        text = _decode(data[at:end].strip())
         self.has_more = end + 1 < len(data)
-        return end + 1, run(_find_faults(_decode(line.strip()), line))
+        shown = "*" if text == "*" else "***"
+        return end + 1, run(_Request("answer", shown, "", _find_faults(data[at:end], shown)), text)
 
     def _take_part_of_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         if len(data) - at < self._line_limit:
@@ -2827,8 +3179,9 @@ class _Session:
             return len(data), None
         self._take = _Session._skip_line
         self.has_more = False
-        request = _add_faults(f"line of over {self._line_limit} bytes", ("long-command",))
-        return at, self.run(self.handlers["too long"], "", request, "")
+        line = f"line of over {self._line_limit} bytes"
+        request = _Request("too long", line, "", (("long-command", line),))
+        return at, self.run(self.handlers["too long"], request, "")
 
     def _skip_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         end = data.find(b"\n", at)
@@ -2853,7 +3206,7 @@ class _Session:
     def _ignore_input(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         return len(data), None
 
-    def expect_answer(self, run: Callable[[str], _Reply]) -> None:
+    def expect_answer(self, run: Callable[[_Request, str], _Reply]) -> None:
         self._take = functools.partial(_Session._take_answer, run=run)
 
     def expect_body(self) -> None:
@@ -2862,117 +3215,142 @@ class _Session:
         self.mail.body.finish = self.finish_body
         self._take = _Session._take_body
 
-    def expect_chunk(self, size: int, request: str, run: Callable[[], _Reply]) -> _Reply | None:
+    def expect_chunk(self, size: int, request: _Request, run: Callable[[], _Reply]) -> _Reply | None:
         """Have this many bytes of the body come next, and then run the command that announced them."""
         self.request = request
         if self.mail.body is None:
             self.erase(("data", "msg"))
             self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.body_thresholds(), is_counted=True)
+        self.mail.body.request = request
         if not size:
             return run()
         self.mail.body.missing, self.mail.body.finish = size, run
         self._take = _Session._take_body
         return None
 
-    def secure(self, version: str, cipher: str) -> None:
+    def secure(self, version: str, cipher: str, at: float = 0.0) -> None:
         """Begin again within TLS. What was said before is forgotten (RFC 3207 section 4.2)."""
         self.erase((*_STEPS, "auth"))
+        self.at, self.has_more = at, False
         self.mail.accepted_steps.add("tls")
-        self.mail.steps["tls"] = _Exchange(None, "", True, (version, cipher))
+        self.mail.steps["tls"] = self.note(None, None, (version, cipher))
         self._take = _Session._take_line
 
     # The commands.
 
-    def begin_mail_if_due(self, handler: Handler) -> None:
-        """Leave a mail that is complete, unless this command annotates it."""
+    def begin_mail_if_due(self, kind: _Verb) -> None:
+        """Complete a mail that this command abandons, and begin the next one unless this command belongs to it."""
         mail = self.mail
-        if mail.entry is None or handler._belongs_to_previous_mail:
-            return
-        if self._keeps_messages:
-            self._report_unaccepted()
+        if not self._keeps_messages:
+            if mail.entry is not None and mail.entry.is_purged and not kind.follows_mail:
+                # The rest of the session is another message. A mail that it shows until it is erased was not discarded.
+                mail.number, mail.discarded, mail.delivered, mail.entry = (
+                    0,
+                    -int("msg" in mail.accepted_steps),
+                    None,
+                    None,
+                )
+        elif mail.has_begun and kind.ends_mail and not mail.is_complete:
+            mail.is_complete = True
+            if mail.body is not None:
+                self._leave_body(mail.body)
+            if not kind.follows_mail:
+                self._publish(complete=True)
+        if self._keeps_messages and mail.is_complete and not kind.follows_mail:
             self.mail = mail.make_next()
-        elif mail.entry.is_purged:  # so the rest of the session is another message
-            mail.stamp = mail.delivered = mail.entry = None
-            mail.start = len(mail.dialogue)
+        if kind is _VERBS["MAIL"]:
+            self.mail.has_begun = True
+            if len(self.mail.exchanges) > _ATTEMPT_LIMIT:
+                self.mail.forget_attempts()
 
-    def run(self, handler: Handler, stage: str, request: _Request, argument: Any) -> _Reply:
+    def run(self, handler: Handler, request: _Request | None, argument: Any) -> _Reply:
         """Run a command. What it completes is recorded before its reply is returned."""
-        if self.mail.entry is not None:
-            self.begin_mail_if_due(handler)
+        if request is not None and (self.mail.entry is not None or request.kind.ends_mail):
+            self.begin_mail_if_due(request.kind)
         try:
-            reply = handler._run(self, stage, request, argument)
+            reply = handler._run(self, request, argument)
         except BaseException:  # noqa: BLE001 - a handler of the user may raise anything
             self.context.log.failure(f"{type(handler).__name__} failed")
             reply = handler._find_reply("msg_msg_failed")
-            self.mail.dialogue += (request, reply.text)
-        self.request = request
-        complete = handler._step == "msg" and (reply.accepts or self._keeps_messages)
-        if reply.next is not None:
-            self._take = _Session._ignore_input
-            if reply.next is not _Next.TLS:
-                self.mail.dialogue += (None, reply.next.value)
-                complete = True
-        if (complete or self.mail.entry is not None) and request is not None:
-            self._publish(complete=complete, belongs_to_previous_mail=handler._belongs_to_previous_mail)
+            self.note(request, reply)
+        self.request, mail = request, self.mail
+        if reply.next or mail.entry or mail.is_complete or (request and request.verb == "message"):
+            self._complete(request, reply)
         return reply
 
-    def finish_body(self, request: str | None = None) -> _Reply:
-        """Run the end of the body; request is the BDAT that it came with."""
+    def _complete(self, request: _Request | None, reply: _Reply) -> None:
+        """Record what this reply completes."""
+        if reply.next is not None:
+            self._take = _Session._ignore_input
+        if request is None:
+            return
+        mail, complete = self.mail, reply.ends
+        if request.verb == "message":
+            complete = complete or reply.accepts or self._keeps_messages
+        elif complete and mail.body is not None:  # chunks without LAST; the reply stays the last one
+            last = mail.exchanges.pop()
+            self._leave_body(mail.body)
+            mail.exchanges.append(last)
+        if self._keeps_messages:
+            mail.is_complete = complete = complete or mail.is_complete
+        if complete or mail.entry is not None:
+            self._publish(complete=complete, follows_mail=request.kind.follows_mail)
+
+    def finish_body(self) -> _Reply:
+        """Run the end of the body."""
         body = self.mail.body
         assert body is not None
-        handler = self.handlers["message" if request is None else "last chunk"]
-        content = body.content()
-        if content is not None and len(content) < body.size:
-            body.find_faults(content)
-        reply = self.run(handler, "message", body.size, content)
+        handler = self.handlers["message" if body.request is None else "last chunk"]
+        content = body.end("message")
+        reply = self.run(handler, body.ending, content)
         self.mail.body = None
-        self.request = self.request if request is None else request
+        self.request = body.request or body.ending
         return reply
 
     def decide(
-        self, stages: Collection[str], request: _Request, content: Any, names: Sequence[str], **limits: Any
+        self,
+        texts: Mapping[str, str],
+        names: Sequence[str],
+        message: Callable[[], Message] | None = None,
+        **limits: Any,
     ) -> dict[str, Any]:
-        """The aspects of a reply that rules set; for a body, request is its size."""
-        text = _decode(content or b"") if isinstance(request, int) else str(request or "")
+        """The aspects of a reply that rules set."""
         try:
-            return self.rules.decide(stages, text, names, lambda: self.message(request, content), **limits)
+            return self.rules.decide(texts, names, message or self.message, **limits)
         except BaseException:  # noqa: BLE001 - pytest.fail() is not an Exception
             self.context.log.failure("a rule failed")
             return {"reply": self.context.options.msg_msg_failed}
 
     def _interrupt(self, body: _Body) -> _Reply | None:
         """What rules do at this size of the body: end the session, with or without a reply, or only a delay."""
-        after, handler = body.thresholds.pop(0), self.handlers["message"]
-        names = self.mail.accepted_recipients()
-        aspects = self.decide(("message", "*"), body.size, body.content(), names, after=after)
+        after, names, content = body.thresholds.pop(0), self.mail.accepted_recipients(), body.end("partial message")
+        texts = {"message": _decode(content or b"")}
+        aspects = self.decide(texts, names, lambda: self.message_with_body(content), after=after)
         if not aspects:
             return None
         if "reply" in aspects or "then" in aspects:
             aspects.setdefault("then", _Next.CLOSE)
-        reply = handler._apply(aspects, _Reply("", b""))
+        reply = self.handlers["message"]._apply(aspects, _Reply("", b""))
         if reply.next is not None:
-            self._leave_body(body, reply.text)
+            reply, self.has_more = reply.replace(accepts=False), False
+            self._leave_body(body, reply)
             self._take = _Session._ignore_input
-            self.mail.dialogue += (None, reply.next.value)
             self._publish(complete=True)
         return reply
 
-    def _leave_body(self, body: _Body, response: str) -> None:
+    def _leave_body(self, body: _Body, reply: _Reply | None = None) -> None:
         """Keep what arrived of a body that will not be complete."""
-        if body.missing:  # then the last request is the BDAT that announced the chunk
-            self.mail.steps.setdefault("data", _Exchange(self.request, "", False, None))
-            self.mail.dialogue += (self.request, None)
-        size = _FaultyBody(body.size)
-        size.is_partial = True
-        self.mail.steps["msg"] = _Exchange(size, response, False, body.content())
-        self.mail.dialogue += (size, response or None)
+        if body.missing:
+            self.mail.steps.setdefault("data", self.note(body.request, None))
+        content = body.end("partial message")
+        self.mail.steps["msg"] = self.note(body.ending, reply, content)
         self.mail.body = None
 
     def deliver(self) -> bool:
         """Give on_message the mail that is about to be accepted. Returns whether it may be."""
         mail = self.mail
-        mail.stamp = self.context.mailbox.stamp()
-        mail.delivered = Message(mail, self.peer, mail.stamp, self.context.options.tolerated)
+        mail.number = 0
+        mail.delivered = self._make_message()
         on_message = self.context.on_message
         if on_message is not _ignore and not self._call(on_message, mail.delivered):
             mail.delivered = None
@@ -2986,32 +3364,34 @@ class _Session:
             return False
         return True
 
-    def _publish(self, *, complete: bool, belongs_to_previous_mail: bool = False) -> None:
+    def _publish(self, *, complete: bool, follows_mail: bool = False) -> None:
         """Bring the message in the mailbox up to date; put it there if it is complete."""
         mail, mailbox = self.mail, self.context.mailbox
         message = mail.delivered
-        if message is None or message._dialogue is not mail.dialogue or message._length != len(mail.dialogue):
+        if message is None or message._exchanges is not mail.exchanges or message._length != len(mail.exchanges):
             message = self._make_message()
         if mail.entry is not None:
-            if mailbox.update(mail.entry, message) or belongs_to_previous_mail:
+            if mailbox.update(mail.entry, message) or follows_mail:
                 return
             # It was purged while this command ran, so what the command has begun is another message.
             if mail.entry.message.id == message.id:
-                mail.stamp = None
+                mail.number = 0
                 message = self._make_message()
             mail.entry = None
         if complete:
             mail.entry = mailbox.add(message)
+            if self._keeps_messages:
+                self._report_unaccepted()
 
     def _make_message(self) -> Message:
         mail = self.mail
-        mail.stamp = mail.stamp or self.context.mailbox.stamp()
-        return Message(mail, self.peer, mail.stamp, self.context.options.tolerated)
+        mail.number = mail.number or self.context.mailbox.make_number()
+        return Message(mail, self.peer, mail.number, self.context.options.tolerated)
 
     def erase(self, steps: Sequence[str]) -> None:
-        """Forget these steps, unless they belong to an accepted message that is kept."""
+        """Forget these steps, unless they belong to a message that is complete and kept."""
         mail = self.mail
-        if mail.steps.keys().isdisjoint(steps) or (mail.entry is not None and self._keeps_messages):
+        if mail.steps.keys().isdisjoint(steps) or (self._keeps_messages and mail.is_complete):
             return
         body = mail.steps.get("msg") if "msg" in steps else None
         if body is not None and not body.accepted and self.context.on_erase is not _ignore:
@@ -3023,6 +3403,8 @@ class _Session:
             mail.recipients = []
             if "mailfrom" in steps:
                 mail.body = None
+        if body is not None and body.accepted:
+            mail.forget(body)
 
 
 # ----------------------------------------------------------------------------------------- mailbox
@@ -3033,19 +3415,23 @@ _Where = Callable[[Message], object]
 class _Entry:
     """A place in the mailbox."""
 
-    __slots__ = ("is_purged", "message")
+    __slots__ = ("is_purged", "message", "number")
 
     def __init__(self, message: Message) -> None:
         self.message = message  # replaced with the lock of the mailbox, and read without it
+        self.number = 0  # in the order of recording; set with the lock, before others see the entry
         self.is_purged = False  # likewise; whoever acts on it looks again with the lock
 
 
 class _Waiter:
     """What a waiting thread has found, and what it still has to look at."""
 
-    def __init__(self, entries: Iterable[_Entry]) -> None:
+    def __init__(self, entries: Iterable[_Entry], after: int) -> None:
+        self.after = after  # only entries with a higher number match
         # The lock of the mailbox guards the first two; only the waiting thread uses the third.
-        self.unseen = dict.fromkeys(entries)  # new, or changed since it was looked at
+        self.unseen = {
+            entry: None for entry in entries if entry.number > after
+        }  # new, or changed since it was looked at
         self.missing = 0  # it is not woken for fewer
         self.matching: dict[_Entry, Message] = {}
 
@@ -3055,7 +3441,7 @@ class _Waiter:
     def look_at(self, entries: Iterable[_Entry], where: _Where | None, deadline: float) -> None:
         for entry in entries:
             message = entry.message
-            if where is None or where(message):
+            if entry.number > self.after and (where is None or where(message)):
                 self.matching[entry] = message
             else:
                 self.matching.pop(entry, None)
@@ -3066,23 +3452,26 @@ class _Waiter:
 class _Mailbox:
     """The recorded messages of a server, oldest first."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._lock = threading.Lock()  # guards everything below
-        self._changed = threading.Condition(self._lock)  # notified when a waiter has enough
+        self._changed = threading.Condition(self._lock)  # notified when a waiter has enough, and by end_waits()
         self._last_number = 0
+        self._recorded = 0  # how many there were, with those that were purged
+        self._waits = True  # False once end_waits() was called
         self._entries: list[_Entry] = []
         self._waiters: list[_Waiter] = []
 
-    def stamp(self) -> tuple[int, float]:
-        """A number for a message, and the time."""
+    def make_number(self) -> int:
+        """The number of another message."""
         with self._lock:
             self._last_number += 1
-            return self._last_number, self._clock()
+            return self._last_number
 
     def add(self, message: Message) -> _Entry:
         entry = _Entry(message)
         with self._lock:
+            self._recorded += 1
+            entry.number = self._recorded
             self._entries.append(entry)
             if self._waiters:  # else there is no need for the call
                 self._show(entry)
@@ -3092,6 +3481,9 @@ class _Mailbox:
         """Replace the message of an entry. False if the entry was purged, and nothing is replaced."""
         with self._lock:
             if not entry.is_purged:
+                if message.id != entry.message.id:  # the session's next mail takes the place of its last
+                    self._recorded += 1
+                    entry.number = self._recorded
                 entry.message = message
                 self._show(entry)
             return not entry.is_purged
@@ -3109,22 +3501,37 @@ class _Mailbox:
                 self._purge(self._entries)
         return messages
 
+    def read(self, after: int) -> tuple[int, list[Message]]:
+        """How many messages were recorded in all, and those that came after so many and were not purged."""
+        with self._lock:
+            return self._recorded, [entry.message for entry in self._entries if entry.number > after]
+
+    def end_waits(self) -> None:
+        """End all waits, also those to come."""
+        with self._lock:
+            self._waits = False
+            self._changed.notify_all()
+
     def _purge(self, entries: Iterable[_Entry]) -> None:
         for entry in entries:
             entry.is_purged = True
         self._entries = [entry for entry in self._entries if not entry.is_purged]
 
-    def wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> tuple[bool, list[Message]]:
+    def wait(
+        self, count: int, timeout: float, where: _Where | None, *, purge: bool, after: int = 0
+    ) -> tuple[bool, list[Message]]:
         """Wait for count matching messages. Returns whether they came, and all that match; purges only if they came."""
         deadline = time.monotonic() + timeout
         with self._lock:
-            waiter = _Waiter(self._entries)
+            waiter = _Waiter(self._entries, after)
             self._waiters.append(waiter)
         try:
             waiter_deadline = float("inf")  # everything that was there before the call is looked at
             while True:
                 with self._lock:
-                    in_time = self._changed.wait_for(waiter.has_enough, max(0.0, deadline - time.monotonic()))
+                    left = max(0.0, deadline - time.monotonic())
+                    in_time = self._changed.wait_for(lambda: waiter.has_enough() or not self._waits, left)
+                    in_time = in_time and self._waits
                     unseen, waiter.unseen = waiter.unseen, {}
                 waiter.look_at(unseen, where, waiter_deadline)  # without the lock, because it calls the user's code
                 waiter_deadline = deadline
@@ -3172,9 +3579,9 @@ class _Log:
         self._has_failed = False  # not guarded: at worst, two threads say so
         self.failures = failures  # of callbacks, since the start or the last reset(), whatever the log was then
 
-    def activity(self, what: str, text: str | int = "") -> None:
+    def activity(self, text: str) -> None:
         if self.shows_activity:
-            self("info_activity", what + ("message binary data portion" if isinstance(text, int) else _printable(text)))
+            self("info_activity", _printable(text))
 
     def __call__(self, level: str, message: str) -> None:
         try:
@@ -3225,6 +3632,7 @@ class _Log:
 
 # ------------------------------------------------------------------------------------------ server
 
+_QUIT_TIMEOUT = 0.05  # seconds that a client has to QUIT after its last command, before a stop sends it away
 _LINGER = 2.0  # seconds that a client has to close its end after the server has closed its own
 _REPORT_LIMIT = 10  # messages and sessions in the text of a WaitTimeoutError
 
@@ -3261,6 +3669,60 @@ def _set_timeout(sock: socket.socket, seconds: float) -> None:
             sock.settimeout(seconds)
 
 
+# For tests: the certificate of an authority, a P-256 key, and the key's three certificates, in DER, zlib and base64.
+# .ci/certificates.py made them with PyPI's cryptography, and threw the authority's key away, so nobody can sign more.
+# The other key is as public as this file. They are valid from 2000 to 2100, and the expired one was until 2001.
+_TEST_CERTIFICATES = """
+eNozaGKcZtDEaLOAmYmRiUmkIvd97LEnwhOLlz+eW3bv4yudJFspAy42Dq02j3O2LMxMBmKGIgZCbMyhLMw83MW5JQW5+cnZCs6OBgrivAYGBoZACAZREvxG
+higCOHVGGgizsYPNZ2KEWsTMyM7sxMCymHdDgGDhS/4bn/euOydR8a7nw23u1VWMASpmrlKOJ+KPfL6U43T4iXba5sDdLTum9ezM/rFqj90p4dTHsa+fCfNL
+1C9OM0gxkAVaKcvHIsYikjvx3ne10As+8T6cW7XfWqcdean0zEAeJK3MImEg1oBdAcjJssKMjP9ZOAzYgBQTI4MBH0iMHyQGDBJGNuQAYvZgMHBlUmRocL00
+6fDbCQE7rq7a2cZ9omViw8cELSvBlI618pnxqxlbmBRUzmY8zthYxXlwoY8bT2jSfi/RXa/0937YeP/7E4EjjOzbavJSK0pqDAyZGBlZFPy3vJj+7MXxJb5K
+hb5O6tLS9Uyxf6817+xnfzS1NnJR2fkFXIigg2psYrwMxJXQiNXYUWz5reVPcG/pHoV1IcJfJohqhVMpYkUMhQwEIDo5c/KTE3My8otL8ESr64lfXjccX/At
+23VscWXyTPvZxwyrD2Sy2vEeD/Us9RX5XMGUNqV9z51zIas1FNZ0TNXbvXzm4hPfrz66wb3kaLLknZ7FjUsMGhciRazzuqm/32mK/mRqWfLipZtkwlS2w26E
+I5YHHrFMBmhRyt4AdDyQr8rCAwojbTZGVlZ2ZkYDHZCgIIuqgXITwqftLPUMDIztAgyogBEzVSjwvj3pV3NfIfHYweVzS3POhc07cTlmlv7ldUIXs0X5Z/pJ
+AtPNU8+7+8xiJqt77n9UczryjBmTbabotr/H4tt22Cn52/7IgEfuRSAuh0Yux5nMMOPSlXod5ee/sh+afXdGZHslUZErhxa5QK7haNSSEbWKDD1CM27tm21e
+tfHJ1NZ1B68KtE8rkipd+HWV81SeI+E3I28zKdg/VVgX4/BSPOUCV4S0kIv5i5lMvDx6O64pLXzEKyuvrQ6P2rNAXAyN2sinLy/fWcxyaO+bsAoT+YVM71tv
+7qFSvpU1lDaQhOgUKi/Kz0vXBflZLzOvLDEnM4WmsTzVoHHSQMSyLCSWxQxEmrB5GTPH1qduTk1MyPwXdI2n/Oeqlw3zc2ceWxfywulxwc24rv+Wl4ERfzZj
+8afOnrm2nyM5ODK2as4WdnJnjz5l512Ua/pvqUfsbQAqOmEP
+"""
+
+
+def _make_pem(name: str, kind: str = "CERTIFICATE") -> str:
+    import base64
+    import zlib
+
+    parts = zlib.decompress(base64.b64decode(_TEST_CERTIFICATES)).split(b"|next|")
+    text = base64.encodebytes(parts[("ca", "key", *_TEST_CONTEXTS).index(name)]).decode()
+    return f"-----BEGIN {kind}-----\n{text}-----END {kind}-----\n"
+
+
+_ca_pem = functools.partial(_make_pem, "ca")  # what clients are to trust
+
+
+@functools.cache
+def _load_test_context(name: str) -> ssl.SSLContext:
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    pem = _make_pem(name) + _make_pem("key", "EC PRIVATE KEY")
+    # Python loads keys from files alone: from one in memory, if the system has that, or from one that only we can read.
+    with contextlib.suppress(KeyError, OSError), open(vars(os)["memfd_create"]("smtpmock"), "w") as file:
+        file.write(pem)
+        file.flush()
+        context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+        return context
+    import tempfile
+
+    descriptor, path = tempfile.mkstemp()
+    try:
+        with open(descriptor, "w") as file:
+            file.write(pem)
+        context.load_cert_chain(path)
+    finally:
+        os.unlink(path)
+    return context
+
+
 class _Connection(socketserver.BaseRequestHandler):
     """Moves bytes between a client and its session, and carries out the replies."""
 
@@ -3276,13 +3738,18 @@ class _Connection(socketserver.BaseRequestHandler):
         self.session = _Session(context, self.client_address[:2])
         self.unsent = bytearray()  # replies
         self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
+        self.grace = 0.0  # seconds that a stop lets it be idle; none before its first command
+        self.leaves_at = 0.0  # when these are over
+        self.is_leaving = False  # waits for a command in a stop, which does not prolong its grace
         self.must_linger = False  # because the server closes first
         self.ignores_input = False  # of a client that goes on sending during stop(); only an RST wakes it for sure
         self.reason = "left before any command"  # why it ended so
-        self.is_aborting = False  # must end at once
+        self.has_failed = False  # in the TLS handshake
+        self.is_over = False  # nothing follows its last reply, after which the client may connect again
         self.is_recorded = False  # has ended, and its messages are complete
+        self.is_aborting = False  # must end at once
         self.ending: _Next | None  # CLOSE or RESET if disconnect() ends it
-        self.server.connections.add(self)
+        self.server.connections[self] = None
         with self.server.accepting:
             self.ending = self.server.starting.pop(self.plain)
             self.is_aborting = self.must_linger = self.ending is not None
@@ -3295,42 +3762,45 @@ class _Connection(socketserver.BaseRequestHandler):
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _set_timeout(self.request, self.options.session_timeout)
             goes_on = not self.options.implicit_tls or self._start_tls()
-            goes_on = goes_on and self._say(self.session.greet())
+            goes_on = goes_on and self._say(self.session.greet(self._now()))
             while goes_on and (data := self._read()):
-                for reply in self.session.receive(data):
+                for reply in self.session.receive(data, self._now()):
                     if not self._say(reply, self.session.request):
                         return
         except OSError as error:  # the client is gone, or does not read
             self.log("warning", f"SMTP session broke off: {error}")
 
+    def _now(self) -> float:
+        return self.server.epoch + time.monotonic()
+
     def finish(self) -> None:
-        self.session.end(*(None, self.ending.value) if self.ending else ())
-        if self.session.request is None or self.reason.startswith("TLS"):
+        self.session.end(_Reply("", b"", next=self.ending) if self.ending else None, self._now())
+        if self.session.request is None or self.has_failed:
             begins_tls = self.session.rest.startswith(b"\x16\x03")
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
             reason = "disconnect() ended it" if self.ending else reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
         self.is_recorded = True
-        if self.ending:  # read after is_recorded is set; disconnect() does the reverse
-            with self.server.changed:
-                self.server.changed.notify_all()
+        with self.server.changed:
+            self.server.changed.notify_all()
         self.log.activity("SMTP session finished")
         if self.ending is _Next.RESET:
             self._reset()
         elif self.must_linger:
             self._linger()
-        self.server.connections.discard(self)
+        self.server.connections.pop(self, None)
         if self.request is not self.plain:  # the listener closes the plain socket, but not this one
             self.shut_down(socket.SHUT_WR)
             self.request.close()
 
-    def _say(self, reply: _Reply, request: _Request = None) -> bool:
+    def _say(self, reply: _Reply, request: _Request | None = None) -> bool:
         """Log, wait and send. Returns whether the session goes on."""
         if self.is_aborting:
             return False
         is_logged = self.log.shows_activity and (reply.data or reply.next)  # unless a rule only delays a body
         if is_logged and request is not None:
-            self.log.activity("SMTP request: ", request)
+            is_body = request.verb == "message"
+            self.log.activity(f"SMTP request: {'message binary data portion' if is_body else request.line}")
         if reply.delay:
             self._flush()
             if not self._pause(reply.delay):
@@ -3338,7 +3808,8 @@ class _Connection(socketserver.BaseRequestHandler):
             if reply.data and reply.next is None and not self.session.is_secure and self._peek():
                 self.session.note_early_input()
         if is_logged:
-            self.log.activity("SMTP response: ", reply.text if reply.data else "none")
+            self.log.activity(f"SMTP response: {reply.text if reply.data else 'none'}")
+        self.is_over = reply.next is not None and reply.next in (_Next.CLOSE, _Next.RESET)
         if not reply.trickle:
             self.unsent += reply.data
         elif not self._trickle(reply):
@@ -3432,16 +3903,17 @@ class _Connection(socketserver.BaseRequestHandler):
         try:
             context = self.options.ssl_context
             assert context is not None  # STARTTLS and implicit_tls need it
+            context = _load_test_context(context) if isinstance(context, str) else context
             self.request = context.wrap_socket(self.plain, server_side=True, do_handshake_on_connect=False)
             self.is_idle = True
             while not self.session.is_secure and self._await(selectors.EVENT_READ):
                 with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
                     self.request.do_handshake()
-                    self.session.secure(self.request.version(), self.request.cipher()[0])
+                    self.session.secure(self.request.version(), self.request.cipher()[0], self._now())
             self.request.settimeout(self.options.session_timeout)  # OpenSSL respects this, but not SO_RCVTIMEO
             self.is_idle = False
         except (OSError, ValueError) as error:
-            self.reason = f"TLS handshake failed: {error}"
+            self.has_failed, self.reason = True, f"TLS handshake failed: {error}"
             if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
                 self.reason += "; the client spoke plain text, but this port begins with TLS"
             self.log("warning", f"SMTP session broke off: {self.reason}")
@@ -3449,6 +3921,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def _linger(self) -> None:
         """Send a FIN, and read until the client closes, too: closing with unread input would send an RST."""
+        self.leaves_at = 0.0
         self.is_idle = True
         deadline = time.monotonic() + _LINGER
         with contextlib.suppress(OSError):
@@ -3476,18 +3949,21 @@ class _Connection(socketserver.BaseRequestHandler):
         """What the client sends next; empty at the end of the session."""
         self._flush()
         server = self.server
+        waits = not self.session.is_receiving_body
+        if waits and not self.is_leaving:
+            self.leaves_at = time.monotonic() + self.grace
+            self.is_leaving = server.stopping
         try:
             # is_idle is set before stopping is read, and stop() does the reverse, so one of the two sees the other.
-            self.is_idle = is_idle = not self.session.is_receiving_body
-            goes_on = not (is_idle and server.stopping)
-            if goes_on and (_MUST_POLL or self.request is not self.plain):
-                goes_on = self._await(selectors.EVENT_READ)
-            if goes_on:
+            self.is_idle = waits
+            must_await = _MUST_POLL or self.request is not self.plain or (waits and server.stopping)
+            if not must_await or self._await(selectors.EVENT_READ):
                 body = self.session.mail.body
                 # From 128 KiB up, glibc's malloc() maps each buffer anew, which takes longer than to read a small body.
                 data: bytes = self.request.recv(262144 if body is not None and body.size else 65536)
-                self.is_idle = False
-                if not (is_idle and server.stopping):
+                self.is_idle = False  # before the time is read; stop() does the reverse
+                if not (waits and server.stopping) or time.monotonic() < self.leaves_at:
+                    self.grace = self.grace or min(_QUIT_TIMEOUT, self.options.shutdown_timeout)
                     return data
                 self.ignores_input = bool(data)
             farewell = self.options.msg_server_shutdown
@@ -3495,29 +3971,37 @@ class _Connection(socketserver.BaseRequestHandler):
             farewell = self.options.msg_session_timeout
         except ConnectionError:  # an RST ends a session like a FIN
             return b""
-        self.session.end(None, farewell, None, _Next.CLOSE.value)
-        self._say(_Reply(farewell, next=_Next.CLOSE))
+        reply = _Reply(farewell, next=_Next.CLOSE)
+        self.session.end(reply, self._now())
+        self._say(reply)
         return b""
 
     def _await(self, event: int, seconds: float | None = None) -> bool:
-        """Wait until it can read or write. False if it is idle, and a stop has begun.
+        """Wait until it can read or write. False if it is idle, and a stop sends it away.
 
         A read within TLS needs it, because no farewell could be sent after stop() interrupts that.
         """
-        seconds = self.options.session_timeout if seconds is None else seconds
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + (self.options.session_timeout if seconds is None else seconds)
         reads = event == selectors.EVENT_READ
-        has_input = reads and self.session.is_secure and self.request.pending()
+        is_ready = reads and self.session.is_secure and self.request.pending()
         with selectors.DefaultSelector() as selector:
             selector.register(self.request, event)
-            while not (has_input or (reads and self.is_idle and self.server.stopping)):
+            while True:
+                leaves = reads and self.is_idle and self.server.stopping
+                left = (self.leaves_at if leaves else deadline) - time.monotonic()
+                if is_ready or (leaves and left <= 0):
+                    return not leaves or left > 0
                 if self.is_aborting and not self.is_recorded:  # _linger() may still read
                     raise ConnectionAbortedError("the server has ended it")
-                if selector.select(min(seconds, _POLL_SECONDS) if _MUST_POLL else seconds):
-                    break
-                if not _MUST_POLL or time.monotonic() >= deadline:
+                if left <= 0:
                     raise TimeoutError("timed out")
-        return not (self.is_idle and self.server.stopping)
+                is_ready = bool(selector.select(min(left, _POLL_SECONDS) if _MUST_POLL else left))
+
+    def await_end(self, until: float) -> None:
+        """Wait until this time for the end of the session. Called by another thread."""
+        if (left := until - time.monotonic()) > 0:
+            with self.server.changed:
+                self.server.changed.wait_for(lambda: self.is_recorded, left)
 
     def shut_down(self, how: int) -> None:
         """Interrupt what the session's thread waits for in the socket. Called by any thread."""
@@ -3590,11 +4074,11 @@ class _Listener(socketserver.ThreadingTCPServer):
     allow_reuse_address = _IS_POSIX  # on Windows it would let two servers have one port
     request_queue_size = socket.SOMAXCONN
 
-    def __init__(self, family: int, address: Any, context: _Context) -> None:
+    def __init__(self, family: int, address: Any, context: _Context, connection: Any) -> None:
         self.address_family = family
-        super().__init__(address, _Connection, bind_and_activate=False)
+        super().__init__(address, connection, bind_and_activate=False)
         self.context = context
-        self.connections: set[_Connection] = set()  # the open ones; add, discard and copy are atomic
+        self.connections: dict[Any, None] = {}  # the open ones, oldest first; each change of it is atomic
         self.starting: dict[socket.socket, _Next | None] = {}  # how to end what was accepted and is no connection yet
         self.accepting = threading.Lock()  # guards starting; held while a client is accepted and added to it
         self.spare_threads: list[_SessionThread] = []  # they add themselves; only the listener's thread takes from it
@@ -3605,6 +4089,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.thread = _Thread("smtpmock listener", self.serve_forever)
         self.changed = threading.Condition()  # notified when a session is recorded or must end
         self.has_shortage = False  # of descriptors or threads; it is logged once, by the listener's thread
+        self.epoch = time.time() - time.monotonic()  # so that the difference of two times is that of a monotonic clock
         self.wake: tuple[socket.socket, ...] = ()  # a byte is sent to the first when the server stops
         try:
             self.socket.setblocking(False)  # a client may be gone before it is accepted
@@ -3699,8 +4184,10 @@ class _Listener(socketserver.ThreadingTCPServer):
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
-        for connection in self.connections.copy():
+        for connection in sorted(self.connections.copy(), key=operator.attrgetter("leaves_at")):
             if connection.is_idle:
+                connection.await_end(connection.leaves_at)
+            if connection.leaves_at <= time.monotonic() and connection.is_idle:
                 connection.shut_down(socket.SHUT_RD)
         threads = [t for t in threading.enumerate() if isinstance(t, _SessionThread) and t.listener is self]
         for thread in threads:
@@ -3722,6 +4209,12 @@ class _Listener(socketserver.ThreadingTCPServer):
             connection.shut_down(socket.SHUT_RDWR)
         with self.changed:
             self.changed.notify_all()
+
+    def await_quits(self) -> None:
+        """Let clients QUIT whose last command was just answered, or is about to be."""
+        now = time.monotonic()
+        for connection in self.connections.copy():
+            connection.await_end(connection.leaves_at if connection.is_idle else now + connection.grace)
 
     def disconnect(self, *, reset: bool) -> None:
         """End the open sessions, and those that are about to begin, and wait until they are recorded."""
@@ -3767,14 +4260,14 @@ def _abandon_listeners() -> None:
 _register_at_fork(after_in_child=_abandon_listeners)
 
 
-def _bind(context: _Context) -> _Listener:
+def _bind(context: _Context, host: str, port: int, connection: Any = _Connection) -> _Listener:
     """A listener on the first of the host's addresses that is free."""
     failure = OSError("it has no address")
-    name = context.options.host.strip("[]")
-    host = name.encode() if name.isascii() else name  # a str would import the codec of international names
-    for family, _, _, _, address in socket.getaddrinfo(host, context.options.port, type=socket.SOCK_STREAM):
+    name = host.strip("[]")
+    encoded = name.encode() if name.isascii() else name  # a str would import the codec of international names
+    for family, _, _, _, address in socket.getaddrinfo(encoded, port, type=socket.SOCK_STREAM):
         try:
-            return _Listener(family, address, context)
+            return _Listener(family, address, context, connection)
         except OSError as error:
             failure = error
     raise failure
@@ -3804,6 +4297,8 @@ class Server:
     handlers are subclasses of Handler, for verbs of your own or in place of the built-in ones.
     """
 
+    __signature__: ClassVar[Any] = _DataclassAttribute(_ServerOptions)
+
     @_shows_options(_ServerOptions)
     def __init__(self, configuration: Configuration | None = None, **options: Any) -> None:
         self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
@@ -3823,7 +4318,7 @@ class Server:
         self._change_options(lambda options: options._replace(logger=logger))
         return self
 
-    @_shows_options(_ServerOptions)
+    @_shows_options(_Changes)
     def configure(self, configuration: Configuration | None = None, **options: Any) -> None:
         """Change options for the sessions that begin from now on; open ones keep theirs.
 
@@ -3831,9 +4326,9 @@ class Server:
         ConfigurationError, and changes nothing. reset() goes back to what the server was made with.
         """
         changes = _join_options(configuration, options)
-        for name in ("host", "port"):
+        for name in _AddressOptions._declared:
             if name in changes:
-                raise ConfigurationError(f"{name}={changes[name]!r}: cannot be changed by configure()")
+                raise ConfigurationError("cannot be changed by configure()", name, changes[name])
         self._change_options(lambda options: options._replace(**changes))
 
     def _change_options(self, change: Callable[[_ServerOptions], _ServerOptions]) -> None:
@@ -3876,7 +4371,7 @@ class Server:
             with self._lifecycle:
                 if self._listener is not None:
                     raise ServerStateError(f"{self!r} cannot start: it is running")
-                listener = self._listener = _bind(self._context)
+                listener = self._listener = _bind(self._context, self._options.host, self._options.port)
             self._host, self._port = self._options.host.strip("[]"), listener.server_address[1]
             listener.server_activate()  # before the announcement, because its reader may connect at once
             announce(self._host, self._port)
@@ -3889,14 +4384,13 @@ class Server:
                 return self  # another thread has stopped the server, and closed the socket
             # The bind failed, the host name is invalid, or no thread could be started.
             if isinstance(error, (OSError, ValueError, RuntimeError)) and not isinstance(error, SMTPMockError):
-                raise self._explain(error) from error
+                raise self._explain(error, self._options.host, self._options.port) from error
             raise
         return self
 
-    def _explain(self, error: Exception) -> ServerStartError:
+    def _explain(self, error: Exception, host: str, port: int) -> ServerStartError:
         reason = getattr(error, "strerror", None) or error
-        address = _format_address(self._options.host, self._options.port)
-        explained = ServerStartError(f"cannot listen on {address}: {reason}")
+        explained = ServerStartError(f"cannot listen on {_format_address(host, port)}: {reason}")
         explained.errno = getattr(error, "errno", None)
         self._context.log("error", str(explained))
         return explained
@@ -3904,9 +4398,10 @@ class Server:
     def stop(self) -> None:
         """End all sessions and give up the port. Raises ServerStateError if the server is not running.
 
-        A session that waits for a command gets a 421. One that receives a body or waits out a delay may
-        finish that within shutdown_timeout. All are recorded, and no thread or socket is left. An interrupted
-        stop() can be called again. In the thread of a session, stop() does not wait for that session to end.
+        A session that waits for a command gets a 421, but not before 50 ms after its last command, so that its client
+        can QUIT. One that receives a body or waits out a delay may finish that within shutdown_timeout. All are
+        recorded, and no thread or socket is left. An interrupted stop() can be called again. In the thread of a
+        session, stop() does not wait for that session to end.
         """
         with self._lifecycle:
             listener = self._listener
@@ -3975,19 +4470,28 @@ class Server:
             raise WaitTimeoutError("\n  ".join([text, *self._report()]), found)
         return self._warn(found)[0]
 
+    @property
+    def outbox(self) -> list[Message]:
+        """The accepted mails, oldest first."""
+        return [message for message in self._warn(self._mailbox.messages(purge=False)) if message.is_consistent]
+
+    def sessions(self) -> list[Message]:
+        """Each open session as it would be recorded now, oldest first. A rule's own session is one of them."""
+        return [c.session.message() for c in self._list_connections() if not c.is_over]
+
     def _warn(self, messages: list[Message]) -> list[Message]:
         """Warn at the line of the caller's caller about what the server accepted and discarded, once per message."""
         import warnings
 
         explicit = vars(self._options)
-        if {"multiple_rcptto", "multiple_message_receiving"} <= explicit.keys():
+        if "keep_all" in explicit or {"multiple_rcptto", "multiple_message_receiving"} <= explicit.keys():
             return messages
         for message in messages:
             if message.id not in self._warned:
                 self._warned.add(message.id)
                 for option, text in message._find_discards():
                     if option not in explicit:
-                        warnings.warn(f"{text}; {option}=True keeps them all", SMTPMockWarning, stacklevel=3)
+                        warnings.warn(f"{text}; keep_all=True or {option}=True keeps them all", SMTPMockWarning, 3)
         return messages
 
     def violations(self) -> list[Violation]:
@@ -3999,6 +4503,7 @@ class Server:
         stage: str,
         match: _Match = None,
         *,
+        skip: int = 0,
         times: int | None = None,
         probability: float = 1.0,
         after: int | None = None,
@@ -4008,16 +4513,25 @@ class Server:
 
         stage is connect, a verb, message (the end of a body), or * for all. match is an address or a domain
         (at DATA and message, of a recipient), a compiled pattern that is searched in the line, or a function of the
-        line; at message, the line is the body. The rule applies `times` times (None: without end), each time with
-        this probability, and with `after` once that many bytes of the body have arrived. Rules add up: each aspect
-        of a reply comes from the newest rule that sets it. Raises ConfigurationError for an invalid argument.
+        line; at message, the line is the body. The rule lets `skip` matches pass, and then applies `times` times
+        (None: without end), each time with this probability, and with `after` once that many bytes of the body have
+        arrived. Rules add up: each aspect of a reply comes from the newest rule that sets it. Raises
+        ConfigurationError for an invalid argument.
         """
         if unknown:
-            known = ("stage", "match", "times", "probability", "after")
+            known = ("stage", "match", "skip", "times", "probability", "after")
             name, value = dict[str, Any](unknown).popitem()
             hint = _suggest(name, known) or f"; there are {', '.join(known)}"
-            raise ConfigurationError(f"{name}={value!r}: on() has no such argument{hint}")
-        return Rule(self._rules, stage, match, times, probability, after)
+            raise ConfigurationError(f"on() has no such argument{hint}", name, value)
+        return self._rules.add(Rule(self._rules, stage, match, skip, times, probability, after))
+
+    def client_context(self) -> ssl.SSLContext:
+        """A new context for clients, which trusts the certificates for tests. ServerStateError if there is none."""
+        if not isinstance(self._options.ssl_context, str):
+            raise ServerStateError(f'{self!r} has no certificate for tests; ssl_context="test" gives it one')
+        import ssl
+
+        return ssl.create_default_context(cadata=_ca_pem())
 
     def clear_rules(self) -> None:
         """Remove all rules."""
@@ -4054,9 +4568,9 @@ class Server:
     def _list_requests(self) -> list[str]:
         """The commands of the last messages and of the open sessions."""
         connections = self._list_connections()[:_REPORT_LIMIT]
-        dialogues = [message._dialogue[: message._length] for message in self._mailbox.messages(purge=False)[-100:]]
-        dialogues += [connection.session.mail.dialogue[:] for connection in connections]
-        return [said for dialogue in dialogues for said in dialogue[::2] if isinstance(said, str)]
+        records = [message._exchanges[: message._length] for message in self._mailbox.messages(purge=False)[-100:]]
+        records += [connection.session.mail.exchanges[:] for connection in connections]
+        return [exchange.line for record in records for exchange in record if exchange.line and exchange.line[0] != "<"]
 
     def wait_for_messages(self, count: int, timeout: float = 5.0, where: _Where | None = None) -> list[Message]:
         """Wait for count messages for which where(message) is true. Returns them all, or raises WaitTimeoutError."""
@@ -4070,10 +4584,10 @@ class Server:
         __tracebackhide__ = True
         return self._warn(self._wait(count, timeout, where, purge=True))
 
-    def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> list[Message]:
+    def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool, after: int = 0) -> list[Message]:
         __tracebackhide__ = True
         _check_wait(count, timeout, where)
-        enough, messages = self._mailbox.wait(count, timeout, where, purge=purge)
+        enough, messages = self._mailbox.wait(count, timeout, where, purge=purge, after=after)
         if not enough:
             what = "messages" if where is None else "matching messages"
             text = f"{len(messages)} of {count} {what} came in {timeout:g} seconds"
@@ -4093,8 +4607,8 @@ class Server:
         yield f"open sessions: {len(connections)}"
         for connection in connections[:_REPORT_LIMIT]:
             session = connection.session
-            dialogue = " / ".join(_format_dialogue(session.mail.dialogue[-2:]))
-            yield f"  {_format_address(*session.peer)}: {dialogue}"
+            last = " / ".join(_format_exchanges(session.mail.exchanges[-1:]))
+            yield f"  {_format_address(*session.peer)}: {last}"
         yield from self._list_early_ends()
 
     def _list_early_ends(self) -> list[str]:
@@ -4143,6 +4657,8 @@ class _PytestPlugin:
         server.configure(**options)
         self.test, self.sessions, self.shown = request.node, [], ""
         yield server
+        if server._listener is not None:
+            server._listener.await_quits()
         server.disconnect()
         self.sessions = self._list_sessions()
         server.reset()
@@ -4162,7 +4678,7 @@ class _PytestPlugin:
     def _list_sessions(self) -> list[Message | str]:
         """The recorded messages, and descriptions of the open sessions and of the connections that ended early."""
         mails = [connection.session.mail for connection in self.server._list_connections()]
-        dialogues = ["\n".join(_format_dialogue(mail.dialogue[:])) for mail in mails if mail.entry is None]
+        dialogues = ["\n".join(_format_exchanges(mail.exchanges[:])) for mail in mails if mail.entry is None]
         return [
             *self.server._mailbox.messages(purge=False),
             *(f"a session is open:\n{dialogue}" for dialogue in dialogues),
@@ -4198,15 +4714,368 @@ def pytest_configure(config: Any) -> None:
     config.pluginmanager.register(functions)
 
 
+# -------------------------------------------------------------------------------------------- http
+
+# Any page on the web can have a browser send requests to this machine. So a request must name this server and come from
+# its own pages, and an answer loads nothing.
+_HTTP_SECONDS, _HTTP_STOP_TIMEOUT = 20.0, 0.5  # for a request and its answer each, and for the last answers in a stop
+_BODY_LIMIT, _IMAGES_LIMIT, _TEXT_LIMIT, _LIST_LIMIT = 2**20, 2**25, 200000, 200
+_HTTP_HEADERS = {
+    "Cache-Control": "no-store",
+    "Connection": "close",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-DNS-Prefetch-Control": "off",
+}
+_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors"
+_DATA_POLICY = f"{_POLICY} 'none'; sandbox"
+_PAGE_POLICY = f"{_POLICY} 'none'; frame-src 'self'; style-src 'unsafe-inline'"
+_MAIL_POLICY = f"{_POLICY} 'self'; img-src data:; style-src 'unsafe-inline'; sandbox"
+_NUMBER = "(?<=/)[0-9]+(?![^/])"
+_LOCAL_NAME = r"[\w-]+|([\w-]+\.)+(localhost|local|internal|test)"
+
+_READ_HEADERS = ("from", "to", "cc", "reply-to", "date", "subject")
+_Execute = Callable[[str], tuple[dict[str, Any], int]]  # obeys a command; the event that answers it, and a status
+_ADDRESS = _OptionType("a string", _is_text, lambda text: text.lower().replace(" ", "+"))  # a bare + means a space
+_WAIT = _OptionType("a number of seconds from 0 to 60", _number(0, 60, int, float), float)
+_QUERIES: dict[str, dict[str, _OptionType]] = {
+    "/": {"refresh": _OptionType("an integer from 0 to 3600", _number(0, 3600, int), int)},
+    "/messages": {"to": _ADDRESS, "from": _ADDRESS, "subject": _TEXT, "accepted": _FLAG, "after": _COUNT}
+    | {"timeout": _WAIT, "count": _TIMES},
+}
+_FILTERS: dict[str, Callable[[Message, Any], bool]] = {
+    "to": lambda message, address: address in map(str.lower, message.rcpt_tos),
+    "from": lambda message, address: message.mail_from is not None and address == message.mail_from.lower(),
+    "subject": lambda message, text: text in (message.subject or ""),
+    "accepted": lambda message, is_accepted: message.is_consistent is is_accepted,
+}
+
+_STYLE = """
+:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+body { max-width: 60rem; margin: auto; padding: 0 1rem 2rem }
+a { color: light-dark(#0645ad, #8ab4f8) }
+:focus-visible { outline: 3px solid light-dark(#c60, #fb3) }
+h1, h2 { font-size: 1.2rem }
+.mail { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1rem; padding: .5rem; color: inherit }
+.mail { border-top: 1px solid #8886; text-decoration: none }
+.mail:hover { background: #8882 }
+.mail span { flex: 1 0 100%; text-decoration: underline }
+.accepted { color: light-dark(#176b34, #7bd88f) }
+.refused, .error { color: light-dark(#b3261e, #ff9a90) }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem }
+dt, small { color: light-dark(#555, #aaa) }
+dd { margin: 0 }
+pre { white-space: pre-wrap; padding: .5rem; background: #8882 }
+iframe { width: 100%; height: 30rem; border: 1px solid #8886; background: #fff; color-scheme: light; resize: vertical }
+@media (max-width: 30rem) { dl { display: block } dd { margin-bottom: .5rem } }
+"""
+
+
+class _HttpAnswer(Exception):  # noqa: N818 - most are no errors
+    """What a request gets: bytes, a value as JSON or, as a str, what is wrong with it. It can be raised."""
+
+    def __init__(self, content: object, status: int = 200, **headers: str) -> None:
+        import json
+
+        value = {"event": "error", "error": content} if isinstance(content, str) else content
+        self.body = value if isinstance(value, bytes) else json.dumps(value).encode() + b"\n"
+        self.status = status
+        self.headers = {"content_type": "application/json", "content_security_policy": _DATA_POLICY} | headers
+
+
+def _read_query(query: str, known: Mapping[str, _OptionType]) -> dict[str, Any]:
+    from urllib.parse import parse_qsl
+
+    values: dict[str, Any] = {}
+    for name, text in parse_qsl(query, keep_blank_values=True):
+        if name not in known or name in values:
+            hint = "; it is there twice" if name in values else _suggest(name, known)
+            raise ConfigurationError(f"must be one of {', '.join(known) or 'no parameters'}{hint}", name, text)
+        values[name] = _read(known[name], text)
+        _check(name, values[name], known[name])
+    return values
+
+
+def _check_sender(headers: Any, names: Collection[str], *, is_visit: bool) -> None:
+    """Refuse a request that is not meant for this server, or that a page of another site sent."""
+    hosts = [host.lower() for host in headers.get_all("Host", [])]
+    if len(hosts) != 1 or headers.defects:
+        raise _HttpAnswer("a request must have one Host header, and no malformed ones", 400)
+    match = re.fullmatch(r"(\[[^][]+\]|[^][:]+)(:[0-9]*)?", hosts[0])
+    name = match[1].removesuffix(".") if match else ""
+    family = socket.AF_INET6 if name.startswith("[") else socket.AF_INET
+    is_address = _is_ip_address(name.strip("[]").partition("%")[0], family)
+    if not (is_address or name in names or re.fullmatch(_LOCAL_NAME, name, re.ASCII)):
+        raise _HttpAnswer(f"Host {hosts[0]!r} is not known as a name of this server; -httpNames adds names", 421)
+    origins, sites = headers.get_all("Origin", []), headers.get_all("Sec-Fetch-Site", [])
+    if origins not in ([], [f"http://{hosts[0]}"]) or not (is_visit or {"same-origin", "none"}.issuperset(sites)):
+        raise _HttpAnswer("pages of other sites must not send requests", 403)
+
+
+def _find(server: Server, number: str) -> Message:
+    for message in server._mailbox.messages(purge=False):
+        if str(message.id) == number:
+            return message
+    raise _HttpAnswer(f"there is no message {number}: it was purged, or never recorded", 404)
+
+
+def _list_messages(
+    server: Server, *, after: int = 0, timeout: float | None = None, count: int = 1, **wanted: Any
+) -> _HttpAnswer:
+    if after > (recorded := server._mailbox.read(after)[0]):
+        raise ConfigurationError(f"is of another run; this one has recorded {recorded} messages", "after", after)
+
+    def matches(message: Message) -> bool:
+        return all(_FILTERS[name](message, value) for name, value in wanted.items())
+
+    late = {}
+    try:
+        if timeout is not None:
+            server._wait(count, timeout, matches, purge=False, after=after)
+    except WaitTimeoutError as error:
+        late = {"error": str(error)}
+    recorded, messages = server._mailbox.read(after)  # in one step: the next answer begins where this one ends
+    found = [message.to_dict() for message in messages if matches(message)]
+    late = {} if len(found) >= count else late
+    return _HttpAnswer({**late, "messages": found, "next": recorded}, 404 if late else 200)
+
+
+def _get_attachment(server: Server, number: str, index: str) -> _HttpAnswer:
+    from urllib.parse import quote
+
+    attachments = _find(server, number).attachments
+    if index not in map(str, range(len(attachments))):
+        raise _HttpAnswer(f"message {number} has {len(attachments)} attachments, counted from 0", 404)
+    name, _, content = attachments[int(index)]
+    disposition = f"attachment; filename*=UTF-8''{quote(name or index, safe='', errors='replace')}"
+    return _HttpAnswer(content, content_type="application/octet-stream", content_disposition=disposition)
+
+
+def _get_mail(server: Server, number: str) -> _HttpAnswer:
+    data, disposition = _find(server, number).as_bytes(), f"attachment; filename={number}.eml"
+    return _HttpAnswer(data, content_type="message/rfc822", content_disposition=disposition)
+
+
+def _make_page(title: str, body: str, refresh: int = 0) -> _HttpAnswer:
+    from html import escape
+
+    more = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+{more}<title>{escape(title)}</title><style>{_STYLE}</style><h1><a href="/">smtpmock</a></h1><main>{body}</main></html>
+"""
+    data = page.encode("utf-8", "backslashreplace")
+    return _HttpAnswer(data, content_type="text/html; charset=utf-8", content_security_policy=_PAGE_POLICY)
+
+
+def _list_mails(server: Server, *, refresh: int = 5) -> _HttpAnswer:
+    from html import escape
+
+    messages, rows = server._mailbox.messages(purge=False), ""
+    for message in messages[: -_LIST_LIMIT - 1 : -1]:
+        word = "accepted" if message.is_consistent else "refused" if message.refusals else "ended"
+        refusal = " \u2192 ".join(next(iter(message.refusals), ()))
+        about = message.subject if message.is_consistent else refusal
+        route = "" if message.mail_from is None else f"{message.mail_from or '<>'} \u2192 {', '.join(message.rcpt_tos)}"
+        rows += f"""<a class="mail" href="/view/{message.id}"><b class="{word}">{word}</b>
+<time>{message.exchanges[-1].at.astimezone():%H:%M:%S}</time> <bdi>{escape(route)}</bdi>
+<small>{len(message.content)} bytes</small> <span><bdi>{escape(about or "")}</bdi></span></a>"""
+    pause = '<a href="/?refresh=0">Pause</a>' if refresh else '<a href="/">Go on</a>'
+    head = f"<p>{len(messages)} recorded by {escape(server.url)} {pause}</p>"
+    return _make_page(f"{len(messages)} recorded", head + (rows or "<p>Nothing has come yet."), refresh)
+
+
+def _show_mail(server: Server, number: str) -> _HttpAnswer:
+    from html import escape
+
+    def show(text: str) -> str:
+        rest = f"<p>{len(text)} characters in all" if len(text) > _TEXT_LIMIT else ""
+        return f"<pre>{escape(text[:_TEXT_LIMIT])}</pre>{rest}"
+
+    message, path = _find(server, number), f"/messages/{number}"
+    headers = [item for item in _show_headers(message.email) if item[0].lower() in _READ_HEADERS]
+    headers += [("MAIL FROM", message.mail_from or ""), ("RCPT TO", ", ".join(message.rcpt_tos))]
+    body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value)}</bdi>" for name, value in headers)
+    violations = [
+        f'<p><b class="{found.severity}">{found.code}</b>: {escape(found.text)} <code>{escape(found.line)}</code>'
+        f' <a href="https://www.rfc-editor.org/rfc/rfc{found.rfc.replace(" ", "#section-")}">RFC {found.rfc}</a>'
+        for found in (*message.violations, *message.warnings)
+    ]
+    attachments = [
+        f'<p><a href="{path}/attachments/{index}"><bdi>{escape(item.name or "no name")}</bdi></a> {escape(item.type)}'
+        f" <small>{len(item.content)} bytes</small>"
+        for index, item in enumerate(message.attachments)
+    ]
+    frame = f'<iframe sandbox title="The HTML of the mail" src="/view/{number}/html"></iframe>'
+    source = f'<a href="{path}/eml">Download</a><details><summary>Show</summary>{show(message.msg_request)}</details>'
+    sections = {
+        "Violations": "".join(violations),
+        "Text": message.text and show(message.text),
+        "HTML": message.html and frame,
+        "Attachments": "".join(attachments),
+        "Dialogue": show(message.transcript),
+        "Source": message.content and source,
+    }
+    body = f"<dl>{body}</dl>" + "".join(f"<h2>{title}</h2>{part}" for title, part in sections.items() if part)
+    return _make_page(message.subject or f"Message {number}", body)
+
+
+def _show_html(server: Server, number: str) -> _HttpAnswer:
+    """The HTML of a mail, with its own images in it."""
+    import base64
+    import html
+    from urllib.parse import unquote
+
+    message, urls = _find(server, number), dict[str, str]()
+    for part, kind, _, content in message._mail:
+        if content is not None and re.fullmatch("image/(png|jpeg|gif|webp)", kind):
+            data = base64.b64encode(content).decode()
+            urls[str(part["content-id"]).strip(" <>")] = f"data:{kind};base64,{data}"
+
+    def inline(match: re.Match[str]) -> str:
+        return match[1] + urls.get(unquote(html.unescape(match[3])), match[2] + match[3])
+
+    # No policy forbids <link rel=preconnect>. A mail may refer to one image very often.
+    page = re.sub(r"(?i)<(/?)(?=link|i?frame|fencedframe|portal|base|meta)", r"<\1x-", message.html or "")
+    most = _IMAGES_LIMIT // max(map(len, urls.values()), default=1) or 1
+    page = re.sub(r"""(?i)(["'(=]\s*)(cid:)([^"'\s<>)]+)""", inline, page, count=most)
+    kind = "text/html; charset=utf-8"
+    return _HttpAnswer(page.encode("utf-8", "replace"), content_type=kind, content_security_policy=_MAIL_POLICY)
+
+
+_ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number
+    "/": _list_mails,
+    "/view/ID": _show_mail,
+    "/view/ID/html": _show_html,
+    "/messages": _list_messages,
+    "/messages/ID": lambda server, number: _HttpAnswer(_find(server, number).to_dict()),
+    "/messages/ID/eml": _get_mail,
+    "/messages/ID/attachments/ID": _get_attachment,
+    "/violations": lambda server: _HttpAnswer({"violations": [_jsonify(fault) for fault in server.violations()]}),
+    "/ca.pem": lambda server: _HttpAnswer(_ca_pem().encode(), content_type="application/x-pem-file"),
+}
+
+
+def _route(server: Server, execute: _Execute, commands: Collection[str], method: str, target: str, body: str) -> Any:
+    path, _, query = target.partition("?")
+    route = "" if "ID" in path else re.sub(_NUMBER, "ID", path)
+    methods = ["POST"] * (path[1:] in commands) or ["GET", "HEAD"] * (route in _ROUTES)
+    if not methods:
+        raise _HttpAnswer(f"there is no {path}{_suggest(route, [*_ROUTES, *(f'/{name}' for name in commands)])}", 404)
+    if method not in methods:
+        raise _HttpAnswer(f"{path} is for {' and '.join(methods)}", 405, allow=", ".join(methods))
+    parameters = _read_query(query, _QUERIES.get(route, {}))
+    if method == "POST":
+        return _HttpAnswer(*execute(f"{path[1:]} {body}".strip()))
+    return _ROUTES[route](server, *re.findall(_NUMBER, path), **parameters)
+
+
+def _read_body(headers: Any, file: Any) -> str:
+    lengths = headers.get_all("Content-Length", ["0"])
+    if "Transfer-Encoding" in headers:
+        raise _HttpAnswer("a body must have a Content-Length", 411)
+    if len(lengths) != 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
+        raise _HttpAnswer("Content-Length must be one number", 400)
+    if (length := int(lengths[0])) > _BODY_LIMIT:
+        raise _HttpAnswer(f"a body must not be longer than {_BODY_LIMIT} bytes", 413)
+    if len(body := file.read(length)) < length:
+        raise ConnectionError("the client is gone")
+    return str(body, "utf-8", "backslashreplace")
+
+
+def _open_input(sock: socket.socket, seconds: float) -> Any:
+    """A file of what comes within this time. A read after that is a TimeoutError, however much came before."""
+    import io
+
+    deadline = time.monotonic() + seconds
+
+    class Input(io.RawIOBase):
+        readable = staticmethod(lambda: True)
+
+        def readinto(self, buffer: Any) -> int:
+            sock.settimeout(max(1e-3, deadline - time.monotonic()))
+            return sock.recv_into(buffer)
+
+    return io.BufferedReader(Input())
+
+
+def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnswer]) -> Any:  # noqa: C901 - one class
+    from http.server import BaseHTTPRequestHandler
+
+    class Connection(BaseHTTPRequestHandler):
+        """One request and its answer."""
+
+        protocol_version = "HTTP/1.1"  # else a client that sends Expect: 100-continue waits for a second
+        is_idle, leaves_at = True, 0.0  # a stop interrupts it at once
+        server: Any
+
+        def setup(self) -> None:
+            with self.server.accepting:
+                self.server.starting.pop(self.request)
+            super().setup()
+            self.rfile.close()
+            self.rfile = _open_input(self.request, _HTTP_SECONDS)
+            self.server.connections[self] = None
+
+        def handle(self) -> None:
+            with contextlib.suppress(OSError):  # the client is gone, or too slow
+                self.raw_requestline = b"" if self.server.stopping else self.rfile.readline(65537)
+                if self.raw_requestline and self.parse_request():
+                    self.send(self.find_answer())
+
+        def find_answer(self) -> _HttpAnswer:
+            is_page = self.command in ("GET", "HEAD") and re.match(r"/(view/[0-9]+)?(\?|$)", self.path)
+            is_visit = (self.headers["Sec-Fetch-Mode"], self.headers["Sec-Fetch-Dest"]) == ("navigate", "document")
+            try:
+                _check_sender(self.headers, names, is_visit=bool(is_page) and is_visit)
+                return route(self.command, self.path, _read_body(self.headers, self.rfile))
+            except _HttpAnswer as refusal:
+                return refusal
+            except ConfigurationError as error:
+                return _HttpAnswer(str(error), 400)
+
+        def send(self, answer: _HttpAnswer) -> None:
+            from http import HTTPStatus
+
+            headers = {**_HTTP_HEADERS, **answer.headers, "Content-Length": len(answer.body)}
+            lines = [f"{name.replace('_', '-').title()}: {value}" for name, value in headers.items()]
+            status = f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"
+            data = "\r\n".join([status, *lines, "", ""]).encode("ascii")
+            self.request.settimeout(_HTTP_SECONDS)
+            self.wfile.write(data if self.command == "HEAD" else data + answer.body)
+
+        def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+            """Called by parse_request()."""
+            self.send(_HttpAnswer(message or explain or "", code))
+
+        def shut_down(self, how: int) -> None:
+            with contextlib.suppress(OSError):
+                self.request.shutdown(how)
+
+        def await_end(self, until: float) -> None: ...
+
+        def finish(self) -> None:
+            self.shut_down(socket.SHUT_WR)
+            with contextlib.suppress(OSError):
+                unread = _open_input(self.request, _LINGER)  # it would have the answer destroyed by an RST
+                while unread.read(65536):
+                    pass
+            self.server.connections.pop(self, None)
+            super().finish()
+
+    return Connection
+
+
 # ------------------------------------------------------------------------------------ command line
 
 _LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # one flag sets both
 _FILE = _OptionType("a path", lambda value: isinstance(value, str))
 _RULES = _OptionType("rules", lambda value: isinstance(value, list), lambda text: [text])
-_CONDITIONS = {"times": _TIMES, "probability": _PROBABILITY, "after": _COUNT}
+_CONDITIONS = {"skip": _COUNT, "times": _TIMES, "probability": _PROBABILITY, "after": _COUNT}
 
 # The flags that are no options of a server.
-_OWN_FLAGS = {
+_OWN_FLAGS: dict[str, _Option] = {
     "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
     "quiet": _option(False, _FLAG, "print no line for each mail and each session without one"),
     "lint": _option(False, _FLAG, "print what clients do wrong on stderr; status 3 after an error"),
@@ -4214,27 +5083,38 @@ _OWN_FLAGS = {
         False, _FLAG, "print each mail, each session without one, and errors as lines of JSON; log to stderr"
     ),
     "control": _option(False, _FLAG, "like -json, and obey commands from stdin; its end stops the server"),
+    "http": _option(None, _PORT, "port for HTTP: an API and a page; turns on keep_all"),
+    "http_host": _option("127.0.0.1", _TEXT, "address to listen on for it"),
+    "http_names": _option((), _NAMES, "more host names that clients of it may use"),
     "save_dir": _option("", _FILE, "folder for each accepted mail as 000001.eml and its record as 000001.json"),
     "maildir": _option("", _FILE, "Maildir for each accepted mail"),
     "rule": _option([], _RULES, "make the server fail; can be repeated"),
-    "tls_cert": _option("", _FILE, "PEM file with the certificate and its chain; turns on STARTTLS"),
+    "tls_cert": _option("", _FILE, "PEM file, or test, expired or wrong host; for STARTTLS"),
     "tls_key": _option("", _FILE, "PEM file with the key, unless the other file has it"),
+    "save_ca": _option("", _FILE, "new file for what clients of -tlsCert=test must trust"),
+    "dev": _option(False, _FLAG, "for development: keep_all, lenient_addresses, extensions, any login, -show, -http=0"),
     "version": _option(False, _FLAG, "print the version and exit; also -v"),
     "help": _option(False, _FLAG, "print this and exit; also -h"),
     "help_all": _option(False, _FLAG, "print this with the reply texts and exit"),
 }
 
+# What -dev sets, unless it is given.
+_DEV_EXTENSIONS = "SIZE", "8BITMIME", "SMTPUTF8", "PIPELINING", "DSN"
+_DEV_OPTIONS = {"keep_all": True, "lenient_addresses": True, "extensions": _DEV_EXTENSIONS, "auth_users": "*"}
+_DEV_FLAGS = {"show": True, "http": 0}
+
 # Each flag belongs to the first group whose pattern its name matches; the last two take what is left.
 _GROUPS = {
-    "Listening": "host|port|session_timeout|shutdown_timeout",
-    "Recording": "multiple_|msg_size_limit|lenient_|save_dir|maildir",
-    "Output": "log|quiet|json|control|lint",
+    "Listening": "host|port|session_timeout|shutdown_timeout|http",
+    "Recording": "keep_all|multiple_|msg_size_limit|lenient_|save_dir|maildir",
+    "Output": "dev|log|quiet|json|control|lint",
     "Failing": "fail_fast|strict|blacklisted_|not_registered_|response_delay_|seed|rule",
-    "Extensions, login and TLS": "extensions|auth_|implicit_tls|tls_",
+    "Extensions, login and TLS": "extensions|auth_|implicit_tls|tls_|save_ca",
     "Other": "(?!msg_)",
     "Reply texts": "",
 }
 _METAVARS = {_SECONDS: "SECONDS", _TIMEOUT: "SECONDS", _NAMES: "LIST", _WORDS: "LIST", _TEXT: "TEXT", _FILE: "PATH"}
+_METAVARS |= {_PORT: "PORT"}
 
 _HELP = """\
 usage: smtpmock [FLAG]...
@@ -4249,7 +5129,7 @@ as in GNU programs: --multiple-rcptto is -multipleRcptto.
 A RULE is 'STAGE [ADDRESS]: ACTION; ...'. STAGE is connect, a command, message
 (the end of a body) or *. ACTION is reply TEXT, raw BYTES, delay SECONDS,
 trickle SECONDS, close, drop, reset or silence, or says when the rule applies:
-times=NUMBER, probability=NUMBER or after=BYTES.
+skip=NUMBER, times=NUMBER, probability=NUMBER or after=BYTES.
 
 With -control, each line of stdin is a command: rule RULE, clear (all rules),
 configure FLAG..., disconnect, disconnect reset, purge (the messages), reset
@@ -4259,7 +5139,7 @@ configure FLAG..., disconnect, disconnect reset, purge (the messages), reset
 Examples:
   smtpmock -port=2525 -log
   smtpmock -rule 'RCPT bob@example.com: reply 550 No such user; times=2'
-  smtpmock -control -multipleRcptto -multipleMessageReceiving
+  smtpmock -control -keepAll -tlsCert=test
 
 Exit status:
   0  the server was stopped
@@ -4367,8 +5247,6 @@ class _Folder:
         path, part = self._paths(name)
         with open(part, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(part, path)
 
 
@@ -4389,13 +5267,6 @@ def _open_maildir(path: str) -> Callable[[Message], _Undo]:
             return functools.partial(remove, maildir.add(message.as_bytes().replace(os.linesep.encode(), b"\n")))
 
     return add
-
-
-def _read(kind: _OptionType, text: str) -> Any:
-    try:
-        return kind.parse(text)
-    except (KeyError, ValueError):
-        return text  # _check() will say what is wrong with it
 
 
 def _read_action(name: str, argument: str) -> tuple[str, list[Any]]:
@@ -4422,10 +5293,10 @@ def _add_rule(server: Any, text: str) -> None:
         actions = [_read_action(name, "".join(value)) for name, *value in parts if name not in _CONDITIONS]
         if not actions:
             raise ConfigurationError("it has no action")
-        draft = Server().on(match[1], match[2], **conditions)  # so that the rule comes into force as a whole, or not
+        rule = Rule(server._rules, match[1], match[2], **conditions)
         for name, arguments in actions:
-            getattr(draft, name)(*arguments)
-        server.on(match[1], match[2], **conditions)._uses = draft._uses
+            getattr(rule, name)(*arguments)
+        server._rules.add(rule)
     except ConfigurationError as error:
         raise ConfigurationError(f"rule {text!r}: {error}") from error
 
@@ -4436,20 +5307,20 @@ def _name_flag(option: str) -> str:
     return "-" + first + "".join(map(str.title, others))
 
 
-def _list_flags() -> dict[str, Any]:
+def _list_flags() -> dict[str, _Option]:
     """The declaration of each flag, by the name of its option."""
-    options = {field.name: field for field in dataclasses.fields(Configuration) if field.name not in _LOG_OPTIONS}
-    return {name: field for name, field in options.items() if field.metadata["kind"] is not _CONTEXT} | _OWN_FLAGS
+    options = {name: option for name, option in Configuration._declared.items() if name not in _LOG_OPTIONS}
+    return {name: option for name, option in options.items() if option.kind is not _CONTEXT} | _OWN_FLAGS
 
 
-def _name_flags(text: str) -> str:
-    """An error message with flags in place of the options that it is about."""
-    names = "|".join(["ssl_context", *_LOG_OPTIONS, *_list_flags()])
-    return re.sub(
-        rf"(^|needs |, |option )({names})\b(?=[=:]|$)",
-        lambda match: match[1] + _name_flag("tls_cert" if match[2] == "ssl_context" else match[2]),
-        text,
-    )
+def _describe(error: Exception) -> str:
+    """The text of an error, with flags in place of options."""
+    text, option, needed = str(error), getattr(error, "option", ""), getattr(error, "needed", "")
+    if option:
+        text = _name_flag(option) + text.removeprefix(option)
+    if needed:
+        text = text.removesuffix(needed) + _name_flag("tls_cert" if needed == "ssl_context" else needed)
+    return text
 
 
 class _Narrator:
@@ -4473,9 +5344,9 @@ class _Narrator:
             word = f"\x1b[{colour}m{word}\x1b[0m" if self._colours else word
             self._printer(f"{time.strftime('%H:%M:%S')} {word} {_printable(text)}")
             for option, discarded in message._find_discards():
-                if option not in self._options and option not in self._warned:
+                if self._options.keys().isdisjoint(("keep_all", option)) and option not in self._warned:
                     self._warned.add(option)
-                    print(f"smtpmock: {discarded}; {_name_flag(option)} keeps them all", file=sys.stderr, flush=True)
+                    print(f"smtpmock: {discarded}; -keepAll keeps them all", file=sys.stderr, flush=True)
 
 
 class _Linter:
@@ -4505,6 +5376,20 @@ def _open_files(paths: Mapping[str, Any]) -> list[_Output]:
     return opened
 
 
+def _save_ca(path: str) -> None:
+    """Write what clients trust to a file that is new, or empty, or has it already."""
+    pem = _ca_pem().encode()
+    try:
+        with open(path, "ab+") as file:
+            file.seek(0)
+            content = file.read()
+            if content.replace(pem, b""):  # another process may have written it meanwhile, too
+                raise FileExistsError(errno.EEXIST, "there is something else in it")
+            file.write(b"" if content else pem)
+    except OSError as error:
+        raise SMTPMockError(f"cannot write to {path}: {error.strerror or error}") from error
+
+
 def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) -> None:
     """Give an accepted mail to all outputs. A mail that one of them cannot take is in none."""
     try:
@@ -4518,13 +5403,13 @@ def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) ->
         raise SMTPMockError(text) from error
 
 
-def _format_flag(name: str, field: Any) -> str:
+def _format_flag(name: str, option: _Option) -> str:
     import textwrap
 
-    kind, default = field.metadata["kind"], field.default
-    metavar = _METAVARS.get(kind, name.rpartition("_")[2].upper()) if name != "host" else "HOST"
+    default, kind, about = option
+    metavar = _METAVARS.get(kind, name.rpartition("_")[2].upper()) if not name.endswith("host") else "HOST"
     label = f"  {_name_flag(name)}" + f"={metavar}" * (kind is not _FLAG)
-    about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), field.metadata["about"])
+    about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), about)
     if default:
         about += f" (default: {','.join(default) if kind in (_NAMES, _WORDS) else default})"
     lines = [*([] if len(label) < 25 else [""]), *textwrap.wrap(about, 54, break_on_hyphens=False)]
@@ -4533,9 +5418,9 @@ def _format_flag(name: str, field: Any) -> str:
 
 def _format_help(*, everything: bool) -> str:
     groups: dict[str, list[str]] = {title: [] for title in _GROUPS}
-    for name, field in _list_flags().items():
+    for name, option in _list_flags().items():
         title = next(title for title, pattern in _GROUPS.items() if re.match(pattern, name))
-        groups[title].append(_format_flag(name, field))
+        groups[title].append(_format_flag(name, option))
     if not everything:
         del groups["Reply texts"]
     flags = "\n".join("\n".join(["", f"{title}:", *rows]) for title, rows in groups.items())
@@ -4572,13 +5457,13 @@ def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
     flags, parser = _list_flags(), Parser(add_help=False, allow_abbrev=False)
     spellings = [argument.partition("=")[0] for argument in argv if re.match("--?[a-zA-Z]", argument)]
     for name in dict.fromkeys(_find_flag(spelling, flags) for spelling in spellings):
-        kind = flags[name].metadata["kind"]
+        kind = flags[name].kind
         more: dict[str, Any] = {"nargs": "?", "const": True} if kind is _FLAG else {}
         more |= {"action": "extend"} if kind is _RULES else {}
         parser.add_argument(*_spell(name), dest=name, type=functools.partial(_read, kind), **more)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        _check(name, value, flags[name].metadata["kind"])
+        _check(name, value, flags[name].kind)
     return given
 
 
@@ -4588,9 +5473,11 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
     if "log" in given:
         options |= dict.fromkeys(_LOG_OPTIONS, given["log"])
     tls_cert, tls_key = given.pop("tls_cert", ""), given.pop("tls_key", "")
-    if tls_key and not tls_cert:
-        raise ConfigurationError(f"{tls_key=}: needs tls_cert")
-    if tls_cert:
+    if tls_key and tls_cert in ("", *_TEST_CONTEXTS):
+        raise ConfigurationError("needs a file in ", "tls_key", tls_key, needed="tls_cert")
+    if tls_cert in _TEST_CONTEXTS:
+        options["ssl_context"] = tls_cert
+    elif tls_cert:
         import ssl
 
         options["ssl_context"] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -4599,11 +5486,12 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
         except OSError as error:
             hint = "" if tls_key else "; without -tlsKey, the file must have the key, too"
             reason = f"{error.strerror or error}{hint}"
-            raise ConfigurationError(f"{tls_cert=}, {tls_key=}: cannot be loaded: {reason}") from error
+            flags = f"-tlsCert={tls_cert!r}, -tlsKey={tls_key!r}"
+            raise ConfigurationError(f"{flags}: cannot be loaded: {reason}") from error
     return options
 
 
-# The commands of -control, beside stop and those that have an argument.
+# The commands of -control and -http, beside those that have an argument.
 _CONTROL_COMMANDS: dict[str, Callable[[Server], object]] = {
     "clear": Server.clear_rules,
     "reset": Server.reset,
@@ -4614,24 +5502,42 @@ _CONTROL_COMMANDS: dict[str, Callable[[Server], object]] = {
 }
 
 
-def _obey(server: Server, command: str) -> None:
-    """Obey a line of -control, in which \\n stands for a line break."""
-    name, _, rest = command.replace("\\n", "\n").partition(" ")
-    if name == "rule":
-        _add_rule(server, rest)
-    elif name == "configure":
-        import shlex
+def _configure(server: Server, flags: str, *, opens_files: bool) -> None:
+    import shlex
 
-        given = _parse_arguments(shlex.split(rest))
-        options = _take_options(given)
-        for flag in given.keys() - {"log"}:
-            raise ConfigurationError(f"{_name_flag(flag)}: cannot be changed while the server runs")
-        server.configure(**options)
-    elif " ".join(command.split()) in _CONTROL_COMMANDS:
-        _CONTROL_COMMANDS[" ".join(command.split())](server)
+    given = _parse_arguments(shlex.split(flags))
+    files = {name: given[name] for name in given if _list_flags()[name].kind is _FILE}
+    if not opens_files and not (files.keys() <= {"tls_cert"} and {*files.values()} <= {*_TEST_CONTEXTS}):
+        raise ConfigurationError(f"{', '.join(map(_name_flag, files))}: -http must not open files")
+    options = _take_options(given)
+    for flag in given.keys() - {"log"}:
+        raise ConfigurationError(f"{_name_flag(flag)}: cannot be changed while the server runs")
+    server.configure(**options)
+
+
+def _obey(server: Server, command: str, *, opens_files: bool) -> None:
+    name, argument = (*command.split(maxsplit=1), "")[:2]
+    words = " ".join(command.split())
+    if name == "rule":
+        _add_rule(server, argument)
+    elif name == "configure":
+        _configure(server, argument, opens_files=opens_files)
+    elif words in _CONTROL_COMMANDS:
+        _CONTROL_COMMANDS[words](server)
     else:
         allowed = ", ".join(("rule RULE", "configure FLAG...", *_CONTROL_COMMANDS))
-        raise ConfigurationError(f"{command!r}: must be {allowed} or stop")
+        raise ConfigurationError(f"{command!r}: must be {allowed}{' or stop' if opens_files else ''}")
+
+
+def _execute(server: Server, command: str, *, opens_files: bool = False) -> tuple[dict[str, Any], int]:
+    """Obey a command. Returns the event that answers it, and its HTTP status."""
+    answer: dict[str, Any] = {"event": "done", "command": command}
+    try:
+        _obey(server, command, opens_files=opens_files)
+    except (SMTPMockError, AssertionError, ValueError) as error:  # check() raises the second, shlex the third
+        status = 409 if isinstance(error, AssertionError) else 400
+        return {**answer, "event": "error", "error": _describe(error)}, status
+    return {**answer, "messages": len(server._mailbox.messages(purge=False))}, 200
 
 
 def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> None:
@@ -4641,12 +5547,30 @@ def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> No
         if command == "stop":
             return
         if command:
-            try:
-                _obey(server, command)
-            except (SMTPMockError, AssertionError, ValueError) as error:  # check() raises the second, shlex the third
-                printer.event("error", command=command, error=_name_flags(str(error)))
-            else:
-                printer.event("done", command=command, messages=len(server._mailbox.messages(purge=False)))
+            answer, _ = _execute(server, command.replace("\\n", "\n"), opens_files=True)
+            printer.event(answer.pop("event"), **{**answer, "command": command})
+
+
+@contextlib.contextmanager
+def _serve_http(server: Server, own: Mapping[str, Any]) -> Iterator[str | None]:
+    """Answer HTTP requests, if -http is given. The value is the URL."""
+    if "http" not in own:
+        yield None
+        return
+    host, port = own.get("http_host", "127.0.0.1"), own["http"]
+    names = {name.lower().removesuffix(".") for name in (host, *own.get("http_names", ()))}
+    commands = {name.split()[0] for name in ("rule", "configure", *_CONTROL_COMMANDS)}
+    route = functools.partial(_route, server, functools.partial(_execute, server), commands)
+    with contextlib.ExitStack() as on_exit:
+        try:
+            listener = _bind(server._context, host, port, _make_http_connection(names, route))
+            on_exit.callback(listener.close, _HTTP_STOP_TIMEOUT)
+            on_exit.callback(server._mailbox.end_waits)
+            listener.server_activate()
+            listener.open()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise server._explain(error, host, port) from error
+        yield f"http://{_format_address(host, listener.server_address[1])}"
 
 
 def _open_stdin() -> Any:
@@ -4728,11 +5652,14 @@ def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns
     control = functools.partial(_obey_lines, server, printer, _open_stdin()) if own.get("control") else None
 
     def announce(host: str, port: int) -> None:
-        printer.event("listening", host=host, port=port, url=server.url)
+        printer.event("listening", host=host, port=port, url=server.url, **({"http": page} if page else {}))
         if not printer.has_events:
             printer(f"smtpmock: listening on {_format_address(host, port)}")
+            if page:
+                printer(f"smtpmock: the mail is at {page}/")
 
-    with contextlib.redirect_stdout(sys.stderr if printer.has_events else sys.stdout):
+    stdout = contextlib.redirect_stdout(sys.stderr if printer.has_events else sys.stdout)
+    with stdout, _serve_http(server, own) as page:
         _run(server, announce, control, owns_process=owns_process)
     for message in server._mailbox.messages(purge=False) if own.get("lint") else ():  # and what came after the mail
         linter(message)
@@ -4749,7 +5676,17 @@ def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
         _Printer()(_format_help(everything=own.get("help_all", False)))
     else:
         options = _take_options(own)
+        if own.get("dev"):
+            options, own = _DEV_OPTIONS | options, _DEV_FLAGS | own
+        if "http" in own:
+            options = {"keep_all": True} | options
+        elif names := own.keys() & {"http_host", "http_names"}:
+            raise ConfigurationError("needs ", min(names), needed="http")
         server = Server(**options)
+        if path := own.get("save_ca"):
+            if options.get("ssl_context") not in _TEST_CONTEXTS:
+                raise ConfigurationError(f"needs {' or '.join(_TEST_CONTEXTS)} in ", "save_ca", path, needed="tls_cert")
+            _save_ca(path)
         for rule in own.get("rule", ()):
             _add_rule(server, rule)
         return _serve(server, options, own, owns_process=owns_process)
@@ -4762,7 +5699,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run_command(arguments, owns_process=argv is None)
     except SMTPMockError as error:
-        text = _printable(_name_flags(str(error)))
+        text = _printable(_describe(error))
         with contextlib.suppress(OSError, AttributeError):
             sys.stderr.write(f"smtpmock: {text}\n")
         with contextlib.suppress(SMTPMockError):
