@@ -383,7 +383,7 @@ class _SessionOptions(_Options):
     blacklisted_mailfrom_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that MAIL FROM refuses")
     blacklisted_rcptto_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that RCPT TO refuses")
     not_registered_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that RCPT TO refuses as unknown")
-    lenient_addresses: bool = _option(False, _FLAG, "also accept names such as root, a@srv_1.example.com, 0123456789")
+    lenient_addresses: bool = _option(False, _FLAG, "also accept names such as root or a@srv_1.example.com")
     response_delay_helo: float = _option(0, _SECONDS, "seconds before the reply to HELO and EHLO")
     response_delay_mailfrom: float = _option(0, _SECONDS, "seconds before the reply to MAIL FROM")
     response_delay_rcptto: float = _option(0, _SECONDS, "seconds before the reply to RCPT TO")
@@ -811,8 +811,10 @@ class _Exchange(NamedTuple):
 
 
 def _printable(text: str) -> str:
-    """The text as one line, with escapes in place of control characters, which a terminal would obey."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    """The text as one line, with escapes in place of the characters that a terminal would obey or not show."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def _format_exchanges(exchanges: Iterable[_Exchange]) -> Iterator[str]:
@@ -2946,6 +2948,7 @@ class _Mail:
         self.is_complete = False  # only RSET, NOOP and QUIT belong to it any more
         self.number = 0  # of its message; 0 if it has none yet
         self.delivered: Message | None = None  # what was accepted, or given to on_unaccepted
+        self.has_ended = False  # whether on_end was called
         self.entry: _Entry | None = None  # its place in the mailbox
 
     def lasting(self) -> list[_Exchange]:
@@ -3009,7 +3012,7 @@ class _Mail:
         return [recipient.value.address for recipient in self.recipients if recipient.accepted]
 
 
-def _ignore(message: Message) -> None:
+def _ignore(*arguments: object) -> None:
     pass
 
 
@@ -3022,8 +3025,10 @@ class _Context(NamedTuple):
     log: _Log
     rules: _Rules
     on_message: Callable[[Message], object] = _ignore  # called with each accepted message, before the reply to it
-    on_unaccepted: Callable[[Message], object] = _ignore  # called with each other message at the end of its session
+    on_unaccepted: Callable[[Message], object] = _ignore  # called with each other message when it is complete
+    on_refusal: Callable[[_Request, str], object] = _ignore  # called with each refused request and the reply
     on_erase: Callable[[Message], object] = _ignore  # called with a message before a refused mail is erased from it
+    on_end: Callable[[Message], object] = _ignore  # called with each message that its session changes no more
     early_ends: deque[str] = deque(maxlen=10)  # connections that ended before any command, and why
 
 
@@ -3118,6 +3123,8 @@ class _Session:
         while position < end:
             position, reply = self._take(self, data, position)
             if reply is not None:
+                if reply.refuses and self.context.on_refusal is not _ignore:
+                    self._call(self.context.on_refusal, self.request, reply.text)
                 yield reply
                 if reply.next is not None:  # drop the rest; what came in clear must have no effect within TLS
                     return
@@ -3145,6 +3152,7 @@ class _Session:
         if self.request is not None and (mail.entry is None or body is not None or is_noted):
             self._publish(complete=True, follows_mail=body is None)
         self._report_unaccepted()
+        self._report_end()
 
     def _report_unaccepted(self) -> None:
         """Give on_unaccepted a message that was not given to on_message."""
@@ -3152,6 +3160,12 @@ class _Session:
         if mail.entry is not None and mail.delivered is None:
             mail.delivered = mail.entry.message
             self._call(self.context.on_unaccepted, mail.delivered)
+
+    def _report_end(self) -> None:
+        mail = self.mail
+        if mail.entry is not None and not mail.has_ended:
+            mail.has_ended = True
+            self._call(self.context.on_end, mail.entry.message)
 
     # The states.
 
@@ -3257,6 +3271,7 @@ class _Session:
             if not kind.follows_mail:
                 self._publish(complete=True)
         if self._keeps_messages and mail.is_complete and not kind.follows_mail:
+            self._report_end()
             self.mail = mail.make_next()
         if kind is _VERBS["MAIL"]:
             self.mail.has_begun = True
@@ -3356,9 +3371,9 @@ class _Session:
             mail.delivered = None
         return mail.delivered is not None
 
-    def _call(self, function: Callable[[Message], object], message: Message) -> bool:
+    def _call(self, function: Callable[..., object], *arguments: object) -> bool:
         try:
-            function(message)
+            function(*arguments)
         except BaseException:  # noqa: BLE001 - pytest.fail() is not an Exception
             self.context.log.failure("on_message failed")
             return False
@@ -3595,7 +3610,7 @@ class _Log:
             if not self._has_failed:
                 self._has_failed = True
                 with contextlib.suppress(Exception):
-                    print(f"smtpmock: the log is incomplete, its logger raised {error!r}", file=sys.stderr)
+                    sys.stderr.write(f"smtpmock: the log is incomplete, its logger raised {error!r}\n")
 
     def failure(self, what: str) -> None:
         """Show the user the exception that is being handled: in the log or, without one, as that of a thread."""
@@ -3606,7 +3621,8 @@ class _Log:
         self.failures.append(f"{what}: {text}")
         if isinstance(error, SMTPMockError):  # of an output of the command line; a traceback would say nothing more
             with contextlib.suppress(Exception):
-                print(f"smtpmock: {error}", file=sys.stderr, flush=True)
+                sys.stderr.write(f"smtpmock: {error}\n")
+                sys.stderr.flush()
         elif self._logger is None and not self._prints:
             with contextlib.suppress(BaseException):
                 threading.excepthook(threading.ExceptHookArgs((kind, error, trace, threading.current_thread())))
@@ -5077,8 +5093,9 @@ _CONDITIONS = {"skip": _COUNT, "times": _TIMES, "probability": _PROBABILITY, "af
 # The flags that are no options of a server.
 _OWN_FLAGS: dict[str, _Option] = {
     "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
-    "quiet": _option(False, _FLAG, "print no line for each mail and each session without one"),
-    "lint": _option(False, _FLAG, "print what clients do wrong on stderr; status 3 after an error"),
+    "quiet": _option(False, _FLAG, "print no line for each mail and session"),
+    "show": _option(False, _FLAG, "print each mail as a person reads it"),
+    "lint": _option(False, _FLAG, "print violations on stderr; status 3 after an error"),
     "json": _option(
         False, _FLAG, "print each mail, each session without one, and errors as lines of JSON; log to stderr"
     ),
@@ -5107,7 +5124,7 @@ _DEV_FLAGS = {"show": True, "http": 0}
 _GROUPS = {
     "Listening": "host|port|session_timeout|shutdown_timeout|http",
     "Recording": "keep_all|multiple_|msg_size_limit|lenient_|save_dir|maildir",
-    "Output": "dev|log|quiet|json|control|lint",
+    "Output": "dev|log|quiet|show|json|control|lint",
     "Failing": "fail_fast|strict|blacklisted_|not_registered_|response_delay_|seed|rule",
     "Extensions, login and TLS": "extensions|auth_|implicit_tls|tls_|save_ca",
     "Other": "(?!msg_)",
@@ -5149,40 +5166,76 @@ Exit status:
 
 _Undo = Callable[[], object]  # removes a mail from an output again
 _Output = Callable[[Message], _Undo | None]  # takes an accepted mail
+_STALL_SECONDS = 0.1  # after which a reader that has taken nothing is not waited for
+_DRAIN_SECONDS = 0.5  # the same at the end
+_PIECE = getattr(select, "PIPE_BUF", 4096)  # bytes that a pipe takes without blocking if it is ready
+
+
+class _Line:
+    """What is printed in one piece."""
+
+    def __init__(self, printer: _Printer, text: str) -> None:
+        self.printer = printer
+        self.left: Any = text  # encoded when it is its turn
+        self.error: Exception | None = None
 
 
 class _Printer:
-    """Prints whole lines to what is stdout now, from any thread. It keeps no line that it could not write."""
+    """Takes the place of stdout or stderr, in any thread. It keeps nothing that could not be written."""
 
-    def __init__(self, *, has_events: bool = False) -> None:
-        self.has_events = has_events
-        self._out = sys.stdout
-        self._lock = threading.Lock()  # guards the stream
-        self._is_torn = False  # whether a part of the last line was written
-
-    def __call__(self, line: str) -> None:
-        with self._lock:
-            try:
-                self._write("\n" * self._is_torn + line + "\n")
-                self._is_torn = False
-            except (OSError, ValueError, AttributeError) as error:  # full, closed by us, and closed from the start
-                reason = getattr(error, "strerror", None) or "it is closed"
-                raise SMTPMockError(f"cannot write to stdout: {reason}") from error
-
-    def _write(self, text: str) -> None:
+    def __init__(self, writer: _Writer, stream: Any, name: str) -> None:
         import io
 
-        self._out.flush()
-        raw = getattr(getattr(self._out, "buffer", None), "raw", getattr(self._out, "buffer", None))
-        if not isinstance(raw, io.RawIOBase):  # of a test
-            self._out.write(text)
-            self._out.flush()
-            return
-        data = text.encode(self._out.encoding, "backslashreplace")
-        while data:  # a full disk may take a part
-            written = raw.write(data) or 0
-            self._is_torn = True
-            data = data[written:]
+        self.has_events = False
+        self.encoding: Any = getattr(stream, "encoding", None)
+        self._writer = writer
+        self._stream = stream
+        self._name = name
+        self._is_torn = False  # whether only a part of the last line was written
+        raw = getattr(getattr(stream, "buffer", None), "raw", getattr(stream, "buffer", None))
+        self._raw: Any = raw if isinstance(raw, io.RawIOBase) else None  # else it is of a test
+        self._poll: Any = None  # of a terminal, it would promise too much
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or has no descriptor
+            if self._raw is not None and hasattr(select, "poll") and not stream.isatty():
+                self._poll = select.poll()
+                self._poll.register(self._raw, select.POLLOUT)
+
+    def __getattr__(self, name: str) -> Any:  # such as isatty()
+        return getattr(self._stream, name)
+
+    def explain(self, error: Exception) -> str:
+        return f"cannot write to {self._name}: {getattr(error, 'strerror', None) or 'it is closed'}"
+
+    def encode(self, text: Any) -> Any:
+        if self._raw is None or not isinstance(text, str):
+            return text
+        return memoryview(("\n" * self._is_torn + text).encode(self.encoding, "backslashreplace"))
+
+    def is_ready(self) -> bool:
+        """Whether write_piece() cannot block."""
+        return self._raw is None or (self._poll is not None and bool(self._poll.poll(0)))
+
+    def write_piece(self, data: Any) -> Any:
+        """Write the beginning, and return the rest."""
+        if self._raw is None:
+            self._stream.write(data)
+            return self._stream.flush() or ""
+        written = self._raw.write(data[:_PIECE])  # a full disk may take a part of it
+        if written is None:  # somebody else has set it to non-blocking
+            select.select((), (self._raw,), ())
+        self._is_torn = (written or 0) < len(data)
+        return data[written or 0 :]
+
+    def write(self, text: str) -> None:
+        self._writer.write(_Line(self, text))
+
+    def flush(self) -> None: ...
+
+    def __call__(self, line: str) -> None:
+        try:
+            self.write(line + "\n")
+        except Exception as error:
+            raise SMTPMockError(self.explain(error)) from error
 
     def event(self, event: str, /, **values: object) -> None:
         """Print it as JSON, if a program is to read it."""
@@ -5190,6 +5243,75 @@ class _Printer:
             import json
 
             self(json.dumps({"event": event, **values}))
+
+
+class _Writer:
+    """Writes to stdout and stderr. What a reader could hold up is left to a thread.
+
+    The queue has no limit, as the mailbox has none. A mail that nobody reads takes up to three times its size there. A
+    limit would have to stop the mail or to drop events, and a test that reads them late would miss them.
+    """
+
+    def __init__(self) -> None:
+        self.out: Any = _Printer(self, sys.stdout, "stdout")
+        self.err: Any = _Printer(self, sys.stderr, "stderr")
+        self.deadline = float("inf")  # nobody waits after it
+        self._changed = threading.Condition()  # guards what follows; notified when a line is done
+        self._queue: deque[_Line] = deque()  # unless it is empty, a thread writes the first one
+        self._writes_since = float("inf")  # when that thread began to write a piece
+        self._skipped: _Line | None = None  # the last one that was not waited for; until it is done, there is a backlog
+        self._failure = ""  # the first one
+        self._lost = 0  # lines
+
+    def write(self, line: _Line) -> None:
+        """Return when it is written, or nobody reads. Raises what the write raised."""
+        with self._changed:
+            if not self._queue:
+                self._try(line, waits=False)
+            if line.left:
+                if not self._queue:
+                    threading.Thread(target=self._write_queue, name="smtpmock writer", daemon=True).start()
+                self._queue.append(line)
+                if self._skipped is None or not self._skipped.left:
+                    self._wait(lambda: not line.left, _STALL_SECONDS)
+                self._skipped = line if line.left else self._skipped
+        if line.error is not None:
+            raise line.error
+
+    def _wait(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait for it until the reader has taken nothing for this time, or the deadline is this long ago."""
+        while not condition() and time.monotonic() < min(self.deadline, self._writes_since) + seconds:
+            self._changed.wait(_STALL_SECONDS / 4)
+
+    def close(self) -> str:
+        """Wait until the rest is written. Returns what failed."""
+        with self._changed:
+            self._wait(lambda: not self._queue, _DRAIN_SECONDS)
+            lost = self._lost + len(self._queue)
+        return f"{self._failure or 'not all output was read'}; lines lost: {lost}" if lost else ""
+
+    def _write_queue(self) -> None:
+        with self._changed:
+            while self._queue:
+                line = self._queue[0]
+                self._changed.release()
+                self._try(line, waits=True)
+                self._changed.acquire()
+                self._queue.popleft()
+                self._changed.notify_all()
+
+    def _try(self, line: _Line, *, waits: bool) -> None:
+        """Write it or, without waiting, as much of it as cannot block."""
+        try:
+            line.left = line.printer.encode(line.left)
+            while line.left and (waits or line.printer.is_ready()):
+                self._writes_since = time.monotonic() if waits else float("inf")
+                line.left = line.printer.write_piece(line.left)
+        except (OSError, ValueError, AttributeError) as error:  # full, closed by us, and closed from the start
+            line.error, line.left = error, ""
+            self._failure = self._failure or line.printer.explain(error)
+            self._lost += 1
+        self._writes_since = float("inf")
 
 
 def _make_folder(path: str) -> None:
@@ -5323,30 +5445,101 @@ def _describe(error: Exception) -> str:
     return text
 
 
-class _Narrator:
-    """Prints a line for each mail and for each session without one."""
+_ITEM_LIMIT, _RECIPIENT_LIMIT = 100, 5  # characters of an item, and recipients, in a line
+_LINE_COUNT, _TEXT_LIMIT = 100, 10_000  # lines and characters of a mail: a few screens
+_HTML_LIMIT = 100_000  # characters
+# What shows no text, and each < that begins no proper tag, because html.parser takes very long to find that out.
+_TAG = r"""/?[a-z][^<>"']*(?:"[^"<>]*"[^<>"']*|'[^'<>]*'[^<>"']*)*>"""
+_NO_TEXT = rf"(?is)<!--.*?(?:-->|\Z)|<(script|style|title)\b.*?(?:</\1\b[^<>]*>?|\Z)|<[!?][^>]*>?|<(?!{_TAG})"
+_BLOCKS = "blockquote", "div", "h1", "h2", "h3", "h4", "hr", "ol", "p", "pre", "section", "table", "ul"
+_LINES = "br", "dd", "dt", "li", "tr"
 
-    def __init__(self, printer: _Printer, options: dict[str, Any]) -> None:
+
+def _cut(text: str) -> str:
+    return _printable(text if len(text) <= _ITEM_LIMIT else f"{text[: _ITEM_LIMIT - 3]}...")
+
+
+def _format_size(size: int) -> str:
+    return f"{size / 1000:.1f} kB" if size >= 1000 else f"{size} byte{'s' * (size != 1)}"
+
+
+def _read_html(html: str) -> str:
+    """The text of HTML, with the address of each link behind it."""
+    from html.parser import HTMLParser
+
+    class Reader(HTMLParser):
+        address: str | None = None
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            values = dict(attrs)
+            self.address = values.get("href") if tag == "a" else self.address
+            found.append("\n" * (tag in _BLOCKS + _LINES) + "- " * (tag == "li") + (values.get("alt") or ""))
+
+        def handle_endtag(self, tag: str) -> None:
+            is_link = tag == "a" and self.address and self.address != found[-1].strip()
+            found.append("\n" * (tag in _BLOCKS) + " " * (tag == "td") + (f" <{self.address}>" if is_link else ""))
+
+        def handle_data(self, data: str) -> None:
+            found.append(re.sub(r"\s+", " ", data))
+
+    found = [""]
+    reader = Reader()
+    html = re.sub(_NO_TEXT, lambda match: "&lt;" * (match[0] == "<"), html[: 10 * _HTML_LIMIT])  # styles may be long
+    reader.feed(html[:_HTML_LIMIT])
+    reader.close()
+    lines = [" ".join(line.split()) for line in "".join(found).split("\n")]
+    return re.sub("\n{3,}", "\n\n", "\n".join(lines))
+
+
+def _format_mail(message: Message) -> str:
+    """The mail as a person reads it, or its beginning. The indentation is for it not to pass for a line of ours."""
+    shown = ("From", "To", "Cc", "Date", "Subject")
+    lines = [f"{name}: {value}" for name in shown for value in message.email.get_all(name, ())]
+    for name, kind, content in message.attachments:
+        lines.append(f"Attachment: {name or 'without a name'} ({kind}, {_format_size(len(content))})")
+    text = message.text or ""
+    if message.html and not text.strip():
+        text = message.html
+        with contextlib.suppress(Exception):  # html.parser raises some for broken HTML
+            text = _read_html(text)
+    text = "\n".join([*lines, "", text.strip()])
+    lines = text[:_TEXT_LIMIT].split("\n")[:_LINE_COUNT]
+    lines += ["..."] * (len("\n".join(lines)) < len(text))
+    return "".join(f"\n  {_printable(line.rstrip().expandtabs())}".rstrip(" ") for line in lines)
+
+
+class _Narrator:
+    """Prints a line for each mail, for each refusal, and for each session with neither."""
+
+    def __init__(self, printer: _Printer, options: dict[str, Any], *, shows_mail: bool) -> None:
         self._printer = printer
         self._options = options
+        self._shows_mail = shows_mail
         self._warned: set[str] = set()  # options that keep what was discarded; at worst, two sessions tell of one
         self._colours = "NO_COLOR" not in os.environ and hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
 
-    def __call__(self, message: Message) -> None:
-        with contextlib.suppress(SMTPMockError, OSError):  # that nobody reads this is no reason to refuse the mail
-            word, colour, text = "ended", 0, "without a mail"
-            if message.msg:
-                route = f"{message.mail_from or '<>'} -> {', '.join(message.rcpt_tos)}"
-                text = f'{route} "{message.subject or ""}" {len(message.content) / 1000:.1f} kB'
-                word, colour = "accepted", 32
-            elif message.refusals:
-                word, colour, text = "refused", 31, message.refusals[0][1]
-            word = f"\x1b[{colour}m{word}\x1b[0m" if self._colours else word
-            self._printer(f"{time.strftime('%H:%M:%S')} {word} {_printable(text)}")
-            for option, discarded in message._find_discards():
-                if self._options.keys().isdisjoint(("keep_all", option)) and option not in self._warned:
-                    self._warned.add(option)
-                    print(f"smtpmock: {discarded}; -keepAll keeps them all", file=sys.stderr, flush=True)
+    def _print(self, word: str, colour: int, text: str) -> None:
+        word = f"\x1b[{colour}m{word}\x1b[0m" if self._colours else word
+        with contextlib.suppress(SMTPMockError):  # a closed stdout must not refuse the mail
+            self._printer(f"{time.strftime('%H:%M:%S')} {word} {text}")
+
+    def accept(self, message: Message) -> None:
+        names, more = map(_cut, message.rcpt_tos[:_RECIPIENT_LIMIT]), len(message.rcpt_tos) - _RECIPIENT_LIMIT
+        route = f"{_cut(message.mail_from or '<>')} -> {', '.join(names)}" + f" and {more} more" * (more > 0)
+        text = f'{route} "{_cut(message.subject or "")}" {_format_size(len(message.content))}'
+        self._print("accepted", 32, text + (_format_mail(message) if self._shows_mail else ""))
+        for option, discarded in message._find_discards():
+            if self._options.keys().isdisjoint(("keep_all", option)) and option not in self._warned:
+                self._warned.add(option)
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # nor a closed stderr
+                    sys.stderr.write(f"smtpmock: {discarded}; -keepAll keeps them all\n")
+
+    def refuse(self, request: _Request, response: str) -> None:
+        self._print("refused", 31, f"{_printable(response)} ({_cut(request.line)})")
+
+    def end(self, message: Message) -> None:
+        if not message.refusals:
+            self._print("ended", 0, "without a mail")
 
 
 class _Linter:
@@ -5354,15 +5547,20 @@ class _Linter:
 
     def __init__(self) -> None:
         self.has_found_error = False
-        self._printed: set[tuple[int, Violation]] = set()
+        self._printed: dict[int, set[Violation]] = {}  # by the numbers of messages that may still change
 
     def __call__(self, message: Message) -> None:
+        printed = self._printed.setdefault(message.id, set())
         for found in (*message.violations, *message.warnings):
-            if (message.id, found) not in self._printed:
-                self._printed.add((message.id, found))
+            if found not in printed:
+                printed.add(found)
                 self.has_found_error = self.has_found_error or found.severity == "error"
                 with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody has to read it
                     sys.stderr.write(f"smtpmock: message {message.id}: {found.severity}: {found}\n")
+
+    def end(self, message: Message) -> None:
+        self(message)
+        del self._printed[message.id]
 
 
 def _open_files(paths: Mapping[str, Any]) -> list[_Output]:
@@ -5395,12 +5593,17 @@ def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) ->
     try:
         with contextlib.ExitStack() as undo:
             for output in outputs:
-                undo.callback(output(message) or (lambda: None))
+                undo.callback(output(message) or _ignore)
             undo.pop_all()
     except OSError as error:
         text = f"a mail was refused, because it cannot be saved: {error}"
         printer.event("error", error=text)
         raise SMTPMockError(text) from error
+
+
+def _call_all(functions: Iterable[Callable[..., object]], *arguments: object) -> None:
+    for function in functions:
+        function(*arguments)
 
 
 def _format_flag(name: str, option: _Option) -> str:
@@ -5455,6 +5658,7 @@ def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
             raise ConfigurationError(re.sub("unrecognized arguments: (.*)", r"\1: there is no such flag", message))
 
     flags, parser = _list_flags(), Parser(add_help=False, allow_abbrev=False)
+    parser.formatter_class = functools.partial(argparse.HelpFormatter, width=80)  # without a width, it imports shutil
     spellings = [argument.partition("=")[0] for argument in argv if re.match("--?[a-zA-Z]", argument)]
     for name in dict.fromkeys(_find_flag(spelling, flags) for spelling in spellings):
         kind = flags[name].kind
@@ -5604,8 +5808,10 @@ def _catch_signals(*, owns_process: bool) -> Iterator[tuple[socket.socket, socke
                 signal.signal(number, handler)
 
 
-def _run(server: Server, announce: Callable[[str, int], None], control: Any, *, owns_process: bool) -> None:
-    """Run the server until a signal comes or control() returns; a signal after that aborts the sessions."""
+def _run(
+    server: Server, announce: Any, control: Any, stop: Callable[[], object], writer: _Writer, *, owns_process: bool
+) -> None:
+    """Run the server until a signal comes or control() returns, and then stop(); another signal aborts that."""
     with _catch_signals(owns_process=owns_process) as (wakened, waker):
 
         def call(function: Callable[[], None], byte: bytes) -> None:
@@ -5617,16 +5823,18 @@ def _run(server: Server, announce: Callable[[str, int], None], control: Any, *, 
                     waker.send(byte)
 
         controller = threading.Thread(target=call, args=(control, b"\xff"), daemon=True)
-        stopper = threading.Thread(target=call, args=(server.stop, b"\0"))
+        stopper = threading.Thread(target=call, args=(stop, b"\0"))
         try:
             server._start_and_announce(announce)
             listener = server._listener
             if control is not None:
                 controller.start()
             wakened.recv(1)
+            writer.deadline = time.monotonic() + server._options.shutdown_timeout
             stopper.start()
             while (byte := wakened.recv(1)) != b"\0":
                 if byte != b"\xff" and listener is not None:
+                    writer.deadline = time.monotonic()
                     listener.abort()
             stopper.join()
         finally:
@@ -5634,21 +5842,33 @@ def _run(server: Server, announce: Callable[[str, int], None], control: Any, *, 
                 server.stop()
 
 
-def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns_process: bool) -> int:
+def _make_callbacks(printer: _Printer, linter: _Linter, options: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Who gets what: the callbacks of a _Context, each with the functions that it calls, in their order."""
+    lints, tells = own.get("lint", False), printer.has_events
+    narrates = not tells and (own.get("show") or not (own.get("quiet") or own.get("log")))
+    narrator = _Narrator(printer, options, shows_mail=own.get("show", False))
+
+    def tell(message: Message) -> None:
+        printer.event("message", **message.to_dict())
+
+    def call(*functions: Any) -> Any:
+        return functools.partial(_call_all, functions) if functions else _ignore
+
+    outputs: list[Any] = [*_open_files(own), *[tell] * tells, *[narrator.accept] * narrates, *[linter] * lints]
+    return {
+        "on_message": functools.partial(_deliver, outputs, printer),
+        "on_unaccepted": call(*[tell] * tells, *[narrator.end] * narrates, *[linter] * lints),
+        "on_refusal": call(*[narrator.refuse] * narrates),
+        "on_erase": call(*[linter] * lints),
+        "on_end": call(*[linter.end] * lints),
+    }
+
+
+def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], writer: _Writer, *, owns_process: bool) -> int:
     """Run the server until something stops it, and return the exit status. With JSON, what it logs goes to stderr."""
-    printer = _Printer(has_events=own.get("json", False) or own.get("control", False))
-    linter, reporters = _Linter(), list[Callable[[Message], None]]()
-    if printer.has_events:
-        reporters.append(lambda message: printer.event("message", **message.to_dict()))
-    elif not (own.get("quiet") or own.get("log")):
-        reporters.append(_Narrator(printer, options))
-    if own.get("lint"):
-        reporters.append(linter)
-    server._context = server._context._replace(
-        on_message=functools.partial(_deliver, [*_open_files(own), *reporters], printer),
-        on_unaccepted=lambda message: [tell(message) for tell in reporters],
-        on_erase=linter if own.get("lint") else _ignore,
-    )
+    printer, linter = writer.out, _Linter()
+    printer.has_events = own.get("json", False) or own.get("control", False)
+    server._context = server._context._replace(**_make_callbacks(printer, linter, options, own))
     control = functools.partial(_obey_lines, server, printer, _open_stdin()) if own.get("control") else None
 
     def announce(host: str, port: int) -> None:
@@ -5658,22 +5878,24 @@ def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns
             if page:
                 printer(f"smtpmock: the mail is at {page}/")
 
+    def stop() -> None:
+        server.stop()
+        with contextlib.suppress(SMTPMockError):  # its reader may have gone first
+            printer.event("done", command="stop", messages=len(server._mailbox.messages(purge=False)))
+        writer.close()
+
     stdout = contextlib.redirect_stdout(sys.stderr if printer.has_events else sys.stdout)
     with stdout, _serve_http(server, own) as page:
-        _run(server, announce, control, owns_process=owns_process)
-    for message in server._mailbox.messages(purge=False) if own.get("lint") else ():  # and what came after the mail
-        linter(message)
-    with contextlib.suppress(SMTPMockError):  # its reader may have gone first
-        printer.event("done", command="stop", messages=len(server._mailbox.messages(purge=False)))
+        _run(server, announce, control, stop, writer, owns_process=owns_process)
     return 3 if linter.has_found_error else 0
 
 
-def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
+def _run_command(argv: Sequence[str], writer: _Writer, *, owns_process: bool) -> int:
     own = _parse_arguments(argv)
     if own.get("version"):
-        _Printer()(f"smtpmock: {__version__}\npython: {sys.version}")
+        writer.out(f"smtpmock: {__version__}\npython: {sys.version}")
     elif own.get("help") or own.get("help_all"):
-        _Printer()(_format_help(everything=own.get("help_all", False)))
+        writer.out(_format_help(everything=own.get("help_all", False)))
     else:
         options = _take_options(own)
         if own.get("dev"):
@@ -5689,29 +5911,31 @@ def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
             _save_ca(path)
         for rule in own.get("rule", ()):
             _add_rule(server, rule)
-        return _serve(server, options, own, owns_process=owns_process)
+        return _serve(server, options, own, writer, owns_process=owns_process)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, or that of the process if argv is None. Returns the exit status."""
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments, writer = sys.argv[1:] if argv is None else argv, _Writer()
     try:
-        return _run_command(arguments, owns_process=argv is None)
+        with contextlib.redirect_stdout(writer.out), contextlib.redirect_stderr(writer.err):
+            status = _run_command(arguments, writer, owns_process=argv is None)
     except SMTPMockError as error:
         text = _printable(_describe(error))
-        with contextlib.suppress(OSError, AttributeError):
-            sys.stderr.write(f"smtpmock: {text}\n")
+        status = 2 if isinstance(error, ConfigurationError) else 1
+        writer.out.has_events = any(re.fullmatch("--?(json|control)(=(?i:true)|=1)?", flag) for flag in arguments)
         with contextlib.suppress(SMTPMockError):
-            has_events = any(re.fullmatch("--?(json|control)(=(?i:true)|=1)?", argument) for argument in arguments)
-            _Printer(has_events=has_events).event("error", error=text)
-        return 2 if isinstance(error, ConfigurationError) else 1
-    finally:
-        if argv is None and sys.stdout is not None:  # it is None if it was closed before Python started
-            try:
-                sys.stdout.flush()
-            except OSError:  # at exit, Python would try again and print a traceback
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            writer.err(f"smtpmock: {text}")
+        with contextlib.suppress(SMTPMockError):
+            writer.out.event("error", error=text)
+    failure = writer.close()
+    if failure and status != 1:  # of which the reason was said
+        writer = _Writer()  # because the thread of the other one may be held up
+        writer.deadline = time.monotonic()
+        with contextlib.suppress(SMTPMockError):
+            writer.err(f"smtpmock: {failure}")
+    return status or int(failure != "")
 
 
 if __name__ == "__main__":

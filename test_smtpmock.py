@@ -17,6 +17,7 @@ import dataclasses
 import datetime
 import email.policy
 import errno
+import fcntl
 import functools
 import gc
 import hmac
@@ -5624,7 +5625,7 @@ class LoggingTest(unittest.TestCase):
         "SMTP response: 220 Welcome",
         "SMTP request: EHLO example.com",
         "SMTP response: 250 Received",
-        r"SMTP request: \x00\x1b[1m\xe4\udcff",
+        "SMTP request: \\x00\\x1b[1mä\\udcff",
         f"SMTP response: {UNRECOGNIZED}",
         "SMTP request: QUIT",
         "SMTP response: 221 Closing connection",
@@ -6075,8 +6076,11 @@ class ProcessTest(ProcessCase):
         process.stdout.close()
         send(port, "hi")
         process.terminate()
-        self.assertRegex(process.stderr.read(), r"\Asmtpmock: the log is incomplete[^\n]*BrokenPipe[^\n]*\n\Z")
-        self.assertEqual(process.wait(TIMEOUT), 0)
+        pattern = (
+            r"\Asmtpmock: the log is incomplete[^\n]*BrokenPipe[^\n]*\nsmtpmock: cannot write to stdout: [^\n]*\n\Z"
+        )
+        self.assertRegex(process.stderr.read(), pattern)
+        self.assertEqual(process.wait(TIMEOUT), 1)
 
 
 class OutputTest(ProcessCase):
@@ -6121,7 +6125,7 @@ class OutputTest(ProcessCase):
         for out in (io.TextIOWrapper(io.BufferedWriter(disk)), io.TextIOWrapper(disk, write_through=True)):  # type: ignore[type-var]
             disk.data, disk.left = b"", 6
             with contextlib.redirect_stdout(out):
-                printer = smtpmock._Printer()
+                printer = smtpmock._Writer().out
             printer("one")
             with self.assertRaisesRegex(smtpmock.SMTPMockError, "No space left"):
                 printer("two")
@@ -6193,7 +6197,8 @@ class OutputTest(ProcessCase):
         process.stdout.close()
         process.stdin.write("clear\n")
         process.stdin.flush()
-        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (0, ""))
+        error = "smtpmock: cannot write to stdout: Broken pipe; lines lost: 2\n"
+        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (1, error))
         process.stdout = None
 
     def test_save_dir(self) -> None:
@@ -6270,6 +6275,323 @@ class OutputTest(ProcessCase):
         for path in self.folder.iterdir():
             path.unlink()
         return subjects
+
+
+class BacklogTest(ProcessCase):
+    """A reader that does not read stops nothing."""
+
+    def begin(self, *argv: str) -> tuple[Any, int]:
+        """A process with a small pipe, whose first line was read, and its port."""
+        process = self.start("-shutdownTimeout=0.1", *argv, stdin=subprocess.PIPE)
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        line = process.stdout.readline()
+        return process, int(json.loads(line)["port"] if line.startswith("{") else line.rpartition(":")[2])
+
+    def send_much(self, port: int) -> None:
+        """Three mails and many refusals, more than a pipe takes in any mode."""
+        with Smtp(port) as client:
+            for number in range(3):
+                client.sendmail("a@a.com", ["b@b.com"], f"Subject: {number}\n\n" + 1500 * f"{'x' * 70}\n")
+            client.send("VRFY\r\n" * 1000)
+            for _ in range(1000):
+                client.getreply()
+
+    def test_each_mode_and_each_way_to_stop(self) -> None:
+        def stop(argv: str, way: str) -> tuple[str, int, str]:
+            process, port = self.begin(*argv.split())
+            self.send_much(port)
+            if way == "SIGTERM":
+                process.send_signal(signal.SIGTERM)
+            elif way == "stop":
+                process.stdin.write("stop\n")
+                process.stdin.flush()
+            else:
+                process.stdin = process.stdin.close()
+            status = process.wait(TIMEOUT)
+            # With a log on stderr, it is that which nobody reads.
+            last_line = "" if argv == "-json -log" else process.stderr.read().splitlines()[-1]
+            return argv, status, re.sub(r"\d+", "N", last_line)
+
+        modes = ["", "-show", "-log", "-lint", "-json", "-json -log", "-control"]
+        ways = [*((mode, "SIGTERM") for mode in modes), ("-control", "stop"), ("-control", "end of stdin")]
+        results = in_threads(*(lambda way=way: stop(*way) for way in ways))
+        error = "smtpmock: not all output was read; lines lost: N"
+        expected = [(mode, 3 if mode == "-lint" else 1, error if mode != "-json -log" else "") for mode, _ in ways]
+        self.assertEqual(results, expected)
+
+    def test_a_stop_with_a_slow_reader(self) -> None:
+        """It has the shutdown timeout and a little more, and a second signal ends that."""
+        for timeout, numbers in (("0.1", [signal.SIGTERM]), ("300", [signal.SIGTERM, signal.SIGINT])):
+            process, port = self.begin("-json", f"-shutdownTimeout={timeout}")
+            self.send_much(port)
+            for number in numbers:
+                process.send_signal(number)
+            while process.poll() is None:
+                os.read(process.stdout.fileno(), 4096)
+                time.sleep(0.02)
+            self.assertEqual(process.returncode, 1, timeout)
+
+    def test_a_long_shutdown_timeout(self) -> None:
+        """It is no time for a reader that does not read."""
+        process, port = self.begin("-json", f"-shutdownTimeout={10 * TIMEOUT}")
+        self.send_much(port)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(TIMEOUT), 1)
+
+    def test_what_is_read_late_is_whole_and_in_order(self) -> None:
+        process, port = self.begin("-json", "-lint", "-multipleMessageReceiving")
+        self.send_much(port)
+        send(port, "Subject: 3")
+        subjects = [json.loads(process.stdout.readline())["subject"] for _ in range(5)]
+        self.assertEqual((subjects[:3], {*subjects[3:]}), (["0", "1", "2"], {"3", None}))  # None: what was refused
+        process.terminate()
+        out, _ = process.communicate(timeout=TIMEOUT)
+        self.assertEqual((json.loads(out)["event"], process.returncode), ("done", 3))
+
+    def test_an_event_is_out_before_its_reply(self) -> None:
+        """Though it is long, and read slowly."""
+        process, port = self.begin("-json")
+        output, read, is_sent = process.stdout.fileno(), bytearray(), threading.Event()
+
+        def read_slowly() -> None:
+            while not is_sent.wait(0.001):
+                if select.select([output], [], [], 0)[0]:
+                    read.extend(os.read(output, 4096))
+
+        def send_one() -> None:
+            send(port, f"Subject: {'x' * 500}\n\n" + 400 * f"{'x' * 500}\n")
+            is_sent.set()
+
+        in_threads(read_slowly, send_one)
+        os.set_blocking(output, False)
+        with contextlib.suppress(BlockingIOError):
+            read.extend(os.read(output, 65536))
+        self.assertEqual(json.loads(read)["event"], "message")
+
+    def test_no_mail_waits_behind_others(self) -> None:
+        """Though somebody reads again."""
+        process, port = self.begin("-json")
+        self.send_much(port)
+        is_sent = threading.Event()
+
+        def read_slowly() -> int:
+            count = 0
+            while not is_sent.wait(0.01):
+                count += len(os.read(process.stdout.fileno(), 4096))
+            return count
+
+        def send_one() -> None:
+            send(port, "hi")
+            is_sent.set()
+
+        self.assertLess(in_threads(read_slowly, send_one)[0], 300_000)  # of 600,000
+
+    def test_a_reader_that_leaves(self) -> None:
+        """What was queued is lost, and is counted; later mail is refused."""
+        process, port = self.begin("-json", "-multipleMessageReceiving")
+        self.send_much(port)
+        process.stdout.close()
+        with contextlib.suppress(smtplib.SMTPDataError):  # the thread that writes may not have seen it yet
+            send(port, "hi")
+        self.assertEqual(catch(smtplib.SMTPDataError, send, port, "hi").smtp_code, 451)
+        process.terminate()
+        _, errors = process.communicate(timeout=TIMEOUT)
+        lost = re.fullmatch(
+            r"smtpmock: cannot write to stdout: Broken pipe; lines lost: (\d+)", errors.splitlines()[-1]
+        )
+        self.assertGreaterEqual(int(lost[1]) if lost else 0, 3 + 1 + 2 + 1)  # mails, refusals, a refused mail, the end
+        self.assertEqual(process.returncode, 1)
+
+    @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
+    def test_a_stdout_of_another_kind(self) -> None:
+        import pty
+
+        makers: dict[str, Callable[[], Any]] = {
+            "a terminal": pty.openpty,
+            "a socket": lambda: [end.detach() for end in socket.socketpair()],
+            "a pipe that does not block": os.pipe,
+        }
+        for kind, make in makers.items():
+            with self.subTest(kind):
+                ours, theirs = make()
+                os.set_blocking(theirs, kind != "a pipe that does not block")
+                with open(ours, "rb") as reader, open(theirs, "wb") as writer:
+                    process = subprocess.Popen([sys.executable, "-m", "smtpmock", "-json"], stdout=writer, cwd=HERE)
+                    self.addCleanup(process.wait)
+                    self.addCleanup(process.kill)
+                    send(json.loads(reader.readline())["port"], *["Subject: Hi\n\n" + 150 * f"{'x' * 900}\n"] * 2)
+                    self.assertEqual(json.loads(reader.readline())["subject"], "Hi")
+                    reader.readline()
+                    process.terminate()
+                    self.assertEqual(json.loads(reader.readline())["event"], "done")
+                    self.assertEqual(process.wait(TIMEOUT), 0)
+
+
+# Mails, and what -show prints of them.
+SHOWN_MAILS = r"""
+== text
+From: =?utf-8?q?J=C3=BCrgen?= <a@a.com>
+Received: here
+To: b@b.com,
+ c@c.com
+Date: Fri, 21 Nov 1997 09:55:06 -0600
+Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=
+
+Gr\xc3\xbc\xc3\x9fe,
+
+ and {x*200}
+=>
+From: Jürgen <a@a.com>
+To: b@b.com, c@c.com
+Date: Fri, 21 Nov 1997 09:55:06 -0600
+Subject: Grüße
+
+Grüße,
+
+ and {x*200}
+
+== control characters
+Subject: =?utf-8?q?=1B[1m=C2=9B_=E2=80=AE?=
+
+\x1b]0;title\x07 a\tb \xe2\x80\xae\xc2\x9b \xf0\x9f\x91\xa8\xe2\x80\x8d\xf0\x9f\x91\xa9 \xff
+=>
+Subject: \x1b[1m\x9b \u202e
+
+\x1b]0;title\x07 a    b \u202e\x9b 👨\u200d👩 �
+
+== HTML
+Content-Type: text/html; charset=utf-8
+
+<html><head><title>no</title><style>no</style></head><h1>Gr&uuml;&szlig;e</h1>
+<script>no</script><!-- no --><p>Please <a href="https://a.test/?b=1&amp;c=2">confirm
+<b>it</b></a>, or <a href='https://a.test'>https://a.test</a> &lt;
+<ul><li>one</li><li>two</li></ul>
+1 < 2<br>x<img src="cid:1" alt="Logo"><table><tr><td>a<td>b</td><td>c</td></tr><tr><td>d</table>
+=>
+
+Grüße
+
+Please confirm it <https://a.test/?b=1&c=2>, or https://a.test <
+
+- one
+- two
+1 < 2
+xLogo
+
+ab c
+d
+
+== text before HTML, and attachments
+Subject: s
+Content-Type: multipart/mixed; boundary=b
+
+--b
+Content-Type: text/html
+
+<p>no
+--b
+Content-Type: text/plain
+
+yes
+--b
+Content-Type: application/pdf; name="a\x1b.pdf"
+
+{x*1234}
+--b
+Content-Type: image/png
+
+x
+--b--
+=>
+Subject: s
+Attachment: a\x1b.pdf (application/pdf, 1.2 kB)
+Attachment: without a name (image/png, 1 byte)
+
+yes
+"""
+
+
+class ShowTest(ProcessCase):
+    """What a person sees of mails and of refusals."""
+
+    def watch(self, *argv: str, use: Callable[[int], object]) -> list[str]:
+        """The lines that are printed until a stop, without their times."""
+        process = self.start(*argv)
+        use(self.port(process))
+        process.terminate()
+        out, _ = process.communicate(timeout=TIMEOUT)
+        self.assertEqual(process.returncode, 0)
+        out = re.sub("(?<=rcpt )TO|(?<=mail )FROM", lambda match: match[0].lower(), out)  # as of Python 3.13
+        return re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", out).splitlines()
+
+    def test_mails(self) -> None:
+        mails, shown = [], []
+        for entry in read_table(SHOWN_MAILS).values():
+            end = entry.lines.index("=>")
+            mails.append(b"\n".join(map(read_escapes, entry.lines[:end])))
+            shown += ["accepted", *(f"  {line}".rstrip() for line in entry.lines[end + 1 :])]
+        lines = self.watch("-show", use=lambda port: send(port, *mails))
+        self.assertEqual([line.partition(" a@a.com")[0] for line in lines], shown)
+
+    def test_long_mails(self) -> None:
+        """Of a mail of many lines, or of long ones, the beginning."""
+        contents = {"x\n" * 5000: 99, f"{'x' * 600}\n" * 500: 18, f"{'<p>x' * 100}\n" * 200: 99}
+        mails = [f"Subject: s\nContent-Type: text/{'html' if '<' in x else 'plain'}\n\n{x}" for x in contents]
+        lines = self.watch("-show", use=lambda port: send(port, *mails))
+        shown = "\n".join(lines).split("accepted")[1:]
+        self.assertEqual([text.count("\n  x") + text.count("\n\n") for text in shown], [*contents.values()])
+        self.assertTrue(all("\n  Subject: s\n\n  x" in text and "  ..." in text for text in shown))
+
+    def test_hostile_html(self) -> None:
+        for part in ("<a ", "<!--", '<a b=">', "<a href='x' <a b='>", "<b> </b>", "<![", "</a", "<script>", "&#"):
+            for begin in ("", "<a b", "<p>"):
+                content = begin + part * (120_000 // len(part))
+                started = time.process_time()
+                smtpmock._read_html(content)
+                self.assertLess(time.process_time() - started, 5, part)  # without precautions, minutes
+
+    def test_one_line(self) -> None:
+        """What is long is cut."""
+        long = f"{'a' * 60}@{'b' * 60}.com"
+        cut = f"{long[:97]}..."
+        with_long = lambda port: in_session(port, long, ["b@b.com"] * 4 + [long] * 3)  # noqa: E731
+
+        def in_session(port: int, sender: str, recipients: list[str]) -> None:
+            with Smtp(port) as client:
+                client.sendmail(sender, recipients, f"Subject: {'s' * 101}\n\n")
+                client.sendmail("a@a.com", "b@b.com", f"Subject: {'s' * 100}\n\n" + 890 * "x")
+
+        lines = self.watch("-multipleRcptto", "-multipleMessageReceiving", use=with_long)
+        many = ", ".join(["b@b.com"] * 4 + [cut])
+        self.assertEqual(lines[0], f'accepted {cut} -> {many} and 2 more "{"s" * 97}..." 114 bytes')
+        self.assertEqual(lines[1], f'accepted a@a.com -> b@b.com "{"s" * 100}" 1.0 kB')
+
+    def test_refusals(self) -> None:
+        """Also beside an accepted mail, and after it."""
+
+        def use(port: int) -> None:
+            with Smtp(port) as client:
+                client.sendmail("a@a.com", ["root", "b@b.com", "c@c.com"], "hi")
+                self.assertRaises(smtplib.SMTPSenderRefused, client.sendmail, "root", ["b@b.com"], "hi")
+                self.assertRaises(smtplib.SMTPDataError, client.sendmail, "a@a.com", ["d@d.com"], "hi")
+                client.sendmail("a@a.com", ["b@b.com"], "hi")
+                client.docmd("x" * 200 + "\x1b")
+            with Smtp(port) as client:
+                client.ehlo("a.com")
+
+        for flags, second in (["-quiet=false"], ""), (["-multipleRcptto", "-multipleMessageReceiving"], "b@b.com, "):
+            lines = self.watch("-rule", "message d@d.com: reply 554 No: 1", *flags, use=use)
+            expected = [
+                "refused 501 RCPT TO requires valid email address (rcpt to:<root>)",
+                f'accepted a@a.com -> {second}c@c.com "" 4 bytes',
+                "refused 501 MAIL FROM requires valid email address (mail from:<root>)",
+                "refused 554 No: 1 (<4 bytes>)",
+                'accepted a@a.com -> b@b.com "" 4 bytes',
+                f"refused {UNRECOGNIZED} ({'x' * 97}...)",
+                "ended without a mail",
+            ]
+            self.assertEqual(lines, expected)
 
 
 # Commands that change nothing, and what is said about them.
@@ -7260,7 +7582,7 @@ class NarrationTest(ProcessCase):
         out, errors, _ = self.run_by_hand("-notRegisteredEmails=nobody@b.com", sender=talk)
         accepted, refused = out.splitlines()
         self.assertRegex(accepted, r'^\d\d:\d\d:\d\d accepted a@a.com -> c@c.com "Welcome.x1b\[31m" 1\.2 kB$')
-        self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found$")
+        self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found \(rcpt (?i:to):<nobody@b\.com>\)$")
         self.assertEqual(errors, "smtpmock: 1 of 2 accepted recipients was not kept; -keepAll keeps them all\n")
 
     def test_quiet(self) -> None:
