@@ -685,9 +685,10 @@ class _Request:
         self.faults = faults  # what the line does not show: codes of violations, each with the line for it
         self.kind = _VERBS.get(verb, _UNKNOWN_VERB)
 
-    def hide(self, line: str, argument: str = "") -> _Request:
+    def hide(self, line: str, argument: str = "", verb: str | None = None) -> _Request:
         """The request with this line, because its own may hold a secret."""
-        return _Request(self.verb, line, argument, tuple((code, line) for code, _ in self.faults))
+        verb = self.verb if verb is None else verb
+        return _Request(verb, line, argument, tuple((code, line) for code, _ in self.faults))
 
 
 def _find_faults(line: bytes, shown: str) -> tuple[tuple[str, str], ...]:
@@ -1425,6 +1426,8 @@ class Message:
         """For pickle and copy: the record, without what was parsed from it and cached."""
         cached = ("transcript", "received_header", "email", "_parts", "_findings")
         values = vars(self).copy()  # at once: another thread may cache something meanwhile
+        values["_recipients"] = self._recipients[: self._count]
+        values["_exchanges"] = self._exchanges[: self._length]
         return {name: value for name, value in values.items() if name not in cached}
 
     @property
@@ -1901,8 +1904,11 @@ class _Rules:
 _STEPS = ("helo", "mailfrom", "rcptto", "data", "msg", "rset", "noop", "quit")
 _TRANSACTION = _STEPS[1:]
 
-# The replies to commands that come before a step which only some servers demand.
-_DEMANDS = {"tls": "msg_tls_required", "auth": "msg_auth_required"}
+# The steps that are in force beyond a mail.
+_LASTING = ("greeting", "tls", "helo", "auth")
+
+# The replies to commands that come before a step which only some servers demand, or after a greeting that refused.
+_DEMANDS = {"session": "msg_invalid_cmd_helo_sequence", "tls": "msg_tls_required", "auth": "msg_auth_required"}
 
 
 def _name_extensions(options: Configuration) -> set[str]:
@@ -1982,10 +1988,11 @@ class Handler:
             reply = self._apply(self._decide(session, request, argument, value), reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
         mail = session.mail
+        step = self._step  # without one nothing needs the value, which may be a secret
         # A call of _Exchange would run a Python function, and take twice as long.
-        exchange = tuple.__new__(_Exchange, (request, reply, value, session.at, session.has_more))
+        exchange = tuple.__new__(_Exchange, (request, reply, step and value, session.at, session.has_more))
         mail.exchanges.append(exchange)
-        if self._step:
+        if step:
             self._record(mail, exchange)
         return reply
 
@@ -2035,10 +2042,10 @@ class Handler:
         return reply.replace(next=aspects["then"]) if "then" in aspects else reply
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
-        mail.steps[self._step] = exchange
-        reply = exchange.reply
+        step, reply = self._step, exchange.reply
+        mail.steps[step] = exchange
         if reply is not None and reply.accepts:
-            mail.accepted_steps.add(self._step)
+            mail.accepted_steps.add(step)
 
 
 class _Greeting(Handler):
@@ -2356,7 +2363,7 @@ class _Auth(Handler):
         words = (request.line.split(maxsplit=1)[0], shown, "***" if initial else "")
         mechanism = name if re.fullmatch(_MECHANISM_NAME, name) else "***"
         command = request.hide(" ".join(filter(None, words)), " ".join(filter(None, (mechanism, words[2]))))
-        return session.run(self, command, (self._log_in(session, name.upper(), initial), command, None))
+        return session.run(self, command, (self._log_in(session, mechanism.upper(), initial), command, None))
 
     def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         """The argument is the login in progress, its command, and the answer to the last challenge."""
@@ -2493,10 +2500,11 @@ class _Unknown(Handler):
     def _begin(self, session: _Session, request: _Request) -> _Reply | None:
         # What follows an AUTH that was refused may be the answer to a challenge that was not sent.
         before = session.mail.exchanges[-1].request if session.mail.exchanges else None
+        is_told = request.verb in _VERBS or any(rule._stage == request.verb for rule in session.rules.newest_first)
         if request.verb.startswith("AUTH"):
-            request = request.hide(f"{request.line[:5]} ***")
+            request = request.hide(f"{request.line[:5]} ***", verb=request.verb[:5])
         elif before is not None and (before.verb.startswith("AUTH") or before.line == "***"):
-            request = request.hide("***")
+            request = request.hide("***", verb=request.verb if is_told else "***")
         return super()._begin(session, request)
 
 
@@ -2507,15 +2515,8 @@ class _TooLong(_Unknown):
     bad_argument = "msg_line_too_long"
 
 
-class _TurnedAway(_Unknown):
-    """Any command but QUIT, if the greeting has refused the session (RFC 5321 section 3.1)."""
-
-    verbs = ("turned away",)
-    bad_argument = "msg_invalid_cmd_helo_sequence"
-
-
 _BUILT_IN: tuple[type[Handler], ...] = (_Greeting, _Helo, _Ehlo, _Mailfrom, _Rcptto, _Data, _Bdat, _EndOfBody)
-_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Starttls, _Auth, _Unknown, _TooLong, _TurnedAway)
+_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Starttls, _Auth, _Unknown, _TooLong)
 
 
 def _check_handler(handler: Any) -> None:
@@ -2531,7 +2532,7 @@ def _check_handler(handler: Any) -> None:
         if not re.fullmatch("[A-Za-z0-9]+", verb):
             raise ConfigurationError(f"{name}.verbs: {verb!r} is no verb")
     for step in handler.needs:
-        if step not in (*_STEPS, *_DEMANDS):
+        if step not in (*_STEPS, "tls", "auth"):
             raise ConfigurationError(f"{name}.needs: {step!r} is no step of a session")
     known = [name for name in Configuration._declared if name.startswith("msg_")]
     for attribute in ("received", "bad_argument"):
@@ -2580,9 +2581,13 @@ class _Handlers(dict[str, Handler]):
         self.commands = _ParsedLines(self)
 
     def turn_away(self) -> _Handlers:
-        """Those of a session that the greeting has refused."""
-        others = _Handlers.__new__(_Handlers)
-        others.update({**dict.fromkeys(self, self["turned away"]), "QUIT": self["QUIT"]})
+        """Those of a session that the greeting has refused, in which only QUIT is in sequence (RFC 5321 section 3.1)."""
+        import copy
+
+        others = copy.copy(self)
+        others.update((verb, copy.copy(handler)) for verb, handler in self.items() if verb != "QUIT")
+        for verb in self.keys() - {"QUIT"}:
+            others[verb].needs = ("session", *self[verb].needs)
         others.commands = _ParsedLines(others)
         return others
 
@@ -2698,16 +2703,16 @@ class _Mail:
         self.delivered: Message | None = None  # what was accepted, or given to on_unaccepted
         self.entry: _Entry | None = None  # its place in the mailbox
 
-    def lasting(self) -> list[_Exchange]:
-        """What is in force beyond the mail."""
-        return [self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps]
+    def lasting(self) -> dict[str, _Exchange]:
+        """The steps that are in force beyond the mail."""
+        return {step: self.steps[step] for step in _LASTING if step in self.accepted_steps}
 
     def make_next(self) -> _Mail:
         """The mail after this one. It begins with what is in force."""
         mail = _Mail()
-        mail.steps = {step: self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps}
-        mail.exchanges = list(mail.steps.values())
-        mail.accepted_steps = self.accepted_steps.intersection(mail.steps)
+        mail.steps = self.lasting()
+        mail.exchanges = [*mail.steps.values()]
+        mail.accepted_steps = self.accepted_steps.intersection(_LASTING)
         return mail
 
     def find_last_mail(self) -> int:
@@ -2727,7 +2732,7 @@ class _Mail:
         """Forget an accepted mail, up to this exchange."""
         self.discarded += 1
         if body in self.exchanges:  # else it was truncated
-            self.exchanges = self.lasting() + self.exchanges[self.exchanges.index(body) + 1 :]
+            self.exchanges = [*self.lasting().values(), *self.exchanges[self.exchanges.index(body) + 1 :]]
 
     def forget_attempts(self) -> None:
         """Keep of all but the last attempts to send a mail only what was refused."""
@@ -2749,11 +2754,13 @@ class _Mail:
 
     def _truncate(self, kept: list[_Exchange], at: int) -> None:
         """Keep these exchanges, and from this one on all that a reader needs to understand the rest."""
-        greeting = [self.steps["greeting"]] if "greeting" in self.steps else []
-        rest, recipient = self.exchanges[at:], next((said for said in self.recipients if said.accepted), None)
-        needed = [*self.lasting()[len(greeting) :], self.steps.get("mailfrom"), recipient]
-        missing = [said for said in needed if said is not None and not any(said is other for other in rest)]
-        self.exchanges = [*greeting, *kept, _TRUNCATION, *missing, *rest]
+        rest, lasting = self.exchanges[at:], self.lasting()
+        greeting = [lasting.pop("greeting")] if "greeting" in lasting else []
+        sender = [self.steps["mailfrom"]] if "mailfrom" in self.steps else []
+        needed = [*lasting.values(), *sender, *[said for said in self.recipients if said.accepted][:1]]
+        missing = [said for said in needed if not any(said is other for other in rest)]
+        truncation = _TRUNCATION._replace(at=self.exchanges[at - 1].at)
+        self.exchanges = [*greeting, *kept, truncation, *missing, *rest]
 
     def accepted_recipients(self) -> list[str]:
         return [recipient.value.address for recipient in self.recipients if recipient.accepted]
@@ -2830,7 +2837,7 @@ class _Session:
         mail, message = self.mail, self.message()
         assert mail.body is not None
         begin = mail.find_last_mail() if without_history else 0
-        exchanges = [*(mail.lasting() if begin else ()), *mail.exchanges[begin:]]
+        exchanges = [*(mail.lasting().values() if begin else ()), *mail.exchanges[begin:]]
         exchange = _Exchange(mail.body.ending, None, content, self.at, self.has_more)
         message._steps["msg"] = exchange
         vars(message).update(_exchanges=[*exchanges, exchange], _length=len(exchanges) + 1)
@@ -2851,6 +2858,7 @@ class _Session:
     def greet(self, at: float = 0.0) -> _Reply:
         self.at = at
         reply = self.run(self.handlers["connect"], None, "")
+        self.mail.accepted_steps.add("greeting")  # it lasts, whatever it says
         if reply.text.startswith("5"):
             self.handlers = self.handlers.turn_away()
             self.commands = self.handlers.commands
@@ -3038,7 +3046,7 @@ class _Session:
         if request.verb == "message":
             complete = complete or reply.accepts or self._keeps_messages
         elif complete and mail.body is not None:  # chunks without LAST; the reply stays the last one
-            last = mail.exchanges.pop()
+            *mail.exchanges, last = mail.exchanges  # another list, because messages have this one
             self._leave_body(mail.body)
             mail.exchanges.append(last)
         if self._keeps_messages:
