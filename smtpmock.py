@@ -2456,6 +2456,7 @@ class _Auth(Handler):
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
         if self.options.auth_users is not None and self._step not in mail.accepted_steps:
+            mail.steps.pop(self._step, None)  # so that the steps stay in their order
             super()._record(mail, exchange)
 
 
@@ -2581,7 +2582,7 @@ class _Handlers(dict[str, Handler]):
         self.commands = _ParsedLines(self)
 
     def turn_away(self) -> _Handlers:
-        """Those of a session that the greeting has refused, in which only QUIT is in sequence (RFC 5321 section 3.1)."""
+        """Those of a session that the greeting has refused. Only QUIT is in sequence (RFC 5321 section 3.1)."""
         import copy
 
         others = copy.copy(self)
@@ -2704,15 +2705,16 @@ class _Mail:
         self.entry: _Entry | None = None  # its place in the mailbox
 
     def lasting(self) -> dict[str, _Exchange]:
-        """The steps that are in force beyond the mail."""
-        return {step: self.steps[step] for step in _LASTING if step in self.accepted_steps}
+        """The steps that are in force beyond the mail, in the order in which they were taken."""
+        names = self.accepted_steps.intersection(_LASTING)
+        return {step: exchange for step, exchange in self.steps.items() if step in names}
 
     def make_next(self) -> _Mail:
         """The mail after this one. It begins with what is in force."""
         mail = _Mail()
         mail.steps = self.lasting()
         mail.exchanges = [*mail.steps.values()]
-        mail.accepted_steps = self.accepted_steps.intersection(_LASTING)
+        mail.accepted_steps = {*mail.steps}
         return mail
 
     def find_last_mail(self) -> int:

@@ -1849,6 +1849,14 @@ class ExchangeTest(unittest.TestCase):
         at = "2020-09-13T12:26:43.750000+00:00"
         self.assertEqual(shown, {"request": None, "response": "421 bye", "accepted": False, "at": at})
 
+    def test_what_is_in_force_stays_in_its_order(self) -> None:
+        memory = Memory(auth_users={"bob": "pw"}, multiple_message_receiving=True)
+        memory.greet()
+        wrong, right = (f"AUTH PLAIN {b64(chr(0).join(['', 'bob', secret]))}" for secret in ("", "pw"))
+        memory.say("EHLO a.com", wrong, "EHLO a.com", right, "EHLO b.com", *SEND, *SEND)
+        requests = [said.request for said in memory.messages()[-1].exchanges]
+        self.assertEqual(requests[:4], [None, "AUTH PLAIN ***", "EHLO b.com", SEND[0]])
+
     def test_the_clock_of_a_server(self) -> None:
         with Server() as server, Client(server) as client:
             before = datetime.datetime.now(datetime.timezone.utc)
