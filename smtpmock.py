@@ -920,7 +920,7 @@ class _ClientState:
         is_long = self.line != "***" if self.verb == "answer" else not self.given or len(self.line) > 1010
         self.faults = [fault for fault in request.faults if fault[0] != "long-command" or is_long]
         self.sends_mail_early = self.has_more and self.verb == "DATA" and not self.is_refused
-        self.is_unknown = self.verb not in _VERBS and not self.was_refused_data
+        self.is_unknown = self.reply[:1] == "5" and self.verb not in (*_VERBS, *self.announced)
         # A mechanism of one round trip may be followed by more (RFC 4954 section 4).
         self.may_go_on = self.sends_mail_early or (self.mechanism in ("PLAIN", "EXTERNAL") and self.line[-3:] == "***")
 
@@ -961,11 +961,7 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], obj
         (),
         lambda client: client.kind.ends_group and client.has_more and client.may_pipeline and not client.may_go_on,
     ),
-    (
-        "unknown-command",
-        (),
-        lambda client: client.is_unknown and client.reply[:1] == "5" and client.verb not in client.announced,
-    ),
+    ("unknown-command", (), lambda client: client.is_unknown and not client.was_refused_data),
     ("no-hello", ("MAIL",), lambda client: not (client.is_greeted or client.has_begun_tls or client.may_be_blind)),
     (
         "hello-invalid",
@@ -2586,8 +2582,8 @@ class _Handlers(dict[str, Handler]):
         import copy
 
         others = copy.copy(self)
-        others.update((verb, copy.copy(handler)) for verb, handler in self.items() if verb != "QUIT")
         for verb in self.keys() - {"QUIT"}:
+            others[verb] = copy.copy(self[verb])
             others[verb].needs = ("session", *self[verb].needs)
         others.commands = _ParsedLines(others)
         return others
@@ -2706,8 +2702,8 @@ class _Mail:
 
     def lasting(self) -> dict[str, _Exchange]:
         """The steps that are in force beyond the mail, in the order in which they were taken."""
-        names = self.accepted_steps.intersection(_LASTING)
-        return {step: exchange for step, exchange in self.steps.items() if step in names}
+        accepted = self.accepted_steps
+        return {step: said for step, said in self.steps.items() if step in _LASTING and step in accepted}
 
     def make_next(self) -> _Mail:
         """The mail after this one. It begins with what is in force."""
@@ -2716,11 +2712,6 @@ class _Mail:
         mail.exchanges = [*mail.steps.values()]
         mail.accepted_steps = {*mail.steps}
         return mail
-
-    def find_last_mail(self) -> int:
-        """Where in the exchanges the last MAIL is; 0 if it is not there."""
-        exchanges = self.exchanges
-        return next((at for at in range(len(exchanges) - 1, 0, -1) if exchanges[at].verb == "MAIL"), 0)
 
     def replace_last(self, **changes: Any) -> None:
         """Change the last exchange, wherever it is kept, but not what messages show that are recorded already."""
@@ -2733,8 +2724,11 @@ class _Mail:
     def forget(self, body: _Exchange) -> None:
         """Forget an accepted mail, up to this exchange."""
         self.discarded += 1
-        if body in self.exchanges:  # else it was truncated
-            self.exchanges = [*self.lasting().values(), *self.exchanges[self.exchanges.index(body) + 1 :]]
+        at = len(self.exchanges)
+        while at and self.exchanges[at - 1] is not body:
+            at -= 1
+        if at:  # else it was truncated
+            self.exchanges = [*self.lasting().values(), *self.exchanges[at:]]
 
     def forget_attempts(self) -> None:
         """Keep of all but the last attempts to send a mail only what was refused."""
@@ -2838,11 +2832,13 @@ class _Session:
         """The message with a body that is not accepted yet; perhaps without what was said between HELO and MAIL."""
         mail, message = self.mail, self.message()
         assert mail.body is not None
-        begin = mail.find_last_mail() if without_history else 0
-        exchanges = [*(mail.lasting().values() if begin else ()), *mail.exchanges[begin:]]
         exchange = _Exchange(mail.body.ending, None, content, self.at, self.has_more)
+        exchanges = [*mail.exchanges, exchange]
+        mails = [at for at, said in enumerate(exchanges) if at and said.verb == "MAIL"] if without_history else []
+        if mails:
+            exchanges[: mails[-1]] = mail.lasting().values()
         message._steps["msg"] = exchange
-        vars(message).update(_exchanges=[*exchanges, exchange], _length=len(exchanges) + 1)
+        vars(message).update(_exchanges=exchanges, _length=len(exchanges))
         return message
 
     def note(self, request: _Request | None, reply: _Reply | None, value: Any = None) -> _Exchange:
@@ -3004,12 +3000,8 @@ class _Session:
         if not self._keeps_messages:
             if mail.entry is not None and mail.entry.is_purged and not kind.follows_mail:
                 # The rest of the session is another message. A mail that it shows until it is erased was not discarded.
-                mail.number, mail.discarded, mail.delivered, mail.entry = (
-                    0,
-                    -int("msg" in mail.accepted_steps),
-                    None,
-                    None,
-                )
+                mail.discarded = -int("msg" in mail.accepted_steps)
+                mail.number, mail.delivered, mail.entry = 0, None, None
         elif mail.has_begun and kind.ends_mail and not mail.is_complete:
             mail.is_complete = True
             if mail.body is not None:
