@@ -16,6 +16,7 @@ import copy
 import dataclasses
 import datetime
 import errno
+import fcntl
 import functools
 import gc
 import hmac
@@ -52,9 +53,12 @@ import time
 import tracemalloc
 import types
 import unittest
+import urllib.error
+import urllib.request
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from email.message import EmailMessage
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from unittest import mock
@@ -142,6 +146,23 @@ class Memory:
     def on(self, stage: str, match: Any = None, **conditions: Any) -> smtpmock.Rule:
         return self._rules.add(smtpmock.Rule(self._rules, stage, match, **conditions))
 
+    @staticmethod
+    def test_pem() -> str:
+        """A certificate of localhost and 127.0.0.1, its authority, and its key."""
+        return smtpmock._make_pem("test") + smtpmock._ca_pem() + smtpmock._make_pem("key", "EC PRIVATE KEY")
+
+    @staticmethod
+    def load_test_context(name: str) -> ssl.SSLContext:
+        """The context of a server with this certificate, made anew."""
+        return smtpmock._load_test_context.__wrapped__(name)
+
+    @staticmethod
+    def own_flags(*argv: str) -> Any:
+        """The values of the flags that are no options of a server."""
+        with mock.patch.object(smtpmock, "_serve", return_value=0) as serve:
+            assert call_main(*argv) == (0, "", "")
+        return serve.call_args.args[2]
+
     def greet(self) -> list[str]:
         return self._read(self._session.greet(self.clock))
 
@@ -177,6 +198,15 @@ class Memory:
         return list(message._find_discards())
 
     CODES: ClassVar[Mapping[str, tuple[str, str, str]]] = smtpmock._VIOLATIONS
+
+    @staticmethod
+    def serve_http(server: Server, **flags: Any) -> Any:
+        """A context manager that answers HTTP requests; its value is the URL."""
+        return smtpmock._serve_http(server, flags)
+
+    @staticmethod
+    def count_waits(server: Server) -> int:
+        return len(server._mailbox._waiters)
 
     @staticmethod
     def findings(message: Message) -> list[smtpmock.Violation]:
@@ -781,6 +811,21 @@ R: MAIL FROM:<क\xe2\x80\x83ष@a.com> SMTPUTF8\r\n      S: 501 MAIL FROM requi
 C: EHLO a.com                  S: 250-Received  S: 250 DSN
 C: MAIL FROM:<дядя@пример.рф>  S: 250 Received
 
+# ---- VRFY, EXPN, HELP
+== what is announced exists  -- extensions=["VRFY", "expn", "HELP me"]
+C: HELP | help MAIL            S: 214 HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT
+C: VRFY bob | vrfy <b@b.com>   S: 252 Cannot VRFY user, but will accept message
+C: EXPN list                   S: 252 Cannot EXPN list, but will accept message
+C: EHLO a.com                  S: 250-Received  S: 250-VRFY  S: 250-expn  S: 250 HELP me
+== each for itself  -- extensions=["EXPN"]
+C: VRFY bob | HELP             S: {UNRECOGNIZED}
+C: EXPN list                   S: 252 Cannot EXPN list, but will accept message
+== not before TLS  -- extensions=["HELP"], ssl_context=True, tls_required=True
+C: HELP                        S: 530 Must issue a STARTTLS command first
+== rule: a user to verify  -- extensions=["VRFY"], fail_fast=True  -- rule: VRFY bob@example.com: reply 550 No
+C: VRFY <x@example.com>        S: 252 Cannot VRFY user, but will accept message
+C: VRFY <bob@example.com>      S: 550 No  S: <closed>
+
 # ---- CHUNKING
 == a body in chunks  + chunking
 R: BDAT 4\r\nhi\r\n    S: 250 Received
@@ -926,6 +971,38 @@ S: 451 all
 C: NOOP  S: 452 new
 C: NOOP  S: 450 old
 C: RSET  S: 503 Bad sequence of commands. HELO should be the first
+== rule: the third, after which the normal replies come back  -- rule: NOOP: reply 450 third; skip=2; times=1
+C: NOOP | NOOP  S: 250 Ok
+C: NOOP         S: 450 third
+C: NOOP | NOOP  S: 250 Ok
+== rule: only what matches is let pass  -- rule: RCPT b@b.com: reply 450 first | 451 second; skip=1
+C: EHLO a.com | MAIL FROM:<a@a.com> | RCPT TO:<c@b.com> | RCPT TO:<b@b.com>  S: 250 Received
+C: RCPT TO:<c@b.com>  S: 250 Received
+C: RCPT TO:<b@b.com>  S: 450 first
+C: RCPT TO:<b@b.com>  S: 451 second
+== rule: what a newer one answers is let pass, too  -- rule: NOOP: reply 450 old; skip=2
+-- rule: NOOP: reply 451 new; times=1
+C: NOOP  S: 451 new
+C: NOOP  S: 250 Ok
+C: NOOP  S: 450 old
+== rule: of all, the greeting and EHLO pass  -- rule: *: reply 450 no; skip=2
++ hello
+C: NOOP | RSET  S: 450 no
+== rule: a login is one match  -- auth_users={}  -- rule: AUTH: reply 454 no; skip=1
+C: EHLO a.com  S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
+C: AUTH LOGIN  S: 334 VXNlcm5hbWU6
+C: YQ==        S: 334 UGFzc3dvcmQ6
+C: YQ==        S: 535 Authentication credentials invalid
+C: AUTH LOGIN  S: 334 VXNlcm5hbWU6
+C: YQ==        S: 334 UGFzc3dvcmQ6
+C: YQ==        S: 454 no
+== rule: the second body is cut off  -- rule: message: drop; after=1; skip=1
++ in body
+C: hi
+C: .     S: 250 Received
+C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
+C: DATA  S: {READY}
+C: hi    S: <closed>
 == rule: no chance, and every chance  -- rule: NOOP: reply 450 no; probability=0
 -- rule: RSET: reply 450 no; probability=1; times=2
 C: NOOP  S: 250 Ok
@@ -1035,6 +1112,9 @@ HELO a.com | RSET x => msg_invalid_cmd_rset_arg
 HELO a.com | RSET => msg_rset_received
 NOOP => msg_noop_received
 QUIT => msg_quit_cmd
+VRFY bob => msg_vrfy_received  -- extensions=["VRFY"]
+EXPN list => msg_expn_received  -- extensions=["EXPN"]
+HELP => msg_help_received  -- extensions=["HELP"]
 {x*5000} => msg_line_too_long
 EHLO a.com | MAIL FROM:<> X=1 => msg_unknown_parameter  -- extensions=["DSN"]
 HELO a.com | MAIL FROM:<> | RCPT TO:b@b.com | BDAT 0 => msg_bdat_received  -- extensions=["CHUNKING"]
@@ -2523,8 +2603,10 @@ auth_required=True                => auth_required=True: needs auth_users
 auth_requires_tls=True            => auth_requires_tls=True: needs ssl_context
 implicit_tls=True                 => implicit_tls=True: needs ssl_context
 tls_required=True                 => tls_required=True: needs ssl_context
-ssl_context=1                     => ssl_context=1: must be an ssl.SSLContext for servers, as ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-ssl_context=ssl.create_default_context() => {MORE}must be an ssl.SSLContext for servers{MORE}
+ssl_context=1                     => ssl_context=1: must be an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) with a certificate, or 'test', 'expired' or 'wrong host'
+ssl_context="tset"                => ssl_context='tset': must be{MORE}'test'{MORE}
+auth_users="**"                   => auth_users='**': must be a mapping of users{MORE} or * for anybody
+ssl_context=ssl.create_default_context() => {MORE}must be an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER){MORE}
 auth_mechanisms=["PLAIN","plian"] => auth_mechanisms: plian is unknown; did you mean PLAIN?
 auth_mechanisms="PLAIN"           => auth_mechanisms='PLAIN': must be a list of words
 tolerated=["bare-fl"]             => tolerated: bare-fl is unknown; did you mean bare-lf?
@@ -2581,10 +2663,13 @@ server.on("RCPT", r"\w@x.com")                 => {MORE}looks like a pattern; di
 server.on("RCPT", "^bob@x.com")                => {MORE}looks like a pattern; did you mean re.compile({MORE}
 server.on("RCPT", "bob@x.com$")                => {MORE}looks like a pattern; did you mean re.compile({MORE}
 server.on("RCPT", "*@x.com")                   => {MORE}did you mean 'x.com'?
+server.on("MAIL", skip=-1)                     => skip=-1: must be an integer from 0 up
+server.on("MAIL", skip=None)                   => skip=None: must be an integer from 0 up
+server.on("MAIL", skpi=1)                      => skpi=1: on() has no such argument; did you mean skip?
 server.on("MAIL", times=0)                     => times=0: must be an integer from 1 up
 server.on("MAIL", probability=2)               => probability=2: must be a number from 0 to 1
 server.on("MAIL", time=2)                      => time=2: on() has no such argument; did you mean times?
-server.on("MAIL", q=2)                         => q=2: on() has no such argument; there are stage, match, times, {MORE}
+server.on("MAIL", q=2)                         => q=2: on() has no such argument; there are stage, match, skip, times, {MORE}
 server.on("MAIL", after=1)                     => after=1: is for the stage message, not for MAIL
 server.on("message", after=-1)                 => after=-1: must be an integer from 0 up
 server.on("MAIL").reply()                      => reply=(): must be one string or more
@@ -2693,7 +2778,7 @@ class ConfigurationTest(ServerCase):
 
         for call, names in (
             (smtpmock.Action, [field.name for field in dataclasses.fields(smtpmock.Action)]),
-            (Server().on, ["stage", "match", "times", "probability", "after", "unknown"]),
+            (Server().on, ["stage", "match", "skip", "times", "probability", "after", "unknown"]),
             (Server().configure, ["configuration", "options"]),
             (Mine, ["size"]),
         ):
@@ -2716,7 +2801,7 @@ class ConfigurationTest(ServerCase):
         self.assertEqual(repr(smtpmock.Action("450 later", then="close")), "Action(reply='450 later', then='close')")
 
     def test_equality(self) -> None:
-        make = functools.partial(Configuration, auth_users={"u": "s"}, extensions=["SIZE"])
+        make = functools.partial(Configuration, auth_users={"u": "s"}, extensions=["SIZE"], ssl_context="test")
         same = [make(), make(port=0), make(extensions=("SIZE",), auth_users={"u": "s"}), dataclasses.replace(make())]
         self.assertEqual(same, [make()] * 4)
         self.assertEqual(len(set(same)), 1)
@@ -2727,12 +2812,15 @@ class ConfigurationTest(ServerCase):
         self.assertEqual(smtpmock.Action(delay=1), smtpmock.Action(delay=1.0))
 
     def test_copies(self) -> None:
-        original = Configuration(port=25, not_registered_emails=["a@A.com"])
+        original = Configuration(port=25, not_registered_emails=["a@A.com"], ssl_context="test")
         for made in (copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
             self.assertEqual((made, made.port, made.not_registered_emails), (original, 25, {"a@a.com"}))
         self.assertEqual(dataclasses.asdict(original)["msg_greeting"], "220 Welcome")
         for replace in (dataclasses.replace, getattr(copy, "replace", dataclasses.replace)):  # new in 3.13
-            self.assertEqual(replace(original, port=26), Configuration(port=26, not_registered_emails=["a@a.com"]))
+            self.assertEqual(
+                replace(original, port=26),
+                Configuration(port=26, not_registered_emails=["a@a.com"], ssl_context="test"),
+            )
 
     def test_it_is_a_dataclass(self) -> None:
         """So that users can extend it, match it, and have pprint and pytest show it."""
@@ -2910,6 +2998,93 @@ class WaitingTest(unittest.TestCase):
         in_threads(purge, wait, send_all)
         found += server.messages_and_purge()
         self.assertEqual(sorted(ids(found)), list(range(1, 201)))
+
+
+class OutboxTest(ServerCase):
+    """Accepted mails, open sessions, and what is kept."""
+
+    def test_outbox(self) -> None:
+        with Server(keep_all=True, not_registered_emails=["c@b.com"]) as server:
+            with Smtp(server) as client:
+                client.sendmail("a@a.com", ["b@b.com", "c@b.com"], "one")
+                catch(smtplib.SMTPRecipientsRefused, client.sendmail, "a@a.com", ["c@b.com"], "two")
+                client.sendmail("a@a.com", ["b@b.com"], "three")
+            self.assertEqual([message.content for message in server.outbox], [b"one\r\n", b"three\r\n"])
+            with Client(server) as other:
+                other.ask(*ENVELOPE, "QUIT")
+            self.assertEqual((ids(server.outbox), ids(server.messages())), ([1, 3], [1, 2, 3, 4]))
+            server.messages_and_purge()
+            self.assertEqual(server.outbox, [])
+
+    def test_it_warns_like_messages(self) -> None:
+        with Server() as server:
+            send(server, "one", "two")
+            with self.assertWarnsRegex(smtpmock.SMTPMockWarning, "^1 of 2 accepted mails was not kept") as caught:
+                self.assertEqual(len(server.outbox), 1)
+            self.assertEqual(caught.filename, __file__)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                self.assertEqual(len(server.outbox), 1)
+
+    # Options, and how many mails and recipients are kept of two mails with two recipients each.
+    KEPT = read_rows("""
+=> 2 2  -- keep_all=True
+=> 2 1  -- keep_all=True, multiple_rcptto=False
+=> 1 2  -- keep_all=True, multiple_message_receiving=False
+=> 1 1  -- keep_all=False
+=> 1 2  -- keep_all=False, multiple_rcptto=True
+""")
+
+    def test_keep_all(self) -> None:
+        for _, kept, given in self.KEPT:
+            undone = Server(keep_all=not given["keep_all"])
+            undone.configure(**given)
+            with self.subTest(given), warnings.catch_warnings():
+                warnings.simplefilter("error", smtpmock.SMTPMockWarning)
+                for server in (Server(**given), Server(Configuration(**given)), undone):
+                    with server, Smtp(server) as client:
+                        for content in ("one", "two"):
+                            client.sendmail("a@a.com", ["b@b.com", "c@b.com"], content)
+                        if len(given) == 1:  # else the other option may warn
+                            self.assertEqual(len(server.messages()), int(kept[0]))
+                    self.assertEqual(f"{len(server.outbox)} {len(server.outbox[-1].rcpt_tos)}", kept)
+        shown = Configuration(keep_all=True, multiple_rcptto=False)
+        self.assertEqual((shown.multiple_rcptto, shown.multiple_message_receiving), (False, True))
+        self.assertEqual(dataclasses.replace(shown, port=1).multiple_message_receiving, True)
+        self.assertEqual((Configuration.multiple_rcptto, Configuration().multiple_rcptto), (False, False))
+
+    def test_sessions(self) -> None:
+        server = Server(keep_all=True)
+        self.assertEqual(server.sessions(), [])
+        with server, Client(server) as first, Client(server) as second:
+            first.ask("EHLO a.com", *SEND)
+            second.ask("EHLO b.com", "MAIL FROM:<c@c.com>")
+            (one, two), (recorded,) = server.sessions(), server.messages()
+            self.assertEqual((one.id, one.to_dict()), (recorded.id, recorded.to_dict()))
+            self.assertEqual((two.id, two.mail_from, two.helo_request), (0, "c@c.com", "EHLO b.com"))
+            self.assertEqual(two.peer, second.socket.getsockname())
+            second.ask("RSET", "MAIL FROM:<d@d.com>")
+            self.assertEqual((two.mail_from, server.sessions()[1].mail_from), ("c@c.com", "d@d.com"))
+            server.on("NOOP").silence()
+            second.send(b"NOOP\r\n")
+            self.assertTrue(wait_until(lambda: "<silence>" in server.sessions()[1].transcript))
+            first.ask("QUIT")
+            self.assertEqual([session.peer for session in server.sessions()], [two.peer])
+        self.assertEqual(server.sessions(), [])
+
+    def test_a_limit_of_sessions(self) -> None:
+        """Whoever has read its last reply is none, so the next connection is never refused for it."""
+        with Server() as server:
+            limit = server.on("connect", lambda line: len(server.sessions()) > 1).reply("421 Too many").close()
+            for last in ("QUIT", "RSET", "NOOP") * 30:
+                server.on("RSET", times=1).reply("250 bye").close()
+                server.on("NOOP", times=1).trickle(0.0001).close()
+                with Client(server) as client:
+                    self.assertEqual(client.greeting, "220 Welcome")
+                    with Client(server) as other:
+                        self.assertEqual((other.greeting, other.read()), ("421 Too many", "<closed>"))
+                    client.ask("EHLO a.com", last)
+            self.assertEqual(limit.hits, 90)
 
 
 class OnMessageTest(unittest.TestCase):
@@ -3164,6 +3339,39 @@ class RuleTest(ServerCase):
             self.assertEqual(sum(in_threads(*[count] * 32)), 100)
             self.assertEqual(rule.hits, 100)
 
+    def test_what_is_let_pass_is_exact(self) -> None:
+        with Server() as server:
+            rule, other = server.on("NOOP", skip=100, times=50).reply("450 no"), server.on("NOOP", skip=600).drop()
+
+            def count() -> int:
+                with Client(server) as client:
+                    return client.ask(*["NOOP"] * 20).count("450 no")
+
+            self.assertEqual(sum(in_threads(*[count] * 30)), 50)
+            self.assertEqual((rule.hits, other.hits), (50, 0))
+            self.assertEqual(
+                told(server),
+                "<Rule for NOOP: 0 hits, 600 of 600 skipped> was never hit; the nearest command was 'NOOP'",
+            )
+
+    def test_the_third_connection(self) -> None:
+        with Server() as server:
+            server.on("connect", skip=2, times=1).drop()
+            server.on("connect", times=1).reply("421 busy").delay(0).trickle(0).close()  # leaves nothing to decide
+            greetings = []
+            for _ in range(4):
+                with Client(server) as client:
+                    greetings.append(client.greeting)
+            self.assertEqual(greetings, ["421 busy", "220 Welcome", "<closed>", "220 Welcome"])
+
+    def test_chances_begin_after_what_is_let_pass(self) -> None:
+        def refusals(skip: int) -> list[int]:
+            memory = Memory(seed=7, rules=[f"NOOP: reply 450 no; probability=0.5; times=9; skip={skip}"])
+            return [index - skip for index, reply in enumerate(memory.say(*["NOOP"] * 90)) if reply == "450 no"]
+
+        self.assertEqual(refusals(0), refusals(10))
+        self.assertEqual(len(refusals(10)), 9)
+
     def test_chance(self) -> None:
         def refusals(seed: int | None, others: int = 0, verb: str = "NOOP") -> list[int]:
             rules = ["NOOP: reply 450 no; probability=0.3", "RSET: reply 450 no; probability=0.3"]
@@ -3314,6 +3522,19 @@ class AuthTest(ServerCase):
         text = base64.b64decode(challenge[4:]).decode()
         self.assertEqual(seen, [("PLAIN", "alice", "s"), ("LOGIN", "bob", "t"), ("CRAM-MD5", "alice", f"{text} abc")])
 
+    def test_any_login(self) -> None:
+        for lines in (
+            ["AUTH PLAIN " + b64("\0bob\0x")],
+            ["AUTH LOGIN", b64("bob"), b64("")],
+            ["AUTH CRAM-MD5", b64("bob 0123")],
+            ["AUTH XOAUTH2 " + b64("user=bob\1auth=Bearer x\1\1")],
+        ):
+            memory = self.memory(*lines[:-1], users="*")
+            self.assertEqual(memory.say(lines[-1]), [self.SUCCEEDED])
+            self.assertEqual((memory.message().auth, memory.message().auth_user), (True, "bob"))
+        for line in ("AUTH PLAIN x", "AUTH PLAIN " + b64("bob")):
+            self.assertEqual(self.memory(users="*").say(line), ["501 Cannot decode response"])
+
     def test_an_exchange_that_fails_leaves_nothing(self) -> None:
         for lines, reply in (
             ([self.LOGIN], "451 Local error in processing"),
@@ -3407,25 +3628,6 @@ def call_main(*argv: str) -> tuple[int, str, str]:
 
 # ---------------------------------------------------------------------------------------------- TLS
 
-# A certificate of localhost and 127.0.0.1 which is its own authority, with its key. It is good until 2120.
-CERTIFICATE = """-----BEGIN CERTIFICATE-----
-MIIBqjCCAVGgAwIBAgIUDM/Num28xnxma8Q+X5P236BT4CIwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAx
-MDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAARDnNB8bTbrRO5/EVPX+ZDdEN0uGbtorWyhsX65xF28RK6NGaKw316m
-RPCdDHXRS9nvPe/3/sirsDjLLkzfGOUFo38wfTAaBgNVHREEEzARgglsb2NhbGhv
-c3SHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMCAoQwHQYDVR0O
-BBYEFBA21DskUsf6Ga0pIasU1wcmL2A1MB8GA1UdIwQYMBaAFBA21DskUsf6Ga0p
-IasU1wcmL2A1MAoGCCqGSM49BAMCA0cAMEQCIEP8ebnHJG+RSQGYsitXE6pS63l+
-a6ODCmSdDyMyS1EDAiBRcTXg23Xz7aVVKUOkM1uFtNYde5laee9RDEUoavCK5Q==
------END CERTIFICATE-----
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpI7nF53S/ZqGp3Cm
-adTnMoeRkiJypq8dyPruhaqNszKhRANCAARDnNB8bTbrRO5/EVPX+ZDdEN0uGbto
-rWyhsX65xF28RK6NGaKw316mRPCdDHXRS9nvPe/3/sirsDjLLkzfGOUF
------END PRIVATE KEY-----
-"""
-
 
 class TlsTest(ProcessCase):
     pem: Path
@@ -3435,7 +3637,7 @@ class TlsTest(ProcessCase):
         folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(folder.cleanup)
         cls.pem = Path(folder.name, "localhost.pem")
-        cls.pem.write_text(CERTIFICATE)
+        cls.pem.write_text(Memory.test_pem())
 
     def server(self, **options: Any) -> Server:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -3611,6 +3813,108 @@ class TlsTest(ProcessCase):
                 client.sendmail("a@a.com", ["b@b.com"], "hi")
 
         self.assertEqual(run_main(use, f"-tlsCert={self.pem}", "-authUsers=u:s", "--implicit-tls")[1:], ("", 0))
+
+
+class CertificateTest(ProcessCase):
+    """The certificates for tests."""
+
+    NAMES: ClassVar[Mapping[Any, str]] = {"test": "", "expired": "certificate has expired", "wrong host": "mismatch"}
+
+    def connect(self, server: Server, host: str, context: ssl.SSLContext | None = None) -> dict[str, Any]:
+        """The certificate that a client gets, which is as strict as it can be."""
+        context = context or server.client_context()
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        context.set_ciphers("DEFAULT:@SECLEVEL=2")
+        with smtplib.SMTP(server.host, server.port, timeout=TIMEOUT) as client:
+            client._host = host  # type: ignore[attr-defined]  # what smtplib compares with the certificate
+            client.starttls(context=context)
+            client.sendmail("a@a.com", ["b@b.com"], "hi")
+            return dict(client.sock.getpeercert())  # type: ignore[union-attr]
+
+    def test_each(self) -> None:
+        for name, error in self.NAMES.items():
+            for host in ("localhost", "127.0.0.1", "::1"):
+                with self.subTest(name, host=host), Server(ssl_context=name) as server:
+                    if error:
+                        with self.assertRaisesRegex(ssl.SSLCertVerificationError, error):
+                            self.connect(server, host)
+                    else:
+                        self.connect(server, host)
+                        self.assertIsNotNone(server.message().tls)
+                    with self.assertRaisesRegex(ssl.SSLCertVerificationError, "unable to get local issuer"):
+                        self.connect(server, host, ssl.create_default_context())
+
+    def test_what_is_in_it(self) -> None:
+        with Server(ssl_context="test") as server:
+            found = self.connect(server, "localhost")
+        names = (("DNS", "localhost"), ("IP Address", "127.0.0.1"), ("IP Address", "0:0:0:0:0:0:0:1"))
+        self.assertEqual(found["subjectAltName"], names)
+        dates = ("Jan  1 00:00:00 2000 GMT", "Jan  1 00:00:00 2100 GMT")
+        self.assertEqual((found["notBefore"], found["notAfter"]), dates)
+        self.assertNotRegex((HERE / "smtpmock.py").read_text(encoding="utf-8"), "BEGIN [A-Z]|MI[IGH][A-Za-z0-9+/]{20}")
+
+    def test_implicit_tls_and_a_change(self) -> None:
+        with Server(ssl_context="test", implicit_tls=True) as server:
+            with smtplib.SMTP_SSL(server.host, server.port, timeout=TIMEOUT, context=server.client_context()) as client:
+                self.assertEqual(client.noop()[0], 250)
+            server.configure(ssl_context="expired", implicit_tls=False)
+            with self.assertRaisesRegex(ssl.SSLCertVerificationError, "expired"):
+                self.connect(server, "localhost")
+            server.reset()
+            self.assertEqual(server.url[:5], "smtps")
+
+    def test_another_context_or_none(self) -> None:
+        for server in (Server(), Server(ssl_context=Memory.load_test_context("test"))):
+            with self.assertRaisesRegex(ServerStateError, 'no certificate for tests; ssl_context="test" gives it one'):
+                server.client_context()
+
+    def test_where_the_key_is(self) -> None:
+        """In memory; or in a file of ours, which is gone afterwards."""
+        load, paths = ssl.SSLContext.load_cert_chain, list[str]()
+
+        def look(context: ssl.SSLContext, path: str) -> None:
+            paths.append(path)
+            if not path.startswith("/proc/self/fd/"):  # which other users cannot open, whatever its mode
+                self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+            load(context, path)
+
+        with mock.patch.object(ssl.SSLContext, "load_cert_chain", look):
+            Memory.load_test_context("test")
+            with mock.patch.object(os, "memfd_create", create=True, side_effect=OSError("forbidden")):
+                Memory.load_test_context("test")
+            with mock.patch.object(smtpmock, "os", types.SimpleNamespace(unlink=os.unlink)):  # another system
+                Memory.load_test_context("test")
+        self.assertEqual(paths[0].startswith("/proc/self/fd/"), hasattr(os, "memfd_create"))
+        for path in paths:
+            self.assertFalse(os.path.lexists(path))
+        self.assertNotIn("/proc", "".join(paths[1:]))
+
+    def test_the_command_line(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "ca.pem")
+            for before in (None, "", "again"):
+                if before == "":
+                    path.write_text(before)
+                process = self.start("-tlsCert=test", f"-saveCa={path}", "-implicitTls")
+                context = ssl.create_default_context(cafile=path) if self.port_is_told(process) else None
+                with smtplib.SMTP_SSL("localhost", self.told, timeout=TIMEOUT, context=context) as client:
+                    client.noop()
+                process.kill()
+            self.assertEqual(path.read_text().count("BEGIN"), 1)
+            other, missing = Path(folder, "other.pem"), Path(folder, "missing", "ca.pem")
+            for text in ("x", path.read_text() + "x"):
+                other.write_text(text)
+                error = f"smtpmock: cannot write to {other}: there is something else in it\n"
+                self.assertEqual(call_main("-tlsCert=test", f"-saveCa={other}"), (1, "", error))
+                self.assertEqual(other.read_text(), text)
+            for place, reason in ((folder, "Is a directory"), (missing, "No such file or directory")):
+                error = f"smtpmock: cannot write to {place}: {reason}\n"
+                self.assertEqual(call_main("-tlsCert=test", f"-saveCa={place}"), (1, "", error))
+            self.assertEqual(sorted(os.listdir(folder)), ["ca.pem", "other.pem"])
+
+    def port_is_told(self, process: Any) -> int:
+        self.told = self.port(process)
+        return self.told
 
 
 # ------------------------------------------------------------------- starting, stopping and serving
@@ -3800,9 +4104,12 @@ class StopTest(ServerCase):
             (f"NOOP: delay {10 * TIMEOUT}", ["NOOP"], 0.05, [], forced),
             ("NOOP: drop", [*ENVELOPE, "DATA"], 0.05, [READY], forced),  # in a body
         )
-        for row, server in zip(rows, in_threads(*(functools.partial(keep_promise, *row) for row in rows)), strict=True):
+        results = in_threads(*(functools.partial(keep_promise, *row) for row in rows))
+        for row, result in zip(rows, results, strict=True):
             with self.subTest(row[0]):
-                self.assert_nothing_is_left(server)
+                if isinstance(result, Exception):
+                    raise result
+                self.assert_nothing_is_left(result)
 
     def test_a_client_that_does_not_read_is_cut_off(self) -> None:
         server, client, recorder = self.serve(shutdown_timeout=0.05, msg_noop_received="250 " + "x" * 5_000_000)
@@ -4842,7 +5149,7 @@ class LoggingTest(unittest.TestCase):
         "SMTP response: 220 Welcome",
         "SMTP request: EHLO example.com",
         "SMTP response: 250 Received",
-        r"SMTP request: \x00\x1b[1m\xe4\udcff",
+        "SMTP request: \\x00\\x1b[1mä\\udcff",
         f"SMTP response: {UNRECOGNIZED}",
         "SMTP request: QUIT",
         "SMTP response: 221 Closing connection",
@@ -4979,7 +5286,9 @@ stray                   => stray: there is no such flag
 -sessionTimeout=nan     => -sessionTimeout=nan: must be a number of seconds from 0.001 to 1000000
 -extensions=AUTH        => -extensions: AUTH is announced with the option -authUsers
 -tlsCert=none.pem       => -tlsCert='none.pem'{MORE}No such file or directory{MORE}
--tlsKey=none.pem        => -tlsKey='none.pem': needs -tlsCert
+-tlsKey=none.pem        => -tlsKey='none.pem': needs a file in -tlsCert
+-saveCa=ca.pem          => -saveCa='ca.pem': needs test or expired or wrong host in -tlsCert
+-authUsers=**           => -authUsers='**': must be a mapping{MORE}
 -implicitTls            => -implicitTls=True: needs -tlsCert
 -saveDir=/dev/null/x    => cannot write to /dev/null/x: Not a directory
 --maildir=/dev/null/x   => cannot write to /dev/null/x: Not a directory
@@ -4992,6 +5301,7 @@ RCPT: rply 450                => 'rply' must be {ACTIONS}
 RCPT: reply 450; tims=2       => 'tims' must be {ACTIONS}
 RCPT: times=2                 => it has no action
 RCPT: reply 450; times=x      => times='x': must be an integer from 1 up
+RCPT: reply 450; skip=-1      => skip=-1: must be an integer from 0 up
 RCPT: reply 450; times        => times='': must be an integer from 1 up
 RCPT: delay soon              => delay='soon': must be a number of seconds from 0 to 1000000
 RCPT: silence please          => 'please' must not follow silence
@@ -5007,7 +5317,10 @@ class CommandLineTest(unittest.TestCase):
         "int | None": ("-9", -9),
         "float": ("0.5", 0.5),
         "Collection[str]": ("a, b,,c", ["a", "b", "c"]),
-        "Mapping[str, str] | Callable[[str, str, str], object] | None": ("u:s:t, v:", {"u": "s:t", "v": ""}),
+        "Mapping[str, str] | Callable[[str, str, str], object] | Literal['*'] | None": (
+            "u:s:t, v:",
+            {"u": "s:t", "v": ""},
+        ),
     }
 
     def test_every_option_has_its_flags(self) -> None:
@@ -5030,6 +5343,36 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(parse_flags("-msgNoopReceived=", "-blacklistedHeloDomains="), expected)
         self.assertEqual(parse_flags("-msgNoopReceived", "", "-blacklistedHeloDomains", ""), expected)
 
+    DEV: ClassVar[dict[str, Any]] = {
+        "keep_all": True,
+        "lenient_addresses": True,
+        "extensions": ("SIZE", "8BITMIME", "SMTPUTF8", "PIPELINING", "DSN"),
+        "auth_users": "*",
+    }
+
+    def test_for_development(self) -> None:
+        """Everything can be overridden."""
+        self.assertEqual(parse_flags("-dev"), self.DEV)
+        self.assertEqual(parse_flags("-dev=false"), {})
+        for flag, name, value in (
+            ("-keepAll=false", "keep_all", False),
+            ("-lenientAddresses=0", "lenient_addresses", False),
+            ("-extensions=DSN", "extensions", ["DSN"]),
+            ("-authUsers=u:s", "auth_users", {"u": "s"}),
+            ("-multipleRcptto=false", "multiple_rcptto", False),
+        ):
+            for argv in (["-dev", flag], [flag, "-dev"]):
+                self.assertEqual(parse_flags(*argv), {**self.DEV, name: value})
+        self.assertEqual(Memory.own_flags("-dev", "-quiet"), {"dev": True, "quiet": True, "show": True, "http": 0})
+        self.assertEqual(Memory.own_flags("-quiet"), {"quiet": True})
+
+    def test_certificates(self) -> None:
+        for name in ("test", "expired", "wrong host"):
+            self.assertEqual(parse_flags(f"-tlsCert={name}", "-authUsers=*"), {"ssl_context": name, "auth_users": "*"})
+            error = "smtpmock: -tlsKey='key.pem': needs a file in -tlsCert\n"
+            self.assertEqual(call_main(f"-tlsCert={name}", "-tlsKey=key.pem"), (2, "", error))
+        self.assertIn("No such file", call_main("-tlsCert=./test")[2])
+
     def test_version(self) -> None:
         for flag in ("-v", "--version"):
             status, out, err = call_main(flag, "-port=1")
@@ -5048,7 +5391,7 @@ class CommandLineTest(unittest.TestCase):
 
     def test_bad_rules(self) -> None:
         ends = "close or drop or reset or silence"
-        actions = f"reply or raw or delay or trickle or {ends} or times or probability or after"
+        actions = f"reply or raw or delay or trickle or {ends} or skip or times or probability or after"
         for (rule,), expected, _ in BAD_RULE_FLAGS:
             with self.subTest(rule):
                 error = expected.replace("{ACTIONS}", actions)
@@ -5257,8 +5600,11 @@ class ProcessTest(ProcessCase):
         process.stdout.close()
         send(port, "hi")
         process.terminate()
-        self.assertRegex(process.stderr.read(), r"\Asmtpmock: the log is incomplete[^\n]*BrokenPipe[^\n]*\n\Z")
-        self.assertEqual(process.wait(TIMEOUT), 0)
+        pattern = (
+            r"\Asmtpmock: the log is incomplete[^\n]*BrokenPipe[^\n]*\nsmtpmock: cannot write to stdout: [^\n]*\n\Z"
+        )
+        self.assertRegex(process.stderr.read(), pattern)
+        self.assertEqual(process.wait(TIMEOUT), 1)
 
 
 class OutputTest(ProcessCase):
@@ -5303,7 +5649,7 @@ class OutputTest(ProcessCase):
         for out in (io.TextIOWrapper(io.BufferedWriter(disk)), io.TextIOWrapper(disk, write_through=True)):  # type: ignore[type-var]
             disk.data, disk.left = b"", 6
             with contextlib.redirect_stdout(out):
-                printer = smtpmock._Printer()
+                printer = smtpmock._Writer().out
             printer("one")
             with self.assertRaisesRegex(smtpmock.SMTPMockError, "No space left"):
                 printer("two")
@@ -5357,7 +5703,8 @@ class OutputTest(ProcessCase):
         process.stdout.close()
         process.stdin.write("clear\n")
         process.stdin.flush()
-        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (0, ""))
+        error = "smtpmock: cannot write to stdout: Broken pipe; lines lost: 2\n"
+        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (1, error))
         process.stdout = None
 
     def test_save_dir(self) -> None:
@@ -5434,6 +5781,323 @@ class OutputTest(ProcessCase):
         for path in self.folder.iterdir():
             path.unlink()
         return subjects
+
+
+class BacklogTest(ProcessCase):
+    """A reader that does not read stops nothing."""
+
+    def begin(self, *argv: str) -> tuple[Any, int]:
+        """A process with a small pipe, whose first line was read, and its port."""
+        process = self.start("-shutdownTimeout=0.1", *argv, stdin=subprocess.PIPE)
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        line = process.stdout.readline()
+        return process, int(json.loads(line)["port"] if line.startswith("{") else line.rpartition(":")[2])
+
+    def send_much(self, port: int) -> None:
+        """Three mails and many refusals, more than a pipe takes in any mode."""
+        with Smtp(port) as client:
+            for number in range(3):
+                client.sendmail("a@a.com", ["b@b.com"], f"Subject: {number}\n\n" + 1500 * f"{'x' * 70}\n")
+            client.send("VRFY\r\n" * 1000)
+            for _ in range(1000):
+                client.getreply()
+
+    def test_each_mode_and_each_way_to_stop(self) -> None:
+        def stop(argv: str, way: str) -> tuple[str, int, str]:
+            process, port = self.begin(*argv.split())
+            self.send_much(port)
+            if way == "SIGTERM":
+                process.send_signal(signal.SIGTERM)
+            elif way == "stop":
+                process.stdin.write("stop\n")
+                process.stdin.flush()
+            else:
+                process.stdin = process.stdin.close()
+            status = process.wait(TIMEOUT)
+            # With a log on stderr, it is that which nobody reads.
+            last_line = "" if argv == "-json -log" else process.stderr.read().splitlines()[-1]
+            return argv, status, re.sub(r"\d+", "N", last_line)
+
+        modes = ["", "-show", "-log", "-lint", "-json", "-json -log", "-control"]
+        ways = [*((mode, "SIGTERM") for mode in modes), ("-control", "stop"), ("-control", "end of stdin")]
+        results = in_threads(*(lambda way=way: stop(*way) for way in ways))
+        error = "smtpmock: not all output was read; lines lost: N"
+        expected = [(mode, 3 if mode == "-lint" else 1, error if mode != "-json -log" else "") for mode, _ in ways]
+        self.assertEqual(results, expected)
+
+    def test_a_stop_with_a_slow_reader(self) -> None:
+        """It has the shutdown timeout and a little more, and a second signal ends that."""
+        for timeout, numbers in (("0.1", [signal.SIGTERM]), ("300", [signal.SIGTERM, signal.SIGINT])):
+            process, port = self.begin("-json", f"-shutdownTimeout={timeout}")
+            self.send_much(port)
+            for number in numbers:
+                process.send_signal(number)
+            while process.poll() is None:
+                os.read(process.stdout.fileno(), 4096)
+                time.sleep(0.02)
+            self.assertEqual(process.returncode, 1, timeout)
+
+    def test_a_long_shutdown_timeout(self) -> None:
+        """It is no time for a reader that does not read."""
+        process, port = self.begin("-json", f"-shutdownTimeout={10 * TIMEOUT}")
+        self.send_much(port)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(TIMEOUT), 1)
+
+    def test_what_is_read_late_is_whole_and_in_order(self) -> None:
+        process, port = self.begin("-json", "-lint", "-multipleMessageReceiving")
+        self.send_much(port)
+        send(port, "Subject: 3")
+        subjects = [json.loads(process.stdout.readline())["subject"] for _ in range(5)]
+        self.assertEqual((subjects[:3], {*subjects[3:]}), (["0", "1", "2"], {"3", None}))  # None: what was refused
+        process.terminate()
+        out, _ = process.communicate(timeout=TIMEOUT)
+        self.assertEqual((json.loads(out)["event"], process.returncode), ("done", 3))
+
+    def test_an_event_is_out_before_its_reply(self) -> None:
+        """Though it is long, and read slowly."""
+        process, port = self.begin("-json")
+        output, read, is_sent = process.stdout.fileno(), bytearray(), threading.Event()
+
+        def read_slowly() -> None:
+            while not is_sent.wait(0.001):
+                if select.select([output], [], [], 0)[0]:
+                    read.extend(os.read(output, 4096))
+
+        def send_one() -> None:
+            send(port, f"Subject: {'x' * 500}\n\n" + 400 * f"{'x' * 500}\n")
+            is_sent.set()
+
+        in_threads(read_slowly, send_one)
+        os.set_blocking(output, False)
+        with contextlib.suppress(BlockingIOError):
+            read.extend(os.read(output, 65536))
+        self.assertEqual(json.loads(read)["event"], "message")
+
+    def test_no_mail_waits_behind_others(self) -> None:
+        """Though somebody reads again."""
+        process, port = self.begin("-json")
+        self.send_much(port)
+        is_sent = threading.Event()
+
+        def read_slowly() -> int:
+            count = 0
+            while not is_sent.wait(0.01):
+                count += len(os.read(process.stdout.fileno(), 4096))
+            return count
+
+        def send_one() -> None:
+            send(port, "hi")
+            is_sent.set()
+
+        self.assertLess(in_threads(read_slowly, send_one)[0], 300_000)  # of 600,000
+
+    def test_a_reader_that_leaves(self) -> None:
+        """What was queued is lost, and is counted; later mail is refused."""
+        process, port = self.begin("-json", "-multipleMessageReceiving")
+        self.send_much(port)
+        process.stdout.close()
+        with contextlib.suppress(smtplib.SMTPDataError):  # the thread that writes may not have seen it yet
+            send(port, "hi")
+        self.assertEqual(catch(smtplib.SMTPDataError, send, port, "hi").smtp_code, 451)
+        process.terminate()
+        _, errors = process.communicate(timeout=TIMEOUT)
+        lost = re.fullmatch(
+            r"smtpmock: cannot write to stdout: Broken pipe; lines lost: (\d+)", errors.splitlines()[-1]
+        )
+        self.assertGreaterEqual(int(lost[1]) if lost else 0, 3 + 1 + 2 + 1)  # mails, refusals, a refused mail, the end
+        self.assertEqual(process.returncode, 1)
+
+    @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
+    def test_a_stdout_of_another_kind(self) -> None:
+        import pty
+
+        makers: dict[str, Callable[[], Any]] = {
+            "a terminal": pty.openpty,
+            "a socket": lambda: [end.detach() for end in socket.socketpair()],
+            "a pipe that does not block": os.pipe,
+        }
+        for kind, make in makers.items():
+            with self.subTest(kind):
+                ours, theirs = make()
+                os.set_blocking(theirs, kind != "a pipe that does not block")
+                with open(ours, "rb") as reader, open(theirs, "wb") as writer:
+                    process = subprocess.Popen([sys.executable, "-m", "smtpmock", "-json"], stdout=writer, cwd=HERE)
+                    self.addCleanup(process.wait)
+                    self.addCleanup(process.kill)
+                    send(json.loads(reader.readline())["port"], *["Subject: Hi\n\n" + 150 * f"{'x' * 900}\n"] * 2)
+                    self.assertEqual(json.loads(reader.readline())["subject"], "Hi")
+                    reader.readline()
+                    process.terminate()
+                    self.assertEqual(json.loads(reader.readline())["event"], "done")
+                    self.assertEqual(process.wait(TIMEOUT), 0)
+
+
+# Mails, and what -show prints of them.
+SHOWN_MAILS = r"""
+== text
+From: =?utf-8?q?J=C3=BCrgen?= <a@a.com>
+Received: here
+To: b@b.com,
+ c@c.com
+Date: Fri, 21 Nov 1997 09:55:06 -0600
+Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=
+
+Gr\xc3\xbc\xc3\x9fe,
+
+ and {x*200}
+=>
+From: Jürgen <a@a.com>
+To: b@b.com, c@c.com
+Date: Fri, 21 Nov 1997 09:55:06 -0600
+Subject: Grüße
+
+Grüße,
+
+ and {x*200}
+
+== control characters
+Subject: =?utf-8?q?=1B[1m=C2=9B_=E2=80=AE?=
+
+\x1b]0;title\x07 a\tb \xe2\x80\xae\xc2\x9b \xf0\x9f\x91\xa8\xe2\x80\x8d\xf0\x9f\x91\xa9 \xff
+=>
+Subject: \x1b[1m\x9b \u202e
+
+\x1b]0;title\x07 a    b \u202e\x9b 👨\u200d👩 �
+
+== HTML
+Content-Type: text/html; charset=utf-8
+
+<html><head><title>no</title><style>no</style></head><h1>Gr&uuml;&szlig;e</h1>
+<script>no</script><!-- no --><p>Please <a href="https://a.test/?b=1&amp;c=2">confirm
+<b>it</b></a>, or <a href='https://a.test'>https://a.test</a> &lt;
+<ul><li>one</li><li>two</li></ul>
+1 < 2<br>x<img src="cid:1" alt="Logo"><table><tr><td>a<td>b</td><td>c</td></tr><tr><td>d</table>
+=>
+
+Grüße
+
+Please confirm it <https://a.test/?b=1&c=2>, or https://a.test <
+
+- one
+- two
+1 < 2
+xLogo
+
+ab c
+d
+
+== text before HTML, and attachments
+Subject: s
+Content-Type: multipart/mixed; boundary=b
+
+--b
+Content-Type: text/html
+
+<p>no
+--b
+Content-Type: text/plain
+
+yes
+--b
+Content-Type: application/pdf; name="a\x1b.pdf"
+
+{x*1234}
+--b
+Content-Type: image/png
+
+x
+--b--
+=>
+Subject: s
+Attachment: a\x1b.pdf (application/pdf, 1.2 kB)
+Attachment: without a name (image/png, 1 byte)
+
+yes
+"""
+
+
+class ShowTest(ProcessCase):
+    """What a person sees of mails and of refusals."""
+
+    def watch(self, *argv: str, use: Callable[[int], object]) -> list[str]:
+        """The lines that are printed until a stop, without their times."""
+        process = self.start(*argv)
+        use(self.port(process))
+        process.terminate()
+        out, _ = process.communicate(timeout=TIMEOUT)
+        self.assertEqual(process.returncode, 0)
+        out = re.sub("(?<=rcpt )TO|(?<=mail )FROM", lambda match: match[0].lower(), out)  # as of Python 3.13
+        return re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", out).splitlines()
+
+    def test_mails(self) -> None:
+        mails, shown = [], []
+        for entry in read_table(SHOWN_MAILS).values():
+            end = entry.lines.index("=>")
+            mails.append(b"\n".join(map(read_escapes, entry.lines[:end])))
+            shown += ["accepted", *(f"  {line}".rstrip() for line in entry.lines[end + 1 :])]
+        lines = self.watch("-show", use=lambda port: send(port, *mails))
+        self.assertEqual([line.partition(" a@a.com")[0] for line in lines], shown)
+
+    def test_long_mails(self) -> None:
+        """Of a mail of many lines, or of long ones, the beginning."""
+        contents = {"x\n" * 5000: 99, f"{'x' * 600}\n" * 500: 18, f"{'<p>x' * 100}\n" * 200: 99}
+        mails = [f"Subject: s\nContent-Type: text/{'html' if '<' in x else 'plain'}\n\n{x}" for x in contents]
+        lines = self.watch("-show", use=lambda port: send(port, *mails))
+        shown = "\n".join(lines).split("accepted")[1:]
+        self.assertEqual([text.count("\n  x") + text.count("\n\n") for text in shown], [*contents.values()])
+        self.assertTrue(all("\n  Subject: s\n\n  x" in text and "  ..." in text for text in shown))
+
+    def test_hostile_html(self) -> None:
+        for part in ("<a ", "<!--", '<a b=">', "<a href='x' <a b='>", "<b> </b>", "<![", "</a", "<script>", "&#"):
+            for begin in ("", "<a b", "<p>"):
+                content = begin + part * (120_000 // len(part))
+                started = time.process_time()
+                smtpmock._read_html(content)
+                self.assertLess(time.process_time() - started, 5, part)  # without precautions, minutes
+
+    def test_one_line(self) -> None:
+        """What is long is cut."""
+        long = f"{'a' * 60}@{'b' * 60}.com"
+        cut = f"{long[:97]}..."
+        with_long = lambda port: in_session(port, long, ["b@b.com"] * 4 + [long] * 3)  # noqa: E731
+
+        def in_session(port: int, sender: str, recipients: list[str]) -> None:
+            with Smtp(port) as client:
+                client.sendmail(sender, recipients, f"Subject: {'s' * 101}\n\n")
+                client.sendmail("a@a.com", "b@b.com", f"Subject: {'s' * 100}\n\n" + 890 * "x")
+
+        lines = self.watch("-multipleRcptto", "-multipleMessageReceiving", use=with_long)
+        many = ", ".join(["b@b.com"] * 4 + [cut])
+        self.assertEqual(lines[0], f'accepted {cut} -> {many} and 2 more "{"s" * 97}..." 114 bytes')
+        self.assertEqual(lines[1], f'accepted a@a.com -> b@b.com "{"s" * 100}" 1.0 kB')
+
+    def test_refusals(self) -> None:
+        """Also beside an accepted mail, and after it."""
+
+        def use(port: int) -> None:
+            with Smtp(port) as client:
+                client.sendmail("a@a.com", ["root", "b@b.com", "c@c.com"], "hi")
+                self.assertRaises(smtplib.SMTPSenderRefused, client.sendmail, "root", ["b@b.com"], "hi")
+                self.assertRaises(smtplib.SMTPDataError, client.sendmail, "a@a.com", ["d@d.com"], "hi")
+                client.sendmail("a@a.com", ["b@b.com"], "hi")
+                client.docmd("x" * 200 + "\x1b")
+            with Smtp(port) as client:
+                client.ehlo("a.com")
+
+        for flags, second in (["-quiet=false"], ""), (["-multipleRcptto", "-multipleMessageReceiving"], "b@b.com, "):
+            lines = self.watch("-rule", "message d@d.com: reply 554 No: 1", *flags, use=use)
+            expected = [
+                "refused 501 RCPT TO requires valid email address (rcpt to:<root>)",
+                f'accepted a@a.com -> {second}c@c.com "" 4 bytes',
+                "refused 501 MAIL FROM requires valid email address (mail from:<root>)",
+                "refused 554 No: 1 (<4 bytes>)",
+                'accepted a@a.com -> b@b.com "" 4 bytes',
+                f"refused {UNRECOGNIZED} ({'x' * 97}...)",
+                "ended without a mail",
+            ]
+            self.assertEqual(lines, expected)
 
 
 # Commands that change nothing, and what is said about them.
@@ -5588,6 +6252,661 @@ class ControlTest(ProcessCase):
                 self.assertEqual(json.loads(out), {"event": "error", "error": error})
 
 
+# -------------------------------------------------------------------------------------------- HTTP
+
+# Requests with their headers, and the statuses of the answers. Without one that begins with Host, there is a right one.
+HTTP_SENDERS = read_rows("""
+GET /                                                                       => 200
+HEAD /                                                                      => 200
+GET / | Host: LOCALHOST:1                                                   => 200
+GET / | Host: localhost.                                                    => 200
+GET / | Host: 127.0.0.1.:80                                                 => 200
+GET / | Host: 192.0.2.7                                                     => 200
+GET / | Host: [::1]:8025                                                    => 200
+GET / | Host: [fe80::1%eth0]:8025                                           => 200
+GET / | Host: smtp                                                          => 200
+GET / | Host: my_smtp-1:8025                                                => 200
+GET / | Host: a.LOCALHOST                                                   => 200
+GET / | Host: smtp.my.internal                                              => 200
+GET / | Host: pc.local                                                      => 200
+GET / | Host: mail.test:8025                                                => 200
+GET / | Host: mail.corp.example:8025                                        => 200
+GET / | Host: evil.example                                                  => 421
+GET / | Host: www.mail.corp.example                                         => 421
+GET / | Host: 127.0.0.1.evil.example                                        => 421
+GET / | Host: localhost.evil.example                                        => 421
+GET / | Host: eviltest.example                                              => 421
+GET / | Host: evil.test.                                                    => 200
+GET / | Host: evil.test..                                                   => 421
+GET / | Host: [::1].evil.example                                            => 421
+GET / | Host: [evil.example]                                                => 421
+GET / | Host: ::1                                                           => 421
+GET / | Host: 999.1.1.1                                                     => 421
+GET / | Host: localhost@evil.example                                        => 421
+GET / | Host: localhost, evil.example                                       => 421
+GET / | Host: localhost:80:80                                               => 421
+GET / | Host:                                                               => 421
+GET / | Host: .test                                                         => 421
+POST /purge | Host: evil.example                                            => 421
+GET / | Host: localhost | Host: localhost                                   => 400
+GET / | no Host                                                => 400
+GET / | no colon                                                            => 400
+GET / | Host: localhost | no colon | Origin: http://evil.example            => 400
+GET / | Origin: http://localhost                                            => 200
+GET / | Host: LocalHost:8025 | Origin: http://localhost:8025                => 200
+GET / | Origin: http://localhost:81                                         => 403
+GET / | Origin: https://localhost                                           => 403
+GET / | Origin: http://evil.example                                         => 403
+GET / | Origin: null                                                        => 403
+GET / | Origin:                                                             => 403
+GET / | Origin: http://localhost | Origin: http://evil.example              => 403
+POST /check | Origin: http://localhost                                      => 200
+POST /purge | Origin: http://evil.example                                   => 403
+POST /purge | Origin: null                                                  => 403
+GET /messages | Sec-Fetch-Site: same-origin                                 => 200
+GET /messages | Sec-Fetch-Site: none                                        => 200
+GET /messages | Sec-Fetch-Site: same-site                                   => 403
+GET /messages | Sec-Fetch-Site: cross-site                                  => 403
+GET /messages | Sec-Fetch-Site: none | Sec-Fetch-Site: cross-site           => 403
+GET /messages | VISIT                                                     => 403
+GET /messages/1/eml | VISIT                                               => 403
+GET /view/1/html | VISIT                                                  => 403
+GET /view/1 | VISIT                                                       => 200
+GET / | VISIT                                                             => 200
+HEAD /?refresh=0 | VISIT                                                  => 200
+POST / | VISIT                                                            => 403
+POST /purge | VISIT                                                       => 403
+POST /purge | VISIT | Origin: http://localhost                            => 403
+GET / | VISIT | Origin: http://evil.example                               => 403
+GET / | VISIT | Host: evil.example                                        => 421
+GET / | Sec-Fetch-Site: cross-site                                          => 403
+GET / | Sec-Fetch-Site: cross-site | Sec-Fetch-Mode: navigate               => 403
+GET / | Sec-Fetch-Site: cross-site | Sec-Fetch-Mode: navigate | Sec-Fetch-Dest: iframe => 403
+GET / | Sec-Fetch-Site: cross-site | Sec-Fetch-Mode: no-cors | Sec-Fetch-Dest: document => 403
+""")
+
+# Likewise, and the errors.
+HTTP_ERRORS = read_rows("""
+GET /nothing                                => 404 there is no /nothing
+GET /message                                => 404 there is no /message; did you mean /messages?
+GET /messages/                              => 404 there is no /messages/; did you mean /messages?
+GET /messages/99                            => 404 there is no message 99: it was purged, or never recorded
+GET /messages/99/eml                        => 404 there is no message 99: {MORE}
+GET /messages/{1*5000}                      => 404 there is no message {MORE}
+GET /messages/x                             => 404 there is no /messages/x{MORE}
+GET /messages/ID                            => 404 there is no /messages/ID
+GET /messages/1/ID                          => 404 there is no /messages/1/ID
+GET /view/0                                 => 404 there is no message 0: {MORE}
+GET /view/01                                => 404 there is no message 01: {MORE}
+GET /1/                                     => 404 there is no /1/
+GET /messages/1/attachments/7               => 404 message 1 has 2 attachments, counted from 0
+GET /view/99                                => 404 there is no message 99: {MORE}
+GET /stop                                   => 404 there is no /stop
+POST /stop                                  => 404 there is no /stop
+GET /../etc/passwd                          => 404 there is no /../etc/passwd
+GET http://localhost/messages               => 404 there is no http://localhost/messages
+OPTIONS *                                   => 404 there is no *
+GET /purge                                  => 405 /purge is for POST
+OPTIONS /purge                              => 405 /purge is for POST
+POST /messages                              => 405 /messages is for GET and HEAD
+DELETE /messages/1                          => 405 /messages/1 is for GET and HEAD
+TRACE /                                     => 405 / is for GET and HEAD
+get /                                       => 405 / is for GET and HEAD
+GET /messages?tmeout=1                      => 400 tmeout='1': must be one of to, {MORE}; did you mean timeout?
+GET /messages?to=a&to=b                     => 400 to='b': must be one of {MORE}; it is there twice
+GET /messages?timeout=61                    => 400 timeout=61.0: must be a number of seconds from 0 to 60
+GET /messages?timeout=nan                   => 400 timeout=nan: must be a number of seconds from 0 to 60
+GET /messages?timeout=                      => 400 timeout='': must be a number of seconds from 0 to 60
+GET /messages?count=0                       => 400 count=0: must be an integer from 1 up
+GET /messages?accepted=maybe                => 400 accepted='maybe': must be true or false
+GET /messages?after=-1                      => 400 after=-1: must be an integer from 0 up
+GET /messages?after=99                      => 400 after=99: is of another run; this one has recorded 3 messages
+GET /?refresh=x                             => 400 refresh='x': must be an integer from 0 to 3600
+GET /violations?x                           => 400 x='': must be one of no parameters
+POST /purge?x=1                             => 400 x='1': must be one of no parameters
+POST /purge | Transfer-Encoding: chunked    => 411 a body must have a Content-Length
+POST /purge | Content-Length: x             => 400 Content-Length must be one number
+POST /purge | Content-Length: 1x            => 400 Content-Length must be one number
+POST /purge | Content-Length: -1            => 400 Content-Length must be one number
+POST /purge | Content-Length: 1 | Content-Length: 1 => 400 Content-Length must be one number
+POST /rule | Content-Length: 1048577        => 413 a body must not be longer than 1048576 bytes
+""")
+
+# What a query finds among three messages, and the status.
+HTTP_QUERIES = read_rows("""
+/messages                                   => 1 2 3
+/messages?to=bob@example.com                => 1 3
+/messages?to=BOB@Example.COM                => 1 3
+/messages?to=eve+x@example.com              => 1
+/messages?to=eve%2Bx@example.com            => 1
+/messages?to=bob@example                    =>
+/messages?from=shop@example.com             => 1 2
+/messages?from=                             => 3
+/messages?subject=Gr%C3%BC%C3%9Fe           => 1
+/messages?subject=gr%C3%BC%C3%9Fe           =>
+/messages?accepted=true                     => 1 3
+/messages?accepted=false                    => 2
+/messages?accepted=true&to=bob@example.com&after=1 => 3
+/messages?after=0                           => 1 2 3
+/messages?after=1                           => 2 3
+/messages?after=3                           =>
+/messages?count=9                           => 1 2 3
+/messages?timeout=0&count=3                 => 1 2 3
+/messages?timeout=60&subject=Hello          => 3
+""")
+
+HOSTILE_HTML = """<html><head><base href="http://evil.example/"><meta http-equiv="refresh" content="0; url=http://evil.example/">
+<LINK rel="preconnect" href="http://evil.example"><script>alert(1)</script></head><body background="cid:pixel@a.com">
+<iframe src="http://evil.example/"></iframe><img src="cid:pixel%40a.com"><img src=cid:page@a.com><img src='cid:none@a.com'>
+"""
+GIF = base64.b64decode("R0lGODlhAQABAAAAACwAAAAAAQABAAACAkQBADs=")
+
+
+PAGE_TAGS = "html meta title style h1 h2 a main dl dt dd bdi p b code pre small time span details summary iframe"
+HTTP_HEADERS = {
+    "Cache-Control": "no-store",
+    "Connection": "close",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Dns-Prefetch-Control": "off",
+}
+# Beside those that -control refuses, too.
+BAD_HTTP_COMMANDS = read_rows("""
+clear x                     => 'clear x': must be rule RULE, configure FLAG..., clear, {MORE}, disconnect reset or stop
+disconnect now              => 'disconnect now': must be {MORE}
+configure -http=1           => -http: cannot be changed while the server runs
+configure -httpNames=a.com  => -httpNames: cannot be changed while the server runs
+""")
+
+
+class HttpCase(ServerCase):
+    """A server with two mails, and a refused one between them."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        options: Any = {"multiple_rcptto": True, "multiple_message_receiving": True}
+        self.server = Server(not_registered_emails=["nobody@example.com"], **options).start()
+        self.addCleanup(self.server.__exit__)
+        self.port = self.serve_http(http_names=["mail.corp.example"])
+        mail = EmailMessage()
+        mail["From"], mail["To"], mail["Subject"] = "Shop <shop@example.com>", "bob@example.com", "Gr\u00fc\u00dfe <b>"
+        mail.set_content("Dear <Bob>,\n")
+        mail.add_alternative(HOSTILE_HTML, subtype="html")
+        page: Any = mail.get_payload(1)
+        page.add_related(GIF, "image", "gif", cid="<pixel@a.com>")
+        page.add_related(b"<svg/>", "image", "svg+xml", cid="<page@a.com>", filename="<\u00fc>.svg")
+        with Smtp(self.server) as client:
+            client.sendmail("shop@example.com", ["bob@example.com", "eve+x@example.com"], mail.as_bytes())
+        with Smtp(self.server) as client:
+            client.ehlo("a.com")
+            client.mail("shop@example.com")
+            client.rcpt("nobody@example.com")
+        self.server.wait_for_messages(2)
+        with Smtp(self.server) as client:
+            client.sendmail("", ["bob@example.com"], "Subject: Hello\r\n\r\nHow are you?")
+        self.server.wait_for_messages(3)
+
+    def serve_http(self, **flags: Any) -> int:
+        context = Memory.serve_http(self.server, http=0, **flags)
+        url = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return int(url.rpartition(":")[2])
+
+    def connect_http(self) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
+        self.addCleanup(sock.close)
+        return sock
+
+    def ask(self, request: str, *headers: str, body: bytes = b"") -> tuple[int, dict[str, str], bytes]:
+        """The status, headers and body of the answer to a request such as GET / with headers.
+
+        There is a right Host unless the headers have another or say no Host; VISIT is what a browser sends for a link.
+        """
+        visit = "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: navigate\r\nSec-Fetch-Dest: document"
+        lines = [visit if header == "VISIT" else header for header in headers if header != "no Host"]
+        lines += [] if any("Host" in header for header in headers) else ["Host: localhost"]
+        lines += [f"Content-Length: {len(body)}"] if body else []
+        head = "\r\n".join([f"{request} HTTP/1.1", *lines, "", ""])
+        with self.connect_http() as sock, sock.makefile("rb") as file:
+            sock.sendall(head.encode() + body)
+            start, _, content = file.read().partition(b"\r\n\r\n")
+        status, *lines = start.decode().split("\r\n")
+        found = dict(text.split(": ", 1) for text in lines)
+        self.assertEqual(status.split()[0], "HTTP/1.1")
+        if not request.startswith("HEAD"):
+            self.assertEqual(len(content), int(found["Content-Length"]))
+        return int(status.split()[1]), found, content
+
+    def read(self, target: str) -> tuple[int, Any]:
+        status, _, content = self.ask(f"GET {target}")
+        return status, json.loads(content)
+
+    def post(self, path: str, body: str = "") -> tuple[int, Any]:
+        status, _, content = self.ask(f"POST {path}", body=body.encode())
+        return status, json.loads(content)
+
+
+class HttpTest(HttpCase):
+    def test_who_may_ask(self) -> None:
+        for row in HTTP_SENDERS:
+            with self.subTest(row.given):
+                self.assertEqual(self.ask(*row.given)[0], int(row.expected))
+
+    def test_the_host_that_it_listens_on_is_one_of_its_names(self) -> None:
+        found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+        with mock.patch("socket.getaddrinfo", return_value=found):
+            port = self.serve_http(http_host="Smtp.example.com")
+        with mock.patch.object(self, "port", port):
+            self.assertEqual(self.ask("GET /", f"Host: smtp.example.com:{port}")[0], 200)
+            self.assertEqual(self.ask("GET /", f"Host: mail.example.com:{port}")[0], 421)
+
+    def test_errors(self) -> None:
+        for row in HTTP_ERRORS:
+            with self.subTest(row.given[0][:100]):
+                status, headers, content = self.ask(*row.given)
+                answer = json.loads(content)
+                self.assertEqual(answer["event"], "error")
+                self.assertRegex(f"{status} {answer['error']}", row.pattern)
+                allowed = {"GET and HEAD": "GET, HEAD", "POST": "POST"}.get(answer["error"].partition(" is for ")[2])
+                self.assertEqual(headers.get("Allow"), allowed)
+        self.assertEqual(len(self.server.messages()), 3)
+
+    def test_what_each_answer_says(self) -> None:
+        """No answer may be framed, sniffed, cached or read by others, or load anything."""
+        requests = ["GET /", "GET /view/1", "GET /view/1/html", "GET /messages", "GET /messages/1/eml", "GET /ca.pem"]
+        requests += ["GET /messages/1/attachments/0", "POST /check", "POST /rule", "POST /purge | Host: evil.example"]
+        requests += ["GET / | no Host", "GET /nothing", "TRACE /", "GET / | Origin: null", "GET /\r\n\r\n"]
+        for request in [*requests, *[request.replace("GET", "HEAD", 1) for request in requests if "GET" in request]]:
+            with self.subTest(request):
+                status, headers, _ = self.ask(*request.split(" | "))
+                policy = headers.pop("Content-Security-Policy")
+                self.assertEqual(policy.partition(";")[0], "default-src 'none'")
+                self.assertIn("frame-ancestors 'self'" if "html" in request else "frame-ancestors 'none'", policy)
+                self.assertEqual(
+                    "sandbox" in policy, not (status == 200 and re.fullmatch("[A-Z]+ /(view/1)?", request))
+                )
+                for name, value in HTTP_HEADERS.items():
+                    self.assertEqual(headers.pop(name), value)
+                extra = set(headers) - {"Content-Type", "Content-Length", "Allow", "Content-Disposition"}
+                self.assertEqual(extra, set())
+
+    def test_head_is_like_get(self) -> None:
+        for target in ("/messages", "/view/1", "/messages/1/eml", "/messages/99", "/purge"):
+            (status, headers, content), got = self.ask(f"HEAD {target}"), self.ask(f"GET {target}")
+            self.assertEqual((status, headers, content), (*got[:2], b""))
+
+    def test_malformed_requests(self) -> None:
+        for data, status in (
+            (b"GET /\r\n", b"400"),
+            (b"GET / HTTP/1.1\n\n", b"400"),
+            (b"GET / HTTP/1.1\nHost: localhost\n\n", b"200"),
+            (b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", b"200"),
+            (b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n", b"505"),
+            (b"GET / FTP/1.0\r\nHost: localhost\r\n\r\n", b"400"),
+            (b"a b c d\r\n\r\n", b"400"),
+            (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"400"),
+            (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"431"),
+            (b"GET / HTTP/1.1\r\nA: " + b"b" * 70000 + b"\r\n\r\n", b"431"),
+            (b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
+            (b"", b""),
+        ):
+            with self.subTest(data[:40]), self.connect_http() as sock, sock.makefile("rb") as file:
+                sock.sendall(data)
+                sock.shutdown(socket.SHUT_WR)
+                self.assertEqual(file.readline()[9:12], status)
+
+    def test_nobody_holds_it_up(self) -> None:
+        """A client has some seconds for its request, however it sends it."""
+        for pieces in (
+            [b""],
+            [b"GET / HTTP/1.1\r\n"],
+            [b"G"] * 1000,
+            [b"POST /purge HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n", b"x"],
+        ):
+            with (
+                self.subTest(pieces[0]),
+                mock.patch.object(smtpmock, "_HTTP_SECONDS", 0.1),
+                self.connect_http() as sock,
+            ):
+                ended = threading.Event()
+                reader = threading.Thread(target=lambda sock=sock, ended=ended: (sock.recv(1), ended.set()))
+                reader.start()
+                with contextlib.suppress(OSError):
+                    for piece in pieces:
+                        sock.sendall(piece)
+                        if ended.wait(0.01):
+                            break
+                reader.join(TIMEOUT)
+                self.assertTrue(ended.is_set())
+
+    def test_a_refusal_reaches_a_client_that_is_still_sending(self) -> None:
+        status, _, content = self.ask("POST /rule", body=b"x" * 2**22)
+        self.assertEqual((status, b"1048576" in content), (413, True))
+        self.assertEqual(self.post("/rule", "x" * 2**20)[0], 400)
+
+    def test_a_client_that_waits_for_100_continue(self) -> None:
+        with self.connect_http() as sock, sock.makefile("rb") as file:
+            sock.sendall(b"POST /check HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\n")
+            self.assertEqual((file.readline()[:12], file.readline()), (b"HTTP/1.1 100", b"\r\n"))
+            sock.sendall(b" ")
+            self.assertEqual(file.readline(), b"HTTP/1.1 200 OK\r\n")
+
+    def test_queries(self) -> None:
+        for row in HTTP_QUERIES:
+            with self.subTest(row.given):
+                status, answer = self.read(row.given[0])
+                self.assertEqual(
+                    (status, [record["id"] for record in answer["messages"]]),
+                    (200, list(map(int, row.expected.split()))),
+                )
+                self.assertEqual((set(answer), answer["next"]), ({"messages", "next"}, 3))
+
+    def test_records_and_files(self) -> None:
+        first, refused, _ = self.server.messages()
+        as_json = json.loads(json.dumps(first.to_dict()))
+        self.assertEqual(self.read("/messages/1"), (200, as_json))
+        self.assertEqual(self.read("/messages")[1]["messages"][0], as_json)
+        self.assertEqual(self.read("/messages/2")[1]["refusals"], [list(pair) for pair in refused.refusals])
+        status, headers, content = self.ask("GET /messages/1/eml")
+        self.assertEqual((status, headers["Content-Type"], content), (200, "message/rfc822", first.as_bytes()))
+        self.assertEqual(headers["Content-Disposition"], "attachment; filename=1.eml")
+        _, headers, content = self.ask("GET /messages/1/attachments/1")
+        self.assertEqual((headers["Content-Type"], content), ("application/octet-stream", b"<svg/>"))
+        self.assertEqual(headers["Content-Disposition"], "attachment; filename*=UTF-8''%3C%C3%BC%3E.svg")
+        found = [violation._asdict() for violation in self.server.violations()]
+        self.assertEqual(self.read("/violations"), (200, {"violations": found}))
+
+    def test_a_loop_of_one_request_sees_each_mail_once(self) -> None:
+        """Whatever is sent meanwhile, and purged."""
+        seen: list[str] = []
+
+        def read() -> None:
+            cursor = 3
+            while len(seen) < 40:
+                _, answer = self.read(f"/messages?after={cursor}&timeout=60&accepted=true")
+                seen.extend(record["subject"] for record in answer["messages"])
+                cursor = answer["next"]
+
+        def write(name: str) -> None:
+            for number in range(20):
+                send(self.server, f"Subject: {name}{number}\r\n\r\n")
+                self.server.wait_for_messages(1, where=lambda message: message.msg)
+
+        in_threads(read, lambda: write("a"), lambda: write("b"))
+        self.assertEqual(sorted(seen), sorted(f"{name}{number}" for name in "ab" for number in range(20)))
+        self.assertEqual(self.post("/purge"), (200, {"event": "done", "command": "purge", "messages": 0}))
+        self.assertEqual(self.read("/messages"), (200, {"messages": [], "next": 43}))
+        send(self.server, "Subject: later\r\n\r\n")
+        self.assertEqual(
+            [record["subject"] for record in self.read("/messages?after=43&timeout=60")[1]["messages"]], ["later"]
+        )
+
+    def test_the_next_mail_of_a_session_that_keeps_one(self) -> None:
+        self.server.configure(multiple_message_receiving=False)
+        with Smtp(self.server) as client:
+            client.sendmail("a@a.com", ["b@b.com"], "Subject: 1\r\n\r\n")
+            first = self.read("/messages?after=3&timeout=60")[1]
+            client.sendmail("a@a.com", ["b@b.com"], "Subject: 2\r\n\r\n")
+            second = self.read(f"/messages?after={first['next']}&timeout=60")[1]
+        self.assertEqual([answer["messages"][0]["subject"] for answer in (first, second)], ["1", "2"])
+        self.assertEqual(self.read(f"/messages?after={second['next']}")[1]["messages"], [])
+
+    def test_a_wait_in_vain(self) -> None:
+        status, answer = self.read("/messages?timeout=0.05&count=2&subject=Hello")
+        self.assertEqual((status, answer["next"], len(answer["messages"])), (404, 3, 1))
+        self.assertRegex(answer["error"], r"^1 of 2 matching messages came in 0\.05 seconds\n  recorded messages: 3\n")
+
+    def test_what_is_noted_on_an_old_mail_ends_no_wait(self) -> None:
+        with Smtp(self.server) as client:
+            client.sendmail("a@a.com", ["b@b.com"], "hi")
+
+            def note() -> None:
+                self.assertTrue(wait_until(lambda: Memory.count_waits(self.server) == 1))
+                client.rset()
+
+            (status, answer), _ = in_threads(lambda: self.read("/messages?after=4&timeout=0.2"), note)
+        self.assertEqual((status, answer["messages"], answer["next"]), (404, [], 4))
+
+    def test_commands(self) -> None:
+        """They are those of -control, with real line breaks, and the answers are its events."""
+        rule = "rule VRFY: reply 252-a\n252 \\n\u00fc"
+        self.assertEqual(self.post("/rule", f"{rule[5:]}\n"), (200, {"event": "done", "command": rule, "messages": 3}))
+        with Smtp(self.server) as client:
+            client.ehlo("a.com")
+            self.assertEqual(client.docmd("VRFY", "b"), (252, "a\n\\n\u00fc".encode()))
+            self.assertEqual(self.post("/disconnect", "reset")[0], 200)
+            self.assertRaises(smtplib.SMTPServerDisconnected, client.noop)
+        self.assertEqual(self.post("/check")[0], 200)
+        self.assertEqual(self.post("/rule", "RSET: close")[0], 200)
+        status, event = self.post("/check")
+        self.assertEqual((status, event["event"], event["command"]), (409, "error", "check"))
+        self.assertRegex(event["error"], "^<Rule for RSET: 0 hits> was never hit")
+        self.assertEqual(self.post("/clear")[0], 200)
+        self.assertEqual(self.post("/check")[0], 200)
+        self.assertEqual(self.post("/configure", "-failFast\n-msgGreeting='220-a\n220 b'")[0], 200)
+        with socket.create_connection((self.server.host, self.server.port), TIMEOUT) as sock:
+            self.assertEqual(sock.makefile("rb").read(14), b"220-a\r\n220 b\r\n")
+        self.assertEqual(self.post("/reset"), (200, {"event": "done", "command": "reset", "messages": 0}))
+
+    def test_bad_commands(self) -> None:
+        for row in (*BAD_COMMANDS, *BAD_HTTP_COMMANDS):
+            command = " | ".join(row.given)
+            path, _, body = command.partition(" ")
+            if path not in ("foo", "stop") and "/dev/null" not in command:  # which are no paths, and may open files
+                with self.subTest(command):
+                    status, event = self.post(f"/{path}", body)
+                    self.assertEqual((status, event["event"], event["command"]), (400, "error", command))
+                    self.assertRegex(re.sub("(disconnect reset)$", r"\1 or stop", event["error"]), row.pattern)
+                    self.assertEqual(self.post("/check")[0], 200)
+
+    def test_the_certificate_for_tests(self) -> None:
+        for name in ("expired", "'wrong host'", "test"):
+            self.assertEqual(self.post("/configure", f"-tlsCert={name}")[0], 200)
+        _, headers, content = self.ask("GET /ca.pem")
+        self.assertEqual(headers["Content-Type"], "application/x-pem-file")
+        context = ssl.create_default_context(cadata=content.decode())
+        with smtplib.SMTP("localhost", self.server.port, timeout=TIMEOUT) as client:
+            self.assertEqual(client.starttls(context=context)[0], 220)
+
+    def test_it_opens_no_file(self) -> None:
+        for flags in (
+            "-tlsCert=/dev/null",
+            "-tlsCert=test -tlsKey=test",
+            "-saveDir=/tmp",
+            "-maildir=x",
+            "-saveCa=x",
+            "-tlsKey=test",
+        ):
+            with self.subTest(flags), mock.patch("builtins.open") as opened:
+                status, event = self.post("/configure", flags)
+                self.assertEqual(status, 400)
+                self.assertRegex(event["error"], "^-.*: -http must not open files$")
+                opened.assert_not_called()
+
+    def test_pages(self) -> None:
+        _, headers, content = self.ask("GET /")
+        page = content.decode()
+        self.assertEqual(headers["Content-Type"], "text/html; charset=utf-8")
+        places = [page.index(text) for text in ("Hello", "550 User not found", "Gr\u00fc\u00dfe &lt;b&gt;")]
+        self.assertEqual(places, sorted(places))  # newest first
+        self.assertEqual(re.findall('href="/view/([0-9]+)"', page), ["3", "2", "1"])
+        self.assertIn('<meta http-equiv="refresh" content="5">', page)
+        self.assertNotIn("refresh", self.ask("GET /?refresh=0")[2].decode().partition("<style>")[0])
+        page = self.ask("GET /view/1")[2].decode()
+        texts = (
+            "Gr\u00fc\u00dfe &lt;b&gt;",
+            "Shop &lt;shop@example.com&gt;",
+            "<pre>Dear &lt;Bob&gt;,",
+            "&lt;\u00fc&gt;.svg",
+            "C: data",
+        )
+        for text in texts:
+            self.assertIn(text, page)
+        self.assertIn('<iframe sandbox title="The HTML of the mail" src="/view/1/html"></iframe>', page)
+        for link in re.findall('(?:href|src)="(/.*?)"', page):
+            self.assertEqual(self.ask(f"GET {link}")[0], 200, link)
+        self.assertIn('href="https://www.rfc-editor.org/rfc/rfc5322#section-3.6"', page)
+        page = self.ask("GET /view/2")[2].decode()
+        self.assertIn("550 User not found", page)
+        self.assertNotIn("<iframe", page)
+
+    def test_everything_is_escaped(self) -> None:
+        """Whatever is in a mail, the page has the tags of its own only."""
+        tag = '"\'><script x=">&lt;'
+        self.server.configure(lenient_addresses=True, msg_quit_cmd=f"221 {tag}")
+        self.server.on("MAIL").reply(f"250 {tag}")
+        mail = f"Subject: {tag}\r\nFrom: {tag}\r\nTo: {tag} <{tag}@a.com>\r\nDate: {tag}\r\n"
+        mail += f'Content-Type: text/x-{tag}; name="{tag}"\r\nContent-Disposition: attachment; filename="{tag}"\r\n\r\n{tag}\0\x1b\ud800'
+        with Smtp(self.server) as client:
+            client.ehlo(tag)
+            client.helo("a.com")
+            client.docmd("MAIL", f"FROM:<{tag}@a.com>")
+            client.mail("a@a.com")
+            client.docmd("RCPT", f"TO:<{tag}@a.com>")
+            client.rcpt("b@b.com")
+            client.data(mail.encode("utf-8", "surrogatepass"))
+        number = max(message.id for message in self.server.messages() if message.content)
+        for path in ("/", f"/view/{number}"):
+            page = self.ask(f"GET {path}")[2].decode()
+            self.assertIn("&lt;script", page)
+            self.assertNotIn("<script", page)
+            tags = set(re.findall("<(?!/|!)[^ >]*", page))
+            self.assertLessEqual(tags, {f"<{name}" for name in PAGE_TAGS.split()})
+
+    def test_html_is_sealed(self) -> None:
+        status, headers, content = self.ask("GET /view/1/html")
+        self.assertEqual((status, headers["Content-Type"]), (200, "text/html; charset=utf-8"))
+        policy = set(headers["Content-Security-Policy"].split("; "))
+        self.assertLessEqual(
+            {"sandbox", "img-src data:", "style-src 'unsafe-inline'", "form-action 'none'", "base-uri 'none'"}, policy
+        )
+        page = content.decode().lower()
+        self.assertNotRegex(page, "<(link|iframe|base|meta)")
+        inlined = f"data:image/gif;base64,{base64.b64encode(GIF).decode()}"
+        self.assertEqual(content.decode().count(inlined), 2)
+        self.assertIn("<img src=cid:page@a.com><img src='cid:none@a.com'>", content.decode())
+        self.assertEqual(self.ask("GET /view/3/html")[2], b"")
+
+    def test_an_image_that_is_shown_very_often(self) -> None:
+        """The page does not become much larger than the mail."""
+        mail = EmailMessage()
+        mail.set_content('<img src="cid:a">' * 10000, subtype="html")
+        mail.add_related(bytes(10**6), "image", "png", cid="<a>")
+        send(self.server, mail.as_bytes())
+        self.assertLess(len(self.ask(f"GET /view/{self.server.messages()[-1].id}/html")[2]), 5 * 10**7)
+
+    def test_twenty_readers_wait_when_it_stops(self) -> None:
+        context = Memory.serve_http(self.server, http=0)
+        port = int(context.__enter__().rpartition(":")[2])
+        with mock.patch.object(self, "port", port):
+
+            def read() -> Any:
+                return self.read("/messages?timeout=60&count=9&accepted=true")
+
+            def stop() -> None:
+                self.assertTrue(wait_until(lambda: Memory.count_waits(self.server) == 20))
+                began = time.monotonic()
+                context.__exit__(None, None, None)
+                self.assertLess(time.monotonic() - began, 5)
+
+            *answers, stopped = in_threads(*[read] * 20, stop)
+        self.assertIsNone(stopped)
+        for status, answer in answers:
+            self.assertEqual((status, len(answer["messages"]), answer["next"]), (404, 2, 3))
+        self.assertRaises(OSError, socket.create_connection, ("127.0.0.1", port), TIMEOUT)
+
+    def test_stop_leaves_nothing(self) -> None:
+        """Whatever its clients are about to do."""
+        idle, half, deaf = (self.connect_http() for _ in range(3))
+        half.sendall(b"POST /rule HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nRCPT: drop")
+        send(self.server, "x" * 10**7)
+        deaf.sendall(b"GET /messages HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.assertEqual(deaf.recv(4), b"HTTP")
+        self.doCleanups()
+        self.assertEqual(self.threads(), [])
+        self.assertRaises(OSError, socket.create_connection, ("127.0.0.1", self.port), TIMEOUT)
+        self.server.check()  # the half of a request made no rule
+        for sock in (idle, half, deaf):
+            sock.close()
+
+
+class HttpFlagTest(ProcessCase):
+    """The flags of -http, and what the command line says of it."""
+
+    def get(self, url: str) -> Any:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            return json.load(answer)
+
+    def test_what_it_says(self) -> None:
+        """Where to look, and every mail and recipient is kept unless the flags say otherwise."""
+        for flags, kept in (
+            (["-http=0"], [["b@b.com", "c@c.com"]] * 2),
+            (["-http=0", "-json", "-multipleRcptto=false"], [["c@c.com"]] * 2),
+            (
+                ["--http", "0", "-json", "-multipleMessageReceiving=false", "-httpHost=localhost"],
+                [["b@b.com", "c@c.com"]],
+            ),
+        ):
+            with self.subTest(flags):
+                process = self.start(*flags)
+                if "-json" in flags:
+                    said = json.loads(process.stdout.readline())
+                    port, url = said["port"], said["http"]
+                else:
+                    port = self.port(process)
+                    match = re.fullmatch("smtpmock: the mail is at (http://.*)/\n", process.stdout.readline())
+                    assert match is not None
+                    url = match[1]
+                with Smtp(port) as client:
+                    for _ in range(2):
+                        client.sendmail("a@a.com", ["b@b.com", "c@c.com"], "hi")
+                self.assertEqual([record["rcpt_tos"] for record in self.get(f"{url}/messages")["messages"]], kept)
+                process.send_signal(signal.SIGTERM)
+                process.communicate(timeout=TIMEOUT)
+                self.assertEqual(process.returncode, 0)
+
+    def test_errors(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            for argv, status, error in (
+                ([f"-http={port}"], 1, f"cannot listen on 127.0.0.1:{port}: Address already in use"),
+                (["-http=0", f"-port={port}"], 1, f"cannot listen on 127.0.0.1:{port}: Address already in use"),
+                (["-http=0", "-httpHost=999.1"], 1, "cannot listen on 999.1:0: .*"),
+                (["-http=x"], 2, "-http='x': must be an integer from 0 to 65535"),
+                (["-httpHost=localhost"], 2, "-httpHost: needs -http"),
+                (["-httpNames=a.com"], 2, "-httpNames: needs -http"),
+            ):
+                with self.subTest(argv):
+                    done, _, err = call_main(*argv)
+                    self.assertEqual(done, status)
+                    self.assertRegex(err, f"^smtpmock: {error}\n$")
+        self.assertEqual([thread.name for thread in threading.enumerate() if "smtpmock" in thread.name], [])
+
+    def test_names(self) -> None:
+        process = self.start("-http=0", "-json", "-httpNames=Mail.Example.com.,b.example")
+        url = json.loads(process.stdout.readline())["http"]
+        for name, status in (("mail.example.com", 200), ("B.example.:80", 200), ("a.example", 421)):
+            request = urllib.request.Request(f"{url}/messages", headers={"Host": name})
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                    found = answer.status
+            except urllib.error.HTTPError as error:
+                found = error.code
+                error.close()
+            self.assertEqual(found, status)
+
+    def test_what_it_imports(self) -> None:
+        code = """
+            import sys, threading, os, signal, smtpmock
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            smtpmock.main(["-quiet"])
+            print(*{"http", "html", "json", "email", "ssl"} & set(sys.modules))
+        """
+        self.assertEqual(self.run_python(code).splitlines()[1:], [""])
+
+
 # ---------------------------------------------------------------------- what a failing test is told
 
 
@@ -5605,7 +6924,7 @@ class TellingTest(unittest.TestCase):
             call()
 
     def test_recipients_that_were_not_kept(self) -> None:
-        text = "1 of 2 accepted recipients was not kept; multiple_rcptto=True keeps them all"
+        text = "1 of 2 accepted recipients was not kept; keep_all=True or multiple_rcptto=True keeps them all"
         calls: Sequence[Callable[[Server], object]] = (
             Server.messages, Server.messages_and_purge, Server.message, lambda server: server.wait_for_messages(1)
         )  # fmt: skip
@@ -5622,7 +6941,9 @@ class TellingTest(unittest.TestCase):
     def test_mails_that_were_not_kept(self) -> None:
         with Server() as server:
             send(server, "one", "two", "three")
-            text = "2 of 3 accepted mails were not kept; multiple_message_receiving=True keeps them all"
+            text = (
+                "2 of 3 accepted mails were not kept; keep_all=True or multiple_message_receiving=True keeps them all"
+            )
             self.assert_warns(text, server.message)
         for value in (True, False):
             with Server(multiple_message_receiving=value) as server:
@@ -5767,13 +7088,13 @@ class NarrationTest(ProcessCase):
         out, errors, _ = self.run_by_hand("-notRegisteredEmails=nobody@b.com", sender=talk)
         accepted, refused = out.splitlines()
         self.assertRegex(accepted, r'^\d\d:\d\d:\d\d accepted a@a.com -> c@c.com "Welcome.x1b\[31m" 1\.2 kB$')
-        self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found$")
-        self.assertEqual(errors, "smtpmock: 1 of 2 accepted recipients was not kept; -multipleRcptto keeps them all\n")
+        self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found \(rcpt (?i:to):<nobody@b\.com>\)$")
+        self.assertEqual(errors, "smtpmock: 1 of 2 accepted recipients was not kept; -keepAll keeps them all\n")
 
     def test_quiet(self) -> None:
-        for flag in ("-quiet", "-multipleRcptto=false"):
-            out, errors, _ = self.run_by_hand(flag, sender=lambda port: send(port, "hi"))
-            self.assertEqual((out.count("accepted"), errors), (int(flag != "-quiet"), ""))
+        for flag in ("-quiet", "-multipleMessageReceiving=false", "-keepAll=false", "-keepAll"):
+            out, errors, _ = self.run_by_hand(flag, sender=lambda port: send(port, "hi", "ho"))
+            self.assertEqual((out.count("accepted"), errors), (2 * (flag != "-quiet"), ""))
 
     def make_faults(self, port: int) -> None:
         """In a command, in a mail, and after the mail."""
@@ -6099,7 +7420,7 @@ class ReadmeTest(ProcessCase):
     def test_commands(self) -> None:
         """Every command line of the README is one that the parser takes."""
         lines = [line for language in ("sh", "yaml") for block in self.blocks(language) for line in block.splitlines()]
-        commands = [match[1] for line in lines if (match := re.search(r"smtpmock(?:\.py)? (-.*)", line))]
+        commands = [match[1] for line in lines if (match := re.search(r"smtpmock(?:\.py)? (-.*?)(?: &)?$", line))]
         self.assertGreater(len(commands), 2)
         for command in commands:
             parse_flags(*shlex.split(command))
@@ -6114,6 +7435,24 @@ class ReadmeTest(ProcessCase):
             checked = [subprocess.call(command, stderr=subprocess.DEVNULL, timeout=TIMEOUT)]
         checked.append(subprocess.call(command, stderr=subprocess.DEVNULL, timeout=TIMEOUT))
         self.assertEqual((checked, server.messages()), ([0, 1], []))
+
+    @unittest.skipUnless(shutil.which("bash") and shutil.which("curl"), "needs bash and curl")
+    def test_over_http(self) -> None:
+        """The test in bash works, and would notice a mail that does not come."""
+        [script] = [block for block in self.blocks("bash") if "$API" in block]
+        for text, status in (
+            (script, 0),
+            (script.replace("send Third &", ""), 1),
+            (script.replace("send Second", ""), 22),
+        ):
+            process = self.start("-http=0", "-json")
+            listening = json.loads(process.stdout.readline())
+            names = {"SMTP": listening["url"], "API": listening["http"]}
+            done = subprocess.run(
+                ["bash", "-c", text.replace("timeout=5", f"timeout={0.1 if status else TIMEOUT}")],
+                env=os.environ | names, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False,
+            )  # fmt: skip
+            self.assertEqual(done.returncode, status, done.stderr)
 
     def test_links(self) -> None:
         """Each link within the page has a heading, and each section is linked at the top."""
@@ -6167,6 +7506,154 @@ class ReadmeTest(ProcessCase):
         for name in [*smtpmock.__all__, *PUBLIC, *(name for name in dir(Server) if not name.startswith("_"))]:
             self.assertIn(name, self.text)
         self.assertIn(smtpmock.__version__, self.text)
+
+
+# The start of each code of README's "Coming from ...", in its order, and what is true after it: `value` is that of an
+# expression, and `three` what happens to three mails in three connections, as in "ok", "451" or "550 bob".
+COMING_FROM = read_rows(r"""
+s = smtpmock.Server(host= => three() == "ok ok ok"
+s.host => value == "127.0.0.1"
+s.port => value > 0
+m = s.message() => value.subject == "hi"
+m.mail_from => value == "alice@example.com"
+m.rcpt_tos => value == ["bob@example.com", "b@b.com", "eve@reject.org"]
+m.content => value.startswith(b"Subject: hi")
+m.email => value["subject"] == "hi"
+m.peer => value[0] == "127.0.0.1"
+email.message_from_bytes => value["subject"] == "hi"
+s.on("RCPT", "bob => three() == "550 bob 550 bob 550 bob"
+s.on("RCPT", lambda => three() == "550 b,eve 550 b,eve 550 b,eve"
+s.on("RCPT", re => three() == "550 eve 550 eve 550 eve"
+s.on("message", times=1) => three() == "451 ok ok"
+s.on("message", skip=2) => three() == "ok ok 452"
+s.on("DATA").delay => three() == "ok ok ok" and value.hits == 3
+s.on("message", after=1) => three() == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
+s = smtpmock.Server(on_mess => three() == "ok ok ok"
+s = smtpmock.Server(extensi => "XCLIENT" in ehlo()
+s = smtpmock.Server(extensi => "VRFY" in ehlo("VRFY bob") and "252 Perhaps" in ehlo("VRFY bob") and "214" in ehlo("HELP")
+s.on("*")(lambda => three() == "ok ok ok" and lines.count("data") == 3
+s = smtpmock.Server(auth_us => three() == "530 530 530" and three("alice") == "ok ok ok" and three("eve") == "535 535 535"
+s = smtpmock.Server(tls_req => three() == "530 530 530"
+s = smtpmock.Server(ssl_con => s.url.startswith("smtps://")
+s = smtpmock.Server(msg_siz => "SIZE 1000" in ehlo() and "SMTPUTF8" in ehlo()
+m = await asyncio.to_thread => value.subject == "hi"
+s.host => value == "127.0.0.1"
+(s.host, s.port) => value == (s.host, s.port)
+s.configure(ssl_context= => s.url.startswith("smtps://")
+s.configure(auth_users= => three() == "530 530 530"
+len(s.outbox) => value == 1
+s.outbox[0].mail_from => value == "alice@example.com"
+s.messages_and_purge() => len(value) == 1 and s.outbox == []
+s.message(lambda => value.subject == "hi"
+m.auth_user => value is None
+m.tls => value is None
+m.text => value == "hello\n"
+m.html => value is None
+len(s.wait_for_messages(1)) => value
+s.on("connect", times=1) => three() == "421 ok ok"
+s.on("MAIL").drop() => three() == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
+s.stop() => three() == "ConnectionRefusedError " * 2 + "ConnectionRefusedError"
+s.on("MAIL").silence() => three(timeout=0.1) == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
+s.on("AUTH").reply => three("alice") == "535 535 535"
+n = s.on("connect").reply => three() == "ok ok ok" and n.hits == 3
+n.hits => value == 3
+connect = socket.create => True
+monkeypatch.setattr( => three(host="smtp.example.invalid") == "ok ok ok"
+monkeypatch.setenv( => trusts()
+""")
+
+
+class ComingFromTest(unittest.TestCase):
+    """Each row of README's table for the users of other tools."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.pem = Path(folder.name, "ca.pem")
+        self.pem.write_text(Memory.test_pem())
+        self.names: dict[str, Any] = {
+            **{name: sys.modules[name] for name in ("asyncio", "email", "re", "smtpmock", "socket")},
+            **{name: getattr(self, name) for name in ("three", "ehlo", "trusts", "monkeypatch")},
+            "context": Memory.load_test_context("test"),
+        }
+
+    def serve(self) -> Server:
+        """A server that has received a mail."""
+        server = self.stack.enter_context(Server(keep_all=True, auth_users="*"))
+        self.names.update(s=server, lines=[])
+        self.three(count=1)
+        self.names["m"] = server.message()
+        return server
+
+    def running(self) -> Any:
+        """The server of the row, which runs unless the row has stopped it."""
+        server = self.names["s"]
+        if not server.port:
+            self.stack.enter_context(server)
+        return server
+
+    def three(self, user: str = "", *, count: int = 3, host: str = "127.0.0.1", timeout: float = TIMEOUT) -> str:
+        port, recipients = self.running().port, ["bob@example.com", "b@b.com", "eve@reject.org"]
+
+        def deliver() -> str:
+            try:
+                with smtplib.SMTP(host, port, timeout=timeout) as client:
+                    if user:
+                        client.login(user, "secret")
+                    refused = client.sendmail("alice@example.com", recipients, "Subject: hi\n\nhello")
+            except smtplib.SMTPRecipientsRefused as error:
+                refused = error.recipients
+            except (smtplib.SMTPException, OSError) as error:
+                return str(getattr(error, "smtp_code", type(error).__name__))
+            names = ",".join(address.partition("@")[0] for address in refused)
+            return f"{next(iter(refused.values()))[0]} {names}" if refused else "ok"
+
+        return " ".join(deliver() for _ in range(count))
+
+    def ehlo(self, *commands: str) -> str:
+        """All that a server says to EHLO and these commands."""
+        with Client(self.running()) as client:
+            client.send("".join(f"{line}\r\n" for line in ("EHLO a.com", *commands, "QUIT")).encode())
+            return "\n".join(client.read_all())
+
+    def trusts(self) -> bool:
+        """Whether a context with default values trusts the certificate for tests."""
+        with Server(ssl_context="test") as server, Smtp(server) as client:
+            return client.starttls(context=ssl.create_default_context())[0] == 220
+
+    @property
+    def monkeypatch(self) -> Any:
+        def setattr(*arguments: Any) -> None:
+            self.stack.enter_context(mock.patch.object(*arguments))
+
+        def setenv(name: str, value: str) -> None:
+            self.stack.enter_context(mock.patch.dict(os.environ, {name: value.replace("ca.pem", str(self.pem))}))
+
+        return types.SimpleNamespace(setattr=setattr, setenv=setenv)
+
+    def run_code(self, code: str) -> None:
+        """Run an expression, which may await something, and give its value the name that the code has for it."""
+        name, _, expression = code.rpartition(" = ") if re.match(r"\w+ = ", code) else ("value", "", code)
+        value = eval(compile(expression, code, "eval", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), self.names)
+        if inspect.iscoroutine(value):
+            value = asyncio.run(value)
+        self.names["value"] = self.names[name] = value
+
+    def test_each_row(self) -> None:
+        text = (HERE / "README.md").read_text(encoding="utf-8").partition("<summary>Coming from aiosmtpd")[2]
+        cells = re.findall(r"^\| .* \| (`.*) \|$", text.partition("</details>")[0], re.MULTILINE)
+        groups = [group for cell in cells for group in re.split("(?<=`); (?=`)", cell)]  # each with a server of its own
+        expected = [(*row.given, row.expected) for row in COMING_FROM]
+        for group in groups:
+            with contextlib.ExitStack() as self.stack:
+                self.serve()
+                for code in re.findall("`(.*?)`", group.replace("`-saveCa`", "")):
+                    (start, check), *expected = expected
+                    with self.subTest(code), contextlib.redirect_stdout(io.StringIO()):
+                        self.assertTrue(code.startswith(start), start)
+                        self.run_code(code)
+                        self.assertTrue(eval(check, self.names), check)
+        self.assertEqual(expected, [])
 
 
 if __name__ == "__main__":
