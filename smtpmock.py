@@ -975,11 +975,8 @@ class _ClientState:
         self.has_begun_tls = accepted == "STARTTLS"
         self.ignores_refusal = self.was_refused_data and self.verb not in _VERBS and self.line != "."
         self.was_refused_data = self.verb == "DATA" and self.is_refused
-        self.is_in_mail &= self.verb not in ("message", "partial message") and accepted not in (
-            *_HELLO,
-            "STARTTLS",
-            "RSET",
-        )
+        begins_again = self.verb in ("message", "partial message") or accepted in (*_HELLO, "STARTTLS", "RSET")
+        self.is_in_mail = self.is_in_mail and not begins_again
         if accepted in (*_HELLO, "STARTTLS"):
             self.is_greeted, self.announced = accepted in _HELLO, {}
             for line in self.reply.upper().replace("AUTH=", "AUTH ").splitlines()[1:]:
@@ -1006,11 +1003,7 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], obj
     ),
     ("unknown-command", (), lambda client: client.is_unknown and not client.was_refused_data),
     ("no-hello", ("MAIL",), lambda client: not (client.is_greeted or client.has_begun_tls or client.may_be_blind)),
-    (
-        "hello-invalid",
-        _HELLO,
-        lambda client: not re.fullmatch(_STRICT_NAME, client.argument) and not client.has_literal,
-    ),
+    ("hello-invalid", _HELLO, lambda client: not (client.has_literal or re.fullmatch(_STRICT_NAME, client.argument))),
     ("hello-not-fqdn", _HELLO, lambda client: re.fullmatch(_LABEL, client.argument)),
     ("unannounced-command", (), lambda client: client.kind.extension not in ("", *client.announced)),
     (
@@ -1025,11 +1018,8 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], obj
     ),
     ("superfluous-argument", (), lambda client: client.argument and not client.kind.argument),
     ("bad-sequence", ("AUTH",), lambda client: client.is_in_mail),
-    (
-        "bad-sequence",
-        ("DATA",),
-        lambda client: client.has_chunks or client.parameters.get("BODY") == "BINARYMIME",
-    ),  # RFC 3030
+    # RFC 3030
+    ("bad-sequence", ("DATA",), lambda client: client.has_chunks or client.parameters.get("BODY") == "BINARYMIME"),
     ("bad-sequence", ("RCPT",), lambda client: not (client.is_in_mail or client.may_be_blind)),
     ("nested-mail", ("MAIL",), lambda client: client.is_in_mail and not client.may_be_blind),
     (
@@ -2202,10 +2192,6 @@ class _Rcptto(_PathHandler):
         mail.recipients.append(exchange)
 
 
-def _name_recipients(handler: Handler, session: _Session, argument: Any, value: Any) -> Sequence[str]:
-    return session.mail.accepted_recipients()
-
-
 class _Data(Handler):
     """DATA, which asks for permission to send the body."""
 
@@ -2222,7 +2208,9 @@ class _Data(Handler):
     def refuse(self, session: _Session, value: Any) -> str | None:
         return None if session.mail.body is None else self._bad_sequence  # after a chunk, RFC 3030 section 2
 
-    _names = _name_recipients
+    @staticmethod
+    def _names(session: _Session, argument: Any, value: Any) -> Sequence[str]:
+        return session.mail.accepted_recipients()
 
     def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         reply = super()._run(session, request, argument)
@@ -2276,7 +2264,7 @@ class _EndOfBody(Handler):
     received = "msg_msg_received"
     _delay = "response_delay_message"
     _step = "msg"
-    _names = _name_recipients
+    _names = staticmethod(_Data._names)
 
     def _decide(self, session: _Session, request: _Request | None, argument: Any, value: Any) -> dict[str, Any]:
         texts, names = self._texts(session, request, argument), self._names(session, argument, value)
