@@ -2752,6 +2752,9 @@ class _Mail:
         self.recipients: list[_Exchange] = []
         self.exchanges: list[_Exchange] = []
         self.body: _Body | None = None
+        self.attempts = 0  # to send a mail, of which all is kept
+        self.refused: list[_Exchange] = []  # in older ones
+        self.begin = 0  # where in the exchanges all is kept from
         self.discarded = 0  # accepted mails that the message no longer shows
         self.has_begun = False  # MAIL came
         self.is_complete = False  # only RSET, NOOP and QUIT belong to it any more
@@ -2789,13 +2792,17 @@ class _Mail:
             at -= 1
         if at:  # else it was truncated
             self.exchanges = [*self.lasting().values(), *self.exchanges[at:]]
+            self.attempts = self.begin = 0
+            self.refused = []
 
-    def forget_attempts(self) -> None:
-        """Keep of all but the last attempts to send a mail only what was refused."""
-        attempts = [at for at, exchange in enumerate(self.exchanges) if exchange.verb == "MAIL"]
-        if len(attempts) >= _ATTEMPT_LIMIT:
-            at = attempts[1 - _ATTEMPT_LIMIT]
-            self._truncate([exchange for exchange in self.exchanges[:at] if exchange.is_refused], at)
+    def begin_attempt(self) -> None:
+        """Keep of the oldest attempt to send a mail only what was refused, if there are too many."""
+        self.attempts += 1
+        if self.attempts > _ATTEMPT_LIMIT:
+            found = (at for at in range(self.begin, len(self.exchanges)) if self.exchanges[at].verb == "MAIL")
+            next(found, 0)  # the oldest
+            if at := next(found, 0):
+                self._truncate(self.refused + [said for said in self.exchanges[self.begin : at] if said.is_refused], at)
 
     def limit_size(self) -> None:
         """Keep half of what is allowed if it has become more."""
@@ -2807,6 +2814,7 @@ class _Mail:
                 size -= sizes[at]
                 at += 1
             self._truncate([], at)
+            self.attempts = sum(said.verb == "MAIL" for said in self.exchanges[self.begin :])
 
     def _truncate(self, kept: list[_Exchange], at: int) -> None:
         """Keep these exchanges, and from this one on all that a reader needs to understand the rest."""
@@ -2817,6 +2825,7 @@ class _Mail:
         missing = [said for said in needed if not any(said is other for other in rest)]
         truncation = _TRUNCATION._replace(at=self.exchanges[at - 1].at)
         self.exchanges = [*greeting, *kept, truncation, *missing, *rest]
+        self.refused, self.begin = kept, len(self.exchanges) - len(rest)
 
     def accepted_recipients(self) -> list[str]:
         return [recipient.value.address for recipient in self.recipients if recipient.accepted]
@@ -3084,8 +3093,7 @@ class _Session:
             self.mail = mail.make_next()
         if kind is _VERBS["MAIL"]:
             self.mail.has_begun = True
-            if len(self.mail.exchanges) > _ATTEMPT_LIMIT:
-                self.mail.forget_attempts()
+            self.mail.begin_attempt()
 
     def run(self, handler: Handler, request: _Request | None, argument: Any) -> _Reply:
         """Run a command. What it completes is recorded before its reply is returned."""
