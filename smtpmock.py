@@ -12,6 +12,7 @@ One module, standard library only, one thread per connection. It reads from top 
     options         Configuration: every option with its default and its meaning
     grammar         the verbs, the patterns of RFC 5321, and the parsers of a command line
     dialogue        a request, a reply, and the exchange of the two
+    mail            how a mail is read: its charsets, encodings, headers and parts
     violations      what a client can do wrong: the checks, each with its RFC
     records         what the server records of a session
     rules           when the server deviates from its normal replies, and how
@@ -48,37 +49,21 @@ import threading
 import time
 import types
 import weakref
-from collections import deque, namedtuple
+from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-
-# Type checkers take it for true. To import typing takes a tenth of the time until the command line listens.
-TYPE_CHECKING = False
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import datetime
     import logging
     import ssl
     from email.message import EmailMessage
-    from typing import Any, ClassVar, Concatenate, Generic, Literal, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
+    from typing import Concatenate, Literal, ParamSpec
 
     from typing_extensions import dataclass_transform as _dataclass_transform  # pyright: ignore
 
     _P = ParamSpec("_P")
 else:
-    Any = ClassVar = NoReturn = object
-    TypeVar = str
-
-    class _TupleType(type):
-        """Makes a subclass of a namedtuple() of what would be a subclass of NamedTuple."""
-
-        def __new__(cls, name: str, bases: tuple[type, ...], names: dict[str, Any]) -> type:
-            defaults = [names.pop(field) for field in names["__annotations__"] if field in names]
-            base = namedtuple(name, names["__annotations__"], defaults=defaults)
-            return type(name, (base,), names | {"__slots__": ()})
-
-    NamedTuple = type.__new__(_TupleType, "NamedTuple", (), {"__module__": "typing"})
-    Protocol = type("Protocol", (), {"__module__": "typing"})
-    Generic = type("Generic", (), {"__module__": "typing", "__class_getitem__": classmethod(types.GenericAlias)})
 
     def _dataclass_transform(**options: bool) -> Callable[[type], type]:  # what Python 3.10 lacks, and nothing needs
         return lambda cls: cls
@@ -398,7 +383,7 @@ class _SessionOptions(_Options):
     blacklisted_mailfrom_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that MAIL FROM refuses")
     blacklisted_rcptto_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that RCPT TO refuses")
     not_registered_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that RCPT TO refuses as unknown")
-    lenient_addresses: bool = _option(False, _FLAG, "also accept names such as root, a@srv_1.example.com, 0123456789")
+    lenient_addresses: bool = _option(False, _FLAG, "also accept names such as root or a@srv_1.example.com")
     response_delay_helo: float = _option(0, _SECONDS, "seconds before the reply to HELO and EHLO")
     response_delay_mailfrom: float = _option(0, _SECONDS, "seconds before the reply to MAIL FROM")
     response_delay_rcptto: float = _option(0, _SECONDS, "seconds before the reply to RCPT TO")
@@ -844,6 +829,248 @@ def _format_exchanges(exchanges: Iterable[_Exchange]) -> Iterator[str]:
             yield f"S: {reply.next.value}"
 
 
+# -------------------------------------------------------------------------------------------- mail
+
+_TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
+_ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
+_WORD = _ENCODED_WORD.replace("A-Za-z", "BbQq")
+_COMMENT = r"\([^()]*\)"
+_SPACE, _TOKEN = rf"\s*(?:{_COMMENT}\s*)*", r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]+"
+_UNQUOTED = r"[^;(]*(?:\((?:[^()]*\))?[^;(]*)*"
+_PARAMETER = rf'(?s);{_SPACE}([^\s;=()]+){_SPACE}={_SPACE}(?:"([^"\\]*(?:\\.[^"\\]*)*)"?|({_UNQUOTED}))'
+_FIELD = r"(?<![^\n])([!-9;-~]+)[ \t]*:[ \t]*([^\n]*(?:\n[ \t][^\n]*)*)\n?"
+# Longer headers are not given to `email`, because the time that it takes grows with the square of their length.
+_HEADER_LIMIT, _DEPTH_LIMIT, _PART_LIMIT = 2000, 30, 10_000
+_Parts = list[tuple[Any, str, dict[str, str], bytes | None]]  # each with its type, parameters, and content if it is one
+
+_NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
+# Names of charsets, by IANA and by old programs and without x- or cs, that Python knows under another name.
+_CHARSETS = {
+    "(?:windows|ibm|ccsid|dos|ms)?-?(?:cp)?-?0*([0-9]+)": r"cp\1", "windows-?31j": "cp932", "hproman8": "hp-roman8",
+    "iso-8859-1-windows.*": "cp1252", "iso-8859-2-windows.*": "cp1250", "iso-8859-9-windows.*": "cp1254",
+    "iso-?8859-?([0-9]+)(?:-?[ie])?": r"iso8859-\1",  # RFC 1556: -i and -e are about the direction of the text
+    "(?:unicode-?1-?1-?)?utf-?([0-9]+)-?([bl]e)?": r"utf-\1\2", "iso-10646-ucs-2|unicode": "utf-16-be",
+    "iso-10646-ucs-4|ucs4": "utf-32-be", "ksc?-?c?-?5601.*|iso-ir-149": "euc_kr", "koi8([ru])": r"koi8-\1",
+    "eucpkdfmtjapanese|extended-unix-code-packed.*": "euc_jp", "jis-?encoding": "iso2022_jp", "gb-2312-80": "gb2312",
+    "iso2022jp2": "iso2022_jp_2", "(?:iso)?-?latin-?9": "iso8859-15", "pc-multilingual-850.*": "cp858",
+}  # fmt: skip
+# Mail programs often name the first charset and use the second, which has all its characters and more.
+_SUPERSETS = {
+    "ascii": "utf-8", "gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "euc_kr": "cp949",
+    "shift_jis": "cp932", "euc_jp": "euc_jis_2004", "iso2022_jp": "iso2022_jp_ext iso2022_jp_3",
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _find_codec(charset: str) -> str:
+    """Python's name of a charset; "" if Python does not know it."""
+    import codecs
+
+    name = re.sub("[^a-z0-9.+]+", "-", charset[:60].lower()).strip("-")
+    plain = re.sub("^(?:x-|cs)", "", name)
+    for known in (name, *(re.sub(f"^(?:{names})$", codec, plain) for names, codec in _CHARSETS.items())):
+        with contextlib.suppress(LookupError):
+            codec = codecs.lookup(known).name
+            if codec not in _NOT_CHARSETS:
+                return codec
+    return ""
+
+
+def _decode_charset(data: bytes, charset: str) -> str:
+    """The text, with a replacement character for each wrong one; a charset that is unknown counts as UTF-8."""
+    codec = _find_codec(charset) or "utf-8"
+    names = ["cp1252"] if codec == "iso8859-1" else [codec, *_SUPERSETS.get(codec, "").split()]
+    for name, errors in (*((name, "strict") for name in names), (names[-1], "replace")):
+        # Windows adds characters to JIS X 0208 that Python knows in JIS X 0213 alone.
+        text = data.replace(b"\x1b$B", b"\x1b$(O") if name == "iso2022_jp_3" else data
+        with contextlib.suppress(Exception):  # a codec may raise anything, and that of UTF-7 makes lone surrogates
+            return re.sub("[\ud800-\udfff]", "\ufffd", text.decode(name, errors).removeprefix("\ufeff"))
+    return data.decode("utf-8", "replace")
+
+
+def _decode_content(data: bytes, encoding: str) -> bytes:
+    import binascii
+    import codecs
+
+    if encoding == "quoted-printable":
+        return binascii.a2b_qp(re.sub(rb"(?<![ \t])[ \t]+(?=\r?\n|\Z)", b"", data))
+    if encoding == "base64":  # `email` stops at the first padding, and at a stray character decodes nothing
+        blocks = re.findall(b"[^=]+", re.sub(b"[^A-Za-z0-9+/=]+", b"", data))
+        return b"".join(binascii.a2b_base64(block[: len(block) - (len(block) % 4 == 1)] + b"==") for block in blocks)
+    with contextlib.suppress(Exception):
+        if encoding in ("x-uuencode", "uuencode", "x-uue", "uue"):
+            return codecs.decode(data[data.index(b"begin ") :].replace(b"\r\n", b"\n"), "uu")
+    return data
+
+
+def _decode_words(text: str, write: Callable[[str], str] = str) -> str:
+    """Decode the encoded words, without the white space between two; those of one charset may share a character."""
+
+    def decode(match: re.Match[str]) -> str:
+        runs: list[tuple[str, list[bytes]]] = []
+        for charset, kind, word in re.findall(_WORD, match[0]):
+            if not runs or runs[-1][0] != charset:
+                runs.append((charset, []))
+            encoding, text = ("base64", word) if kind in "Bb" else ("quoted-printable", word.replace("_", "=20"))
+            runs[-1][1].append(_decode_content(text.encode(), encoding))
+        return write("".join(_decode_charset(b"".join(data), charset.partition("*")[0]) for charset, data in runs))
+
+    word = _WORD.replace("(", "(?:")
+    return re.sub(rf"{word}(?:\s*{word})*", decode, text)
+
+
+def _unfold(value: str) -> str:
+    """The value in one line, with raw bytes read as UTF-8; it may be folded right after the colon."""
+    text = value.rstrip("\r\n").replace("\r\n", "").replace("\n", "").replace("\r", " ").lstrip(" \t")
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _strip_comments(value: str) -> str:
+    for _ in range(4):  # they may be nested; with no limit, the time could grow with the square of the length
+        value = re.sub(_COMMENT, " ", value)
+    return value
+
+
+def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
+    """The value of a header such as Content-Type, and its parameters.
+
+    `email` takes comments for a part of the value, raises on some parameters, and stops within an unquoted one that
+    needs quotes; mail readers take it whole.
+    """
+    from urllib.parse import unquote_to_bytes
+
+    text = next((value for name, value in part.raw_items() if name.lower() == header), None)
+    if text is None:
+        return "", {}
+    text = _unfold(text[:100_000])  # `re` needs up to 300 bytes for each character
+    end = len(re.split(rf"\A({_UNQUOTED})", text)[1])
+    values: dict[str, str] = {}
+    sections: dict[str, dict[int, tuple[str, str]]] = {}
+    for name, quoted, raw in re.findall(_PARAMETER, text[end:]):
+        bare = _strip_comments(raw).strip()
+        value = (bare if re.fullmatch(_TOKEN, bare) else raw.strip()) or re.sub(r"(?s)\\(.)", r"\1", quoted)
+        base, number, star = re.split(r"(?:\*([0-9]{1,4}))?(\*?)\Z", name.lower(), maxsplit=1)[:3]
+        if number or star:
+            sections.setdefault(base, {}).setdefault(int(number or 0), (value, star))
+        elif base not in values:
+            values[base] = value if base == "boundary" else _decode_words(value)
+    for name, found in sections.items():  # RFC 2231: with a star, a section is percent-encoded
+        ordered = [section for _, section in sorted(found.items())]
+        data = b"".join(unquote_to_bytes(value) if star else value.encode() for value, star in ordered)
+        charset, _, data = data.split(b"'", 2) if ordered[0][1] and data.count(b"'") > 1 else (b"", b"", data)
+        values[name] = _decode_charset(data, charset.decode("latin-1"))
+    return "".join(_strip_comments(text[:end]).lower().split()), values
+
+
+@functools.cache
+def _make_email_policy() -> Any:
+    import base64
+    from email.errors import InvalidHeaderDefect
+    from email.headerregistry import BaseHeader, HeaderRegistry, UnstructuredHeader
+    from email.policy import EmailPolicy
+
+    def encode(text: str) -> str:
+        """`email` knows fewer charsets, and up to Python 3.13 it puts a blank between the encoded words of a name."""
+        return f"=?utf-8?b?{base64.b64encode(text.encode('utf-8', 'replace')).decode()}?="
+
+    # It has what is asked of a Content- header, too.
+    attributes = {"value_parser": staticmethod(_decode_words), "params": {}, "content_disposition": None, "cte": "7bit"}
+    unstructured: Any = type("Text", (UnstructuredHeader,), attributes)
+
+    class Policy(EmailPolicy):
+        def header_fetch_parse(self, name: str, value: str) -> Any:
+            text = _unfold(value)
+            try:
+                if len(text) > _HEADER_LIMIT:
+                    raise ValueError("it is too long")
+                return self.header_factory(name, _decode_words(text, encode))
+            except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
+                header: Any = HeaderRegistry(BaseHeader, unstructured, False)(name, text)
+                header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
+                return header
+
+    return Policy(refold_source="none")
+
+
+def _show_headers(mail: Any) -> list[tuple[str, str]]:
+    """Addresses and other structured values are shown as `email` does, but only the first of a name: it is slow."""
+    structured = mail.policy.header_factory.registry.keys() - {"subject"}
+    values = []
+    for name, value in mail.raw_items():
+        is_structured = name.lower() in structured
+        structured.discard(name.lower())
+        text = str(mail.policy.header_fetch_parse(name, value)) if is_structured else _decode_words(_unfold(value))
+        values.append((name, text))
+    return values
+
+
+def _read_header(part: Any, text: str) -> str:
+    """Add the fields to the part, and return its body.
+
+    A line that is neither a field nor its continuation is skipped, as mail readers do; `email` ends the header there.
+    """
+    from email.errors import MissingHeaderBodySeparatorDefect
+
+    head, *rest = re.split(r"(?<![^\n])\r?\n", text, maxsplit=1)
+    fields = list(re.finditer(_FIELD, head))
+    for field in fields:
+        part.set_raw(field[1], field[2].rstrip("\r\n"))
+    if sum(len(field[0]) for field in fields if field[0][len(field[1])] == ":") != len(head):
+        part.defects.append(MissingHeaderBodySeparatorDefect())
+    if rest and (fields or not head):
+        return rest[0]
+    return text[fields[-1].end() if fields else 0 :]
+
+
+def _split_multipart(part: Any, body: str, boundary: str) -> list[str]:
+    from email import errors
+
+    delimiter = "--" + re.escape(boundary.rstrip().encode().decode("ascii", "surrogateescape"))
+    line = rf"{delimiter}(?<![^\n]{delimiter})(--)?[ \t]*(?:\r?\n|\Z)"
+    preamble, *found = re.split(line, body, maxsplit=_PART_LIMIT) if 0 < len(boundary) < _HEADER_LIMIT else [body]
+    ends, texts = found[::2], [text.removesuffix("\n").removesuffix("\r") for text in (preamble, *found[1::2])]
+    count = ends.index("--") if "--" in ends else len(ends)
+    if count == 0:
+        part.defects.append(errors.StartBoundaryNotFoundDefect() if boundary else errors.NoBoundaryInMultipartDefect())
+        return []
+    part.preamble = texts[0] if preamble else None
+    if count == len(ends):
+        part.defects.append(errors.CloseBoundaryNotFoundDefect())
+    else:
+        part.epilogue = found[2 * count + 1] or ("" if body.endswith("\n") else None)
+    return texts[1 : count + 1]
+
+
+def _parse_part(part: Any, text: str, parts: _Parts, depth: int = 0) -> _Parts:
+    """Fill the EmailMessage, and add it and its parts to the list, but for those of a mail within the mail.
+
+    The parser of `email` rewrites a mail within the mail, is limited by the stack alone, and compares each line with
+    the boundaries of all parts around it.
+    """
+    from email.errors import MessageDefect
+    from email.message import EmailMessage
+
+    body = _read_header(part, text)
+    (kind, parameters), encoding = _read_mime(part, _TYPE), _read_mime(part, _ENCODING)[0]
+    if kind.count("/") != 1:  # RFC 2045 section 5.2
+        kind = "text/plain" if kind else part.get_default_type()
+    is_multipart, is_message = kind.startswith("multipart/"), kind.startswith("message/")
+    if depth == _DEPTH_LIMIT and (is_multipart or is_message):
+        (parts[0][0] if parts else part).defects.append(MessageDefect("parts are nested too deeply"))
+        is_multipart = is_message = False
+    texts = _split_multipart(part, body, parameters.get("boundary", "")) if is_multipart else []
+    content = None if texts else _decode_content(body.encode("ascii", "surrogateescape"), encoding)
+    if is_message and content is not None:
+        blocks = r"(?:[^\r\n][^\n]*(?:\n|\Z))+" if kind == "message/delivery-status" else r"(?s).+|\A\Z"
+        texts = re.findall(blocks, content.decode("ascii", "surrogateescape"))[:_PART_LIMIT]
+    parts.append((part, re.sub("^multipart/.*", "text/plain", kind), parameters, content))
+    part.set_payload([EmailMessage(part.policy) for _ in texts] or body)
+    for inner, text in zip(part.get_payload() if texts else (), texts, strict=True):
+        inner.set_default_type("message/rfc822" if kind == "multipart/digest" else "text/plain")
+        _parse_part(inner, text, [] if is_message else parts, depth + 1)
+    return parts
+
+
 # -------------------------------------------------------------------------------------- violations
 
 
@@ -1079,13 +1306,9 @@ _ENCODINGS = {
     "quoted-printable": ("bad-quoted-printable", _NOT_QUOTED),
 }
 
-_TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
 _ADDRESS_HEADERS = ("from", "sender", "reply-to", "to", "cc")
 _SINGULAR_HEADERS = (*_ADDRESS_HEADERS, "date", "bcc", "message-id", "in-reply-to", "references", "subject")
 _BOUNDARY_DEFECTS = ("NoBoundaryInMultipartDefect", "StartBoundaryNotFoundDefect", "CloseBoundaryNotFoundDefect")
-_NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
-_ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
-_COMMENT = r"\([^()]*\)"
 _MESSAGE_ID = r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*"
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -1093,8 +1316,6 @@ _DATE = (
     r"(?i)\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{4})\s+"
     r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{2}[0-5][0-9]\s*"
 )
-# Longer headers are not parsed, because the time that `email` takes grows with the square of their length.
-_HEADER_LIMIT, _MIME_HEADER_LIMIT = 2000, 1000
 
 
 def _find_line(code: str, pattern: bytes, data: bytes) -> _Findings:
@@ -1122,26 +1343,6 @@ def _check_content(content: bytes, client: _ClientState, is_counted: bool) -> _F
         yield from _find_line(code, _NOT_ASCII, body)
 
 
-@functools.cache
-def _make_email_policy() -> Any:
-    from email.errors import InvalidHeaderDefect
-    from email.policy import EmailPolicy
-
-    class Policy(EmailPolicy):
-        def header_fetch_parse(self, name: str, value: str) -> Any:
-            try:
-                if name.lower().startswith("content-") and len(value) > _MIME_HEADER_LIMIT:
-                    raise ValueError("it is too long")
-                return super().header_fetch_parse(name, value)
-            except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
-                text = "".join(value[:_HEADER_LIMIT].splitlines()).replace("=?", "= ?")
-                header: Any = self.header_factory("unstructured", text)
-                header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
-                return header
-
-    return Policy()
-
-
 @functools.lru_cache(maxsize=64)  # addresses are parsed twice
 def _parse_header(name: str, value: str) -> tuple[Any, bool]:
     """The header as `email` parses it, without encoded words, and whether it is malformed."""
@@ -1149,15 +1350,10 @@ def _parse_header(name: str, value: str) -> tuple[Any, bool]:
 
     if len(value) > _HEADER_LIMIT:
         return None, False
-    text = re.sub(_ENCODED_WORD, "x", value)  # encoded words have a check of their own
+    # Encoded words have a check of their own, but for one in place of a parameter's value that is not quoted.
+    text = re.sub(rf"(?<!=)(?<!= ){_ENCODED_WORD}", "x", value)
     header = _make_email_policy().header_fetch_parse(name, text.rstrip("; \t\r\n") if name == _TYPE else text)
     return header, any(isinstance(defect, InvalidHeaderDefect) for defect in header.defects)
-
-
-def _strip_comments(value: str) -> str:
-    for _ in range(4):  # they may be nested; with no limit, the time could grow with the square of the length
-        value = re.sub(_COMMENT, " ", value)
-    return value
 
 
 def _is_bad_date(value: str) -> bool:
@@ -1182,16 +1378,15 @@ def _has_no_address(value: str) -> bool:
 def _can_decode(data: bytes, encoding: str, charset: str | None = None) -> bool:
     import base64
     import binascii
-    import codecs
 
     try:
         if encoding == "base64":
             data = base64.b64decode(b"".join(data.split()), validate=True)
         elif encoding == "quoted-printable":
             data = binascii.a2b_qp(data)
-        if charset is not None:
-            data.decode(charset)
-        return charset is None or codecs.lookup(charset).name not in _NOT_CHARSETS
+        codec = "latin-1" if charset is None else _find_codec(charset)
+        data.decode(codec or "latin-1")
+        return codec != ""
     except (LookupError, ValueError):
         return False
 
@@ -1239,7 +1434,9 @@ def _check_header_set(first: dict[str, str], client: _ClientState) -> _Findings:
         yield "no-message-id", ""
     if "mime-version" not in first:
         yield from [("no-mime-version", f"{name}: {first[name]}") for name in _MIME if name in first][:1]
-    hidden = re.findall(r"[^\s<>(),:;\"]+@[^\s<>(),:;\"]+", f"{first.get('bcc')} {first.get('resent-bcc')}".lower())
+    hidden = re.findall(
+        r"(?<![^\s<>(),:;\"])[^\s<>(),:;\"@]+@[^\s<>(),:;\"]+", f"{first.get('bcc')} {first.get('resent-bcc')}".lower()
+    )
     if not set(hidden).issuperset(client.recipients):  # else this is the copy for the hidden ones
         yield from (("bcc-disclosed", address) for address in hidden)
 
@@ -1356,23 +1553,6 @@ class Attachment(NamedTuple):
     content: bytes
 
 
-def _decode_part(part: Any) -> bytes:
-    if not part.is_multipart():
-        return bytes(part.get_payload(decode=True))
-    # A mail within the mail, or the blocks of a delivery report. The generator cannot write all of them.
-    policy, data = part.policy.clone(linesep="\r\n", refold_source="none"), b""
-    with contextlib.suppress(Exception):
-        data = b"".join(inner.as_bytes(policy=policy) for inner in part.get_payload())
-    return data
-
-
-def _decode_text(part: Any) -> str:
-    data = _decode_part(part).replace(b"\r\n", b"\n")
-    with contextlib.suppress(LookupError, ValueError):
-        return data.decode(part.get_content_charset("utf-8"))
-    return data.decode("utf-8", "replace")
-
-
 def _jsonify_bytes(data: bytes) -> dict[str, str]:
     import base64
 
@@ -1453,7 +1633,7 @@ class Message:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the record, without what was parsed from it and cached."""
-        cached = ("transcript", "received_header", "email", "_parts", "_findings")
+        cached = ("transcript", "received_header", "_mail", "_parts", "_findings")
         values = vars(self).copy()  # at once: another thread may cache something meanwhile
         values["_recipients"] = self._recipients[: self._count]
         values["_exchanges"] = self._exchanges[: self._length]
@@ -1573,24 +1753,28 @@ class Message:
         return head.encode("utf-8", "surrogateescape") + self.content
 
     @functools.cached_property
+    def _mail(self) -> _Parts:
+        """What all attributes of the mail are read from."""
+        from email.message import EmailMessage
+
+        text = self.as_bytes().decode("ascii", "surrogateescape")
+        start = len(text) - len(self.content) - 2 * (self.content[:1] in (b" ", b"\t"))
+        mail: EmailMessage = EmailMessage(_make_email_policy())
+        _read_header(mail, text[:start])
+        return _parse_part(mail, text[start:], [])
+
+    @property
     def email(self) -> EmailMessage:
         """as_bytes() parsed. Faults are in the `defects` of its parts; they raise nothing."""
-        from email.errors import MessageDefect
-        from email.parser import BytesParser
-
-        parser: BytesParser[EmailMessage] = BytesParser(policy=_make_email_policy())
-        try:
-            return parser.parsebytes(self.as_bytes())
-        except RecursionError:
-            mail = parser.parsebytes(self.as_bytes(), headersonly=True)
-            mail.defects.append(MessageDefect("parts are nested too deeply"))
-            return mail
+        mail: EmailMessage = self._mail[0][0]
+        return mail
 
     @property
     def subject(self) -> str | None:
         """The decoded subject; None without one."""
-        subject = self.email["subject"]
-        return None if subject is None else str(subject)
+        header = re.split(rb"(?<![^\n])\r?\n|\A[ \t]", self.content, maxsplit=1)[0].decode("ascii", "surrogateescape")
+        subjects = (field[2] for field in re.finditer(_FIELD, header) if field[1].lower() == "subject")
+        return next((_decode_words(_unfold(subject)) for subject in subjects), None)
 
     @property
     def text(self) -> str | None:
@@ -1612,19 +1796,16 @@ class Message:
         """The first text of each type, and all other parts."""
         texts: dict[str, str] = {}
         attachments: list[Attachment] = []
-        parts: list[Any] = [self.email]
-        while parts:
-            part = parts.pop()
-            kind, name = part.get_content_type(), part.get_filename()
-            if part.get_content_maintype() == "multipart":
-                if part.is_multipart():
-                    parts.extend(reversed(part.get_payload()))
-                    continue
-                kind = "text/plain"  # because its boundary never appeared
-            if kind in ("text/plain", "text/html") and kind not in texts and name is None and not part.is_attachment():
-                texts[kind] = _decode_text(part)
+        for part, kind, parameters, content in self._mail if self.content else ():
+            if content is None:
+                continue
+            disposition, names = _read_mime(part, _DISPOSITION)
+            name = names.get("filename") or parameters.get("name") or None
+            is_body = disposition != "attachment" and (name is None or part is self.email)
+            if is_body and kind in ("text/plain", "text/html") and kind not in texts:
+                texts[kind] = _decode_charset(content, parameters.get("charset", "")).replace("\r\n", "\n")
             else:
-                attachments.append(Attachment(name, kind, _decode_part(part)))
+                attachments.append(Attachment(name, kind, content))
         return texts, attachments
 
     @property
@@ -1647,8 +1828,8 @@ class Message:
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
         values["rcptto_request_response"] = self.rcptto_request_response
         values["exchanges"] = [said._asdict() | {"at": said.at.isoformat()} for said in self.exchanges]
-        values["headers"] = [(name, str(value)) for name, value in self.email.items()]
-        values["defects"] = [f"{type(fault).__name__}: {fault}" for part in self.email.walk() for fault in part.defects]
+        values["headers"] = _show_headers(self.email)
+        values["defects"] = [f"{type(fault).__name__}: {fault}" for part, *_ in self._mail for fault in part.defects]
         values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
         return dict(_jsonify(values | _jsonify_bytes(self.content)))
 
@@ -4727,9 +4908,9 @@ def _show_mail(server: Server, number: str) -> _HttpAnswer:
         return f"<pre>{escape(text[:_TEXT_LIMIT])}</pre>{rest}"
 
     message, path = _find(server, number), f"/messages/{number}"
-    headers = [item for item in message.email.items() if item[0].lower() in _READ_HEADERS]
-    headers += [("MAIL FROM", message.mail_from), ("RCPT TO", ", ".join(message.rcpt_tos))]
-    body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value or '')}</bdi>" for name, value in headers)
+    headers = [item for item in _show_headers(message.email) if item[0].lower() in _READ_HEADERS]
+    headers += [("MAIL FROM", message.mail_from or ""), ("RCPT TO", ", ".join(message.rcpt_tos))]
+    body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value)}</bdi>" for name, value in headers)
     violations = [
         f'<p><b class="{found.severity}">{found.code}</b>: {escape(found.text)} <code>{escape(found.line)}</code>'
         f' <a href="https://www.rfc-editor.org/rfc/rfc{found.rfc.replace(" ", "#section-")}">RFC {found.rfc}</a>'
@@ -4761,10 +4942,10 @@ def _show_html(server: Server, number: str) -> _HttpAnswer:
     from urllib.parse import unquote
 
     message, urls = _find(server, number), dict[str, str]()
-    for part in message.email.walk():
-        if re.fullmatch("image/(png|jpeg|gif|webp)", part.get_content_type()):
-            data = base64.b64encode(_decode_part(part)).decode()
-            urls[str(part["content-id"]).strip(" <>")] = f"data:{part.get_content_type()};base64,{data}"
+    for part, kind, _, content in message._mail:
+        if content is not None and re.fullmatch("image/(png|jpeg|gif|webp)", kind):
+            data = base64.b64encode(content).decode()
+            urls[str(part["content-id"]).strip(" <>")] = f"data:{kind};base64,{data}"
 
     def inline(match: re.Match[str]) -> str:
         return match[1] + urls.get(unquote(html.unescape(match[3])), match[2] + match[3])
@@ -4910,9 +5091,9 @@ _CONDITIONS = {"skip": _COUNT, "times": _TIMES, "probability": _PROBABILITY, "af
 # The flags that are no options of a server.
 _OWN_FLAGS: dict[str, _Option] = {
     "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
-    "quiet": _option(False, _FLAG, "print no line for each mail and each session without one"),
+    "quiet": _option(False, _FLAG, "print no line for each mail and session"),
     "show": _option(False, _FLAG, "print each mail as a person reads it"),
-    "lint": _option(False, _FLAG, "print what clients do wrong on stderr; status 3 after an error"),
+    "lint": _option(False, _FLAG, "print violations on stderr; status 3 after an error"),
     "json": _option(
         False, _FLAG, "print each mail, each session without one, and errors as lines of JSON; log to stderr"
     ),

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-LIMIT = 1.3
+LIMIT = 1.45  # 1.0 on Python 3.11, 1.35 on 3.13: typing is imported, because Logger is a Protocol
 FLOOR = "import socketserver, argparse"
 COMMAND = ("-m", "smtpmock", "-port=0")
 ROOT = Path(__file__).resolve().parent.parent
