@@ -711,10 +711,9 @@ class _Request:
         self.faults = faults  # what the line does not show: codes of violations, each with the line for it
         self.kind = _VERBS.get(verb, _UNKNOWN_VERB)
 
-    def hide(self, line: str, argument: str = "", verb: str | None = None) -> _Request:
-        """The request with this line, because its own may hold a secret."""
-        verb = self.verb if verb is None else verb
-        return _Request(verb, line, argument, tuple((code, line) for code, _ in self.faults))
+    def hide(self, line: str, argument: str = "", verb: str = "") -> _Request:
+        """The request with this line, because its own may hold a secret, as may its verb."""
+        return _Request(verb or self.verb, line, argument, tuple((code, line) for code, _ in self.faults))
 
 
 def _find_faults(line: bytes, shown: str) -> tuple[tuple[str, str], ...]:
@@ -2971,7 +2970,7 @@ class _Mail:
         at = len(self.exchanges)
         while at and self.exchanges[at - 1] is not body:
             at -= 1
-        if at:  # else it was truncated
+        if at:  # else the mail was truncated
             self.exchanges = [*self.lasting().values(), *self.exchanges[at:]]
             self.attempts = self.begin = 0
             self.refused = []
