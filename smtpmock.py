@@ -626,61 +626,98 @@ class Violation(NamedTuple):
     def __str__(self) -> str:
         return f"{self.code}: {self.text} (RFC {self.rfc})" + (f": {self.line!r}" if self.line else "")
 
+    @property
+    def refused_by(self) -> str:
+        """Well-known providers and programs whose refusal of this is public, such as "Gmail, Amazon SES"; or empty."""
+        return ", ".join(name for name, what in _REFUSED_BY.items() if self.code in what or self.text in what)
+
 
 _VIOLATIONS = {
-    "early-talker": ("a command came before the greeting", "5321 4.3.1", "error"),
+    "early-talker": ("a command came before the greeting: wait for it", "5321 4.3.1", "error"),
     "bare-lf": ("a line ends in LF and not in CRLF", "5321 2.3.8", "error"),
-    "bare-cr": ("there is a CR without LF", "5321 2.3.8", "error"),
+    "bare-cr": ("there is a CR without LF: lines end in CRLF", "5321 2.3.8", "error"),
     "nul-byte": ("there is a NUL byte", "5322 2.1", "error"),
     "long-command": ("a command is longer than 512 bytes", "5321 4.5.3.1.4", "error"),
     "command-space": ("there is white space around a command", "5321 4.1.1", "warning"),
     "after-421": ("a command other than QUIT follows a 421", "5321 3.8", "warning"),
     "no-hello-after-tls": ("EHLO is not the first command within TLS", "3207 4.2", "error"),
     "data-after-refusal": ("the mail was sent although DATA was refused", "5321 3.3", "error"),
-    "data-before-354": ("the mail was sent before the reply to DATA", "5321 3.3", "error"),
+    "data-before-354": ("the mail was sent before the reply to DATA: wait for the 354", "5321 3.3", "error"),
     "pipelining": ("more was sent before the reply, and PIPELINING is not announced", "5321 4.3.1", "error"),
     "pipelining-order": ("more was sent after a command that must be the last of its group", "2920 3.1", "error"),
     "unknown-command": ("no RFC defines this command", "5321 4.1.5", "error"),
-    "no-hello": ("MAIL without EHLO or HELO", "5321 4.1.1.1", "error"),
+    "no-hello": ("MAIL without EHLO or HELO: send EHLO first", "5321 4.1.1.1", "error"),
     "hello-invalid": ("the client's name is neither a domain nor an address literal", "5321 4.1.1.1", "error"),
     "hello-not-fqdn": ("the client's name is not fully qualified", "5321 2.3.5", "warning"),
-    "unannounced-command": ("the extension of this command is not announced", "5321 4.1.1.1", "error"),
+    "unannounced-command": (
+        "the reply to EHLO does not announce the extension of this command",
+        "5321 4.1.1.1",
+        "error",
+    ),
     "unannounced-mechanism": ("this AUTH mechanism is not announced", "4954 4", "error"),
     "auth-in-clear": ("a password was sent in clear although STARTTLS is offered", "4954 4", "warning"),
     "superfluous-argument": ("this command takes no argument", "5321 4.1.1", "error"),
     "bad-sequence": ("this command is not allowed at this point", "5321 3.3", "error"),
-    "nested-mail": ("MAIL while another mail is open", "5321 4.1.4", "error"),
+    "nested-mail": ("MAIL while another mail is open: end it, or send RSET", "5321 4.1.4", "error"),
     "path-syntax": ("the address is not written as FROM:<address> or TO:<address>", "5321 3.3", "error"),
     "path-too-long": ("a local part is over 64 bytes or a path over 256", "5321 4.5.3.1", "error"),
-    "unannounced-parameter": ("the extension of a parameter is not announced", "5321 4.1.1.3", "error"),
+    "unannounced-parameter": (
+        "the reply to EHLO does not announce the extension of a parameter",
+        "5321 4.1.1.3",
+        "error",
+    ),
     "undeclared-utf8": ("an address is not ASCII, and MAIL had no SMTPUTF8", "6531 3.4", "error"),
-    "no-recipient": ("DATA although no recipient was accepted", "5321 3.3", "error"),
+    "no-recipient": ("DATA although no recipient was accepted: send RSET", "5321 3.3", "error"),
     "unstuffed-dot": ("a dot at the start of a line is not doubled", "5321 4.5.2", "error"),
     "false-end": ("some servers take this for the end of the mail", "5321 4.1.1.4", "error"),
     "long-line": ("a line is longer than 998 bytes", "5322 2.1.1", "error"),
     "size-understated": ("the mail is larger than its SIZE", "1870 6", "warning"),
-    "8bit-unannounced": ("the body is not ASCII, and 8BITMIME is not announced", "5321 2.4", "warning"),
+    "8bit-unannounced": (
+        "the body is not ASCII, and 8BITMIME is not announced: use quoted-printable or base64",
+        "5321 2.4",
+        "warning",
+    ),
     "8bit-undeclared": ("the body is not ASCII, and MAIL had no BODY=8BITMIME", "6152 3", "warning"),
     "header-syntax": ("a line of the header is neither a field nor its continuation", "5322 2.2", "error"),
-    "header-raw": ("a header is not ASCII, and MAIL had no SMTPUTF8", "5322 2.2", "error"),
+    "header-raw": ("a header is not ASCII, and MAIL had no SMTPUTF8: use encoded words", "5322 2.2", "error"),
     "header-missing": ("a required header is missing", "5322 3.6", "error"),
     "header-duplicate": ("a header occurs twice", "5322 3.6", "error"),
     "no-message-id": ("there is no Message-ID", "5322 3.6.4", "warning"),
-    "bad-message-id": ("the Message-ID is not <left@right>", "5322 3.6.4", "error"),
+    "bad-message-id": ("a message id is not like <left@right>", "5322 3.6.4", "error"),
     "bad-date": ("the Date is not like Fri, 21 Nov 1997 09:55:06 -0600", "5322 3.3", "error"),
-    "bad-address": ("a header has no readable address", "5322 3.4", "error"),
-    "bcc-disclosed": ("Bcc tells other recipients who is hidden", "5322 3.6.3", "error"),
+    "bad-address": ("a header has no readable address, such as user@example.com", "5322 3.4", "error"),
+    "bcc-disclosed": ("Bcc tells other recipients who is hidden: leave it out", "5322 3.6.3", "error"),
     "no-mime-version": ("there are MIME headers and no MIME-Version", "2045 4", "error"),
-    "encoded-word": ("an encoded word cannot be decoded, or no white space separates it", "2047 5", "error"),
+    "encoded-word": ("an encoded word cannot be decoded, or is not allowed at this place", "2047 5", "error"),
     "encoded-word-long": ("an encoded word is longer than 75 characters", "2047 2", "warning"),
-    "encoded-parameter": ("there is an encoded word in a parameter", "2047 5", "warning"),
-    "bad-content-type": ("the Content-Type cannot be parsed", "2045 5.1", "error"),
-    "bad-boundary": ("the boundary is missing, too long, or does not end its parts", "2046 5.1.1", "error"),
+    "encoded-parameter": ("there is an encoded word in a parameter: write name*=utf-8''a%20b", "2047 5", "warning"),
+    "bad-content-type": ("the Content-Type is not like text/plain; charset=utf-8", "2045 5.1", "error"),
+    "bad-boundary": ("the boundary is missing, malformed, or does not separate the parts", "2046 5.1.1", "error"),
     "bad-encoding": ("the Content-Transfer-Encoding is unknown or not allowed here", "2045 6.4", "error"),
-    "8bit-in-7bit": ("a part is not ASCII, and its Content-Transfer-Encoding is 7bit", "2045 6.2", "error"),
+    "8bit-in-7bit": ("a part labelled 7bit is not ASCII: use quoted-printable or base64", "2045 6.2", "error"),
     "bad-base64": ("the base64 cannot be decoded, or a line is over 76 characters", "2045 6.8", "error"),
     "bad-quoted-printable": ("there are bytes that quoted-printable encodes, or lines over 76", "2045 6.7", "error"),
+    "bad-disposition": ('the Content-Disposition is not like attachment; filename="a b.pdf"', "2183 2", "error"),
     "wrong-charset": ("the text cannot be decoded with its charset", "2046 4.1.2", "error"),
+    "unknown-charset": ("the text is not ASCII, and nobody knows its charset", "2046 4.1.2", "warning"),
+    "bad-mime-version": ("the MIME-Version is not 1.0", "2045 4", "warning"),
+    "group-in-from": ("From has a group: write the address of a sender", "6854 3", "warning"),
+    "obsolete-syntax": ("this is obsolete, and must not be written any more", "5322 4", "warning"),
+}
+
+_BLANK_LINE = "a continuation line has nothing but white space"
+_NO_SPACE = "an encoded word needs white space around it"
+_NO_SENDER = "From has several addresses, and there is no Sender"
+# The codes or texts of what somebody refuses. The issues on GitHub quote the replies.
+_REFUSED_BY = {
+    "Gmail": ("no-message-id", "bad-message-id", "header-duplicate", _NO_SENDER),
+    # element-hq/matrix-authentication-service#4747, Chaste/Chaste#268, fudforum/FUDforum#49
+    "Amazon SES": ("header-duplicate",),  # xreef/EMailSender#49
+    "Yahoo": (_NO_SPACE,),  # python/cpython#144156
+    "GMX": ("long-line",),  # minosiants/pencil#16
+    "amavis": (_BLANK_LINE,),  # docker-mailserver/docker-mailserver#3501
+    "Postfix": ("bare-lf", "pipelining"),  # VernissageApp/VernissageServer#28, xymon-monitoring/xymon#450
+    "Exim": ("early-talker",),  # nodemailer/nodemailer#56
 }
 
 # The verbs of all RFCs, and what this module calls the other things that a client sends.
@@ -825,7 +862,8 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], obj
     ),
 )
 
-_Findings = Iterator[tuple[str, str]]  # codes, each with its line
+# A code, its line and, if the text of the code is too general, a text.
+_Findings = Iterator[tuple[str, ...]]
 
 
 def _check_dialogue(dialogue: list[_Request], client: _ClientState) -> _Findings:
@@ -845,7 +883,7 @@ def _check_dialogue(dialogue: list[_Request], client: _ClientState) -> _Findings
 
 
 # Patterns for a mail or a body with a CRLF before it. Most begin with a byte, which is found fast.
-_HEAD_END = rb"\A\r\n(?=[ \t])|\n(?![!-9;-~]+:|[ \t])"
+_HEAD_END = rb"\A\r\n(?=[ \t])|\n(?![!-9;-~\x80-\xff]+:|[ \t])"  # a name that is not ASCII is still a name
 _NO_BODY = rb"\A(?!\r?\n)."  # it must be empty, or begin with the empty line
 _NOT_ASCII = rb"[^\0-\x7f]"
 _NOT_QUOTED = (  # lines of 77 and 78 are let through, because CPython's `email` makes them
@@ -858,6 +896,7 @@ _CONTENT_CHECKS = {
     "false-end": rb"\n(?<!\r\n)\.\r?\n|\r\.[\r\n]",
     "long-line": rb"\n[^\r\n]{999}",
 }
+_LOWER_HEX = rb"=(?:[a-f][0-9A-Fa-f]|[0-9A-F][a-f])"
 _ENCODINGS = {
     "7bit": ("8bit-in-7bit", _NOT_ASCII),
     "base64": ("bad-base64", rb"\n[^\r\n]{77}|[^A-Za-z0-9+/=\s]"),
@@ -866,17 +905,73 @@ _ENCODINGS = {
 
 _TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
 _ADDRESS_HEADERS = ("from", "sender", "reply-to", "to", "cc")
-_SINGULAR_HEADERS = (*_ADDRESS_HEADERS, "date", "bcc", "message-id", "in-reply-to", "references", "subject")
-_BOUNDARY_DEFECTS = ("NoBoundaryInMultipartDefect", "StartBoundaryNotFoundDefect", "CloseBoundaryNotFoundDefect")
+_SINGULAR_HEADERS = {*_ADDRESS_HEADERS, *_MIME, "date", "bcc", "message-id", "in-reply-to", "references", "subject"}
+_SINGULAR_HEADERS |= {"mime-version", "content-id"}
+_REPORTS = ("message/delivery-status", "message/disposition-notification")  # RFC 3464 section 2.1, RFC 8098 section 3.1
 _NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
+# What begins the names that IANA registers for charsets, and that Python does not know.
+_REGISTERED_CHARSETS = (
+    r"(?i)(?:iso(?![-_]?8859-?\d+$)|cs|(?:ccsid|cp|ibm)(?=0|[2489]\d\d$|1047|50220|51932)|cp-ar|ibm-|ebcdic|osd_|nats|hp-|"
+    r"[jk][ips]s?[-_]|ksc_?5|n[cfs]_|jus_|ventura|inis|greek|latin(?:-9$|-[gl]|1-)|ansi_|bs_|ds_?2|gb_|ami|asmo|x02|t\.|"
+    r"pc[8-]|adobe|mnem|[a-z]{2}2?$|windows-(?:31j|874|936)$|(?:us|dk)-|851|904|arabic7|bocu|brf|cesu|cuba|de[cn]|din_|e13b|"
+    r"ecma-|extended_|gost|iec_|invar|irv|katakana|koi[78]-|lap|mac|microsoft-|msz|naplps|ref|scsu|sen_|serbian|st_|tscii|"
+    r"unicode-1|unknown-8|utf-7-|videotex|viqr|viscii)[\w.:()+-]*"
+)
 _ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
-_COMMENT = r"\([^()]*\)"
-_MESSAGE_ID = r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*"
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_DATE = (
-    r"(?i)\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{4})\s+"
-    r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{2}[0-5][0-9]\s*"
+_DATE = (  # with the years and zones of RFC 5322 section 4.3
+    r"(?i)\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{2,4})\s+(?:[01][0-9]|2[0-3])"
+    r":[0-5][0-9](?::[0-5][0-9]|:60)?\s+([+-][0-9]{2}[0-5][0-9]|UT|GMT|[ECMP][SD]T|[A-IK-Z])\s*"
+)
+
+# The grammar of RFC 5322 section 3 is that of an outline: a for an atom, q for a quoted string, l for a domain literal,
+# a space for comments and white space, and other characters as they are. Only one way leads through each pattern, so
+# that the time is linear. What is obsolete (section 4) is understood.
+_TOKENS = r"(?P<q>\"+)|(?P<l>\[[^][\\]*\])|(?P<a>[^\0- \"(),.:;<>@[\\\]\x7f]+)|\s+"
+_ADDRESS = r" ?(?:a(?:\.a)*|q) ?@ ?(?:a(?:\.a)*|l) ?"
+_OLD_ADDRESS = r" ?[aq] ?(?:\. ?[aq] ?)*@ ?(?:a ?(?:\. ?a ?)*|l ?)"
+_ID = r"<a(?:\.a)*@(?:a(?:\.a)*|l)>"
+
+
+def _list_addresses(name: str, address: str, route: str = "") -> str:
+    mailbox = rf"(?:(?:{name}| ?)<{route}{address}> ?|{address})"
+    item = rf"(?:{mailbox}|{name}:(?: ?|{mailbox}(?:,{mailbox})*); ?)"
+    return rf"{item}(?:,{item})*"
+
+
+# The code, the grammar, the same with what is obsolete, and what to change in that.
+_OLD_LIST = _list_addresses(r" ?[aq][aq. ]*", _OLD_ADDRESS, r"(?:@a(?:\.a)*(?:,@a(?:\.a)*)*:)?")
+_ADDRESSES = "bad-address", _list_addresses(r" ?[aq][aq ]*", _ADDRESS), _OLD_LIST, "quote a name that has a dot"
+_IDS = (
+    "bad-message-id",
+    rf" ?{_ID}(?: ?{_ID})* ?",
+    rf"[aq ]*(?:<{_OLD_ADDRESS}>[aq ]*)+",
+    "write nothing but <left@right>",
+)
+_GRAMMARS = {
+    **dict.fromkeys(_ADDRESS_HEADERS, _ADDRESSES),
+    **dict.fromkeys(("in-reply-to", "references"), _IDS),
+    **dict.fromkeys(("message-id", "content-id"), (_IDS[0], rf" ?{_ID} ?", rf" ?<{_OLD_ADDRESS}> ?", _IDS[3])),
+}
+_SEVERAL = r"@[^,@]*,[^,@]*@"  # addresses
+_CURES = (  # by the code and a pattern of the outline
+    ("bad-address", r"(?:\A|[,:]) ?(?:,|\Z)", "leave out an empty element of a list, or a header without an address"),
+    ("bad-address", r"<[^<>]*>", "quote a name that has , . : @ [ or ]"),
+    ("bad-message-id", r">[^<]*,", "separate ids by white space and not by commas"),
+)
+# The grammar of RFC 2045 section 5.1 and RFC 2183 section 2 is that of the value, with quotes for what is quoted.
+_MIME_TOKEN = r"[!#-'*+.0-9A-Z^-~-]+"
+_PARAMETER = rf";\s*({_MIME_TOKEN})\s*=\s*({_MIME_TOKEN}|\"+)"
+_MIME_GRAMMARS = {
+    _TYPE: ("bad-content-type", rf"\s*({_MIME_TOKEN})\s*/\s*({_MIME_TOKEN})(?:\s*{_PARAMETER})*[\s;]*"),
+    _DISPOSITION: ("bad-disposition", rf"\s*{_MIME_TOKEN}(?:\s*{_PARAMETER})*[\s;]*"),
+    "mime-version": ("bad-mime-version", r"\s*1\s*\.\s*0\s*"),
+}
+_BOUNDARY = r"[\w'()+,./:=? -]{0,69}[\w'()+,./:=?-]"  # RFC 2046 section 5.1.1
+_BAD_CHARACTERS = (
+    ("header-syntax", r"\n[ \t]+(?:[\r\n]|\Z)", _BLANK_LINE),
+    ("header-syntax", r"[\1-\x08\x0b\x0c\x0e-\x1f\x7f]", "a header has no control characters"),
 )
 # Longer headers are not parsed, because the time that `email` takes grows with the square of their length.
 _HEADER_LIMIT, _MIME_HEADER_LIMIT = 2000, 1000
@@ -900,8 +995,7 @@ def _check_content(content: bytes, client: _ClientState, is_counted: bool) -> _F
     end = re.search(_HEAD_END, data)
     head, body = (data[: end.end()], data[end.end() :]) if end else (data, b"")
     yield from _find_line("header-syntax", _NO_BODY, body)
-    if "SMTPUTF8" not in client.parameters:
-        yield from _find_line("header-raw", _NOT_ASCII, head)
+    yield from _find_line("header-syntax", rb"\n[!-9;-~]*[\x80-\xff][!-9;-~\x80-\xff]*:", head)
     if "8BITMIME" not in client.announced or kind not in ("8BITMIME", "BINARYMIME"):
         code = "8bit-undeclared" if "8BITMIME" in client.announced else "8bit-unannounced"
         yield from _find_line(code, _NOT_ASCII, body)
@@ -927,150 +1021,271 @@ def _make_email_policy() -> Any:
     return Policy()
 
 
-@functools.lru_cache(maxsize=64)  # addresses are parsed twice
-def _parse_header(name: str, value: str) -> tuple[Any, bool]:
-    """The header as `email` parses it, without encoded words, and whether it is malformed."""
-    from email.errors import InvalidHeaderDefect
+def _mask(value: str) -> str:
+    """The value with x in place of encoded words, spaces of comments, and quotes of what is quoted; positions stay.
 
-    if len(value) > _HEADER_LIMIT:
-        return None, False
-    text = re.sub(_ENCODED_WORD, "x", value)  # encoded words have a check of their own
-    header = _make_email_policy().header_fetch_parse(name, text.rstrip("; \t\r\n") if name == _TYPE else text)
-    return header, any(isinstance(defect, InvalidHeaderDefect) for defect in header.defects)
-
-
-def _strip_comments(value: str) -> str:
-    for _ in range(4):  # they may be nested; with no limit, the time could grow with the square of the length
-        value = re.sub(_COMMENT, " ", value)
-    return value
+    If a quote or a comment is not closed, there is a backslash at the end, which no grammar allows.
+    """
+    depth, is_quoted, masked = 0, False, []
+    words = re.sub(_ENCODED_WORD, lambda match: "x" * len(match[0]), value)
+    for token in re.findall(r"(?s)\\.?|[\"()]|[^\\\"()]+", words):
+        is_quoted ^= token == '"' and not depth
+        depth += token == "(" and not is_quoted
+        masked.append(" " * len(token) if depth else '"' * len(token) if is_quoted else token)
+        depth -= token == ")" and depth > 0
+    return "".join(masked) + "\\" * (depth > 0 or is_quoted)
 
 
-def _is_bad_date(value: str) -> bool:
-    import datetime
-
-    match = re.fullmatch(_DATE, _strip_comments(value))
-    if match is None:
-        return True
-    weekday, day, month, year = match.groups()
-    try:
-        date = datetime.date(int(year), _MONTHS.index(month.lower()) + 1, int(day))
-    except ValueError:
-        return True
-    return weekday is not None and weekday.lower() != _WEEKDAYS[date.weekday()]
+def _outline(value: str) -> str:
+    return re.sub(_TOKENS, lambda match: match.lastgroup or " ", _mask(value))
 
 
-def _has_no_address(value: str) -> bool:
-    header, is_malformed = _parse_header("to", value)
-    return is_malformed or (header is not None and not header.groups)
-
-
-def _can_decode(data: bytes, encoding: str, charset: str | None = None) -> bool:
+def _decode_transfer(data: bytes, encoding: str) -> bytes | None:
     import base64
     import binascii
-    import codecs
 
     try:
         if encoding == "base64":
-            data = base64.b64decode(b"".join(data.split()), validate=True)
-        elif encoding == "quoted-printable":
-            data = binascii.a2b_qp(data)
-        if charset is not None:
-            data.decode(charset)
-        return charset is None or codecs.lookup(charset).name not in _NOT_CHARSETS
-    except (LookupError, ValueError):
-        return False
+            return base64.b64decode(b"".join(data.split()), validate=True)
+        return binascii.a2b_qp(data) if encoding == "quoted-printable" else data
+    except ValueError:
+        return None
 
 
-def _is_bad_word(match: re.Match[str]) -> bool:
+def _check_charset(data: bytes, charset: str, code: str, line: str) -> _Findings:
+    """The code and the line are those of data that cannot be decoded."""
+    import codecs
+
+    try:
+        if codecs.lookup(charset).name in _NOT_CHARSETS:
+            raise LookupError
+        data.decode(charset)
+    except LookupError:
+        if not (data.isascii() or re.fullmatch(_REGISTERED_CHARSETS, charset)):
+            yield "unknown-charset", f"charset={charset}"
+    except ValueError as error:
+        is_cut = getattr(error, "reason", "") in ("unexpected end of data", "incomplete multibyte sequence")
+        yield code, line, *["a character is split or cut off"][:is_cut]
+
+
+def _pick(code: str, line: str, faults: Mapping[str, object]) -> list[tuple[str, ...]]:
+    """The first fault that is there, as a finding."""
+    return [(code, line, *([text] if text else [])) for text, is_wrong in faults.items() if is_wrong][:1]
+
+
+def _check_word(match: re.Match[str], line: str, place: str) -> _Findings:
+    """The place is that in a list of addresses: " in a quoted string, x outside of it and of comments."""
     charset, kind, text = match.groups()
-    around = match.string[max(match.start() - 1, 0) : match.start()] + match.string[match.end() : match.end() + 1]
-    encoding = {"b": "base64", "q": "quoted-printable"}.get(kind.lower())
-    if encoding is None or not text.isascii() or not re.fullmatch(r"\S+", text) or around.strip("( \t\r\n)"):
-        return True
-    data = text.encode() + b"x" * (encoding != "base64")  # which would make a = at the end of a word wrong
-    return bool(re.search(_ENCODINGS[encoding][1], data)) or not _can_decode(data, encoding, charset.partition("*")[0])
+    around = match.string[max(match.start() - 1, 0) : match.start()], match.string[match.end() : match.end() + 1]
+    is_q, encoding = kind in "Qq", {"b": "base64", "q": "quoted-printable"}.get(kind.lower(), "")
+    raw = text.encode("utf-8", "surrogateescape")
+    is_wrong = not encoding or re.search(_ENCODINGS[encoding][1], raw + b"x" * is_q)  # for a = at the end of a word
+    data = None if is_wrong else _decode_transfer(raw, encoding)
+    faults = {
+        "an encoded word in quotes is not decoded": '"' in (*around, place),
+        "an address has no encoded words": "@" in around or around == ("<", ">"),
+        _NO_SPACE: "".join(around).strip("( \t\r\n)"),
+        "an encoded word is empty or has white space in it": not re.fullmatch(r"[!-~]+", text),
+        # RFC 2047 section 5 (3)
+        "a Q word in a name has letters, digits and !*+-/=_ only": is_q
+        and place == "x"
+        and re.search(r"[^\w!*+/=-]", text),
+        "": data is None,
+    }
+    found = _pick("encoded-word", line, faults)
+    yield from found or _check_charset(data or b"", charset.partition("*")[0], "encoded-word", line)
 
 
-# A code, the headers that it is about (none: all but those of MIME), and when a value is wrong.
-_HEADER_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[str], object]], ...] = (
-    ("bad-date", ("date",), _is_bad_date),
-    ("bad-message-id", ("message-id",), lambda value: not re.fullmatch(_MESSAGE_ID, _strip_comments(value))),
-    ("bad-address", _ADDRESS_HEADERS, _has_no_address),
-    ("encoded-word", (), lambda value: any(map(_is_bad_word, re.finditer(_ENCODED_WORD, value)))),
-    # CPython's `email` makes words of 76.
-    ("encoded-word-long", (), lambda value: any(len(match[0]) > 76 for match in re.finditer(_ENCODED_WORD, value))),
-    ("encoded-parameter", (_TYPE, _DISPOSITION), lambda value: re.search(_ENCODED_WORD, value)),
-    ("bad-content-type", (_TYPE,), lambda value: _parse_header(_TYPE, value)[1]),
-)
+def _check_words(name: str, value: str, line: str) -> _Findings:
+    masked = _mask(value) if "=?" in value else ""
+    for match in re.finditer(_ENCODED_WORD, value):
+        yield from _check_word(match, line, masked[match.start()] if name in _ADDRESS_HEADERS else "")
+        if len(match[0]) > 76:  # CPython's `email` makes words of 76
+            yield "encoded-word-long", line
 
 
-def _check_headers(fields: list[tuple[str, str]]) -> _Findings:
-    """Of several headers with the same name, only the first is checked."""
+def _check_date(value: str, line: str) -> _Findings:
+    import datetime
+
+    match = re.fullmatch(_DATE, _mask(value))
+    weekday, day, month, year, zone = match.groups() if match else (None, "0", "", "0", "")
+    century = {2: 1900 if year > "49" else 2000, 3: 1900}.get(len(year), 0)
+    try:
+        date = datetime.date(int(year) + century, _MONTHS.index(month.lower()) + 1, int(day))
+    except ValueError:
+        yield "bad-date", line
+        return
+    if weekday is not None and weekday.lower() != _WEEKDAYS[date.weekday()]:
+        yield "bad-date", line, "this date is on another day of the week"
+    elif century or zone.isalpha():
+        yield "obsolete-syntax", line, "write the year with four digits, and the zone like +0000"
+
+
+def _check_grammar(name: str, value: str, line: str) -> _Findings:
+    (code, grammar, old_grammar, cure), outline = _GRAMMARS[name], _outline(value)
+    if not re.fullmatch(old_grammar, outline):
+        cures = [text for about, pattern, text in _CURES if about == code and re.search(pattern, outline)]
+        yield code, line, *cures[:1]
+    elif name == "sender" and re.search(_SEVERAL, outline):
+        yield code, line, "a Sender has one address"
+    elif not re.fullmatch(grammar, outline):
+        yield "obsolete-syntax", line, cure
+    elif name == "from" and ";" in outline:
+        yield "group-in-from", line
+
+
+def _check_mime_grammar(name: str, value: str, line: str) -> _Findings:
+    code, grammar = _MIME_GRAMMARS[name]
+    if re.search(_ENCODED_WORD, value):
+        yield "encoded-parameter", line
+    if re.fullmatch(grammar, _mask(value)):
+        yield from _check_sections(code, value, line)
+    else:
+        yield code, line
+
+
+def _read_parameters(value: str) -> list[tuple[str, str]]:
+    """The names in lower case; values may be in quotes."""
+    return [(match[1].lower(), value[slice(*match.span(2))]) for match in re.finditer(_PARAMETER, _mask(value))]
+
+
+def _check_sections(code: str, value: str, line: str) -> _Findings:
+    """Of parameters with a * in their names (RFC 2231)."""
+    import urllib.parse
+
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for name, text in _read_parameters(value):
+        base, star, number = name.partition("*")
+        sections.setdefault(base, []).extend([(number, text)] if star else [])
+    for parts in sections.values():
+        parts.sort(key=lambda part: (len(part[0].rstrip("*")), part[0]))
+        numbers = [number.rstrip("*") for number, _ in parts if number]
+        texts = [text for number, text in parts if not number.isdigit()]
+        encoded, charset = "".join(texts), re.match(r"([^']*)'[^']*'", "".join(texts[:1]))
+        faults = {
+            "the numbers after * are 0, 1, 2 and so on": numbers != [*map(str, range(len(numbers)))],
+            "a value after *= is not in quotes": '"' in encoded,
+            "a % has two hexadecimal digits after it": re.search("%(?![0-9A-Fa-f]{2})", encoded),
+            "a charset comes first, as in utf-8''a%20b": encoded and not charset,
+        }
+        found = _pick(code, line, faults)
+        data = urllib.parse.unquote_to_bytes(encoded[charset.end() :]) if charset else b""
+        yield from found or _check_charset(data, (charset and charset[1]) or "us-ascii", code, line)
+
+
+def _check_headers(fields: list[tuple[str, str]], client: _ClientState) -> _Findings:
+    """Of several headers with the same name, only the characters of the others are checked."""
     seen: set[str] = set()
+    raw = r"[\ud800-\udfff]" if "SMTPUTF8" in client.parameters else r"[^\0-\x7f]"
     for name, value in fields:
-        key = name.lower()
-        if key in seen and key in _SINGULAR_HEADERS:
-            yield "header-duplicate", f"{name}: {value}"
-        for code, names, is_wrong in _HEADER_CHECKS if key not in seen else ():
-            if (key in names if names else key not in _MIME) and is_wrong(value):
-                yield code, f"{name}: {value}"
+        key, line = name.lower(), f"{name}: {value[:200]}"
+        yield from ((code, line, text) for code, pattern, text in _BAD_CHARACTERS if re.search(pattern, value))
+        if re.search(raw, _decode(value.encode("utf-8", "surrogateescape"))):
+            yield "header-raw", line, *["with SMTPUTF8, a header is UTF-8"]["SMTPUTF8" not in client.parameters :]
+        if key in seen:
+            yield from [("header-duplicate", line)] if key in _SINGULAR_HEADERS else []
+            continue
         seen.add(key)
+        yield from _check_date(value, line) if key == "date" else ()
+        yield from _check_grammar(key, value, line) if key in _GRAMMARS else ()
+        yield from _check_mime_grammar(key, value, line) if key in _MIME_GRAMMARS else ()
+        yield from _check_words(key, value, line) if key not in _MIME else ()
 
 
 def _check_header_set(first: dict[str, str], client: _ClientState) -> _Findings:
     """Which headers must be there, and which must not."""
-    yield from (("header-missing", name) for name in ("Date", "From") if name.lower() not in first)
+    resent = ["Resent-Date", "Resent-From"] if any(name.startswith("resent-") for name in first) else []
+    yield from (("header-missing", name) for name in ("Date", "From", *resent) if name.lower() not in first)
+    if "sender" not in first and re.search(_SEVERAL, _outline(first.get("from", ""))):
+        yield "header-missing", "Sender", _NO_SENDER
     if "message-id" not in first:
         yield "no-message-id", ""
     if "mime-version" not in first:
         yield from [("no-mime-version", f"{name}: {first[name]}") for name in _MIME if name in first][:1]
-    hidden = re.findall(r"[^\s<>(),:;\"]+@[^\s<>(),:;\"]+", f"{first.get('bcc')} {first.get('resent-bcc')}".lower())
+    words = re.findall(r"[^\s<>(),:;\"]+", f"{first.get('bcc')} {first.get('resent-bcc')}".lower())
+    hidden = [word for word in words if "@" in word]
     if not set(hidden).issuperset(client.recipients):  # else this is the copy for the hidden ones
         yield from (("bcc-disclosed", address) for address in hidden)
 
 
-def _check_part(part: Any, first: dict[str, str], client: _ClientState, *, is_mail: bool) -> _Findings:
-    encoding = _strip_comments(first.get(_ENCODING, "7bit")).strip().lower()
-    kind = _parse_header(_TYPE, first.get(_TYPE, "text/plain"))[0]
-    name, parameters = getattr(kind, "content_type", "text"), getattr(kind, "params", {})
-    is_composite = name.startswith("multipart/") or name in ("message/rfc822", "message/partial")
-    allowed = ["7bit", "8bit"] if is_composite else [*_ENCODINGS, "8bit"]
-    allowed += ["binary"] if client.parameters.get("BODY") == "BINARYMIME" else []
-    if encoding not in allowed and not encoding.startswith("x-"):  # RFC 2045 section 6.3 allows private ones
-        yield "bad-encoding", f"Content-Transfer-Encoding: {encoding}"
+def _check_encoding(kind: str, encoding: str, client: _ClientState) -> _Findings:
+    is_composite = kind.startswith("multipart/") or kind in ("message/rfc822", "message/partial")
+    has_binary = client.parameters.get("BODY") == "BINARYMIME"
+    known = encoding in (*_ENCODINGS, "8bit", "binary") or encoding.startswith("x-")  # RFC 2045 section 6.3 allows x-
+    faults = {
+        f"a {kind} is 7bit": kind in _REPORTS and encoding != "7bit",
+        "binary needs BODY=BINARYMIME": encoding == "binary" and not has_binary,
+        "a multipart, or a mail in it, is 7bit, 8bit or binary": is_composite
+        and encoding not in ("7bit", "8bit", "binary"),
+        "": not known,
+    }
+    yield from _pick("bad-encoding", f"Content-Transfer-Encoding: {encoding}", faults)
+
+
+def _check_boundary(part: Any, boundary: str | None, outer: tuple[str, ...], line: str) -> _Findings:
     defects = {type(defect).__name__ for defect in part.defects}
-    if not is_mail and "MissingHeaderBodySeparatorDefect" in defects:
-        yield "header-syntax", f"Content-Type: {first.get(_TYPE)}"
-    if not is_mail and "SMTPUTF8" not in client.parameters:
-        yield from (("header-raw", f"{name}: {value}") for name, value in first.items() if not value.isascii())
-    if len(parameters.get("boundary", "")) > 70 or defects.intersection(_BOUNDARY_DEFECTS):
-        yield "bad-boundary", f"Content-Type: {first.get(_TYPE)}"
-    if is_composite or part.is_multipart():
-        return
+    faults = {
+        "there is no boundary parameter": boundary is None and "NoBoundaryInMultipartDefect" in defects,
+        "a boundary is 1 to 70 letters, digits, spaces and '()+_,-./:=? and has no space at its end": boundary
+        is not None
+        and not re.fullmatch(_BOUNDARY, boundary, re.ASCII),
+        "the boundary begins with that of the multipart around it": (boundary or "").startswith(outer),
+        "no line opens the first part": "StartBoundaryNotFoundDefect" in defects,
+        "no line closes the last part": "CloseBoundaryNotFoundDefect" in defects,
+    }
+    yield from _pick("bad-boundary", line, faults)
+
+
+def _check_body(part: Any, kind: str, encoding: str, charset: str | None) -> _Findings:
     data = b"\r\n" + str(part._payload).encode("utf-8", "surrogateescape")  # get_payload() would decode it
     code, pattern = _ENCODINGS.get(encoding, ("", _NOT_ASCII))
-    found = list(_find_line(code, pattern, data)) if code else []
-    if not found and not _can_decode(data, encoding):
+    found, text = list(_find_line(code, pattern, data)) if code else [], _decode_transfer(data, encoding)
+    if not found and text is None:
         found = [(code, encoding)]
     yield from found
-    charset = parameters.get("charset", "us-ascii" if name == "text/plain" else None)
-    if not found and name.startswith("text/") and not _can_decode(data, encoding, charset):
-        yield "wrong-charset", f"charset={charset}"
+    if encoding == "quoted-printable" and not found:
+        yield from ((*line, "write =C3 and not =c3") for line in _find_line(code, _LOWER_HEX, data))
+    charset = "us-ascii" if charset is None and kind == "text/plain" else charset
+    if not found and charset is not None and kind.startswith("text/"):
+        yield from _check_charset(text or b"", charset, "wrong-charset", f"charset={charset}")
+
+
+def _read_type(value: str) -> tuple[str, dict[str, str]]:
+    """The type in lower case, and its parameters without quotes."""
+    match = re.match(rf"\s*({_MIME_TOKEN})\s*/\s*({_MIME_TOKEN})", _mask(value))
+    texts = {name: re.sub(r"(?s)\\(.)|\"", r"\1", text) for name, text in reversed(_read_parameters(value))}
+    return "/".join(match.groups()).lower() if match else "text/plain", texts
 
 
 def _check_mail(message: Message, client: _ClientState) -> _Findings:
-    parts: list[Any] = [message.email]
+    # Each part with the boundaries of the multiparts around it, and the line of one of those that is labelled 7bit.
+    parts: list[tuple[Any, tuple[str, ...], str]] = [(message.email, (), "")]
     while parts:
-        part = parts.pop()
+        part, outer, label = parts.pop()
         is_mail = part is message.email
         ours = message.mailfrom + bool(message.received_header) if is_mail else 0
         fields = list(part.raw_items())[ours:]
         first = {name.lower(): value for name, value in reversed(fields)}
         yield from _check_header_set(first, client) if is_mail else ()
-        yield from _check_headers(fields)
-        yield from _check_part(part, first, client, is_mail=is_mail)
+        yield from _check_headers(fields, client)
+        (kind, parameters), line = _read_type(first.get(_TYPE, "")), f"Content-Type: {first.get(_TYPE)}"
+        encoding, boundary = _mask(first.get(_ENCODING, "7bit")).strip().lower(), parameters.get("boundary")
+        yield from _check_encoding(kind, encoding, client)
+        if not is_mail and any(type(defect).__name__ == "MissingHeaderBodySeparatorDefect" for defect in part.defects):
+            yield "header-syntax", line
+        texts = [part.preamble, part.epilogue] if part.is_multipart() else [part._payload]
+        if kind.startswith("multipart/"):
+            yield from _check_boundary(part, boundary, outer, line)
+            label = label or line * (first.get(_ENCODING) is not None and encoding == "7bit")
+        elif not part.is_multipart():
+            found = [*_check_body(part, kind, encoding, parameters.get("charset"))]
+            texts = [] if found else texts
+            yield from found
+        if label and not all(str(text or "").isascii() for text in texts):
+            yield "8bit-in-7bit", label, "a multipart that is labelled 7bit has a part that is not ASCII"
         if part.is_multipart() and part.get_content_maintype() == "multipart":  # a mail within the mail is by others
-            parts += reversed(part.get_payload())
+            around = (*outer, boundary)[-9:] if boundary else outer  # not all, so that the time is linear
+            parts += [(inner, around, label) for inner in reversed(part.get_payload())]
 
 
 def _find_violations(message: Message) -> list[Violation]:
@@ -1089,12 +1304,13 @@ def _find_violations(message: Message) -> list[Violation]:
     if body is not None and is_complete and (body.value or client.recipients):
         found += _check_content(body.value, client, message.data_request[:4].upper() == "BDAT")
         found += _check_mail(message, client)
-    violations: dict[Violation, None] = {}
-    for code, line in found:
+    violations: dict[tuple[str, str], Violation] = {}
+    for code, line, *texts in found:
         if code not in message._tolerated:
-            text = line[:200].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")[:200]
-            violations[Violation(code, *_VIOLATIONS[code], text)] = None
-    return list(violations)
+            text, rfc, severity = _VIOLATIONS[code]
+            said = line[:200].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")[:200]
+            violations.setdefault((code, said), Violation(code, [*texts, text][0], rfc, severity, said))
+    return list(violations.values())
 
 
 # ----------------------------------------------------------------------------------------- records
