@@ -957,8 +957,8 @@ _GRAMMARS = {
 _SEVERAL = r"@[^,@]*,[^,@]*@"  # addresses
 _CURES = (  # by the code and a pattern of the outline
     ("bad-address", r"(?:\A|[,:]) ?(?:,|\Z)", "leave out an empty element of a list, or a header without an address"),
-    ("bad-address", r"<[^<>]*>", "quote a name that has , . : @ [ or ]"),
-    ("bad-message-id", r">[^<]*,", "separate ids by white space and not by commas"),
+    ("bad-address", r"<[^<>@]*@[^<>@]*>", "quote a name that has , . : @ [ or ]"),
+    ("bad-message-id", r">[^<>]*,", "separate ids by white space and not by commas"),
 )
 # The grammar of RFC 2045 section 5.1 and RFC 2183 section 2 is that of the value, with quotes for what is quoted.
 _MIME_TOKEN = r"[!#-'*+.0-9A-Z^-~-]+"
@@ -971,7 +971,7 @@ _MIME_GRAMMARS = {
 _BOUNDARY = r"[\w'()+,./:=? -]{0,69}[\w'()+,./:=?-]"  # RFC 2046 section 5.1.1
 _BAD_CHARACTERS = (
     ("header-syntax", r"\n[ \t]+(?:[\r\n]|\Z)", _BLANK_LINE),
-    ("header-syntax", r"[\1-\x08\x0b\x0c\x0e-\x1f\x7f]", "a header has no control characters"),
+    ("header-syntax", r"[\1-\x08\x0b\x0c\x0e-\x1f\x7f]", "a header must not have control characters"),
 )
 # Longer headers are not parsed, because the time that `email` takes grows with the square of their length.
 _HEADER_LIMIT, _MIME_HEADER_LIMIT = 2000, 1000
@@ -1052,8 +1052,8 @@ def _decode_transfer(data: bytes, encoding: str) -> bytes | None:
         return None
 
 
-def _check_charset(data: bytes, charset: str, code: str, line: str) -> _Findings:
-    """The code and the line are those of data that cannot be decoded."""
+def _check_charset(data: bytes, charset: str, *finding: str) -> _Findings:
+    """The finding is that of data that cannot be decoded."""
     import codecs
 
     try:
@@ -1065,7 +1065,7 @@ def _check_charset(data: bytes, charset: str, code: str, line: str) -> _Findings
             yield "unknown-charset", f"charset={charset}"
     except ValueError as error:
         is_cut = getattr(error, "reason", "") in ("unexpected end of data", "incomplete multibyte sequence")
-        yield code, line, *["a character is split or cut off"][:is_cut]
+        yield (*finding[:2], "a character is split or cut off: encode it as a whole") if is_cut else finding
 
 
 def _pick(code: str, line: str, faults: Mapping[str, object]) -> list[tuple[str, ...]]:
@@ -1083,11 +1083,11 @@ def _check_word(match: re.Match[str], line: str, place: str) -> _Findings:
     data = None if is_wrong else _decode_transfer(raw, encoding)
     faults = {
         "an encoded word in quotes is not decoded": '"' in (*around, place),
-        "an address has no encoded words": "@" in around or around == ("<", ">"),
+        "an address must not have an encoded word": "@" in around or around == ("<", ">"),
         _NO_SPACE: "".join(around).strip("( \t\r\n)"),
         "an encoded word is empty or has white space in it": not re.fullmatch(r"[!-~]+", text),
         # RFC 2047 section 5 (3)
-        "a Q word in a name has letters, digits and !*+-/=_ only": is_q
+        "a Q word in a name must have letters, digits and !*+-/=_ only": is_q
         and place == "x"
         and re.search(r"[^\w!*+/=-]", text),
         "": data is None,
@@ -1127,7 +1127,7 @@ def _check_grammar(name: str, value: str, line: str) -> _Findings:
         cures = [text for about, pattern, text in _CURES if about == code and re.search(pattern, outline)]
         yield code, line, *cures[:1]
     elif name == "sender" and re.search(_SEVERAL, outline):
-        yield code, line, "a Sender has one address"
+        yield code, line, "a Sender must have one address only"
     elif not re.fullmatch(grammar, outline):
         yield "obsolete-syntax", line, cure
     elif name == "from" and ";" in outline:
@@ -1163,14 +1163,15 @@ def _check_sections(code: str, value: str, line: str) -> _Findings:
         texts = [text for number, text in parts if not number.isdigit()]
         encoded, charset = "".join(texts), re.match(r"([^']*)'[^']*'", "".join(texts[:1]))
         faults = {
-            "the numbers after * are 0, 1, 2 and so on": numbers != [*map(str, range(len(numbers)))],
-            "a value after *= is not in quotes": '"' in encoded,
-            "a % has two hexadecimal digits after it": re.search("%(?![0-9A-Fa-f]{2})", encoded),
-            "a charset comes first, as in utf-8''a%20b": encoded and not charset,
+            "the numbers after * must be 0, 1, 2 and so on": numbers != [*map(str, range(len(numbers)))],
+            "a value after *= must not be in quotes": '"' in encoded,
+            "a % must have two hexadecimal digits after it": re.search("%(?![0-9A-Fa-f]{2})", encoded),
+            "a charset must come first, as in utf-8''a%20b": encoded and not charset,
         }
         found = _pick(code, line, faults)
         data = urllib.parse.unquote_to_bytes(encoded[charset.end() :]) if charset else b""
-        yield from found or _check_charset(data, (charset and charset[1]) or "us-ascii", code, line)
+        text = "a value is not in its charset"
+        yield from found or _check_charset(data, (charset and charset[1]) or "us-ascii", code, line, text)
 
 
 def _check_headers(fields: list[tuple[str, str]], client: _ClientState) -> _Findings:
@@ -1181,7 +1182,7 @@ def _check_headers(fields: list[tuple[str, str]], client: _ClientState) -> _Find
         key, line = name.lower(), f"{name}: {value[:200]}"
         yield from ((code, line, text) for code, pattern, text in _BAD_CHARACTERS if re.search(pattern, value))
         if re.search(raw, _decode(value.encode("utf-8", "surrogateescape"))):
-            yield "header-raw", line, *["with SMTPUTF8, a header is UTF-8"]["SMTPUTF8" not in client.parameters :]
+            yield "header-raw", line, *["with SMTPUTF8, a header must be UTF-8"]["SMTPUTF8" not in client.parameters :]
         if key in seen:
             yield from [("header-duplicate", line)] if key in _SINGULAR_HEADERS else []
             continue
@@ -1213,9 +1214,9 @@ def _check_encoding(kind: str, encoding: str, client: _ClientState) -> _Findings
     has_binary = client.parameters.get("BODY") == "BINARYMIME"
     known = encoding in (*_ENCODINGS, "8bit", "binary") or encoding.startswith("x-")  # RFC 2045 section 6.3 allows x-
     faults = {
-        f"a {kind} is 7bit": kind in _REPORTS and encoding != "7bit",
+        f"a {kind} must be 7bit": kind in _REPORTS and encoding != "7bit",
         "binary needs BODY=BINARYMIME": encoding == "binary" and not has_binary,
-        "a multipart, or a mail in it, is 7bit, 8bit or binary": is_composite
+        "a multipart or a mail in it must be 7bit, 8bit or binary": is_composite
         and encoding not in ("7bit", "8bit", "binary"),
         "": not known,
     }
