@@ -10,9 +10,10 @@ One module, standard library only, one thread per connection. It reads from top 
 
     errors          what can go wrong, each also the built-in error that it resembles
     options         Configuration: every option with its default and its meaning
-    grammar         the patterns of RFC 5321 and the parsers of a command line
+    grammar         the verbs, the patterns of RFC 5321, and the parsers of a command line
+    dialogue        a request, a reply, and the exchange of the two
     violations      what a client can do wrong: the checks, each with its RFC
-    records         what the server answers, and what it records of a session
+    records         what the server records of a session
     rules           when the server deviates from its normal replies, and how
     handlers        how a command is processed, and one class per command
     session         one SMTP conversation, without a socket
@@ -30,7 +31,6 @@ MIT licence, https://opensource.org/licenses/MIT. Copyright 2026 the smtpmock au
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import enum
 import errno
 import functools
@@ -55,11 +55,17 @@ if TYPE_CHECKING:
     import datetime
     import logging
     import ssl
-    from dataclasses import dataclass as _fields
     from email.message import EmailMessage
     from typing import Concatenate, ParamSpec
 
+    from typing_extensions import dataclass_transform as _dataclass_transform
+
     _P = ParamSpec("_P")
+else:
+
+    def _dataclass_transform(**options: bool) -> Callable[[type], type]:  # what Python 3.10 lacks, and nothing needs
+        return lambda cls: cls
+
 
 __version__ = "3.0.0"
 
@@ -68,6 +74,7 @@ __all__ = [
     "Attachment",
     "Configuration",
     "ConfigurationError",
+    "Exchange",
     "Handler",
     "Logger",
     "Message",
@@ -192,8 +199,13 @@ def _suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _option(default: Any, kind: _OptionType, about: str) -> Any:
-    return dataclasses.field(default=default, metadata={"kind": kind, "about": about})
+class _Option(NamedTuple):
+    default: Any
+    kind: _OptionType
+    about: str
+
+
+_option: Callable[[Any, _OptionType, str], Any] = _Option  # type checkers take the result for the default
 
 
 def _reply(default: str, to: str) -> Any:
@@ -219,40 +231,99 @@ _NEEDED = {
 _T = TypeVar("_T")
 
 
-class _Fields:
-    """The base of frozen dataclasses. An instance keeps the fields that it was given; the class has the others."""
+@functools.cache
+def _make_dataclass(cls: Any) -> Any:
+    import dataclasses
+    import inspect
 
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+    types = {name: text for base in reversed(cls.__mro__) for name, text in inspect.get_annotations(base).items()}
+    fields = []
+    for name, (default, _, about) in cls._declared.items():
+        is_keyword = name not in cls._positional
+        field = dataclasses.field(default=default, kw_only=is_keyword, metadata={"about": about})
+        fields.append((name, types[name], field))
+    made: Any = dataclasses.make_dataclass(cls.__name__, fields, frozen=True)
+    made.__signature__ = inspect.signature(made)
+    return made
 
-    def __init__(self, *values: Any, **fields: Any) -> None:
-        known = [field.name for field in dataclasses.fields(self)]
-        for name, value in fields.items():
-            if name not in known:
+
+class _DataclassAttribute:
+    """An attribute of the dataclass that a class of options seems to be, made when somebody looks at it.
+
+    Importing dataclasses would take a third as long as importing this module.
+    """
+
+    def __init__(self, options: Any = None) -> None:
+        self._options = options
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object, owner: Any) -> Any:
+        if self._name == "__signature__" and owner.__init__.__module__ != __name__:
+            return None  # inspect looks at the __init__ of the subclass then
+        return getattr(_make_dataclass(self._options or owner), self._name)
+
+
+@_dataclass_transform(kw_only_default=True, frozen_default=True)
+class _Options:
+    """The base of classes with options. An instance keeps the options that it was given, the class the defaults."""
+
+    _declared: ClassVar[dict[str, _Option]] = {}
+    _positional: ClassVar[tuple[str, ...]] = ()
+    __dataclass_fields__: ClassVar[Any] = _DataclassAttribute()
+    __dataclass_params__: ClassVar[Any] = _DataclassAttribute()
+    __match_args__: ClassVar[Any] = _DataclassAttribute()
+    __signature__: ClassVar[Any] = _DataclassAttribute()
+
+    def __init_subclass__(cls, kw_only: bool = True) -> None:
+        own = {name: option for name, option in vars(cls).items() if isinstance(option, _Option)}
+        for name, option in own.items():
+            setattr(cls, name, option.default)
+        inherited = [getattr(base, "_declared", {}) for base in reversed(cls.__bases__)]
+        cls._declared = {name: option for options in (*inherited, own) for name, option in options.items()}
+        if not kw_only:
+            cls._positional = tuple(own)
+        about = [f"{name}: {option.about}" for name, option in cls._declared.items()]
+        cls.__doc__ = "\n    ".join([cls.__doc__ or "", *about])
+
+    def __init__(self, *values: Any, **options: Any) -> None:
+        for name, value in options.items():
+            if name not in self._declared:
+                known = list(self._declared)
                 others = "" if len(known) > 9 else f"; there are {', '.join(known)}"
                 raise ConfigurationError(f"{name}={value!r}: there is no such option{_suggest(name, known) or others}")
-        positional = [field.name for field in dataclasses.fields(self) if not field.kw_only][: len(values)]
-        if len(values) > len(positional) or not fields.keys().isdisjoint(positional):
+        positional = self._positional[: len(values)]
+        if len(values) > len(positional) or not options.keys().isdisjoint(positional):
             raise TypeError(f"{type(self).__name__}() has too many positional arguments: {values!r}")
-        vars(self).update(zip(positional, values, strict=True), **fields)
-        for field in dataclasses.fields(self):
-            given, kind = getattr(self, field.name), field.metadata["kind"]
-            if given is not field.default:
-                _check(field.name, given, kind)
-                vars(self)[field.name] = kind.normalise(given)
+        for name, value in (dict(zip(positional, values, strict=True)) | options).items():
+            default, kind, _ = self._declared[name]
+            if value is not default:
+                _check(name, value, kind)
+            vars(self)[name] = default if value is default else kind.normalise(value)
         self.__post_init__()
 
     def __post_init__(self) -> None: ...
 
+    def __setattr__(self, name: str, value: object = None) -> None:
+        from dataclasses import FrozenInstanceError
+
+        raise FrozenInstanceError(f"{type(self).__name__}.{name} cannot be changed")
+
+    __delattr__ = __setattr__
+
     def _replace(self: _T, **changes: Any) -> _T:
         return type(self)(**{**vars(self), **changes})
 
-    def _find_changes(self) -> dict[str, Any]:
-        """The fields that differ from their defaults."""
-        fields = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
-        return {name: value for name, (value, default) in fields.items() if value != default}
+    __replace__ = _replace  # of copy.replace()
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Fields) and (type(self), self._find_changes()) == (type(other), other._find_changes())
+    def _find_changes(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        values = ((name, getattr(self, name), option.default) for name, option in self._declared.items())
+        return {name: value for name, value, default in values if value != default}
+
+    def __eq__(self, other: Any) -> bool:
+        return type(self) is type(other) and self._find_changes() == other._find_changes()
 
     def __hash__(self) -> int:
         return hash(tuple(self._find_changes()))  # the names only, because a value may have no hash
@@ -262,38 +333,9 @@ class _Fields:
         return f"{type(self).__name__}({changes})"
 
 
-def _shows_options(options: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
-    """Have a method show the fields of a dataclass as its parameters, to type checkers and to inspect.signature()."""
-    # That looks at __wrapped__, here never called. A __signature__ would need the module inspect, slow to import.
-
-    def declare(method: Any) -> Any:
-        fields = sorted(vars(options)["__dataclass_fields__"].values(), key=operator.attrgetter("kw_only"))
-        names = ("self", *(field.name for field in fields))
-        count = 1 + sum(not field.kw_only for field in fields)
-        code = method.__code__.replace(co_varnames=names, co_nlocals=len(names), co_flags=3)
-        code = code.replace(co_argcount=count, co_kwonlyargcount=len(names) - count)
-        shown = types.FunctionType(code, {}, None, tuple(field.default for field in fields[: count - 1]))
-        shown.__kwdefaults__ = {field.name: field.default for field in fields}
-        shown.__annotations__ = {field.name: field.type for field in fields} | {"return": None}
-        method.__wrapped__ = shown
-        return method
-
-    return declare
-
-
-if not TYPE_CHECKING:  # type checkers see dataclasses.dataclass instead
-
-    def _fields(**options: Any) -> Callable[[type], type]:
-        """Make a dataclass with the methods of _Fields. Generating them would take longer than everything else here."""
-
-        def declare(cls: type) -> type:
-            cls = dataclasses.dataclass(init=False, repr=False, eq=False, **options)(cls)
-            cls.__init__ = _shows_options(cls)(types.FunctionType(_Fields.__init__.__code__, globals()))
-            about = [f"{field.name}: {field.metadata['about']}" for field in dataclasses.fields(cls)]
-            cls.__doc__ = "\n    ".join([cls.__doc__ or "", *about])
-            return cls
-
-        return declare
+def _shows_options(of: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
+    """Have type checkers see the options of this class as the arguments of a method."""
+    return lambda method: method
 
 
 def _check_choices(option: str, names: Iterable[str], known: Collection[str], fold: Callable[[str], str] = str) -> None:
@@ -302,17 +344,16 @@ def _check_choices(option: str, names: Iterable[str], known: Collection[str], fo
             raise ConfigurationError(f"{option}: {name} is unknown{_suggest(fold(name), known)}")
 
 
-@_fields(frozen=True, kw_only=True)
-class Configuration(_Fields):
-    """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
-
-    Times are in seconds and may have fractions. A reply may be any text, with or without a code. Each
-    newline in it starts another line of the reply, and {msg_size_limit} stands for that option. A text
-    that begins with 4 or 5 refuses the command, whichever option it is.
-    """
+class _AddressOptions(_Options):
+    """What configure() cannot change."""
 
     host: str = _option("127.0.0.1", _TEXT, "host name or address to listen on; [::] is all of them")
     port: int = _option(0, _PORT, "port to listen on; 0 takes a free one")
+
+
+class _SessionOptions(_Options):
+    """All others of a Configuration."""
+
     log_to_stdout: bool = _option(False, _FLAG, "log to stdout, and errors to stderr")
     log_server_activity: bool = _option(False, _FLAG, "include sessions, requests and replies in that log")
     session_timeout: float = _option(30, _TIMEOUT, "seconds of silence after which a session is closed")
@@ -412,21 +453,81 @@ class Configuration(_Fields):
                 raise ConfigurationError(f"{name}=True: needs {other}")
 
 
+class Configuration(_SessionOptions, _AddressOptions):
+    """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
+
+    Times are in seconds and may have fractions. A reply may be any text, with or without a code. Each
+    newline in it starts another line of the reply, and {msg_size_limit} stands for that option. A text
+    that begins with 4 or 5 refuses the command, whichever option it is.
+    """
+
+
 _CONFIGURATION = _OptionType("a Configuration", lambda value: isinstance(value, Configuration))
 
 
-@_fields(frozen=True)
-class _ServerOptions(Configuration):
-    """What a Server takes."""
-
+class _BaseOptions(_Options, kw_only=False):
     configuration: Configuration | None = _option(None, _CONFIGURATION, "the options that are not given by name")
-    _: dataclasses.KW_ONLY
+
+
+class _Changes(_SessionOptions, _BaseOptions):
+    """What Server.configure() takes."""
+
     logger: Logger | logging.Logger | None = _option(None, _LOGGER, "what replaces the default log")
     on_message: Callable[[Message], object] | None = _option(None, _CALLABLE, "called with each accepted message")
     handlers: Iterable[type[Handler]] = _option((), _HANDLERS, "verbs of your own, or in place of the built-in ones")
 
 
+class _ServerOptions(_Changes, Configuration):
+    """What Server() takes."""
+
+
 # ----------------------------------------------------------------------------------------- grammar
+
+
+class _Verb(NamedTuple):
+    """What a verb is, whether or not the server has it."""
+
+    argument: str = ""  # a domain, an address, a text or a secret; "" if there is none
+    extension: str = ""  # the keyword that announces it
+    has_recipients: bool = False  # rules for an address are about those of the mail
+    ends_group: bool = False  # it must be the last of a pipelined group
+    ends_mail: bool = False  # it abandons a mail that has begun
+    follows_mail: bool = False  # it begins no mail, and is noted on the one before it
+
+
+# The verbs of all RFCs, and below what this module calls the other things that a client sends. Pipelined groups are
+# those of RFC 2920 section 3.1, RFC 3207 section 4 and RFC 4954 section 4.
+_VERBS = {
+    "HELO": _Verb("domain", ends_mail=True),
+    "EHLO": _Verb("domain", ends_group=True, ends_mail=True),
+    "LHLO": _Verb("domain", ends_group=True, ends_mail=True),
+    "MAIL": _Verb("address", ends_mail=True),
+    "RCPT": _Verb("address"),
+    "DATA": _Verb(has_recipients=True, ends_group=True),
+    "BDAT": _Verb("text", "CHUNKING", has_recipients=True),
+    "RSET": _Verb(ends_mail=True, follows_mail=True),
+    "NOOP": _Verb("text", ends_group=True, follows_mail=True),
+    "QUIT": _Verb(ends_group=True, ends_mail=True, follows_mail=True),
+    "STARTTLS": _Verb("", "STARTTLS", ends_group=True, ends_mail=True),
+    "AUTH": _Verb("secret", "AUTH", ends_group=True),
+    "VRFY": _Verb("address", ends_group=True),
+    "EXPN": _Verb("address", ends_group=True),
+    "HELP": _Verb("text"),
+    "ETRN": _Verb("domain", "ETRN"),
+    "ATRN": _Verb("domain", "ATRN"),
+    "TURN": _Verb(ends_group=True),
+    "BURL": _Verb("secret", "BURL"),
+    "SEND": _Verb("address"),
+    "SOML": _Verb("address"),
+    "SAML": _Verb("address"),
+    "connect": _Verb(),
+    "answer": _Verb("secret", ends_group=True),
+    "message": _Verb(has_recipients=True),
+    "partial message": _Verb(),
+    "too long": _Verb(),
+    "truncated": _Verb(),
+}
+_UNKNOWN_VERB = _Verb("secret")
 
 # Patterns are compiled when they are first used, because that takes time, and many programs only import this module.
 # Every pattern is linear: no two parts of a repetition can match the same text. Letters of any script are
@@ -484,6 +585,28 @@ def _is_clean(text: str) -> bool:
     return (text.isascii() and text.isprintable()) or re.search(_FORBIDDEN, text) is None
 
 
+class _Path(NamedTuple):
+    """The argument of MAIL or RCPT (RFC 5321 section 4.1.2)."""
+
+    address: str  # "" for <>
+    parameters: dict[str, str]  # by names in upper case; never changed, because the path is kept
+
+
+def _split_path(text: str) -> tuple[str, list[str]]:
+    """The path, and the parameters behind it."""
+    match = _PATH_END.match(text)
+    end = match.end() if match and text[match.end() : match.end() + 1] in ("", " ") else len(text)
+    return text[:end], text[end:].split()
+
+
+def _read_parameters(words: Iterable[str]) -> dict[str, str]:
+    """By names in upper case. A duplicate gets "?", which is never valid, so it is refused."""
+    parameters: dict[str, str] = {}
+    for name, _, value in (word.partition("=") for word in words):
+        parameters[name.upper()] = "?" if name.upper() in parameters else value
+    return parameters
+
+
 # Each of these parses the argument of a command, and returns None if it is invalid.
 
 
@@ -493,41 +616,24 @@ def _parse_domain(text: str, pattern: str = _DOMAIN) -> str | None:
 
 
 @functools.lru_cache(maxsize=512)  # tests use few addresses, each many times
-def _parse_path(text: str, pattern: str = _PATH) -> str | None:
-    match = re.fullmatch(pattern, text)
-    if match is None or (match[1] is None) != (match[3] is None) or not _is_clean(text):
+def _parse_path(text: str, pattern: str = _PATH, allowed: str = "", *, has_parameters: bool = False) -> _Path | None:
+    """A path, or the allowed one, which has no mailbox."""
+    path, words = _split_path(text) if has_parameters else (text, [])
+    if allowed and path.lower() == allowed:
+        return _Path(path[1:-1], _read_parameters(words))
+    match = re.fullmatch(pattern, path)
+    if match is None or (match[1] is None) != (match[3] is None) or not _is_clean(path):
         return None
     address: str = match[2]
     domain = address.rpartition("@")[2]
-    return address if domain[0] != "[" or _is_address_literal(domain) else None
+    is_valid = domain[0] != "[" or _is_address_literal(domain)
+    return _Path(address, _read_parameters(words)) if is_valid else None
 
 
 def _parse_chunk(text: str) -> tuple[int, bool] | None:
     """The size of a chunk, and whether it is the last (RFC 3030 section 2)."""
     match = re.fullmatch(r"([0-9]{1,20})(?: +([lL][aA][sS][tT]))?", text)
     return (int(match[1]), match[2] is not None) if match else None
-
-
-class _Address(str):
-    """An address that came with parameters (RFC 5321 section 4.1.2)."""
-
-    parameters: dict[str, str]  # names in upper case; a duplicate gets "?", which is never valid, so it is refused
-
-
-def _parse_parameters(text: str, parse: Callable[[str], str | None]) -> str | None:
-    """Parse a path with parameters behind it; parse() is given the path alone."""
-    match = _PATH_END.match(text)
-    end = match.end() if match and text[match.end() : match.end() + 1] in ("", " ") else len(text)
-    path = parse(text[:end])
-    words = text[end:].split()
-    if path is None or not words:
-        return path
-    address = _Address(path)
-    address.parameters = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        address.parameters[name.upper()] = "?" if name.upper() in address.parameters else value
-    return address
 
 
 def _decode(data: bytes) -> str:
@@ -554,44 +660,29 @@ _PARAMETERS = {
 }
 
 
-# -------------------------------------------------------------------------------------- violations
-
-# Subclasses of str and int carry facts that the text of the dialogue does not show.
+# ---------------------------------------------------------------------------------------- dialogue
 
 
-class _FaultyLine(str):
-    """A request with faults that its text does not show. Bytes are not kept, because they may be a secret."""
+class _Request:
+    """What a client has sent. Sessions share those that they repeat, so nothing changes one.
 
-    faults: tuple[str, ...] = ()  # codes of violations
+    Like a reply it is no NamedTuple, because their attributes take longer to read.
+    """
 
+    def __init__(self, verb: str, line: str, argument: str = "", faults: Iterable[str] = ()) -> None:
+        self.verb = verb  # in upper case, or one of the last names in _VERBS
+        self.line = line  # as it may be shown: *** for a secret, <9 bytes> for a body
+        self.argument = argument
+        self.faults = tuple((code, line) for code in faults)  # what the line does not show: a violation, and its line
+        self.kind = _VERBS.get(verb, _UNKNOWN_VERB)
 
-class _FaultyBody(int):
-    """The size of a body, with such faults."""
-
-    faults: tuple[tuple[str, str], ...] = ()  # codes of violations, each with its line
-    is_partial = False  # whether the session ended before the body
-
-
-class _EarlyReply(str):
-    """A reply before which the client had sent more."""
-
-
-_mark_early = functools.lru_cache(maxsize=512)(_EarlyReply)
+    def hide(self, line: str, argument: str = "") -> _Request:
+        """The request with this line, because its own may hold a secret."""
+        return _Request(self.verb, line, argument, (code for code, _ in self.faults))
 
 
-def _add_faults(request: str, faults: tuple[str, ...]) -> str:
-    line = _FaultyLine(request)
-    line.faults = faults
-    return line if faults else request
-
-
-def _hide(request: str, text: str) -> str:
-    """This text in place of the request, which may be a secret."""
-    return _add_faults(text, getattr(request, "faults", ()))
-
-
-def _find_faults(request: str, line: bytes) -> str:
-    """The request, which was this line, with its faults."""
+def _find_faults(line: bytes) -> list[str]:
+    """The codes of what is wrong with the bytes of a line. Those are not kept, because they may be a secret."""
     text = line[:-1] if line.endswith(b"\r") else line
     faults = {
         "bare-lf": text is line,
@@ -600,18 +691,107 @@ def _find_faults(request: str, line: bytes) -> str:
         "command-space": text.strip(b" \t") != text,
         "long-command": len(line) >= 512,  # and the LF
     }
-    return _add_faults(request, tuple(code for code, is_wrong in faults.items() if is_wrong))
+    return [code for code, is_wrong in faults.items() if is_wrong]
 
 
-def _parse_command(line: bytes) -> tuple[str, str, str]:
-    """Split a line into the stripped line, the verb in upper case, and the argument (RFC 5321 section 4.1.1)."""
-    request = _decode(line.strip())
+def _parse_line(line: bytes) -> _Request:
+    """Split a line into the verb and the argument (RFC 5321 section 4.1.1)."""
+    text = _decode(line.strip())
     # Nothing was stripped but the CR.
-    if not (len(request) == len(line) - 1 < 511 and line[-1] == 13 and request.isprintable()):
-        request = _find_faults(request, line)
-    verb, _, argument = (request.replace("\t", " ") if "\t" in request else request).partition(" ")
+    is_clean = len(text) == len(line) - 1 < 511 and line[-1] == 13 and text.isprintable()
+    verb, _, argument = (text.replace("\t", " ") if "\t" in text else text).partition(" ")
     # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
-    return request, verb.upper() if verb.isascii() else "", argument
+    verb = verb.upper() if verb.isascii() else ""
+    return _Request(verb, text, argument, () if is_clean else _find_faults(line))
+
+
+class _Next(enum.Enum):
+    """What the server does after a reply, if it does not wait for a command. All but TLS end the session."""
+
+    TLS = "<tls>"
+    CLOSE = "<closed>"
+    RESET = "<reset>"  # closes with an RST
+    SILENCE = "<silence>"  # stays connected, but answers nothing any more
+
+
+def _encode(text: str) -> bytes:
+    return text.replace("\r\n", "\n").replace("\n", "\r\n").encode("utf-8", "surrogateescape") + b"\r\n"
+
+
+class _Reply:
+    """What the server says next, for the connection to carry out. Nothing changes it, because it is said again."""
+
+    def __init__(
+        self,
+        text: str,
+        data: bytes | None = None,
+        delay: float = 0.0,
+        next: _Next | None = None,
+        accepts: bool = False,
+        trickle: float = 0.0,
+    ) -> None:
+        self.text = text
+        self.data = _encode(text) if data is None else data  # what is sent; empty if the server says nothing
+        self.delay = delay  # seconds before it
+        self.next = next
+        self.accepts = accepts  # whether the command takes effect
+        self.trickle = trickle  # seconds between the bytes
+        self.refuses = bool(self.data) and text.startswith(("4", "5"))
+        self.ends = next is not None and next is not _Next.TLS
+
+    def replace(self, **changes: Any) -> _Reply:
+        """A reply with these changes; data=None encodes its text."""
+        names = ("text", "data", "delay", "next", "accepts", "trickle")
+        return _Reply(**{**{name: getattr(self, name) for name in names}, **changes})
+
+
+class _Exchange(NamedTuple):
+    """A request and the reply to it."""
+
+    request: _Request | None  # None where the server speaks unasked
+    reply: _Reply | None  # None where there is none
+    value: Any  # of the argument; None if that is invalid
+    at: float  # when the request arrived, in seconds since the epoch
+    was_early: bool  # whether the client had sent more before the reply
+
+    @property
+    def verb(self) -> str:
+        return "" if self.request is None else self.request.verb
+
+    @property
+    def line(self) -> str:
+        return "" if self.request is None else self.request.line
+
+    @property
+    def response(self) -> str:
+        return "" if self.reply is None else self.reply.text
+
+    @property
+    def accepted(self) -> bool:
+        return self.reply is not None and self.reply.accepts
+
+    @property
+    def is_refused(self) -> bool:
+        return self.request is not None and self.reply is not None and self.reply.refuses
+
+
+def _printable(text: str) -> str:
+    """The text as one line, with escapes in place of control characters, which a terminal would obey."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def _format_exchanges(exchanges: Iterable[_Exchange]) -> Iterator[str]:
+    """Yield lines such as "C: QUIT", "S: 221 Closing connection" and "S: <closed>"."""
+    for request, reply, *_ in exchanges:
+        if request is not None:
+            yield f"C: {_printable(request.line)}"
+        if reply is not None and reply.data:
+            yield from (f"S: {_printable(line)}" for line in reply.text.replace("\r\n", "\n").split("\n"))
+        if reply is not None and reply.next is not None and reply.ends:
+            yield f"S: {reply.next.value}"
+
+
+# -------------------------------------------------------------------------------------- violations
 
 
 class Violation(NamedTuple):
@@ -720,13 +900,7 @@ _REFUSED_BY = {
     "Exim": ("early-talker",),  # nodemailer/nodemailer#56
 }
 
-# The verbs of all RFCs, and what this module calls the other things that a client sends.
-_VERBS = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY EXPN HELP STARTTLS AUTH ETRN ATRN TURN BURL SEND SOML SAML"
-_REQUESTS = (*_VERBS.split(), "LHLO", "answer", "message")
-_KEYWORDS = {"STARTTLS": "STARTTLS", "AUTH": "AUTH", "BDAT": "CHUNKING", "ETRN": "ETRN", "ATRN": "ATRN", "BURL": "BURL"}
 _HELLO, _PATHS, _PLAINTEXT_MECHANISMS = ("EHLO", "HELO"), ("MAIL", "RCPT"), ("PLAIN", "LOGIN")
-# The last of a pipelined group: RFC 2920 section 3.1, RFC 3207 section 4, RFC 4954 section 4.
-_LAST_OF_GROUP = ("EHLO", "DATA", "NOOP", "QUIT", "VRFY", "EXPN", "TURN", "AUTH", "STARTTLS", "answer")
 
 # The strict grammar of RFC 5321 section 4.1.2, where the server's own is tolerant.
 _HOST = rf"{_LABEL}(?:\.{_LABEL})*"
@@ -744,52 +918,52 @@ def _is_too_long(path: str) -> bool:
 class _ClientState:
     """One request, and the state of the client when it sent it."""
 
-    line = reply = verb = argument = path = mechanism = ""  # verb is one of _REQUESTS, or any other word
+    line = reply = verb = argument = path = mechanism = ""
+    kind = _UNKNOWN_VERB
     given: dict[str, str] = {}  # parameters of this request
     parameters: dict[str, str] = {}  # of the last MAIL
     recipients: list[str] = []  # accepted since
     announced: dict[str, list[str]] = {}  # extensions, each with its words
-    is_greeted = is_in_mail = is_challenged = has_begun_tls = was_told_421 = False
+    is_greeted = is_in_mail = has_begun_tls = was_told_421 = False
     was_refused_data = ignores_refusal = has_chunks = False
     was_pipelined = may_be_blind = False  # sent before the last reply, and allowed to be (RFC 2920)
 
-    def read(self, request: _Request, reply: _Request) -> None:
-        self.reply = str(reply or "")
-        self.line = request if isinstance(request, str) else ""
-        verb, _, argument = self.line.replace("\t", " ").partition(" ")
-        self.verb = "answer" if self.is_challenged else verb.upper() if verb.isascii() else ""
-        if not isinstance(request, str):
-            self.verb = "greeting" if request is None else "message"
-        self.argument, self.mechanism = argument.strip(), argument.strip().partition(" ")[0].upper()
-        text = argument.partition(":")[2].strip() if self.verb in _PATHS else ""
-        self.path = next(_PATH_END.finditer(text))[0]
-        words = (word.partition("=") for word in text[len(self.path) :].split())
-        self.given = {name.upper(): value.upper() for name, _, value in words}
+    def read(self, request: _Request, exchange: _Exchange) -> None:
+        reply = exchange.reply
+        self.reply = reply.text if reply is not None and reply.data else ""
+        self.verb, self.line, self.argument, self.kind = request.verb, request.line, request.argument, request.kind
+        self.mechanism = request.argument.partition(" ")[0].upper() if self.verb == "AUTH" else ""
+        self.path, words = _split_path(request.argument) if self.verb in _PATHS else ("", [])
+        self.given = {name: value.upper() for name, value in _read_parameters(words).items()}
         self.needed = {_PARAMETERS.get(name, ("", name))[1] for name in self.given}  # the extensions of those
         self.needed |= {"BINARYMIME"} & {self.given.get("BODY", "")}
         self.has_literal = _is_address_literal(self.argument)
         self.is_refused, self.may_pipeline = self.reply[:1] in ("4", "5"), "PIPELINING" in self.announced
-        self.has_more = isinstance(reply, _EarlyReply)
-        self._read_faults(getattr(request, "faults", ()))
+        self.has_more = exchange.was_early and bool(self.reply)
+        self._read_faults(request)
 
-    def _read_faults(self, faults: tuple[Any, ...]) -> None:
+    def _read_faults(self, request: _Request) -> None:
         # Extensions allow longer lines: parameters do, and RFC 4954 section 4 for an answer to a challenge.
         is_long = self.line != "***" if self.verb == "answer" else not self.given or len(self.line) > 1010
-        self.faults = [fault for fault in faults if fault != "long-command" or is_long]
+        self.faults = [fault for fault in request.faults if fault[0] != "long-command" or is_long]
         self.sends_mail_early = self.has_more and self.verb == "DATA" and not self.is_refused
-        self.is_unknown = self.verb not in _REQUESTS and not (self.was_refused_data or "long-command" in faults)
+        self.is_unknown = self.verb not in _VERBS and not self.was_refused_data
         # A mechanism of one round trip may be followed by more (RFC 4954 section 4).
-        self.may_go_on = self.sends_mail_early or re.match("(?i:AUTH (PLAIN|EXTERNAL)) .", self.line)
+        self.may_go_on = self.sends_mail_early or (self.mechanism in ("PLAIN", "EXTERNAL") and self.line[-3:] == "***")
 
     def advance(self) -> None:
         """Let the request and its reply take effect."""
         accepted = self.verb if self.reply and not self.is_refused else ""
         self.was_pipelined, self.may_be_blind = self.has_more, self.has_more and self.may_pipeline
         self.was_told_421 = self.was_told_421 or self.reply.startswith("421")
-        self.is_challenged, self.has_begun_tls = self.reply.startswith("334"), accepted == "STARTTLS"
-        self.ignores_refusal = self.was_refused_data and self.verb not in _REQUESTS and self.line != "."
+        self.has_begun_tls = accepted == "STARTTLS"
+        self.ignores_refusal = self.was_refused_data and self.verb not in _VERBS and self.line != "."
         self.was_refused_data = self.verb == "DATA" and self.is_refused
-        self.is_in_mail &= self.verb != "message" and accepted not in (*_HELLO, "STARTTLS", "RSET")
+        self.is_in_mail &= self.verb not in ("message", "partial message") and accepted not in (
+            *_HELLO,
+            "STARTTLS",
+            "RSET",
+        )
         if accepted in (*_HELLO, "STARTTLS"):
             self.is_greeted, self.announced = accepted in _HELLO, {}
             for line in self.reply.upper().replace("AUTH=", "AUTH ").splitlines()[1:]:
@@ -806,13 +980,13 @@ class _ClientState:
 _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], object]], ...] = (
     ("after-421", (), lambda client: client.was_told_421 and not client.was_pipelined and client.verb != "QUIT"),
     ("no-hello-after-tls", (), lambda client: client.has_begun_tls and client.verb not in (*_HELLO, "QUIT")),
-    ("data-after-refusal", (), lambda client: client.was_refused_data and client.verb not in _REQUESTS),
+    ("data-after-refusal", (), lambda client: client.was_refused_data and client.verb not in _VERBS),
     ("data-before-354", ("DATA",), lambda client: client.sends_mail_early),
     ("pipelining", (), lambda client: client.has_more and not (client.may_pipeline or client.sends_mail_early)),
     (
         "pipelining-order",
-        _LAST_OF_GROUP,
-        lambda client: client.has_more and client.may_pipeline and not client.may_go_on,
+        (),
+        lambda client: client.kind.ends_group and client.has_more and client.may_pipeline and not client.may_go_on,
     ),
     (
         "unknown-command",
@@ -826,7 +1000,7 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], obj
         lambda client: not re.fullmatch(_STRICT_NAME, client.argument) and not client.has_literal,
     ),
     ("hello-not-fqdn", _HELLO, lambda client: re.fullmatch(_LABEL, client.argument)),
-    ("unannounced-command", tuple(_KEYWORDS), lambda client: _KEYWORDS[client.verb] not in client.announced),
+    ("unannounced-command", (), lambda client: client.kind.extension not in ("", *client.announced)),
     (
         "unannounced-mechanism",
         ("AUTH",),
@@ -837,7 +1011,7 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], obj
         ("AUTH",),
         lambda client: client.mechanism in _PLAINTEXT_MECHANISMS and "STARTTLS" in client.announced,
     ),
-    ("superfluous-argument", ("DATA", "RSET", "QUIT", "STARTTLS"), lambda client: client.argument),
+    ("superfluous-argument", (), lambda client: client.argument and not client.kind.argument),
     ("bad-sequence", ("AUTH",), lambda client: client.is_in_mail),
     (
         "bad-sequence",
@@ -866,20 +1040,22 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], obj
 _Findings = Iterator[tuple[str, ...]]
 
 
-def _check_dialogue(dialogue: list[_Request], client: _ClientState) -> _Findings:
-    for request, reply in zip(dialogue[::2], dialogue[1::2], strict=False):
-        if client.ignores_refusal:  # up to the end of the mail that was sent all the same
-            client.ignores_refusal = request != "."
-            continue
-        client.read(request, reply)
-        if client.verb != "greeting":
-            yield from ((fault, client.line) if isinstance(fault, str) else fault for fault in client.faults)
+def _check_dialogue(exchanges: Iterable[_Exchange], client: _ClientState) -> _Findings:
+    for exchange in exchanges:
+        request = exchange.request
+        if request is None:
+            client.was_told_421 = client.was_told_421 or exchange.response.startswith("421")
+            if exchange.was_early:
+                yield "early-talker", ""
+        elif client.ignores_refusal:  # up to the end of the mail that was sent all the same
+            client.ignores_refusal = request.line != "."
+        else:
+            client.read(request, exchange)
+            yield from client.faults
             for code, verbs, is_wrong in _DIALOGUE_CHECKS:
                 if (not verbs or client.verb in verbs) and is_wrong(client):
                     yield code, client.line
-        elif client.has_more:
-            yield "early-talker", ""
-        client.advance()
+            client.advance()
 
 
 # Patterns for a mail or a body with a CRLF before it. Most begin with a byte, which is found fast.
@@ -1291,19 +1467,15 @@ def _check_mail(message: Message, client: _ClientState) -> _Findings:
 
 def _find_violations(message: Message) -> list[Violation]:
     """In the order of the dialogue and then of the mail, one for each code and line."""
-    dialogue, body, client = message._dialogue[: message._length], message._steps.get("msg"), _ClientState()
-    if dialogue[3:4] != [_TRUNCATED]:
-        found = [*_check_dialogue(dialogue, client)]
-    else:  # of the commands, only these are certain
-        found = []
-        for exchange in (message._steps[step] for step in ("helo", "mailfrom") if step in message._steps):
-            client.read(exchange.request, exchange.response)
-            client.advance()
-        client.recipients = [address.lower() for address in message.rcpt_tos]
+    exchanges, steps, client = message._exchanges[: message._length], message._steps, _ClientState()
+    # What comes before a truncation is not complete.
+    begin = max((at for at, exchange in enumerate(exchanges) if exchange.verb == "truncated"), default=-1) + 1
+    found = [*_check_dialogue(exchanges[begin:], client)]
+    client.recipients += [address.lower() for address in message.rcpt_tos if begin]
+    body, data = steps.get("msg"), steps.get("data")
     # A client that got a 354 although it has no recipient must send a lone dot (RFC 2920 section 3.1).
-    is_complete = body is not None and body.value is not None and not getattr(body.request, "is_partial", False)
-    if body is not None and is_complete and (body.value or client.recipients):
-        found += _check_content(body.value, client, message.data_request[:4].upper() == "BDAT")
+    if body is not None and body.verb == "message" and body.value is not None and (body.value or client.recipients):
+        found += _check_content(body.value, client, data is not None and data.verb == "BDAT")
         found += _check_mail(message, client)
     violations: dict[tuple[str, str], Violation] = {}
     for code, line, *texts in found:
@@ -1317,80 +1489,13 @@ def _find_violations(message: Message) -> list[Violation]:
 # ----------------------------------------------------------------------------------------- records
 
 
-class _Next(enum.Enum):
-    """What the server does after a reply, if it does not wait for a command. All but TLS end the session."""
+class Exchange(NamedTuple):
+    """A request of the client and the response of the server, as both may be shown."""
 
-    TLS = "<tls>"
-    CLOSE = "<closed>"
-    RESET = "<reset>"  # closes with an RST
-    SILENCE = "<silence>"  # stays connected, but answers nothing any more
-
-
-_ENDINGS = [ending.value for ending in _Next if ending is not _Next.TLS]  # as transcripts show them
-_Request = str | int | None  # a client's line, the size of its body, or None where the server speaks unasked
-
-
-class _AuthResult(NamedTuple):
-    """The outcome of AUTH."""
-
-    response: str  # the option that has the text of the reply
-    mechanism: str | None = None
-    user: str | None = None
-
-
-def _encode(text: str) -> bytes:
-    return text.replace("\r\n", "\n").replace("\n", "\r\n").encode("utf-8", "surrogateescape") + b"\r\n"
-
-
-class _Reply:
-    """What the server says next, as data for the connection to carry out. Nothing changes it, because it is said again.
-
-    It is no NamedTuple, because their attributes take longer to read.
-    """
-
-    def __init__(
-        self,
-        text: str,
-        data: bytes | None = None,
-        delay: float = 0.0,
-        next: _Next | None = None,
-        accepts: bool = False,
-        trickle: float = 0.0,
-    ) -> None:
-        self.text = text
-        self.data = _encode(text) if data is None else data  # what is sent
-        self.delay = delay  # seconds before it
-        self.next = next
-        self.accepts = accepts  # whether the command takes effect
-        self.trickle = trickle  # seconds between the bytes
-
-    def replace(self, **changes: Any) -> _Reply:
-        """A reply with these changes; data=None encodes its text."""
-        return _Reply(**{**vars(self), **changes})
-
-
-class _Exchange(NamedTuple):
-    """A request and its reply."""
-
-    request: _Request
-    response: str
-    accepted: bool
-    value: Any  # of the argument; None if that is invalid
-
-
-def _printable(text: str) -> str:
-    """The text as one line, with escapes in place of control characters, which a terminal would obey."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
-
-
-def _format_dialogue(dialogue: list[_Request]) -> Iterator[str]:
-    """Yield lines such as "C: QUIT" and "S: 221 Closing connection" for requests and responses in turn."""
-    for index, said in enumerate(dialogue):
-        if isinstance(said, int):
-            yield f"C: <{said} bytes>"
-        elif said is not None:
-            lines = said.replace("\r\n", "\n").split("\n") if index % 2 else [said]
-            yield from (f"{'S' if index % 2 else 'C'}: {_printable(line)}" for line in lines)
+    request: str | None  #: "<9 bytes>" for a body, *** for a secret, None where the server speaks unasked
+    response: str | None  #: without the last CRLF; None where there is none
+    accepted: bool  #: whether the command took effect
+    at: datetime.datetime  #: when the request arrived, in UTC; differences are those of a monotonic clock
 
 
 def _shorten(value: object) -> str:
@@ -1402,17 +1507,23 @@ def _shorten(value: object) -> str:
 class _StepField(Generic[_T]):
     """An attribute of Message that is read from the exchange of one step; the default if the step is missing."""
 
-    def __init__(self, step: str, field: str, default: _T) -> None:
-        self.step, self.read, self.default = step, operator.attrgetter(field), default
+    def __init__(self, step: str, read: Callable[[_Exchange], _T | None], default: _T) -> None:
+        self.step, self.read, self.default = step, read, default
 
     def __get__(self, message: Message, owner: type[Message]) -> _T:
         exchange = message._steps.get(self.step)
-        value: _T | None = None if exchange is None else self.read(exchange)
+        value = None if exchange is None else self.read(exchange)
         return self.default if value is None else value
 
 
+_read_line: Callable[[_Exchange], str] = operator.attrgetter("line")
+_read_response: Callable[[_Exchange], str] = operator.attrgetter("response")
+_read_accepted: Callable[[_Exchange], bool] = operator.attrgetter("accepted")
+
+
 def _make_fields(step: str) -> tuple[_StepField[str], _StepField[str], _StepField[bool]]:
-    return _StepField(step, "request", ""), _StepField(step, "response", ""), _StepField(step, "accepted", False)
+    fields = _StepField(step, _read_line, ""), _StepField(step, _read_response, "")
+    return *fields, _StepField(step, _read_accepted, False)
 
 
 class Attachment(NamedTuple):
@@ -1470,40 +1581,50 @@ class Message:
 
     helo_request, helo_response, helo = _make_fields("helo")
     mailfrom_request, mailfrom_response, mailfrom = _make_fields("mailfrom")
-    mail_from = _StepField[str | None]("mailfrom", "value", None)  #: the sender, "" for <>; None if none was valid
+    mail_from = _StepField[str | None](
+        "mailfrom", lambda exchange: exchange.value and exchange.value.address, None
+    )  #: the sender, "" for <>; None if none was valid
     data_request, data_response, data = _make_fields("data")
-    content = _StepField("msg", "value", b"")  #: the body, dots unstuffed, CRLF kept; partial if the client left
-    msg_response = _StepField("msg", "response", "")
-    msg = _StepField("msg", "accepted", False)
+    content = _StepField[bytes](
+        "msg", operator.attrgetter("value"), b""
+    )  #: the body, dots unstuffed, CRLF kept; partial if the client left
+    msg_response = _StepField("msg", _read_response, "")
+    msg = _StepField("msg", _read_accepted, False)
     rset_request, rset_response, rset = _make_fields("rset")
-    noop = _StepField("noop", "accepted", False)
-    quit_sent = _StepField("quit", "accepted", False)
+    noop = _StepField("noop", _read_accepted, False)
+    quit_sent = _StepField("quit", _read_accepted, False)
     auth_request, auth_response, auth = _make_fields("auth")  #: the request is without the secret
-    auth_mechanism = _StepField[str | None]("auth", "value.mechanism", None)  #: also if the login failed
-    auth_user = _StepField[str | None]("auth", "value.user", None)
-    tls = _StepField[tuple[str, str] | None]("tls", "value", None)  #: (version, cipher); None without TLS
+    auth_mechanism = _StepField[str | None](
+        "auth", operator.attrgetter("value.mechanism"), None
+    )  #: also if the login failed
+    auth_user = _StepField[str | None]("auth", operator.attrgetter("value.user"), None)
+    tls = _StepField[tuple[str, str] | None](
+        "tls", operator.attrgetter("value"), None
+    )  #: (version, cipher); None without TLS
     id: int  #: unique among the messages of the server
     peer: tuple[str, int]  #: the client's address and port
 
-    _stamped_at: float
     _steps: dict[str, _Exchange]
     _recipients: list[_Exchange]
     _count: int
-    _dialogue: list[_Request]
+    _exchanges: list[_Exchange]
     _length: int
-    _start: int
+    _discarded: int
     _tolerated: Collection[str]
     _findings = functools.cached_property(_find_violations)
 
-    def __init__(
-        self, mail: _Mail, peer: tuple[str, int], stamp: tuple[int, float], tolerated: Collection[str]
-    ) -> None:
+    def __init__(self, mail: _Mail, peer: tuple[str, int], id: int, tolerated: Collection[str]) -> None:
         # The session goes on appending to the lists, so their present lengths are kept with them.
         fields = self.__dict__  # because __setattr__() allows nothing
-        fields["id"], fields["_stamped_at"] = stamp
-        fields["peer"], fields["_steps"], fields["_tolerated"] = peer, mail.steps.copy(), tolerated
-        fields["_recipients"], fields["_count"] = mail.recipients, len(mail.recipients)
-        fields["_dialogue"], fields["_length"], fields["_start"] = mail.dialogue, len(mail.dialogue), mail.start
+        fields["id"] = id
+        fields["peer"] = peer
+        fields["_tolerated"] = tolerated
+        fields["_steps"] = mail.steps.copy()
+        fields["_recipients"] = mail.recipients
+        fields["_count"] = len(mail.recipients)
+        fields["_exchanges"] = mail.exchanges
+        fields["_length"] = len(mail.exchanges)
+        fields["_discarded"] = mail.discarded
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
@@ -1517,12 +1638,12 @@ class Message:
     @property
     def rcptto_request_response(self) -> list[tuple[str, str]]:
         """(request, response) of each RCPT TO; without multiple_rcptto, of the last."""
-        return [(str(exchange.request), exchange.response) for exchange in self._recipients[: self._count]]
+        return [(exchange.line, exchange.response) for exchange in self._recipients[: self._count]]
 
     @property
     def rcpt_tos(self) -> list[str]:
         """The accepted recipients; without multiple_rcptto, the last one, if it was accepted."""
-        return [exchange.value for exchange in self._recipients[: self._count] if exchange.accepted]
+        return [exchange.value.address for exchange in self._recipients[: self._count] if exchange.accepted]
 
     @property
     def rcptto(self) -> bool:
@@ -1531,39 +1652,48 @@ class Message:
     @property
     def mailfrom_parameters(self) -> dict[str, str]:
         """The parameters of MAIL FROM, such as {"SIZE": "1000", "SMTPUTF8": ""}."""
-        return dict(getattr(self.mail_from, "parameters", {}))
+        sender = self._steps.get("mailfrom")
+        return dict(sender.value.parameters) if sender is not None and sender.value is not None else {}
 
     @property
     def rcptto_parameters(self) -> list[dict[str, str]]:
         """The parameters of each of the rcpt_tos."""
-        return [dict(getattr(address, "parameters", {})) for address in self.rcpt_tos]
+        return [dict(exchange.value.parameters) for exchange in self._recipients[: self._count] if exchange.accepted]
 
     @property
     def msg_request(self) -> str:
         """The content as str: UTF-8, with surrogates for bytes that are not."""
         return _decode(self.content)
 
-    def _list_replies(self, start: int = 0) -> list[tuple[str, str]]:
-        """(request, response) of each command from this place in the dialogue on; a body is "<9 bytes>"."""
-        dialogue = self._dialogue[start : self._length]
-        pairs = zip(dialogue[::2], dialogue[1::2], strict=False)
-        shown = ((f"<{said} bytes>" if isinstance(said, int) else said, response) for said, response in pairs)
-        return [(request, str(response)) for request, response in shown if request is not None and response is not None]
+    @property
+    def exchanges(self) -> list[Exchange]:
+        """The greeting, HELO, TLS and AUTH that are in force, and all that was said since the mail before."""
+        import datetime
+
+        return [
+            Exchange(
+                None if request is None else request.line,
+                reply.text if reply is not None and reply.data else None,
+                reply is not None and reply.accepts,
+                datetime.datetime.fromtimestamp(at, datetime.timezone.utc),
+            )
+            for request, reply, _, at, _ in self._exchanges[: self._length]
+            if request is not None or (reply is not None and reply.data)
+        ]
 
     @property
     def refusals(self) -> list[tuple[str, str]]:
-        """(request, response) of each command that got a 4xx or 5xx, even if erased since; a body is "<9 bytes>"."""
-        return [pair for pair in self._list_replies() if pair[1].startswith(("4", "5"))]
+        """(request, response) of each of the exchanges that got a 4xx or 5xx, even if a repeated command erased it."""
+        return [(said.line, said.response) for said in self._exchanges[: self._length] if said.is_refused]
 
     def _find_discards(self) -> Iterator[tuple[str, str]]:
         """What was accepted and not kept, each with the option that keeps it."""
-        accepted = [line for line, response in self._list_replies(self._start) if not response.startswith(("4", "5"))]
-        verbs = [line[:4].upper() if line[:1] != "<" else "<" for line in accepted]
-        last_mail = len(verbs) - verbs[::-1].index("MAIL") if "MAIL" in verbs else 0
-        recipients = verbs[last_mail:].count("RCPT") if self.msg else 0
+        accepted = [exchange.verb for exchange in self._exchanges[: self._length] if exchange.accepted]
+        last_mail = len(accepted) - accepted[::-1].index("MAIL") if "MAIL" in accepted else 0
+        recipients = accepted[last_mail:].count("RCPT") if self.msg else 0
         for option, what, count, kept in (
             ("multiple_rcptto", "recipients", recipients, len(self.rcpt_tos)),
-            ("multiple_message_receiving", "mails", verbs.count("<"), int(self.msg)),
+            ("multiple_message_receiving", "mails", self._discarded + self.msg, int(self.msg)),
         ):
             if count > kept:
                 verb = "was" if count - kept == 1 else "were"
@@ -1577,22 +1707,19 @@ class Message:
     @property
     def esmtp(self) -> bool:
         """Whether the client greeted with EHLO, and was accepted."""
-        return self.helo and self.helo_request[:4].upper() == "EHLO"
+        return self.helo and self._steps["helo"].verb == "EHLO"
 
     @property
     def received_at(self) -> datetime.datetime | None:
-        """When the mail was accepted, in UTC; None if it was not."""
+        """When the end of the accepted mail arrived, in UTC; None if it was not accepted."""
         import datetime
 
-        return datetime.datetime.fromtimestamp(self._stamped_at, datetime.timezone.utc) if self.msg else None
+        return datetime.datetime.fromtimestamp(self._steps["msg"].at, datetime.timezone.utc) if self.msg else None
 
     @functools.cached_property
     def transcript(self) -> str:
-        """The dialogue, with lines such as "C: QUIT" and "S: 221 Closing connection"; a body is one line with its size.
-
-        With multiple_message_receiving it has the greeting, HELO, and then this mail alone.
-        """
-        return "\n".join(_format_dialogue(self._dialogue[: self._length]))
+        """The exchanges as lines such as "C: QUIT" and "S: 221 Bye"; a body is one line with its size."""
+        return "\n".join(_format_exchanges(self._exchanges[: self._length]))
 
     @functools.cached_property
     def received_header(self) -> str:
@@ -1695,13 +1822,14 @@ class Message:
         values = {name: getattr(self, name) for name in names}
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
         values["rcptto_request_response"] = self.rcptto_request_response
+        values["exchanges"] = [said._asdict() | {"at": said.at.isoformat()} for said in self.exchanges]
         values["headers"] = [(name, str(value)) for name, value in self.email.items()]
         values["defects"] = [f"{type(fault).__name__}: {fault}" for part in self.email.walk() for fault in part.defects]
         values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
         return dict(_jsonify(values | _jsonify_bytes(self.content)))
 
     def __repr__(self) -> str:
-        replies = [said for said in self._dialogue[1 : self._length : 2] if said is not None and said not in _ENDINGS]
+        replies = [response for _, response, *_ in self.exchanges if response is not None]
         end = f"not accepted, last reply {_shorten(replies[-1])}" if replies else "no reply"
         if self.is_consistent:
             end = "accepted"
@@ -1741,8 +1869,7 @@ def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
     return aspects
 
 
-@_fields(frozen=True)
-class Action(_Fields):
+class Action(_Options, kw_only=False):
     """What a rule does. A field that is None leaves its aspect of the reply as it is without the rule."""
 
     reply: str | None = _option(None, _TEXT, "the text of the reply")
@@ -1752,11 +1879,10 @@ class Action(_Fields):
     then: str | None = _option(None, _ENDING, "close, or without a reply: drop, reset or silence")
 
 
-_ACTIONS = {field.name: field.metadata["kind"] for field in dataclasses.fields(Action)}
-_STAGES = "HELO EHLO MAIL RCPT DATA BDAT RSET NOOP QUIT AUTH STARTTLS connect message"
+_ACTIONS = {name: option.kind for name, option in Action._declared.items()}
 
 # What people write for a stage, and what it is called here. Other verbs are allowed if they are not nearly these.
-_STAGE_NAMES = {stage.upper(): stage for stage in _STAGES.split()}
+_STAGE_NAMES = {verb.upper(): verb for verb in _VERBS if verb.isupper() or verb in ("connect", "message")}
 _STAGE_NAMES |= {"MAILFROM": "MAIL", "RCPTTO": "RCPT", "BODY": "message", "END": "message", "CONNECTION": "connect"}
 
 
@@ -1768,7 +1894,7 @@ def _parse_stage(name: object, verbs: Collection[str]) -> str:
     if not words or len(words) > 2 or (words[1:] and words[1].upper() not in ("FROM", "TO")):
         raise ConfigurationError(f"stage={name!r}: must be connect, message, * or a verb such as RCPT")
     stage = words[0].lower() if words[0].lower() in ("connect", "message") else words[0].upper()
-    if stage in ("*", *_STAGE_NAMES.values(), *verbs, *_VERBS.split()):
+    if stage in ("*", *_STAGE_NAMES.values(), *verbs):
         return stage
     if near := difflib.get_close_matches(stage, _STAGE_NAMES, n=1, cutoff=0.7):  # the rule would never apply
         raise ConfigurationError(f"stage={name!r}: there is no such stage; did you mean {_STAGE_NAMES[near[0]]}?")
@@ -1777,7 +1903,8 @@ def _parse_stage(name: object, verbs: Collection[str]) -> str:
 
 def _check_match(match: str, stage: str) -> None:
     """Refuse a string that no address or domain of this stage can be."""
-    if stage in ("connect", "RSET", "NOOP", "QUIT", "STARTTLS"):
+    kind = _VERBS.get(stage, _UNKNOWN_VERB)
+    if kind.argument in ("", "text") and not kind.has_recipients:
         raise ConfigurationError(f"match={match!r}: there is no address or domain at {stage}")
     if address := re.search(r"<(.*)>$|^\*?@(.+)", match):
         raise ConfigurationError(f"match={match!r}: did you mean {address[1] or address[2]!r}?")
@@ -1874,12 +2001,12 @@ class Rule:
         self._uses = tuple(use | {name: value} for use in self._uses)
         return self
 
-    def _matches(self, request: str, names: Sequence[str]) -> bool:
+    def _matches(self, text: str, names: Sequence[str]) -> bool:
         match = self._match
         if isinstance(match, re.Pattern):
-            return match.search(request) is not None
+            return match.search(text) is not None
         if callable(match):
-            return bool(match(request))
+            return bool(match(text))
         folded = [_fold(name) for name in names]
         return match is None or any(match in (name, name.rpartition("@")[2].lower()) for name in folded)
 
@@ -1943,23 +2070,26 @@ class _Rules:
 
     def decide(
         self,
-        stages: Collection[str],
-        request: str,
+        texts: Mapping[str, str],
         names: Sequence[str],
         message: Callable[[], Message],
         after: int | None = None,
         wanted: Collection[str] = _ASPECTS,
     ) -> dict[str, Any]:
-        """Each wanted aspect of a reply, from the newest rule that sets it. Raises what the user's functions raise."""
+        """Each wanted aspect of a reply, from the newest rule that sets it. Raises what the user's functions raise.
+
+        The texts are what the rules of each stage look at, and the names the addresses or domains.
+        """
         found: dict[str, Any] = {}
         counts = "reply" in wanted  # a challenge of AUTH is no use of its own
         for rule in self.newest_first:
-            if rule._stage in stages and rule._after == after and rule._matches(request, names):
+            text = texts.get(rule._stage)
+            if text is not None and rule._after == after and rule._matches(text, names):
                 missing = [aspect for aspect in wanted if aspect not in found]
                 with self._lock:
                     aspects, function = rule._use(missing, counts=counts) if rule in self.newest_first else ({}, None)
                 if function is not None:  # called without the lock, like every function of the user
-                    result = function(request, message())
+                    result = function(text, message())
                     action = Action(result) if result is None or isinstance(result, str) else result
                     if not isinstance(action, Action):
                         raise TypeError(f"a rule returned {result!r}: must be None, a reply or an Action")
@@ -1997,19 +2127,17 @@ class Handler:
     has_secret = False  #: whether logs and transcripts show *** in place of the argument
 
     _keyword = ""  # follows the verb, as FROM: follows MAIL
-    _step = ""  # the name under which a message has the command
     _erases: tuple[str, ...] = ()  # the steps that it undoes, even if it is refused then
-    _bad_sequence = "msg_invalid_cmd_helo_sequence"
-    _more_stages: tuple[str, ...] = ("*",)  # beside its own, those whose rules apply
-    _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
-    _lenient_pattern = ""  # what parse() takes as pattern, with lenient_addresses
-    _delay = ""  # the option that has it
-    _next: _Next | None = None  # if it is accepted
     _before_tls = False  # whether tls_required allows it before STARTTLS
     _before_auth = True  # whether auth_required allows it before AUTH
-    _belongs_to_previous_mail = False  # whether it belongs to the accepted message before it and does not begin another
-    _is_offered: Callable[[Configuration], bool] = staticmethod(lambda options: True)  # if not, it is unknown
+    _bad_sequence = "msg_invalid_cmd_helo_sequence"
+    _lenient_pattern = ""  # what parse() takes as pattern, with lenient_addresses
+    _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
     _read_loosely: Callable[[Any], Any] = staticmethod(lambda argument: argument)  # a bad one, which a rule accepted
+    _delay = ""  # the option that has it
+    _next: _Next | None = None  # if it is accepted
+    _step = ""  # the name under which a message has the command
+    _is_offered: Callable[[Configuration], bool] = staticmethod(lambda options: True)  # if not, it is unknown
 
     def __init__(self, options: Configuration) -> None:
         self.options = options
@@ -2025,8 +2153,6 @@ class Handler:
             self.needs = ("auth", *self.needs)
         if options.tls_required and not self._before_tls:
             self.needs = ("tls", *self.needs)
-        for name in ("parse", "_keyword", "_step", "_belongs_to_previous_mail", "_erases"):
-            setattr(self, name, getattr(self, name))  # because those of an instance take less time to read
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         """The reply that refuses this result of parse(), or None. session.message() is the Message as it is so far."""
@@ -2045,27 +2171,23 @@ class Handler:
     def _choose_next(self, accepts: bool) -> _Next | None:
         return self._next if accepts else _Next.CLOSE if self.options.fail_fast else None
 
-    def _begin(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+    def _begin(self, session: _Session, request: _Request) -> _Reply | None:
         """Run the command; None if more must come before there is a reply."""
+        argument = request.argument
         if self.has_secret and argument:
-            request = _hide(request, f"{request.split(maxsplit=1)[0]} ***")
-        return session.run(self, verb, request, argument)
+            request = request.hide(f"{request.line.split(maxsplit=1)[0]} ***")
+        return session.run(self, request, argument)
 
-    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
+    def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         """Erase, check, record. The reply is sent later."""
         if self._erases:
             session.erase(self._erases)
         value = self.parse(argument)
         reply = self._choose(session, value)
         if session.rules.newest_first:
-            names = self._names(session, argument, value)
-            reply = self._apply(session.decide((stage, *self._more_stages), request, argument, names), reply)
+            reply = self._apply(self._decide(session, request, argument, value), reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
-        text = reply.text if reply.data else None
-        session.mail.dialogue.extend((request, _mark_early(text) if text and session.has_more else text))
-        # A call of _Exchange would run a Python function, and take twice as long.
-        exchange = tuple.__new__(_Exchange, (request, reply.text, reply.accepts, value))
-        self._record(session.mail, exchange)
+        self._record(session.mail, session.note(request, reply, value))
         return reply
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
@@ -2078,14 +2200,27 @@ class Handler:
         if value is None:
             return self._find_reply(self.bad_argument)
         for values, text in self._refused:
-            if _fold(value) in values:
+            if _fold(self._name(value)) in values:
                 return self._find_reply(text)
         refusal = self.refuse(session, value)
         return self._accepting if refusal is None else self._find_reply(refusal)
 
+    def _decide(self, session: _Session, request: _Request | None, argument: Any, value: Any) -> dict[str, Any]:
+        """The aspects of the reply that rules set."""
+        return session.decide(self._texts(session, request, argument), self._names(session, argument, value))
+
+    def _texts(self, session: _Session, request: _Request | None, argument: Any) -> dict[str, str]:
+        """What rules look at, by their stages."""
+        return {"connect": "", "*": ""} if request is None else {request.verb: request.line, "*": request.line}
+
+    def _name(self, value: Any) -> str:
+        """The address or the domain in the value of an argument."""
+        return str(value)
+
     def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
         """The addresses or domains for rules to match."""
-        return [name.strip("<>") for name in (value, argument) if isinstance(name, str)]
+        names = [argument] if value is None else [self._name(value), argument]
+        return [name.strip("<>") for name in names if isinstance(name, str)]
 
     def _apply(self, aspects: dict[str, Any], normal: _Reply) -> _Reply:
         """The normal reply, changed by the aspects that rules set."""
@@ -2103,7 +2238,7 @@ class Handler:
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
         if self._step:
             mail.steps[self._step] = exchange
-            if exchange.accepted:
+            if exchange.reply is not None and exchange.reply.accepts:
                 mail.accepted_steps.add(self._step)
 
 
@@ -2113,6 +2248,7 @@ class _Greeting(Handler):
     verbs = ("connect",)
     received = "msg_greeting"
     _before_tls = True
+    _step = "greeting"
 
 
 class _Helo(Handler):
@@ -2120,44 +2256,51 @@ class _Helo(Handler):
 
     verbs = ("HELO",)
     parse = staticmethod(_parse_domain)
-    received, bad_argument = "msg_helo_received", "msg_invalid_cmd_helo_arg"
-    _step, _delay = "helo", "response_delay_helo"
-    _erases, _lenient_pattern = _STEPS, _LENIENT_DOMAIN
-    _lists = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
+    bad_argument = "msg_invalid_cmd_helo_arg"
+    received = "msg_helo_received"
+    _erases = _STEPS
     _before_tls = True
+    _lenient_pattern = _LENIENT_DOMAIN
+    _lists = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
+    _delay = "response_delay_helo"
+    _step = "helo"
 
 
 class _PathHandler(Handler):
     """What MAIL and RCPT have in common: an address with parameters."""
 
+    _before_auth = False
     _lenient_pattern = _LENIENT_PATH
-    _read_loosely = staticmethod(
-        lambda argument: _parse_parameters(argument, lambda path: path[1:-1] if path[:1] + path[-1:] == "<>" else path)
-    )
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
         if self._extensions:
-            self.parse = functools.partial(_parse_parameters, parse=self.parse)
+            self.parse = functools.partial(self.parse, has_parameters=True)
+
+    def _name(self, value: _Path) -> str:
+        return value.address
+
+    @staticmethod
+    def _read_loosely(argument: str) -> _Path:
+        path, words = _split_path(argument)
+        return _Path(path[1:-1] if path[:1] + path[-1:] == "<>" else path, _read_parameters(words))
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         if not self._extensions:
             return None
-        given = getattr(value, "parameters", {})
         sender = session.mail.steps["mailfrom"].value if self._step == "rcptto" else value
-        declared = getattr(sender, "parameters", {})
-        if "SMTPUTF8" in self._extensions and not value.isascii() and "SMTPUTF8" not in declared:
+        if "SMTPUTF8" in self._extensions and not value.address.isascii() and "SMTPUTF8" not in sender.parameters:
             return self.bad_argument
-        if not all(self._allows(session, *parameter) for parameter in given.items()):
+        if not all(self._allows(session, *parameter) for parameter in value.parameters.items()):
             return "msg_unknown_parameter"
-        return "msg_msg_size_is_too_big" if int(given.get("SIZE", 0)) > self.options.msg_size_limit else None
+        size = int(value.parameters.get("SIZE", 0))
+        return "msg_msg_size_is_too_big" if size > self.options.msg_size_limit else None
 
     def _allows(self, session: _Session, name: str, value: str) -> bool:
         other = _PARAMETERS.get(name, (self.verbs[0], name, "[^?]*"))
         verb, extension, pattern = _PARAMETERS.get(f"{name}={value.upper()}", other)
-        is_esmtp = str(session.mail.steps["helo"].request)[:4].upper() == "EHLO"
-        was_announced = is_esmtp and extension in self._extensions and verb in self.verbs
-        return was_announced and re.fullmatch(pattern, value, re.IGNORECASE) is not None
+        was_announced = session.mail.steps["helo"].verb == "EHLO" and extension in self._extensions
+        return was_announced and verb in self.verbs and re.fullmatch(pattern, value, re.IGNORECASE) is not None
 
 
 class _Mailfrom(_PathHandler):
@@ -2165,29 +2308,34 @@ class _Mailfrom(_PathHandler):
 
     verbs = ("MAIL",)
     needs: Sequence[str] = ("helo",)
-    parse = staticmethod(lambda text, **pattern: "" if text == "<>" else _parse_path(text, **pattern))
-    received, bad_argument = "msg_mailfrom_received", "msg_invalid_cmd_mailfrom_arg"
-    _step, _keyword, _delay = "mailfrom", "FROM:", "response_delay_mailfrom"
-    _erases, _before_auth = _TRANSACTION, False
+    parse: Callable[..., Any] = functools.partial(_parse_path, allowed="<>")
+    bad_argument = "msg_invalid_cmd_mailfrom_arg"
+    received = "msg_mailfrom_received"
+    _keyword = "FROM:"
+    _erases = _TRANSACTION
     _bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
     _lists = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
+    _delay = "response_delay_mailfrom"
+    _step = "mailfrom"
 
 
 class _Rcptto(_PathHandler):
     """RCPT TO:<address>, once per recipient."""
 
-    verbs, needs = ("RCPT",), ("helo", "mailfrom")
+    verbs = ("RCPT",)
+    needs = ("helo", "mailfrom")
     # Postmaster is the only address that needs no domain (RFC 5321 section 4.1.1.3).
-    parse = staticmethod(
-        lambda text, **pattern: text[1:-1] if text.lower() == "<postmaster>" else _parse_path(text, **pattern)
-    )
-    received, bad_argument = "msg_rcptto_received", "msg_invalid_cmd_rcptto_arg"
-    _step, _keyword, _delay = "rcptto", "TO:", "response_delay_rcptto"
-    _bad_sequence, _before_auth = "msg_invalid_cmd_rcptto_sequence", False
+    parse: Callable[..., Any] = functools.partial(_parse_path, allowed="<postmaster>")
+    bad_argument = "msg_invalid_cmd_rcptto_arg"
+    received = "msg_rcptto_received"
+    _keyword = "TO:"
+    _bad_sequence = "msg_invalid_cmd_rcptto_sequence"
     _lists = (
         ("blacklisted_rcptto_emails", "msg_rcptto_blacklisted_email"),
         ("not_registered_emails", "msg_rcptto_not_registered_email"),
     )
+    _delay = "response_delay_rcptto"
+    _step = "rcptto"
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
@@ -2198,23 +2346,30 @@ class _Rcptto(_PathHandler):
         mail.recipients.append(exchange)
 
 
+def _name_recipients(handler: Handler, session: _Session, argument: Any, value: Any) -> Sequence[str]:
+    return session.mail.accepted_recipients()
+
+
 class _Data(Handler):
     """DATA, which asks for permission to send the body."""
 
     verbs: Sequence[str] = ("DATA",)
     needs = ("helo", "mailfrom", "rcptto")
-    received, bad_argument, _bad_sequence = "msg_data_received", "msg_invalid_cmd", "msg_invalid_cmd_data_sequence"
-    _step, _delay, _before_auth = "data", "response_delay_data", False
+    bad_argument = "msg_invalid_cmd"
+    received = "msg_data_received"
     _erases: tuple[str, ...] = ("data", "msg")
+    _before_auth = False
+    _bad_sequence = "msg_invalid_cmd_data_sequence"
+    _delay = "response_delay_data"
+    _step = "data"
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         return None if session.mail.body is None else self._bad_sequence  # after a chunk, RFC 3030 section 2
 
-    def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
-        return session.mail.accepted_recipients()
+    _names = _name_recipients
 
-    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
-        reply = super()._run(session, stage, request, argument)
+    def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
+        reply = super()._run(session, request, argument)
         if reply.accepts and reply.next is None:
             session.expect_body()
         return reply
@@ -2225,31 +2380,31 @@ class _Bdat(_Data):
 
     verbs = ("BDAT",)
     parse = staticmethod(_parse_chunk)
-    received, bad_argument = "msg_bdat_received", "msg_invalid_cmd_bdat_arg"
+    bad_argument = "msg_invalid_cmd_bdat_arg"
+    received = "msg_bdat_received"
     _erases = ()
     _is_offered = staticmethod(lambda options: "CHUNKING" in _name_extensions(options))
 
-    def _begin(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
-        chunk = _parse_chunk(argument)
+    def _begin(self, session: _Session, request: _Request) -> _Reply | None:
+        chunk = _parse_chunk(request.argument)
         if chunk is None:
-            return session.run(self, verb, request, argument)
-        session.begin_mail_if_due(self)  # so that the bytes go to the same mail as the command
-        return session.expect_chunk(chunk[0], request, lambda: self._finish(session, request, argument, chunk))
+            return session.run(self, request, request.argument)
+        session.begin_mail_if_due(request.kind)  # so that the bytes go to the same mail as the command
+        return session.expect_chunk(chunk[0], request, lambda: self._finish(session, request, chunk))
 
-    def _finish(self, session: _Session, request: str, argument: str, chunk: tuple[int, bool]) -> _Reply:
+    def _finish(self, session: _Session, request: _Request, chunk: tuple[int, bool]) -> _Reply:
         """Run the command after its chunk has arrived. With LAST, the reply is that to the body."""
         if not chunk[1] or not self._choose(session, chunk).accepts:
-            return session.run(self, "BDAT", request, argument)
-        session.mail.dialogue.extend((request, None))
-        self._record(session.mail, _Exchange(request, self._accepting.text, True, chunk))
-        return session.finish_body(request)
+            return session.run(self, request, request.argument)
+        self._record(session.mail, session.note(request, self._accepting.replace(data=b""), chunk))
+        return session.finish_body()
 
     def refuse(self, session: _Session, value: Any) -> str | None:
         body = session.mail.body
         return "msg_msg_size_is_too_big" if body and body.size > self.options.msg_size_limit else None
 
-    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
-        reply = Handler._run(self, session, stage, request, argument)
+    def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
+        reply = Handler._run(self, session, request, argument)
         if not reply.accepts and self.parse(argument) is not None:  # no chunk counts any more before the next MAIL
             session.mail.accepted_steps.discard("rcptto")
             session.mail.body = None
@@ -2261,29 +2416,37 @@ class _EndOfBody(Handler):
 
     verbs = ("message",)
     parse = staticmethod(lambda content: content)
-    received, bad_argument = "msg_msg_received", "msg_msg_size_is_too_big"
-    _step, _delay = "msg", "response_delay_message"
-    _names = _Data._names
+    bad_argument = "msg_msg_size_is_too_big"
+    received = "msg_msg_received"
+    _delay = "response_delay_message"
+    _step = "msg"
+    _names = _name_recipients
+
+    def _decide(self, session: _Session, request: _Request | None, argument: Any, value: Any) -> dict[str, Any]:
+        texts, names = self._texts(session, request, argument), self._names(session, argument, value)
+        return session.decide(texts, names, lambda: session.message_with_body(argument))
 
     def refuse(self, session: _Session, value: Any) -> str | None:
-        body = session.mail.body
-        violations = (
-            session.message(body.size, value, without_history=True).violations if self.options.strict and body else []
-        )
+        violations = session.message_with_body(value, without_history=True).violations if self.options.strict else []
         if not violations:
             return None
         text = str(violations[0]).encode("ascii", "backslashreplace").decode()
         return self.options.msg_violation.replace("{violation}", text[:400])  # RFC 5321 section 4.5.3.1.5
 
-    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
-        reply = super()._run(session, stage, request, argument)
+    def _texts(self, session: _Session, request: _Request | None, argument: Any) -> dict[str, str]:
+        text = _decode(argument or b"")
+        body = session.mail.body
+        if body is None or body.request is None:
+            return {"message": text, "*": text}
+        return {"message": text, "BDAT": body.request.line, "*": body.request.line}
+
+    def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
+        reply = super()._run(session, request, argument)
         if reply.accepts and not session.deliver():
             failed = self._find_reply("msg_msg_failed")
             reply = failed.replace(delay=reply.delay, next=reply.next or failed.next)
-            # A copy, because on_message was given a message that has the list.
-            session.mail.dialogue = [*session.mail.dialogue[:-1], reply.text]
-            self._record(session.mail, _Exchange(request, reply.text, False, argument))
             session.mail.accepted_steps.discard("msg")
+            session.mail.replace_last(reply=reply)
         return reply
 
 
@@ -2291,7 +2454,6 @@ class _EndOfChunks(_EndOfBody):
     """The end of a body that came in chunks. BDAT LAST has one reply for the command and for the body."""
 
     verbs = ("last chunk",)
-    _more_stages = ("BDAT", "*")
 
     def _make_reply(self, option: str) -> _Reply:
         reply = super()._make_reply(option)
@@ -2301,11 +2463,13 @@ class _EndOfChunks(_EndOfBody):
 class _Rset(Handler):
     """RSET, which abandons the mail."""
 
-    verbs, needs = ("RSET",), ("helo",)
-    received, _bad_sequence = "msg_rset_received", "msg_invalid_cmd_rset_sequence"
-    _step, _delay = "rset", "response_delay_rset"
+    verbs = ("RSET",)
+    needs = ("helo",)
+    received = "msg_rset_received"
     _erases = _TRANSACTION
-    _belongs_to_previous_mail = True
+    _bad_sequence = "msg_invalid_cmd_rset_sequence"
+    _delay = "response_delay_rset"
+    _step = "rset"
 
 
 class _Noop(Handler):
@@ -2314,25 +2478,32 @@ class _Noop(Handler):
     verbs = ("NOOP",)
     parse = staticmethod(str)
     received = "msg_noop_received"
-    _step, _delay = "noop", "response_delay_noop"
-    _before_tls, _belongs_to_previous_mail = True, True
+    _before_tls = True
+    _delay = "response_delay_noop"
+    _step = "noop"
 
 
 class _Quit(Handler):
     """QUIT, which ends the session."""
 
     verbs = ("QUIT",)
-    received, bad_argument = "msg_quit_cmd", "msg_invalid_cmd"
-    _step, _delay = "quit", "response_delay_quit"
-    _next, _before_tls, _belongs_to_previous_mail = _Next.CLOSE, True, True
+    bad_argument = "msg_invalid_cmd"
+    received = "msg_quit_cmd"
+    _before_tls = True
+    _delay = "response_delay_quit"
+    _next = _Next.CLOSE
+    _step = "quit"
 
 
 class _Starttls(Handler):
     """STARTTLS, after which the session begins again within TLS (RFC 3207)."""
 
-    verbs, needs = ("STARTTLS",), ("helo",)
-    received, bad_argument = "msg_starttls_received", "msg_invalid_cmd_starttls_arg"
-    _next, _before_tls = _Next.TLS, True
+    verbs = ("STARTTLS",)
+    needs = ("helo",)
+    bad_argument = "msg_invalid_cmd_starttls_arg"
+    received = "msg_starttls_received"
+    _before_tls = True
+    _next = _Next.TLS
     _is_offered = staticmethod(lambda options: options.ssl_context is not None and not options.implicit_tls)
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
@@ -2352,6 +2523,18 @@ _MECHANISMS = {
 _BAD_TOKEN = '{"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"}\n'
 
 
+# Mechanisms that clients name (RFC 4422 section 3.1). Any other word after AUTH may be a secret.
+_MECHANISM_NAME = "[A-Z0-9_-]{1,20}|(?i:PLAIN|LOGIN|CRAM-MD5|XOAUTH2|OAUTHBEARER|EXTERNAL|NTLM|GSSAPI|SCRAM-SHA-[0-9]+)"
+
+
+class _AuthResult(NamedTuple):
+    """The outcome of AUTH."""
+
+    response: str  # the option that has the text of the reply
+    mechanism: str
+    user: str | None = None
+
+
 class _Auth(Handler):
     """AUTH, in one line or in several. Each line is run; the last one yields the _AuthResult."""
 
@@ -2363,15 +2546,16 @@ class _Auth(Handler):
     def refuse(self, session: _Session, value: Any) -> str | None:
         return None if value.response == self.received else value.response
 
-    def _begin(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+    def _begin(self, session: _Session, request: _Request) -> _Reply | None:
         # Only the verb and a known mechanism are shown, because anything else may be a secret.
-        name, _, initial = argument.partition(" ")
+        name, _, initial = request.argument.partition(" ")
         shown = name if name.upper() in _MECHANISMS else "***" if name else ""
-        words = (request.split(maxsplit=1)[0], shown, "***" if initial else "")
-        request = _hide(request, " ".join(filter(None, words)))
-        return session.run(self, verb, request, (self._log_in(session, name.upper(), initial), request, None))
+        words = (request.line.split(maxsplit=1)[0], shown, "***" if initial else "")
+        mechanism = name if re.fullmatch(_MECHANISM_NAME, name) else "***"
+        command = request.hide(" ".join(filter(None, words)), " ".join(filter(None, (mechanism, words[2]))))
+        return session.run(self, command, (self._log_in(session, name.upper(), initial), command, None))
 
-    def _run(self, session: _Session, stage: str, request: _Request, argument: Any) -> _Reply:
+    def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         """The argument is the login in progress, its command, and the answer to the last challenge."""
         import base64
 
@@ -2379,20 +2563,28 @@ class _Auth(Handler):
         try:
             text = f"334 {base64.b64encode(login.send(answer).encode()).decode()}"
         except StopIteration as stop:
-            result = stop.value
-        else:
-            reply, run = _Reply(text, accepts=True), session.run
-            if session.rules.newest_first:
-                aspects = session.decide((stage, "*"), command, None, [""], wanted=("delay", "trickle"))
-                reply = self._apply(aspects, reply)
-            session.mail.dialogue.extend((request, _mark_early(text) if session.has_more else text))
-            session.expect_answer(
-                lambda line: run(self, stage, _hide(line, line if line == "*" else "***"), (login, command, line))
-            )
-            return reply
-        reply = super()._run(session, stage, command, result)
-        session.mail.dialogue[-2] = request
+            return self._finish(session, request, command, stop.value)
+        reply = _Reply(text, accepts=True)
+        if session.rules.newest_first:
+            texts = self._texts(session, command, None)
+            reply = self._apply(session.decide(texts, [""], wanted=("delay", "trickle")), reply)
+        session.note(request, reply)
+        if reply.accepts:  # unless a rule failed
+            session.expect_answer(lambda answer, text: session.run(self, answer, (login, command, text)))
         return reply
+
+    def _finish(self, session: _Session, request: _Request | None, command: _Request, result: _AuthResult) -> _Reply:
+        reply = self._choose(session, result)
+        if session.rules.newest_first:
+            reply = self._apply(self._decide(session, command, None, result), reply)
+        # A message has the outcome under the command, whatever came between.
+        self._record(session.mail, session.note(request, reply, result)._replace(request=command))
+        return reply
+
+    def _texts(self, session: _Session, request: _Request | None, argument: Any) -> dict[str, str]:
+        assert request is not None
+        line = f"AUTH {request.argument}".rstrip()
+        return {"AUTH": line, "*": line}
 
     def _log_in(self, session: _Session, name: str, initial: str) -> Generator[str, str, _AuthResult]:
         """Yield the challenges, receive the lines that answer them, and return the outcome."""
@@ -2495,12 +2687,14 @@ class _Unknown(Handler):
     bad_argument = "msg_invalid_cmd"
     _before_tls = True
 
-    def _begin(self, session: _Session, verb: str, request: str, argument: str) -> _Reply | None:
+    def _begin(self, session: _Session, request: _Request) -> _Reply | None:
         # What follows an AUTH that was refused may be the answer to a challenge that was not sent.
-        before = str(session.mail.dialogue[-2] if session.mail.dialogue else "").upper()
-        if verb.startswith("AUTH") or before.startswith(("AUTH", "***")):
-            request = _hide(request, f"{request[:5]} ***" if verb.startswith("AUTH") else "***")
-        return super()._begin(session, verb, request, argument)
+        before = session.mail.exchanges[-1].request if session.mail.exchanges else None
+        if request.verb.startswith("AUTH"):
+            request = request.hide(f"{request.line[:5]} ***")
+        elif before is not None and (before.verb.startswith("AUTH") or before.line == "***"):
+            request = request.hide("***")
+        return super()._begin(session, request)
 
 
 class _TooLong(_Unknown):
@@ -2510,8 +2704,15 @@ class _TooLong(_Unknown):
     bad_argument = "msg_line_too_long"
 
 
+class _TurnedAway(_Unknown):
+    """Any command but QUIT, if the greeting has refused the session (RFC 5321 section 3.1)."""
+
+    verbs = ("turned away",)
+    bad_argument = "msg_invalid_cmd_helo_sequence"
+
+
 _BUILT_IN: tuple[type[Handler], ...] = (_Greeting, _Helo, _Ehlo, _Mailfrom, _Rcptto, _Data, _Bdat, _EndOfBody)
-_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Starttls, _Auth, _Unknown, _TooLong)
+_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Starttls, _Auth, _Unknown, _TooLong, _TurnedAway)
 
 
 def _check_handler(handler: Any) -> None:
@@ -2529,7 +2730,7 @@ def _check_handler(handler: Any) -> None:
     for step in handler.needs:
         if step not in (*_STEPS, *_DEMANDS):
             raise ConfigurationError(f"{name}.needs: {step!r} is no step of a session")
-    known = [field.name for field in dataclasses.fields(Configuration) if field.name.startswith("msg_")]
+    known = [name for name in Configuration._declared if name.startswith("msg_")]
     for attribute in ("received", "bad_argument"):
         text = getattr(handler, attribute)
         if not (_is_text(text) and (text in known or re.match("[0-9]{3}", text))):
@@ -2538,33 +2739,30 @@ def _check_handler(handler: Any) -> None:
             raise ConfigurationError(f"{name}.{attribute}={text!r}: must be {allowed}")
 
 
-# Commands whose lines may be kept. Those of others may hold a secret.
-_WITHOUT_SECRETS = ("EHLO", "HELO", "MAIL", "RCPT", "DATA", "RSET", "NOOP", "QUIT")
+class _ParsedLines(dict[str, tuple[Handler, _Request]]):
+    """The handler and the request of each command line.
 
-
-class _ParsedLines(dict[str, tuple[Handler, str, str, str]]):
-    """The handler of each command line, the verb, the request (the stripped line) and the argument.
-
-    It keeps up to 512 of them, because clients repeat lines. Any thread may add one, in one atomic step. A key is a
-    line as Latin-1, because Python 3.13 without a GIL locks a dict for any other key than a str, and for get().
+    It keeps up to 512 of them, because clients repeat lines, and none that may hold a secret. Any thread may add one,
+    in one atomic step. A key is a line as Latin-1, because Python 3.13 without a GIL locks a dict for any other key
+    than a str, and for get().
     """
 
     def __init__(self, handlers: _Handlers) -> None:
         super().__init__()
         self._handlers = handlers
 
-    def __missing__(self, line: str) -> tuple[Handler, str, str, str]:
-        request, verb, argument = _parse_command(line.encode("latin-1"))
-        handler = self._handlers.get(verb) or self._handlers["unknown"]
+    def __missing__(self, line: str) -> tuple[Handler, _Request]:
+        request = _parse_line(line.encode("latin-1"))
+        handler = self._handlers.get(request.verb) or self._handlers["unknown"]
         keyword = handler._keyword
-        if argument[: len(keyword)].upper() != keyword:
+        if request.argument[: len(keyword)].upper() != keyword:
             handler = self._handlers["unknown"]
-        command = handler, verb, request, argument[len(keyword) :].strip()
-        if verb in _WITHOUT_SECRETS and not handler.has_secret and len(line) < 512:
+        request.argument = request.argument[len(handler._keyword) :].strip()
+        if request.kind.argument != "secret" and not handler.has_secret and len(line) < 512:
             if len(self) >= 512:
                 self.clear()
-            self[line] = command
-        return command
+            self[line] = handler, request
+        return handler, request
 
 
 class _Handlers(dict[str, Handler]):
@@ -2578,6 +2776,13 @@ class _Handlers(dict[str, Handler]):
         self.update((verb.upper(), handler) for handler in (kind(options) for kind in own) for verb in handler.verbs)
         self.commands = _ParsedLines(self)
 
+    def turn_away(self) -> _Handlers:
+        """Those of a session that the greeting has refused."""
+        others = _Handlers.__new__(_Handlers)
+        others.update({**dict.fromkeys(self, self["turned away"]), "QUIT": self["QUIT"]})
+        others.commands = _ParsedLines(others)
+        return others
+
 
 # ----------------------------------------------------------------------------------------- session
 
@@ -2587,14 +2792,19 @@ _AUTH_LINE_LIMIT = 12288  # where lines may hold tokens; RFC 4954 section 4
 # Only CRLF ends a line: if a bare LF did, a mail could smuggle in another one (RFC 5321 section 4.1.1.4).
 _END_OF_DATA = b"\r\n.\r\n"
 _DOT_FAULTS = {"unstuffed-dot": rb"\r\n(\.[^.\r\n][^\r\n]{0,199})", "false-end": rb"\r\n(\.)[\r\n]"}
-_DIALOGUE_LIMIT = 20000  # requests and replies in a transcript; an endless session must not fill the memory
-_TRUNCATED = "<truncated>"
+
+# An endless session must not fill the memory. What is not kept of a record is one exchange with this request.
+_EXCHANGE_LIMIT, _SIZE_LIMIT = 10000, 4_000_000  # in a record; the second in bytes of the lines
+_ATTEMPT_LIMIT = 100  # to send a mail, of which all is kept
+_TRUNCATION = _Exchange(_Request("truncated", "<truncated>"), None, None, 0.0, False)
 
 
 class _Body:
     """The body of a mail while it arrives, from DATA or in the chunks of BDAT."""
 
     finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
+    request: _Request | None = None  # the BDAT of the present chunk
+    ending: _Request  # the request that the end of the body is
     size = 0  # bytes as they were sent, without the end marker and what may be its beginning
     missing = 0  # bytes of the present chunk
     _whole: bytes | None = None  # the content, if nothing else was to be done
@@ -2653,13 +2863,16 @@ class _Body:
             raw = raw.replace(b"\r\n.", b"\r\n")
         return bytes(memoryview(raw)[2:]) if not self._dropped and len(raw) - 2 <= self._limit else None
 
-    def find_faults(self, content: bytes) -> None:
-        """Keep with the size the first line whose dot was not doubled, and the first that is nothing but a dot."""
+    def end(self, verb: str) -> bytes | None:
+        """Make the request that its end is, and return the content."""
+        content, self.ending = self.content(), _Request(verb, f"<{self.size} bytes>")
         # Each dot that was doubled has left one.
+        if verb != "message" or content is None or len(content) == self.size:
+            return content
         if self.size - len(content) != content.count(b"\r\n.") + content.startswith(b"."):
             found = [(code, re.search(pattern, self._raw)) for code, pattern in _DOT_FAULTS.items()]
-            self.size = _FaultyBody(self.size)
-            self.size.faults = tuple((code, _decode(match[1])) for code, match in found if match)
+            self.ending.faults = tuple((code, _decode(match[1])) for code, match in found if match)
+        return content
 
 
 class _Mail:
@@ -2673,26 +2886,74 @@ class _Mail:
         self.steps: dict[str, _Exchange] = {}
         self.accepted_steps: set[str] = set()
         self.recipients: list[_Exchange] = []
-        self.dialogue: list[_Request] = []
+        self.exchanges: list[_Exchange] = []
         self.body: _Body | None = None
-        self.start = 0  # where in the dialogue its message begins
-        self.stamp: tuple[int, float] | None = None  # the number of its message, and the time of that
+        self.discarded = 0  # accepted mails that the message no longer shows
+        self.has_begun = False  # MAIL came
+        self.is_complete = False  # only RSET, NOOP and QUIT belong to it any more
+        self.number = 0  # of its message; 0 if it has none yet
         self.delivered: Message | None = None  # what was accepted, or given to on_unaccepted
         self.entry: _Entry | None = None  # its place in the mailbox
 
+    def lasting(self) -> list[_Exchange]:
+        """What is in force beyond the mail."""
+        return [self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps]
+
     def make_next(self) -> _Mail:
-        """The mail after this one. It begins with the greeting and with the steps that last."""
+        """The mail after this one. It begins with what is in force."""
         mail = _Mail()
-        mail.dialogue = self.dialogue[:2]
-        for step in ("tls", "helo", "auth"):
-            if step in self.steps:
-                mail.steps[step] = exchange = self.steps[step]
-                mail.dialogue += (exchange.request, exchange.response or None)
+        mail.steps = {step: self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps}
+        mail.exchanges = mail.lasting()
         mail.accepted_steps = self.accepted_steps.intersection(mail.steps)
         return mail
 
+    def find_last_mail(self) -> int:
+        """Where in the exchanges the last MAIL is; 0 if it is not there."""
+        exchanges = self.exchanges
+        return next((at for at in range(len(exchanges) - 1, 0, -1) if exchanges[at].verb == "MAIL"), 0)
+
+    def replace_last(self, **changes: Any) -> None:
+        """Change the last exchange, wherever it is kept, but not what messages show that are recorded already."""
+        old = self.exchanges[-1]
+        new = old._replace(**changes)
+        self.exchanges = [*self.exchanges[:-1], new]
+        self.steps = {step: new if exchange is old else exchange for step, exchange in self.steps.items()}
+        self.recipients = [new if exchange is old else exchange for exchange in self.recipients]
+
+    def forget(self, body: _Exchange) -> None:
+        """Forget an accepted mail, up to this exchange."""
+        self.discarded += 1
+        after = next(at for at in range(len(self.exchanges), 0, -1) if self.exchanges[at - 1] is body)
+        self.exchanges = self.lasting() + self.exchanges[after:]
+
+    def forget_attempts(self) -> None:
+        """Keep of all but the last attempts to send a mail only what was refused."""
+        attempts = [at for at, exchange in enumerate(self.exchanges) if exchange.verb == "MAIL"]
+        if len(attempts) >= _ATTEMPT_LIMIT:
+            at = attempts[1 - _ATTEMPT_LIMIT]
+            self._truncate([exchange for exchange in self.exchanges[:at] if exchange.is_refused], at)
+
+    def limit_size(self) -> None:
+        """Keep half of what is allowed if it has become more."""
+        sizes = [len(exchange.line) + len(exchange.response) for exchange in self.exchanges]
+        at, size = max(0, len(sizes) - _EXCHANGE_LIMIT // 2), sum(sizes)
+        if len(sizes) > _EXCHANGE_LIMIT or size > _SIZE_LIMIT:
+            size = sum(sizes[at:])
+            while size > _SIZE_LIMIT // 2:
+                size -= sizes[at]
+                at += 1
+            self._truncate([], at)
+
+    def _truncate(self, kept: list[_Exchange], at: int) -> None:
+        """Keep these exchanges, and from this one on all that a reader needs to understand the rest."""
+        greeting = [self.steps["greeting"]] if "greeting" in self.steps else []
+        rest, recipient = self.exchanges[at:], next((said for said in self.recipients if said.accepted), None)
+        needed = [*self.lasting()[len(greeting) :], self.steps.get("mailfrom"), recipient]
+        missing = [said for said in needed if said is not None and not any(said is other for other in rest)]
+        self.exchanges = [*greeting, *kept, _TRUNCATION, *missing, *rest]
+
     def accepted_recipients(self) -> list[str]:
-        return [recipient.value for recipient in self.recipients if recipient.accepted]
+        return [recipient.value.address for recipient in self.recipients if recipient.accepted]
 
 
 def _ignore(message: Message) -> None:
@@ -2732,18 +2993,20 @@ _State = Callable[["_Session", bytes, int], tuple[int, _Reply | None]]
 class _Session:
     """One SMTP conversation, without a socket, a thread or a clock.
 
-    In which pieces the bytes arrive matters only for has_more.
+    In which pieces the bytes arrive matters only for has_more and for the times, in seconds since the epoch.
     """
 
     def __init__(self, context: _Context, peer: tuple[str, int]) -> None:
         self.context, self.handlers, self.commands = context, context.handlers, context.handlers.commands
         self.peer = peer
         self.rules = context.rules
-        self.request: _Request = None  # the last one, for the log
+        self.request: _Request | None = None  # the last one, for the log
         self.has_more = False  # whether more had come together with it
+        self.at = 0.0  # when it came
         self.mail = _Mail()
         self._take: _State = _Session._take_line
         self.rest = b""  # the beginning of a line
+        self._unmeasured = 0  # bytes that came since the size of the record was looked at
         self._keeps_messages = context.options.multiple_message_receiving
         self._line_limit = _LINE_LIMIT if context.options.auth_users is None else _AUTH_LINE_LIMIT
 
@@ -2755,64 +3018,77 @@ class _Session:
     def is_receiving_body(self) -> bool:
         return self._take is _Session._take_body
 
-    def message(
-        self, request: _Request = None, content: bytes | None = None, *, without_history: bool = False
-    ) -> Message:
-        """The message as it would be recorded now; with a body that is not accepted yet.
+    def message(self) -> Message:
+        """The message as it would be recorded now."""
+        return Message(self.mail, self.peer, 0, self.context.options.tolerated)
 
-        Alone, it is without what the session said before the mail, except for HELO.
-        """
-        dialogue = self.mail.dialogue
-        message = Message(self.mail, self.peer, (0, 0.0), self.context.options.tolerated)
+    def message_with_body(self, content: bytes | None, *, without_history: bool = False) -> Message:
+        """The message with a body that is not accepted yet; perhaps without what was said between HELO and MAIL."""
+        mail, message = self.mail, self.message()
+        assert mail.body is not None
+        exchanges = mail.exchanges
         if without_history:
-            begin = next((at for at in range(len(dialogue) - 2, 0, -2) if str(dialogue[at])[:4].upper() == "MAIL"), 0)
-            # If there is none, the mail has this many recipients that its beginning is truncated.
-            dialogue = [*self.mail.make_next().dialogue, *dialogue[begin:]] if begin else dialogue
-        if isinstance(request, int):
-            message._steps["msg"] = _Exchange(request, "", False, content)
-            vars(message).update(_dialogue=[*dialogue, request, None], _length=len(dialogue) + 2)
+            exchanges = mail.lasting() + exchanges[mail.find_last_mail() :]
+        exchange = _Exchange(mail.body.ending, None, content, self.at, self.has_more)
+        message._steps["msg"] = exchange
+        vars(message).update(_exchanges=[*exchanges, exchange], _length=len(exchanges) + 1)
         return message
+
+    def note(self, request: _Request | None, reply: _Reply | None, value: Any = None) -> _Exchange:
+        """Append to the record."""
+        # A call of _Exchange would run a Python function, and take twice as long.
+        exchange = tuple.__new__(_Exchange, (request, reply, value, self.at, self.has_more))
+        self.mail.exchanges.append(exchange)
+        return exchange
 
     def note_early_input(self) -> None:
         """Keep that the client has sent more before the last reply, which is still to be sent."""
-        mail = self.mail
-        # A copy, because recorded messages have the list.
-        mail.dialogue = [*mail.dialogue[:-1], _mark_early(str(mail.dialogue[-1]))]
-        if mail.entry is not None:
-            self._publish(complete=False, belongs_to_previous_mail=True)
+        self.mail.replace_last(was_early=True)
+        if self.mail.entry is not None:
+            self._publish(complete=False, follows_mail=True)
 
-    def greet(self) -> _Reply:
-        return self.run(self.handlers["connect"], "connect", None, "")
+    def greet(self, at: float = 0.0) -> _Reply:
+        self.at = at
+        reply = self.run(self.handlers["connect"], None, "")
+        if reply.text.startswith("5"):
+            self.handlers = self.handlers.turn_away()
+            self.commands = self.handlers.commands
+        return reply
 
-    def receive(self, data: bytes) -> Iterator[_Reply]:
-        """Yield the replies to what data completes. A command is run when its reply is asked for."""
-        said = self.mail.dialogue
-        if len(said) > _DIALOGUE_LIMIT:
-            self.mail.dialogue = [*said[:2], None, _TRUNCATED, *said[-_DIALOGUE_LIMIT // 2 :]]
+    def receive(self, data: bytes, at: float = 0.0) -> Iterator[_Reply]:
+        """Yield the replies to what data, which came at this time, completes. A command is run when its reply is
+        asked for."""
+        self.at = at
+        self._unmeasured += len(data)
+        if self._unmeasured > 65536 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
+            self._unmeasured = 0
+            self.mail.limit_size()
         if self.rest:
             data, self.rest = self.rest + data, b""
-        at, end = 0, len(data)
-        while at < end:
-            at, reply = self._take(self, data, at)
+        position, end = 0, len(data)
+        while position < end:
+            position, reply = self._take(self, data, position)
             if reply is not None:
                 yield reply
                 if reply.next is not None:  # drop the rest; what came in clear must have no effect within TLS
                     return
 
-    def end(self, *ending: _Request) -> None:
+    def end(self, reply: _Reply | None = None, at: float = 0.0) -> None:
         """Record what is not yet recorded, because the connection ends.
 
-        The ending is what the server adds to the dialogue, unless it has closed the session before.
+        The reply is what the server says to that, unless it has closed the session before.
         """
         mail, body = self.mail, self.mail.body
-        if mail.dialogue and mail.dialogue[-1] in _ENDINGS:
-            ending = ()
+        last = mail.exchanges[-1].reply if mail.exchanges else None
+        self.at, self.has_more = at, False
         if body is not None:
-            self._leave_body(body, "")
+            self._leave_body(body)
         self._take = _Session._ignore_input  # a login that is not complete refers to the session
-        mail.dialogue += ending
-        if self.request is not None and (mail.entry is None or body is not None or ending):
-            self._publish(complete=True, belongs_to_previous_mail=body is None)
+        is_noted = reply is not None and not (last is not None and last.ends)
+        if is_noted:
+            self.note(None, reply)
+        if self.request is not None and (mail.entry is None or body is not None or is_noted):
+            self._publish(complete=True, follows_mail=body is None)
         self._report_unaccepted()
 
     def _report_unaccepted(self) -> None:
@@ -2828,18 +3104,19 @@ class _Session:
         end = data.find(b"\n", at, at + self._line_limit)
         if end < 0:
             return self._take_part_of_line(data, at)
-        handler, verb, request, argument = self.commands[data[at:end].decode("latin-1")]
+        handler, request = self.commands[data[at:end].decode("latin-1")]
         self.has_more = end + 1 < len(data)
-        return end + 1, handler._begin(self, verb, request, argument)
+        return end + 1, handler._begin(self, request)
 
-    def _take_answer(self, data: bytes, at: int, run: Callable[[str], _Reply]) -> tuple[int, _Reply | None]:
+    def _take_answer(self, data: bytes, at: int, run: Callable[[_Request, str], _Reply]) -> tuple[int, _Reply | None]:
         end = data.find(b"\n", at, at + self._line_limit)
         if end < 0:
             return self._take_part_of_line(data, at)
         self._take = _Session._take_line
-        line = data[at:end]
+        text = _decode(data[at:end].strip())
         self.has_more = end + 1 < len(data)
-        return end + 1, run(_find_faults(_decode(line.strip()), line))
+        request = _Request("answer", "*" if text == "*" else "***", "", _find_faults(data[at:end]))
+        return end + 1, run(request, text)
 
     def _take_part_of_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         if len(data) - at < self._line_limit:
@@ -2847,8 +3124,8 @@ class _Session:
             return len(data), None
         self._take = _Session._skip_line
         self.has_more = False
-        request = _add_faults(f"line of over {self._line_limit} bytes", ("long-command",))
-        return at, self.run(self.handlers["too long"], "", request, "")
+        request = _Request("too long", f"line of over {self._line_limit} bytes", "", ("long-command",))
+        return at, self.run(self.handlers["too long"], request, "")
 
     def _skip_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         end = data.find(b"\n", at)
@@ -2873,7 +3150,7 @@ class _Session:
     def _ignore_input(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
         return len(data), None
 
-    def expect_answer(self, run: Callable[[str], _Reply]) -> None:
+    def expect_answer(self, run: Callable[[_Request, str], _Reply]) -> None:
         self._take = functools.partial(_Session._take_answer, run=run)
 
     def expect_body(self) -> None:
@@ -2882,117 +3159,134 @@ class _Session:
         self.mail.body.finish = self.finish_body
         self._take = _Session._take_body
 
-    def expect_chunk(self, size: int, request: str, run: Callable[[], _Reply]) -> _Reply | None:
+    def expect_chunk(self, size: int, request: _Request, run: Callable[[], _Reply]) -> _Reply | None:
         """Have this many bytes of the body come next, and then run the command that announced them."""
         self.request = request
         if self.mail.body is None:
             self.erase(("data", "msg"))
             self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.body_thresholds(), is_counted=True)
+        self.mail.body.request = request
         if not size:
             return run()
         self.mail.body.missing, self.mail.body.finish = size, run
         self._take = _Session._take_body
         return None
 
-    def secure(self, version: str, cipher: str) -> None:
+    def secure(self, version: str, cipher: str, at: float = 0.0) -> None:
         """Begin again within TLS. What was said before is forgotten (RFC 3207 section 4.2)."""
         self.erase((*_STEPS, "auth"))
+        self.at, self.has_more = at, False
         self.mail.accepted_steps.add("tls")
-        self.mail.steps["tls"] = _Exchange(None, "", True, (version, cipher))
+        self.mail.steps["tls"] = self.note(None, None, (version, cipher))
         self._take = _Session._take_line
 
     # The commands.
 
-    def begin_mail_if_due(self, handler: Handler) -> None:
-        """Leave a mail that is complete, unless this command annotates it."""
+    def begin_mail_if_due(self, kind: _Verb) -> None:
+        """Complete a mail that this command abandons, and begin the next one unless this command belongs to it."""
         mail = self.mail
-        if mail.entry is None or handler._belongs_to_previous_mail:
-            return
-        if self._keeps_messages:
-            self._report_unaccepted()
+        if not self._keeps_messages:
+            if mail.entry is not None and mail.entry.is_purged and not kind.follows_mail:
+                # The rest of the session is another message. A mail that it shows until it is erased was not discarded.
+                mail.number, mail.discarded, mail.delivered, mail.entry = (
+                    0,
+                    -int("msg" in mail.accepted_steps),
+                    None,
+                    None,
+                )
+        elif mail.has_begun and kind.ends_mail and not mail.is_complete:
+            mail.is_complete = True
+            if mail.body is not None:
+                self._leave_body(mail.body)
+            if not kind.follows_mail:
+                self._publish(complete=True)
+        if self._keeps_messages and mail.is_complete and not kind.follows_mail:
             self.mail = mail.make_next()
-        elif mail.entry.is_purged:  # so the rest of the session is another message
-            mail.stamp = mail.delivered = mail.entry = None
-            mail.start = len(mail.dialogue)
+        if kind is _VERBS["MAIL"]:
+            self.mail.has_begun = True
+            self.mail.forget_attempts()
 
-    def run(self, handler: Handler, stage: str, request: _Request, argument: Any) -> _Reply:
+    def run(self, handler: Handler, request: _Request | None, argument: Any) -> _Reply:
         """Run a command. What it completes is recorded before its reply is returned."""
-        if self.mail.entry is not None:
-            self.begin_mail_if_due(handler)
+        kind = _VERBS["connect"] if request is None else request.kind
+        if self.mail.entry is not None or kind.ends_mail:
+            self.begin_mail_if_due(kind)
         try:
-            reply = handler._run(self, stage, request, argument)
+            reply = handler._run(self, request, argument)
         except BaseException:  # noqa: BLE001 - a handler of the user may raise anything
             self.context.log.failure(f"{type(handler).__name__} failed")
             reply = handler._find_reply("msg_msg_failed")
-            self.mail.dialogue += (request, reply.text)
-        self.request = request
-        complete = handler._step == "msg" and (reply.accepts or self._keeps_messages)
+            self.note(request, reply)
+        self.request, mail = request, self.mail
+        is_body = handler._step == "msg"
+        complete = is_body and (reply.accepts or self._keeps_messages)
         if reply.next is not None:
             self._take = _Session._ignore_input
-            if reply.next is not _Next.TLS:
-                self.mail.dialogue += (None, reply.next.value)
-                complete = True
-        if (complete or self.mail.entry is not None) and request is not None:
-            self._publish(complete=complete, belongs_to_previous_mail=handler._belongs_to_previous_mail)
+            complete = complete or reply.ends
+            if reply.ends and not is_body and mail.body is not None:  # chunks without LAST
+                last = mail.exchanges.pop()
+                self._leave_body(mail.body)
+                mail.exchanges.append(last)
+        mail.is_complete = complete = complete or (self._keeps_messages and mail.is_complete)
+        if (complete or mail.entry is not None) and request is not None:
+            self._publish(complete=complete, follows_mail=kind.follows_mail)
         return reply
 
-    def finish_body(self, request: str | None = None) -> _Reply:
-        """Run the end of the body; request is the BDAT that it came with."""
+    def finish_body(self) -> _Reply:
+        """Run the end of the body."""
         body = self.mail.body
         assert body is not None
-        handler = self.handlers["message" if request is None else "last chunk"]
-        content = body.content()
-        if content is not None and len(content) < body.size:
-            body.find_faults(content)
-        reply = self.run(handler, "message", body.size, content)
+        handler = self.handlers["message" if body.request is None else "last chunk"]
+        content = body.end("message")
+        reply = self.run(handler, body.ending, content)
         self.mail.body = None
-        self.request = self.request if request is None else request
+        self.request = body.request or body.ending
         return reply
 
     def decide(
-        self, stages: Collection[str], request: _Request, content: Any, names: Sequence[str], **limits: Any
+        self,
+        texts: Mapping[str, str],
+        names: Sequence[str],
+        message: Callable[[], Message] | None = None,
+        **limits: Any,
     ) -> dict[str, Any]:
-        """The aspects of a reply that rules set; for a body, request is its size."""
-        text = _decode(content or b"") if isinstance(request, int) else str(request or "")
+        """The aspects of a reply that rules set."""
         try:
-            return self.rules.decide(stages, text, names, lambda: self.message(request, content), **limits)
+            return self.rules.decide(texts, names, message or self.message, **limits)
         except BaseException:  # noqa: BLE001 - pytest.fail() is not an Exception
             self.context.log.failure("a rule failed")
             return {"reply": self.context.options.msg_msg_failed}
 
     def _interrupt(self, body: _Body) -> _Reply | None:
         """What rules do at this size of the body: end the session, with or without a reply, or only a delay."""
-        after, handler = body.thresholds.pop(0), self.handlers["message"]
-        names = self.mail.accepted_recipients()
-        aspects = self.decide(("message", "*"), body.size, body.content(), names, after=after)
+        after, names, content = body.thresholds.pop(0), self.mail.accepted_recipients(), body.end("partial message")
+        texts = {"message": _decode(content or b"")}
+        aspects = self.decide(texts, names, lambda: self.message_with_body(content), after=after)
         if not aspects:
             return None
         if "reply" in aspects or "then" in aspects:
             aspects.setdefault("then", _Next.CLOSE)
-        reply = handler._apply(aspects, _Reply("", b""))
+        reply = self.handlers["message"]._apply(aspects, _Reply("", b""))
         if reply.next is not None:
-            self._leave_body(body, reply.text)
+            reply, self.has_more = reply.replace(accepts=False), False
+            self._leave_body(body, reply)
             self._take = _Session._ignore_input
-            self.mail.dialogue += (None, reply.next.value)
             self._publish(complete=True)
         return reply
 
-    def _leave_body(self, body: _Body, response: str) -> None:
+    def _leave_body(self, body: _Body, reply: _Reply | None = None) -> None:
         """Keep what arrived of a body that will not be complete."""
-        if body.missing:  # then the last request is the BDAT that announced the chunk
-            self.mail.steps.setdefault("data", _Exchange(self.request, "", False, None))
-            self.mail.dialogue += (self.request, None)
-        size = _FaultyBody(body.size)
-        size.is_partial = True
-        self.mail.steps["msg"] = _Exchange(size, response, False, body.content())
-        self.mail.dialogue += (size, response or None)
+        if body.missing:
+            self.mail.steps.setdefault("data", self.note(body.request, None))
+        content = body.end("partial message")
+        self.mail.steps["msg"] = self.note(body.ending, reply, content)
         self.mail.body = None
 
     def deliver(self) -> bool:
         """Give on_message the mail that is about to be accepted. Returns whether it may be."""
         mail = self.mail
-        mail.stamp = self.context.mailbox.stamp()
-        mail.delivered = Message(mail, self.peer, mail.stamp, self.context.options.tolerated)
+        mail.number = 0
+        mail.delivered = self._make_message()
         on_message = self.context.on_message
         if on_message is not _ignore and not self._call(on_message, mail.delivered):
             mail.delivered = None
@@ -3006,32 +3300,34 @@ class _Session:
             return False
         return True
 
-    def _publish(self, *, complete: bool, belongs_to_previous_mail: bool = False) -> None:
+    def _publish(self, *, complete: bool, follows_mail: bool = False) -> None:
         """Bring the message in the mailbox up to date; put it there if it is complete."""
         mail, mailbox = self.mail, self.context.mailbox
         message = mail.delivered
-        if message is None or message._dialogue is not mail.dialogue or message._length != len(mail.dialogue):
+        if message is None or message._exchanges is not mail.exchanges or message._length != len(mail.exchanges):
             message = self._make_message()
         if mail.entry is not None:
-            if mailbox.update(mail.entry, message) or belongs_to_previous_mail:
+            if mailbox.update(mail.entry, message) or follows_mail:
                 return
             # It was purged while this command ran, so what the command has begun is another message.
             if mail.entry.message.id == message.id:
-                mail.stamp = None
+                mail.number = 0
                 message = self._make_message()
             mail.entry = None
         if complete:
             mail.entry = mailbox.add(message)
+            if self._keeps_messages:
+                self._report_unaccepted()
 
     def _make_message(self) -> Message:
         mail = self.mail
-        mail.stamp = mail.stamp or self.context.mailbox.stamp()
-        return Message(mail, self.peer, mail.stamp, self.context.options.tolerated)
+        mail.number = mail.number or self.context.mailbox.make_number()
+        return Message(mail, self.peer, mail.number, self.context.options.tolerated)
 
     def erase(self, steps: Sequence[str]) -> None:
-        """Forget these steps, unless they belong to an accepted message that is kept."""
+        """Forget these steps, unless they belong to a message that is complete and kept."""
         mail = self.mail
-        if mail.steps.keys().isdisjoint(steps) or (mail.entry is not None and self._keeps_messages):
+        if mail.steps.keys().isdisjoint(steps) or (self._keeps_messages and mail.is_complete):
             return
         body = mail.steps.get("msg") if "msg" in steps else None
         if body is not None and not body.accepted and self.context.on_erase is not _ignore:
@@ -3043,6 +3339,8 @@ class _Session:
             mail.recipients = []
             if "mailfrom" in steps:
                 mail.body = None
+        if body is not None and body.accepted:
+            mail.forget(body)
 
 
 # ----------------------------------------------------------------------------------------- mailbox
@@ -3086,19 +3384,18 @@ class _Waiter:
 class _Mailbox:
     """The recorded messages of a server, oldest first."""
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._lock = threading.Lock()  # guards everything below
         self._changed = threading.Condition(self._lock)  # notified when a waiter has enough
         self._last_number = 0
         self._entries: list[_Entry] = []
         self._waiters: list[_Waiter] = []
 
-    def stamp(self) -> tuple[int, float]:
-        """A number for a message, and the time."""
+    def make_number(self) -> int:
+        """The number of another message."""
         with self._lock:
             self._last_number += 1
-            return self._last_number, self._clock()
+            return self._last_number
 
     def add(self, message: Message) -> _Entry:
         entry = _Entry(message)
@@ -3192,9 +3489,9 @@ class _Log:
         self._has_failed = False  # not guarded: at worst, two threads say so
         self.failures = failures  # of callbacks, since the start or the last reset(), whatever the log was then
 
-    def activity(self, what: str, text: str | int = "") -> None:
+    def activity(self, text: str) -> None:
         if self.shows_activity:
-            self("info_activity", what + ("message binary data portion" if isinstance(text, int) else _printable(text)))
+            self("info_activity", _printable(text))
 
     def __call__(self, level: str, message: str) -> None:
         try:
@@ -3299,8 +3596,9 @@ class _Connection(socketserver.BaseRequestHandler):
         self.must_linger = False  # because the server closes first
         self.ignores_input = False  # of a client that goes on sending during stop(); only an RST wakes it for sure
         self.reason = "left before any command"  # why it ended so
-        self.is_aborting = False  # must end at once
+        self.has_failed = False  # in the TLS handshake
         self.is_recorded = False  # has ended, and its messages are complete
+        self.is_aborting = False  # must end at once
         self.ending: _Next | None  # CLOSE or RESET if disconnect() ends it
         self.server.connections.add(self)
         with self.server.accepting:
@@ -3315,17 +3613,20 @@ class _Connection(socketserver.BaseRequestHandler):
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             _set_timeout(self.request, self.options.session_timeout)
             goes_on = not self.options.implicit_tls or self._start_tls()
-            goes_on = goes_on and self._say(self.session.greet())
+            goes_on = goes_on and self._say(self.session.greet(self._now()))
             while goes_on and (data := self._read()):
-                for reply in self.session.receive(data):
+                for reply in self.session.receive(data, self._now()):
                     if not self._say(reply, self.session.request):
                         return
         except OSError as error:  # the client is gone, or does not read
             self.log("warning", f"SMTP session broke off: {error}")
 
+    def _now(self) -> float:
+        return self.server.epoch + time.monotonic()
+
     def finish(self) -> None:
-        self.session.end(*(None, self.ending.value) if self.ending else ())
-        if self.session.request is None or self.reason.startswith("TLS"):
+        self.session.end(_Reply("", b"", next=self.ending) if self.ending else None, self._now())
+        if self.session.request is None or self.has_failed:
             begins_tls = self.session.rest.startswith(b"\x16\x03")
             reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
             reason = "disconnect() ended it" if self.ending else reason
@@ -3344,13 +3645,14 @@ class _Connection(socketserver.BaseRequestHandler):
             self.shut_down(socket.SHUT_WR)
             self.request.close()
 
-    def _say(self, reply: _Reply, request: _Request = None) -> bool:
+    def _say(self, reply: _Reply, request: _Request | None = None) -> bool:
         """Log, wait and send. Returns whether the session goes on."""
         if self.is_aborting:
             return False
         is_logged = self.log.shows_activity and (reply.data or reply.next)  # unless a rule only delays a body
         if is_logged and request is not None:
-            self.log.activity("SMTP request: ", request)
+            is_body = request.verb == "message"
+            self.log.activity(f"SMTP request: {'message binary data portion' if is_body else request.line}")
         if reply.delay:
             self._flush()
             if not self._pause(reply.delay):
@@ -3358,7 +3660,7 @@ class _Connection(socketserver.BaseRequestHandler):
             if reply.data and reply.next is None and not self.session.is_secure and self._peek():
                 self.session.note_early_input()
         if is_logged:
-            self.log.activity("SMTP response: ", reply.text if reply.data else "none")
+            self.log.activity(f"SMTP response: {reply.text if reply.data else 'none'}")
         if not reply.trickle:
             self.unsent += reply.data
         elif not self._trickle(reply):
@@ -3457,11 +3759,11 @@ class _Connection(socketserver.BaseRequestHandler):
             while not self.session.is_secure and self._await(selectors.EVENT_READ):
                 with contextlib.suppress(ssl.SSLWantReadError, ssl.SSLWantWriteError):
                     self.request.do_handshake()
-                    self.session.secure(self.request.version(), self.request.cipher()[0])
+                    self.session.secure(self.request.version(), self.request.cipher()[0], self._now())
             self.request.settimeout(self.options.session_timeout)  # OpenSSL respects this, but not SO_RCVTIMEO
             self.is_idle = False
         except (OSError, ValueError) as error:
-            self.reason = f"TLS handshake failed: {error}"
+            self.has_failed, self.reason = True, f"TLS handshake failed: {error}"
             if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
                 self.reason += "; the client spoke plain text, but this port begins with TLS"
             self.log("warning", f"SMTP session broke off: {self.reason}")
@@ -3515,8 +3817,9 @@ class _Connection(socketserver.BaseRequestHandler):
             farewell = self.options.msg_session_timeout
         except ConnectionError:  # an RST ends a session like a FIN
             return b""
-        self.session.end(None, farewell, None, _Next.CLOSE.value)
-        self._say(_Reply(farewell, next=_Next.CLOSE))
+        reply = _Reply(farewell, next=_Next.CLOSE)
+        self.session.end(reply, self._now())
+        self._say(reply)
         return b""
 
     def _await(self, event: int, seconds: float | None = None) -> bool:
@@ -3625,6 +3928,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.thread = _Thread("smtpmock listener", self.serve_forever)
         self.changed = threading.Condition()  # notified when a session is recorded or must end
         self.has_shortage = False  # of descriptors or threads; it is logged once, by the listener's thread
+        self.epoch = time.time() - time.monotonic()  # so that the difference of two times is that of a monotonic clock
         self.wake: tuple[socket.socket, ...] = ()  # a byte is sent to the first when the server stops
         try:
             self.socket.setblocking(False)  # a client may be gone before it is accepted
@@ -3824,6 +4128,8 @@ class Server:
     handlers are subclasses of Handler, for verbs of your own or in place of the built-in ones.
     """
 
+    __signature__: ClassVar[Any] = _DataclassAttribute(_ServerOptions)
+
     @_shows_options(_ServerOptions)
     def __init__(self, configuration: Configuration | None = None, **options: Any) -> None:
         self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
@@ -3843,7 +4149,7 @@ class Server:
         self._change_options(lambda options: options._replace(logger=logger))
         return self
 
-    @_shows_options(_ServerOptions)
+    @_shows_options(_Changes)
     def configure(self, configuration: Configuration | None = None, **options: Any) -> None:
         """Change options for the sessions that begin from now on; open ones keep theirs.
 
@@ -4074,9 +4380,9 @@ class Server:
     def _list_requests(self) -> list[str]:
         """The commands of the last messages and of the open sessions."""
         connections = self._list_connections()[:_REPORT_LIMIT]
-        dialogues = [message._dialogue[: message._length] for message in self._mailbox.messages(purge=False)[-100:]]
-        dialogues += [connection.session.mail.dialogue[:] for connection in connections]
-        return [said for dialogue in dialogues for said in dialogue[::2] if isinstance(said, str)]
+        records = [message._exchanges[: message._length] for message in self._mailbox.messages(purge=False)[-100:]]
+        records += [connection.session.mail.exchanges[:] for connection in connections]
+        return [exchange.line for record in records for exchange in record if exchange.line and exchange.line[0] != "<"]
 
     def wait_for_messages(self, count: int, timeout: float = 5.0, where: _Where | None = None) -> list[Message]:
         """Wait for count messages for which where(message) is true. Returns them all, or raises WaitTimeoutError."""
@@ -4113,8 +4419,8 @@ class Server:
         yield f"open sessions: {len(connections)}"
         for connection in connections[:_REPORT_LIMIT]:
             session = connection.session
-            dialogue = " / ".join(_format_dialogue(session.mail.dialogue[-2:]))
-            yield f"  {_format_address(*session.peer)}: {dialogue}"
+            last = " / ".join(_format_exchanges(session.mail.exchanges[-1:]))
+            yield f"  {_format_address(*session.peer)}: {last}"
         yield from self._list_early_ends()
 
     def _list_early_ends(self) -> list[str]:
@@ -4182,7 +4488,7 @@ class _PytestPlugin:
     def _list_sessions(self) -> list[Message | str]:
         """The recorded messages, and descriptions of the open sessions and of the connections that ended early."""
         mails = [connection.session.mail for connection in self.server._list_connections()]
-        dialogues = ["\n".join(_format_dialogue(mail.dialogue[:])) for mail in mails if mail.entry is None]
+        dialogues = ["\n".join(_format_exchanges(mail.exchanges[:])) for mail in mails if mail.entry is None]
         return [
             *self.server._mailbox.messages(purge=False),
             *(f"a session is open:\n{dialogue}" for dialogue in dialogues),
@@ -4226,7 +4532,7 @@ _RULES = _OptionType("rules", lambda value: isinstance(value, list), lambda text
 _CONDITIONS = {"times": _TIMES, "probability": _PROBABILITY, "after": _COUNT}
 
 # The flags that are no options of a server.
-_OWN_FLAGS = {
+_OWN_FLAGS: dict[str, _Option] = {
     "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
     "quiet": _option(False, _FLAG, "print no line for each mail and each session without one"),
     "lint": _option(False, _FLAG, "print what clients do wrong on stderr; status 3 after an error"),
@@ -4456,10 +4762,10 @@ def _name_flag(option: str) -> str:
     return "-" + first + "".join(map(str.title, others))
 
 
-def _list_flags() -> dict[str, Any]:
+def _list_flags() -> dict[str, _Option]:
     """The declaration of each flag, by the name of its option."""
-    options = {field.name: field for field in dataclasses.fields(Configuration) if field.name not in _LOG_OPTIONS}
-    return {name: field for name, field in options.items() if field.metadata["kind"] is not _CONTEXT} | _OWN_FLAGS
+    options = {name: option for name, option in Configuration._declared.items() if name not in _LOG_OPTIONS}
+    return {name: option for name, option in options.items() if option.kind is not _CONTEXT} | _OWN_FLAGS
 
 
 def _name_flags(text: str) -> str:
@@ -4538,13 +4844,13 @@ def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) ->
         raise SMTPMockError(text) from error
 
 
-def _format_flag(name: str, field: Any) -> str:
+def _format_flag(name: str, option: _Option) -> str:
     import textwrap
 
-    kind, default = field.metadata["kind"], field.default
+    default, kind, about = option
     metavar = _METAVARS.get(kind, name.rpartition("_")[2].upper()) if name != "host" else "HOST"
     label = f"  {_name_flag(name)}" + f"={metavar}" * (kind is not _FLAG)
-    about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), field.metadata["about"])
+    about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), about)
     if default:
         about += f" (default: {','.join(default) if kind in (_NAMES, _WORDS) else default})"
     lines = [*([] if len(label) < 25 else [""]), *textwrap.wrap(about, 54, break_on_hyphens=False)]
@@ -4553,9 +4859,9 @@ def _format_flag(name: str, field: Any) -> str:
 
 def _format_help(*, everything: bool) -> str:
     groups: dict[str, list[str]] = {title: [] for title in _GROUPS}
-    for name, field in _list_flags().items():
+    for name, option in _list_flags().items():
         title = next(title for title, pattern in _GROUPS.items() if re.match(pattern, name))
-        groups[title].append(_format_flag(name, field))
+        groups[title].append(_format_flag(name, option))
     if not everything:
         del groups["Reply texts"]
     flags = "\n".join("\n".join(["", f"{title}:", *rows]) for title, rows in groups.items())
@@ -4592,13 +4898,13 @@ def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
     flags, parser = _list_flags(), Parser(add_help=False, allow_abbrev=False)
     spellings = [argument.partition("=")[0] for argument in argv if re.match("--?[a-zA-Z]", argument)]
     for name in dict.fromkeys(_find_flag(spelling, flags) for spelling in spellings):
-        kind = flags[name].metadata["kind"]
+        kind = flags[name].kind
         more: dict[str, Any] = {"nargs": "?", "const": True} if kind is _FLAG else {}
         more |= {"action": "extend"} if kind is _RULES else {}
         parser.add_argument(*_spell(name), dest=name, type=functools.partial(_read, kind), **more)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        _check(name, value, flags[name].metadata["kind"])
+        _check(name, value, flags[name].kind)
     return given
 
 

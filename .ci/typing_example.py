@@ -8,6 +8,7 @@ reportUnnecessaryTypeIgnoreComment, it is itself an error if one of them does no
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import ssl
@@ -42,7 +43,7 @@ def allow(mechanism: str, user: str, secret: str) -> bool:
 
 # Every way to give options.
 options = Configuration(port=2525, not_registered_emails=["a@example.com"], session_timeout=0.5, msg_greeting="220 Hi")
-number: int = options.port
+number: int = dataclasses.replace(options, port=0).port
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 server: Server = Server(options, port=0, on_message=collect, logger=logging.getLogger("smtp"), handlers=[Vrfy])
 Server(logger=Log(), auth_users=allow, ssl_context=context, extensions=("SIZE", "DSN"), seed=7)
@@ -66,6 +67,7 @@ Server(logger=print)  # type: ignore
 Server(auth_users=["user"])  # type: ignore
 server.configure(multiple_rcptto=1)  # type: ignore
 server.configure(multiple_rcpto=True)  # type: ignore
+server.configure(port=25)  # type: ignore
 server.disconnect(reset="yes")  # type: ignore
 server.on("RCPT", time=2)  # type: ignore
 server.on("RCPT", times="2")  # type: ignore
