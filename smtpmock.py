@@ -521,6 +521,7 @@ _VERBS = {
     "SOML": _Verb("address"),
     "SAML": _Verb("address"),
     "connect": _Verb(),
+    "TLS handshake": _Verb(),
     "answer": _Verb("secret", ends_group=True),
     "message": _Verb(has_recipients=True),
     "partial message": _Verb(),
@@ -829,31 +830,30 @@ _VIOLATIONS = {
     "no-hello": ("MAIL without EHLO or HELO: send EHLO first", "5321 4.1.1.1", "error"),
     "hello-invalid": ("the client's name is neither a domain nor an address literal", "5321 4.1.1.1", "error"),
     "hello-not-fqdn": ("the client's name is not fully qualified", "5321 2.3.5", "warning"),
-    "unannounced-command": (
-        "the reply to EHLO does not announce the extension of this command",
-        "5321 4.1.1.1",
-        "error",
-    ),
+    "unannounced-command": ("the reply to EHLO does not announce this command", "5321 4.1.1.1", "error"),
     "unannounced-mechanism": ("this AUTH mechanism is not announced", "4954 4", "error"),
     "auth-in-clear": ("a password was sent in clear although STARTTLS is offered", "4954 4", "warning"),
     "superfluous-argument": ("this command takes no argument", "5321 4.1.1", "error"),
     "bad-sequence": ("this command is not allowed at this point", "5321 3.3", "error"),
     "nested-mail": ("MAIL while another mail is open: end it, or send RSET", "5321 4.1.4", "error"),
-    "path-syntax": ("the address is not written as FROM:<address> or TO:<address>", "5321 3.3", "error"),
+    "path-syntax": ("the argument is not FROM:<address> or TO:<address>", "5321 3.3", "error"),
+    "bad-parameter": ("a parameter has no valid value, or does not belong here", "5321 4.1.1.11", "error"),
+    "bad-auth": ("what AUTH sends is not base64 in one line, or not what is asked for", "4954 4", "error"),
+    "tls-on-plain-port": ("the client began TLS on a port that begins in plain text", "8314 3.3", "error"),
     "path-too-long": ("a local part is over 64 bytes or a path over 256", "5321 4.5.3.1", "error"),
-    "unannounced-parameter": (
-        "the reply to EHLO does not announce the extension of a parameter",
-        "5321 4.1.1.3",
-        "error",
-    ),
+    "unannounced-parameter": ("the reply to EHLO does not announce this parameter", "5321 4.1.1.3", "error"),
     "undeclared-utf8": ("an address is not ASCII, and MAIL had no SMTPUTF8", "6531 3.4", "error"),
     "no-recipient": ("DATA although no recipient was accepted: send RSET", "5321 3.3", "error"),
     "unstuffed-dot": ("a dot at the start of a line is not doubled", "5321 4.5.2", "error"),
-    "false-end": ("some servers take this for the end of the mail", "5321 4.1.1.4", "error"),
+    "false-end": (
+        "a dot alone with a bare LF: some servers end the mail here (SMTP smuggling)",
+        "5321 4.1.1.4",
+        "error",
+    ),
     "long-line": ("a line is longer than 998 bytes", "5322 2.1.1", "error"),
     "size-understated": ("the mail is larger than its SIZE", "1870 6", "warning"),
     "8bit-unannounced": (
-        "the body is not ASCII, and 8BITMIME is not announced: use quoted-printable or base64",
+        "without 8BITMIME, use quoted-printable or base64 for what is not ASCII",
         "5321 2.4",
         "warning",
     ),
@@ -903,6 +903,7 @@ _REFUSED_BY = {
 _HELLO, _PATHS, _PLAINTEXT_MECHANISMS = ("EHLO", "HELO"), ("MAIL", "RCPT"), ("PLAIN", "LOGIN")
 
 # The strict grammar of RFC 5321 section 4.1.2, where the server's own is tolerant.
+_KEYWORD = "[A-Z0-9][A-Z0-9-]*"
 _HOST = rf"{_LABEL}(?:\.{_LABEL})*"
 _IPV4 = r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}"
 _STRICT_NAME = rf"(?=[ -~]*$)(?!{_IPV4}$){_HOST}"  # ASCII, RFC 6531 section 3.7.1
@@ -918,14 +919,14 @@ def _is_too_long(path: str) -> bool:
 class _ClientState:
     """One request, and the state of the client when it sent it."""
 
-    line = reply = verb = argument = path = mechanism = ""
+    line = reply = verb = argument = path = mechanism = chunk = ""
     kind = _UNKNOWN_VERB
     given: dict[str, str] = {}  # parameters of this request
     parameters: dict[str, str] = {}  # of the last MAIL
     recipients: list[str] = []  # accepted since
     announced: dict[str, list[str]] = {}  # extensions, each with its words
     is_greeted = is_in_mail = has_begun_tls = was_told_421 = False
-    was_refused_data = ignores_refusal = has_chunks = False
+    was_refused_data = ignores_refusal = ignores_rest = has_chunks = has_logged_in = False
     was_pipelined = may_be_blind = False  # sent before the last reply, and allowed to be (RFC 2920)
 
     def read(self, request: _Request, exchange: _Exchange) -> None:
@@ -935,9 +936,14 @@ class _ClientState:
         self.mechanism = request.argument.partition(" ")[0].upper() if self.verb == "AUTH" else ""
         self.path, words = _split_path(request.argument) if self.verb in _PATHS else ("", [])
         self.given = {name: value.upper() for name, value in _read_parameters(words).items()}
-        self.needed = {_PARAMETERS.get(name, ("", name))[1] for name in self.given}  # the extensions of those
+        self.words, self.login = words, getattr(exchange.value, "response", "")  # the outcome of AUTH
+        self.chunk = self.line if self.verb == "BDAT" else self.chunk if self.verb == "message" else ""
+        self.needed = {
+            _PARAMETERS.get(name, ("", name))[1] for name in self.given if re.fullmatch(_KEYWORD, name)
+        }  # the extensions of those
         self.needed |= {"BINARYMIME"} & {self.given.get("BODY", "")}
         self.has_literal = _is_address_literal(self.argument)
+        self.logs_in = self.login != "" and self.reply[:1] == "2"
         self.is_refused, self.may_pipeline = self.reply[:1] in ("4", "5"), "PIPELINING" in self.announced
         self.has_more = exchange.was_early and bool(self.reply)
         self._read_faults(request)
@@ -947,7 +953,8 @@ class _ClientState:
         is_long = self.line != "***" if self.verb == "answer" else not self.given or len(self.line) > 1010
         self.faults = [fault for fault in request.faults if fault[0] != "long-command" or is_long]
         self.sends_mail_early = self.has_more and self.verb == "DATA" and not self.is_refused
-        self.is_unknown = self.verb not in _VERBS and not self.was_refused_data
+        self.ignores_reply = self.was_refused_data and self.verb not in _VERBS
+        self.is_unknown = self.verb not in _VERBS and not self.was_refused_data and self.reply[:1] == "5"
         # A mechanism of one round trip may be followed by more (RFC 4954 section 4).
         self.may_go_on = self.sends_mail_early or (self.mechanism in ("PLAIN", "EXTERNAL") and self.line[-3:] == "***")
 
@@ -957,13 +964,11 @@ class _ClientState:
         self.was_pipelined, self.may_be_blind = self.has_more, self.has_more and self.may_pipeline
         self.was_told_421 = self.was_told_421 or self.reply.startswith("421")
         self.has_begun_tls = accepted == "STARTTLS"
+        self.has_logged_in = accepted != "STARTTLS" and (self.has_logged_in or self.logs_in)
         self.ignores_refusal = self.was_refused_data and self.verb not in _VERBS and self.line != "."
         self.was_refused_data = self.verb == "DATA" and self.is_refused
-        self.is_in_mail &= self.verb not in ("message", "partial message") and accepted not in (
-            *_HELLO,
-            "STARTTLS",
-            "RSET",
-        )
+        if self.verb in ("message", "partial message") or accepted in (*_HELLO, "STARTTLS", "RSET"):
+            self.is_in_mail = False
         if accepted in (*_HELLO, "STARTTLS"):
             self.is_greeted, self.announced = accepted in _HELLO, {}
             for line in self.reply.upper().replace("AUTH=", "AUTH ").splitlines()[1:]:
@@ -975,86 +980,107 @@ class _ClientState:
         elif accepted == "RCPT" and self.is_in_mail:
             self.recipients.append(self.path.strip("<>").lower())
 
+    def find_bad_parameter(self) -> str:
+        """What is wrong with the parameters of this request, or nothing."""
+        for word in self.words:
+            name, _, value = word.upper().partition("=")
+            verb, _, pattern = _PARAMETERS.get(f"{name}={value}", _PARAMETERS.get(name, (self.verb, name, ".*")))
+            faults = {
+                f"{name} is given twice": self.given[name] == "?",
+                f"{name} belongs to {verb}": verb != self.verb,
+                f"this is no value of {name}": not re.fullmatch(pattern, value),
+                "parameters are like NAME or NAME=value": not re.fullmatch(_KEYWORD, name),
+            }
+            if any(faults.values()):
+                return next(text for text, is_wrong in faults.items() if is_wrong)
+        return ""
 
-# A code, the requests that it is about (none: all), and when a request is wrong.
-_DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], object]], ...] = (
-    ("after-421", (), lambda client: client.was_told_421 and not client.was_pipelined and client.verb != "QUIT"),
-    ("no-hello-after-tls", (), lambda client: client.has_begun_tls and client.verb not in (*_HELLO, "QUIT")),
-    ("data-after-refusal", (), lambda client: client.was_refused_data and client.verb not in _VERBS),
-    ("data-before-354", ("DATA",), lambda client: client.sends_mail_early),
-    ("pipelining", (), lambda client: client.has_more and not (client.may_pipeline or client.sends_mail_early)),
+    def find_bad_path(self) -> str:
+        """What is wrong with the argument of this MAIL or RCPT, or nothing."""
+        if re.fullmatch(_STRICT_COMMAND, self.line) and self.line.isprintable():
+            return ""
+        keyword, local = {"MAIL": "FROM"}.get(self.verb, "TO"), rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})"
+        faults = {
+            "an address has no control characters": not self.line.isprintable(),
+            "there must be no space after the colon": re.match("[A-Za-z]*: ", self.argument),
+            f"write {keyword}:<address>, one address and nothing else": not re.fullmatch(
+                "[A-Za-z]*:<[^<>]*>", self.path
+            ),
+            "the address has no domain": "@" not in self.path,
+            "the domain of the address is wrong": re.fullmatch(rf"[^<]*<{local}@[^@]*>", self.path),
+            "the part before the @ is wrong": True,
+        }
+        return next(text for text, is_wrong in faults.items() if is_wrong)
+
+
+# A code, the requests that it is about (none: all), and when one is wrong, or a text that says what is.
+_DIALOGUE_CHECKS: tuple[tuple[str, Collection[str], Callable[[_ClientState], object]], ...] = (
+    ("after-421", (), lambda it: it.was_told_421 and not it.was_pipelined and it.verb != "QUIT"),
+    ("no-hello-after-tls", (), lambda it: it.has_begun_tls and it.verb not in (*_HELLO, "QUIT")),
+    ("data-after-refusal", (), lambda it: it.ignores_reply),
+    ("data-before-354", ("DATA",), lambda it: it.sends_mail_early),
+    ("pipelining", (), lambda it: it.has_more and not (it.may_pipeline or it.sends_mail_early or it.ignores_reply)),
+    ("pipelining-order", (), lambda it: it.kind.ends_group and it.has_more and it.may_pipeline and not it.may_go_on),
+    ("unknown-command", (), lambda it: it.is_unknown and it.line != "***" and it.verb not in it.announced),
+    ("no-hello", ("MAIL",), lambda it: not (it.is_greeted or it.has_begun_tls or it.may_be_blind)),
+    ("hello-invalid", _HELLO, lambda it: not re.fullmatch(_STRICT_NAME, it.argument) and not it.has_literal),
+    ("hello-not-fqdn", _HELLO, lambda it: re.fullmatch(_LABEL, it.argument)),
+    ("unannounced-command", (), lambda it: it.kind.extension not in ("", *it.announced)),
+    ("unannounced-mechanism", ("AUTH",), lambda it: it.mechanism not in it.announced.get("AUTH", it.mechanism)),
+    ("auth-in-clear", ("AUTH",), lambda it: it.mechanism in _PLAINTEXT_MECHANISMS and "STARTTLS" in it.announced),
+    ("bad-auth", (), lambda it: it.login == "msg_auth_bad_response"),
+    ("bad-auth", (), lambda it: it.is_unknown and it.line == "***" and "AUTH has failed, and this belongs to it"),
+    ("superfluous-argument", (), lambda it: it.argument != "" and not it.kind.argument),
+    ("bad-sequence", ("AUTH",), lambda it: it.is_in_mail and "AUTH is not allowed within a mail"),
+    ("bad-sequence", ("AUTH",), lambda it: it.has_logged_in and "AUTH has succeeded already"),
+    ("bad-sequence", ("DATA",), lambda it: it.has_chunks and "after BDAT comes BDAT LAST"),  # RFC 3030
+    ("bad-sequence", ("DATA",), lambda it: it.parameters.get("BODY") == "BINARYMIME" and "BINARYMIME needs BDAT"),
+    ("bad-sequence", ("RCPT",), lambda it: not (it.is_in_mail or it.may_be_blind) and "RCPT needs an accepted MAIL"),
+    ("nested-mail", ("MAIL",), lambda it: it.is_in_mail and not it.may_be_blind),
+    ("path-syntax", _PATHS, lambda it: it.find_bad_path()),
+    ("path-too-long", _PATHS, lambda it: _is_too_long(it.path)),
+    ("unannounced-parameter", _PATHS, lambda it: it.needed.difference(it.announced)),
+    ("bad-parameter", _PATHS, lambda it: it.find_bad_parameter()),
     (
-        "pipelining-order",
-        (),
-        lambda client: client.kind.ends_group and client.has_more and client.may_pipeline and not client.may_go_on,
+        "bad-parameter",
+        ("BDAT",),
+        lambda it: _parse_chunk(it.argument) is None and "BDAT takes a size, and perhaps LAST",
     ),
-    (
-        "unknown-command",
-        (),
-        lambda client: client.is_unknown and client.reply[:1] == "5" and client.verb not in client.announced,
-    ),
-    ("no-hello", ("MAIL",), lambda client: not (client.is_greeted or client.has_begun_tls or client.may_be_blind)),
-    (
-        "hello-invalid",
-        _HELLO,
-        lambda client: not re.fullmatch(_STRICT_NAME, client.argument) and not client.has_literal,
-    ),
-    ("hello-not-fqdn", _HELLO, lambda client: re.fullmatch(_LABEL, client.argument)),
-    ("unannounced-command", (), lambda client: client.kind.extension not in ("", *client.announced)),
-    (
-        "unannounced-mechanism",
-        ("AUTH",),
-        lambda client: client.mechanism not in client.announced.get("AUTH", client.mechanism),
-    ),
-    (
-        "auth-in-clear",
-        ("AUTH",),
-        lambda client: client.mechanism in _PLAINTEXT_MECHANISMS and "STARTTLS" in client.announced,
-    ),
-    ("superfluous-argument", (), lambda client: client.argument and not client.kind.argument),
-    ("bad-sequence", ("AUTH",), lambda client: client.is_in_mail),
-    (
-        "bad-sequence",
-        ("DATA",),
-        lambda client: client.has_chunks or client.parameters.get("BODY") == "BINARYMIME",
-    ),  # RFC 3030
-    ("bad-sequence", ("RCPT",), lambda client: not (client.is_in_mail or client.may_be_blind)),
-    ("nested-mail", ("MAIL",), lambda client: client.is_in_mail and not client.may_be_blind),
-    (
-        "path-syntax",
-        _PATHS,
-        lambda client: not (re.fullmatch(_STRICT_COMMAND, client.line) and client.line.isprintable()),
-    ),
-    ("path-too-long", _PATHS, lambda client: _is_too_long(client.path)),
-    ("unannounced-parameter", _PATHS, lambda client: client.needed.difference(client.announced)),
-    ("undeclared-utf8", ("MAIL",), lambda client: not client.path.isascii() and "SMTPUTF8" not in client.given),
-    ("undeclared-utf8", ("RCPT",), lambda client: not client.path.isascii() and "SMTPUTF8" not in client.parameters),
-    (
-        "no-recipient",
-        ("DATA", "BDAT"),
-        lambda client: not ((client.is_in_mail and client.recipients) or client.may_be_blind),
-    ),
+    ("undeclared-utf8", ("MAIL",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.given),
+    ("undeclared-utf8", ("RCPT",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.parameters),
+    ("no-recipient", ("DATA", "BDAT"), lambda it: not ((it.is_in_mail and it.recipients) or it.may_be_blind)),
 )
 
 # A code, its line and, if the text of the code is too general, a text.
 _Findings = Iterator[tuple[str, ...]]
 
 
-def _check_dialogue(exchanges: Iterable[_Exchange], client: _ClientState) -> _Findings:
-    for exchange in exchanges:
+def _check_dialogue(exchanges: Sequence[_Exchange], client: _ClientState) -> _Findings:
+    begins_tls = any(exchange.verb == "TLS handshake" for exchange in exchanges)
+    following = [*(exchange.verb for exchange in exchanges[1:]), "QUIT"]
+    for exchange, next_verb in zip(exchanges, following, strict=True):
         request = exchange.request
         if request is None:
             client.was_told_421 = client.was_told_421 or exchange.response.startswith("421")
-            if exchange.was_early:
+            if exchange.was_early and not begins_tls:
                 yield "early-talker", ""
+        elif request.verb == "TLS handshake":
+            yield "tls-on-plain-port", request.line
+        elif client.ignores_rest and request.verb not in _VERBS:
+            continue
         elif client.ignores_refusal:  # up to the end of the mail that was sent all the same
             client.ignores_refusal = request.line != "."
         else:
             client.read(request, exchange)
+            client.ignores_rest = False
+            if client.chunk and client.has_more and next_verb not in _VERBS:
+                yield "bad-parameter", client.chunk, "a chunk is longer than BDAT says"
+                client.has_more, client.ignores_rest = False, True
             yield from client.faults
             for code, verbs, is_wrong in _DIALOGUE_CHECKS:
-                if (not verbs or client.verb in verbs) and is_wrong(client):
-                    yield code, client.line
+                found = is_wrong(client) if not verbs or client.verb in verbs else None
+                if found:
+                    yield code, client.line, *([found] if isinstance(found, str) else [])
             client.advance()
 
 
@@ -1320,7 +1346,7 @@ def _check_mime_grammar(name: str, value: str, line: str) -> _Findings:
         yield code, line
 
 
-def _read_parameters(value: str) -> list[tuple[str, str]]:
+def _read_sections(value: str) -> list[tuple[str, str]]:
     """The names in lower case; values may be in quotes."""
     return [(match[1].lower(), value[slice(*match.span(2))]) for match in re.finditer(_PARAMETER, _mask(value))]
 
@@ -1330,7 +1356,7 @@ def _check_sections(code: str, value: str, line: str) -> _Findings:
     import urllib.parse
 
     sections: dict[str, list[tuple[str, str]]] = {}
-    for name, text in _read_parameters(value):
+    for name, text in _read_sections(value):
         base, star, number = name.partition("*")
         sections.setdefault(base, []).extend([(number, text)] if star else [])
     for parts in sections.values():
@@ -1430,7 +1456,7 @@ def _check_body(part: Any, kind: str, encoding: str, charset: str | None) -> _Fi
 def _read_type(value: str) -> tuple[str, dict[str, str]]:
     """The type in lower case, and its parameters without quotes."""
     match = re.match(rf"\s*({_MIME_TOKEN})\s*/\s*({_MIME_TOKEN})", _mask(value))
-    texts = {name: re.sub(r"(?s)\\(.)|\"", r"\1", text) for name, text in reversed(_read_parameters(value))}
+    texts = {name: re.sub(r"(?s)\\(.)|\"", r"\1", text) for name, text in reversed(_read_sections(value))}
     return "/".join(match.groups()).lower() if match else "text/plain", texts
 
 
@@ -1477,6 +1503,9 @@ def _find_violations(message: Message) -> list[Violation]:
     if body is not None and body.verb == "message" and body.value is not None and (body.value or client.recipients):
         found += _check_content(body.value, client, data is not None and data.verb == "BDAT")
         found += _check_mail(message, client)
+    elif body is not None and body.verb == "partial message" and body.value and not (data and data.verb == "BDAT"):
+        for code in ("bare-lf", "false-end"):  # what is certain of a body that has not ended
+            found += _find_line(code, _CONTENT_CHECKS[code], b"\r\n" + body.value)
     violations: dict[tuple[str, str], Violation] = {}
     for code, line, *texts in found:
         if code not in message._tolerated:
@@ -2690,6 +2719,8 @@ class _Unknown(Handler):
     def _begin(self, session: _Session, request: _Request) -> _Reply | None:
         # What follows an AUTH that was refused may be the answer to a challenge that was not sent.
         before = session.mail.exchanges[-1].request if session.mail.exchanges else None
+        if request.line.startswith(_BEGIN_OF_TLS.decode()):
+            return session.leave_to_tls()
         if request.verb.startswith("AUTH"):
             request = request.hide(f"{request.line[:5]} ***")
         elif before is not None and (before.verb.startswith("AUTH") or before.line == "***"):
@@ -2791,11 +2822,13 @@ _AUTH_LINE_LIMIT = 12288  # where lines may hold tokens; RFC 4954 section 4
 
 # Only CRLF ends a line: if a bare LF did, a mail could smuggle in another one (RFC 5321 section 4.1.1.4).
 _END_OF_DATA = b"\r\n.\r\n"
-_DOT_FAULTS = {"unstuffed-dot": rb"\r\n(\.[^.\r\n][^\r\n]{0,199})", "false-end": rb"\r\n(\.)[\r\n]"}
+_DOT_FAULTS = {"unstuffed-dot": rb"\r\n(\.[^.\r\n][^\r\n]{0,199})", "false-end": rb"\r\n(\.)(?:\n|\r(?!\Z))"}
 
 # An endless session must not fill the memory. What is not kept of a record is one exchange with this request.
 _EXCHANGE_LIMIT, _SIZE_LIMIT = 10000, 4_000_000  # in a record; the second in bytes of the lines
 _ATTEMPT_LIMIT = 100  # to send a mail, of which all is kept
+# What begins a TLS handshake (RFC 8446 section 5.1), and how it is recorded.
+_BEGIN_OF_TLS, _TLS_HANDSHAKE = b"\x16\x03", _Request("TLS handshake", "<TLS handshake>")
 _TRUNCATION = _Exchange(_Request("truncated", "<truncated>"), None, None, 0.0, False)
 
 
@@ -2863,11 +2896,15 @@ class _Body:
             raw = raw.replace(b"\r\n.", b"\r\n")
         return bytes(memoryview(raw)[2:]) if not self._dropped and len(raw) - 2 <= self._limit else None
 
+    def ends_falsely(self) -> bool:
+        """Whether what arrived ends as some clients end a mail, by mistake."""
+        return re.search(rb"(?:[^\r]\n\.\r?|\r\n\.)\n\Z", self._raw[-5:]) is not None
+
     def end(self, verb: str) -> bytes | None:
         """Make the request that its end is, and return the content."""
         content, self.ending = self.content(), _Request(verb, f"<{self.size} bytes>")
         # Each dot that was doubled has left one.
-        if verb != "message" or content is None or len(content) == self.size:
+        if content is None or len(content) == self.size:
             return content
         if self.size - len(content) != content.count(b"\r\n.") + content.startswith(b"."):
             found = [(code, re.search(pattern, self._raw)) for code, pattern in _DOT_FAULTS.items()]
@@ -3118,7 +3155,16 @@ class _Session:
         request = _Request("answer", "*" if text == "*" else "***", "", _find_faults(data[at:end]))
         return end + 1, run(request, text)
 
+    def leave_to_tls(self) -> _Reply:
+        """End the session, because the client has begun a TLS handshake, which is none of SMTP's business."""
+        self.request, self._take, self.has_more = _TLS_HANDSHAKE, _Session._ignore_input, False
+        reply = _Reply("", b"", next=_Next.CLOSE)
+        self.note(_TLS_HANDSHAKE, reply)
+        return reply
+
     def _take_part_of_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
+        if data.startswith(_BEGIN_OF_TLS, at):
+            return len(data), self.leave_to_tls()
         if len(data) - at < self._line_limit:
             self.rest = data[at:]
             return len(data), None
@@ -4414,13 +4460,20 @@ class Server:
         yield f"recorded messages: {len(messages)}"
         if len(messages) > _REPORT_LIMIT:
             yield "  ..."
-        yield from (f"  {message!r}, subject {message.subject!r}" for message in messages[-_REPORT_LIMIT:])
+        for message in messages[-_REPORT_LIMIT:]:
+            yield f"  {message!r}, subject {message.subject!r}"
+            yield from (
+                f"    {found}" for found in message.violations if found.code in ("tls-on-plain-port", "false-end")
+            )
         connections = self._list_connections()
         yield f"open sessions: {len(connections)}"
         for connection in connections[:_REPORT_LIMIT]:
             session = connection.session
             last = " / ".join(_format_exchanges(session.mail.exchanges[-1:]))
             yield f"  {_format_address(*session.peer)}: {last}"
+            body = session.mail.body
+            if body is not None and body.ends_falsely():
+                yield "    its body ends in a dot alone with a bare LF, which is not the end of a mail"
         yield from self._list_early_ends()
 
     def _list_early_ends(self) -> list[str]:
