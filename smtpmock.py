@@ -3163,7 +3163,7 @@ class _Session:
         return reply
 
     def _take_part_of_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
-        if data.startswith(_BEGIN_OF_TLS, at):
+        if data.startswith(_BEGIN_OF_TLS, at) and self._take is _Session._take_line:
             return len(data), self.leave_to_tls()
         if len(data) - at < self._line_limit:
             self.rest = data[at:]
