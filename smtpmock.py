@@ -822,17 +822,17 @@ _VIOLATIONS = {
     "command-space": ("there is white space around a command", "5321 4.1.1", "warning"),
     "after-421": ("a command other than QUIT follows a 421", "5321 3.8", "warning"),
     "no-hello-after-tls": ("EHLO is not the first command within TLS", "3207 4.2", "error"),
-    "data-after-refusal": ("the mail was sent although DATA was refused", "5321 3.3", "error"),
+    "data-after-refusal": ("the mail was sent although DATA was refused: send RSET", "5321 3.3", "error"),
     "data-before-354": ("the mail was sent before the reply to DATA: wait for the 354", "5321 3.3", "error"),
-    "pipelining": ("more was sent before the reply, and PIPELINING is not announced", "5321 4.3.1", "error"),
+    "pipelining": ("without PIPELINING, wait for each reply before more is sent", "5321 4.3.1", "error"),
     "pipelining-order": ("more was sent after a command that must be the last of its group", "2920 3.1", "error"),
     "unknown-command": ("no RFC defines this command", "5321 4.1.5", "error"),
     "no-hello": ("MAIL without EHLO or HELO: send EHLO first", "5321 4.1.1.1", "error"),
-    "hello-invalid": ("the client's name is neither a domain nor an address literal", "5321 4.1.1.1", "error"),
-    "hello-not-fqdn": ("the client's name is not fully qualified", "5321 2.3.5", "warning"),
+    "hello-invalid": ("the client's name is neither a domain nor like [192.0.2.1]", "5321 4.1.1.1", "error"),
+    "hello-not-fqdn": ("the client's name is not fully qualified, like host.example.com", "5321 2.3.5", "warning"),
     "unannounced-command": ("the reply to EHLO does not announce this command", "5321 4.1.1.1", "error"),
     "unannounced-mechanism": ("this AUTH mechanism is not announced", "4954 4", "error"),
-    "auth-in-clear": ("a password was sent in clear although STARTTLS is offered", "4954 4", "warning"),
+    "auth-in-clear": ("a password was sent in clear: STARTTLS is offered", "4954 4", "warning"),
     "superfluous-argument": ("this command takes no argument", "5321 4.1.1", "error"),
     "bad-sequence": ("this command is not allowed at this point", "5321 3.3", "error"),
     "nested-mail": ("MAIL while another mail is open: end it, or send RSET", "5321 4.1.4", "error"),
@@ -845,18 +845,10 @@ _VIOLATIONS = {
     "undeclared-utf8": ("an address is not ASCII, and MAIL had no SMTPUTF8", "6531 3.4", "error"),
     "no-recipient": ("DATA although no recipient was accepted: send RSET", "5321 3.3", "error"),
     "unstuffed-dot": ("a dot at the start of a line is not doubled", "5321 4.5.2", "error"),
-    "false-end": (
-        "a dot alone with a bare LF: some servers end the mail here (SMTP smuggling)",
-        "5321 4.1.1.4",
-        "error",
-    ),
-    "long-line": ("a line is longer than 998 bytes", "5322 2.1.1", "error"),
+    "false-end": ("at a dot with a bare LF, some servers end the mail (SMTP smuggling)", "5321 4.1.1.4", "error"),
+    "long-line": ("a line is longer than 998 bytes: use quoted-printable or base64", "5322 2.1.1", "error"),
     "size-understated": ("the mail is larger than its SIZE", "1870 6", "warning"),
-    "8bit-unannounced": (
-        "without 8BITMIME, use quoted-printable or base64 for what is not ASCII",
-        "5321 2.4",
-        "warning",
-    ),
+    "8bit-unannounced": ("without 8BITMIME, use quoted-printable or base64", "5321 2.4", "warning"),
     "8bit-undeclared": ("the body is not ASCII, and MAIL had no BODY=8BITMIME", "6152 3", "warning"),
     "header-syntax": ("a line of the header is neither a field nor its continuation", "5322 2.2", "error"),
     "header-raw": ("a header is not ASCII, and MAIL had no SMTPUTF8: use encoded words", "5322 2.2", "error"),
@@ -867,9 +859,9 @@ _VIOLATIONS = {
     "bad-date": ("the Date is not like Fri, 21 Nov 1997 09:55:06 -0600", "5322 3.3", "error"),
     "bad-address": ("a header has no readable address, such as user@example.com", "5322 3.4", "error"),
     "bcc-disclosed": ("Bcc tells other recipients who is hidden: leave it out", "5322 3.6.3", "error"),
-    "no-mime-version": ("there are MIME headers and no MIME-Version", "2045 4", "error"),
+    "no-mime-version": ("there are MIME headers and no MIME-Version: 1.0", "2045 4", "error"),
     "encoded-word": ("an encoded word cannot be decoded, or is not allowed at this place", "2047 5", "error"),
-    "encoded-word-long": ("an encoded word is longer than 75 characters", "2047 2", "warning"),
+    "encoded-word-long": ("an encoded word is longer than 75 characters: split it", "2047 2", "warning"),
     "encoded-parameter": ("there is an encoded word in a parameter: write name*=utf-8''a%20b", "2047 5", "warning"),
     "bad-content-type": ("the Content-Type is not like text/plain; charset=utf-8", "2045 5.1", "error"),
     "bad-boundary": ("the boundary is missing, malformed, or does not separate the parts", "2046 5.1.1", "error"),
@@ -879,7 +871,7 @@ _VIOLATIONS = {
     "bad-quoted-printable": ("there are bytes that quoted-printable encodes, or lines over 76", "2045 6.7", "error"),
     "bad-disposition": ('the Content-Disposition is not like attachment; filename="a b.pdf"', "2183 2", "error"),
     "wrong-charset": ("the text cannot be decoded with its charset", "2046 4.1.2", "error"),
-    "unknown-charset": ("the text is not ASCII, and nobody knows its charset", "2046 4.1.2", "warning"),
+    "unknown-charset": ("the text is not ASCII, and its charset is not registered: use utf-8", "2046 4.1.2", "warning"),
     "bad-mime-version": ("the MIME-Version is not 1.0", "2045 4", "warning"),
     "group-in-from": ("From has a group: write the address of a sender", "6854 3", "warning"),
     "obsolete-syntax": ("this is obsolete, and must not be written any more", "5322 4", "warning"),
@@ -1448,9 +1440,11 @@ def _check_body(part: Any, kind: str, encoding: str, charset: str | None) -> _Fi
     yield from found
     if encoding == "quoted-printable" and not found:
         yield from ((*line, "write =C3 and not =c3") for line in _find_line(code, _LOWER_HEX, data))
+    has_charset = charset is not None
     charset = "us-ascii" if charset is None and kind == "text/plain" else charset
     if not found and charset is not None and kind.startswith("text/"):
-        yield from _check_charset(text or b"", charset, "wrong-charset", f"charset={charset}")
+        texts = [] if has_charset else ["a text that is not ASCII needs a charset, such as utf-8"]
+        yield from _check_charset(text or b"", charset, "wrong-charset", f"charset={charset}", *texts)
 
 
 def _read_type(value: str) -> tuple[str, dict[str, str]]:
