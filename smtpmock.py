@@ -991,18 +991,15 @@ class _ClientState:
         """What is wrong with the argument of this MAIL or RCPT, or nothing."""
         if re.fullmatch(_STRICT_COMMAND, self.line) and self.line.isprintable():
             return ""
-        keyword, local = {"MAIL": "FROM"}.get(self.verb, "TO"), rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})"
-        faults = {
-            "an address has no control characters": not self.line.isprintable(),
-            "there must be no space after the colon": re.match("[A-Za-z]*: ", self.argument),
-            f"write {keyword}:<address>, one address and nothing else": not re.fullmatch(
-                "[A-Za-z]*:<[^<>]*>", self.path
-            ),
-            "the address has no domain": "@" not in self.path,
-            "the domain of the address is wrong": re.fullmatch(rf"[^<]*<{local}@[^@]*>", self.path),
-            "the part before the @ is wrong": True,
-        }
-        return next(text for text, is_wrong in faults.items() if is_wrong)
+        keyword = "FROM" if self.verb == "MAIL" else "TO"
+        form = re.fullmatch(rf"(?i)\S+ {keyword}:( *)<([^<>]*)>(?: .*)?", self.line)
+        if form is None or not self.line.isprintable():
+            return f"write {keyword}:<address>, one address and nothing else"
+        if form[1]:
+            return "there must be no space after the colon"
+        local, at, _ = form[2].rpartition("@")
+        part = "part before the @" if at and not re.fullmatch(_LOCAL_PART, local) else "domain"
+        return f"the {part} of the address is wrong" if at else "the address has no domain"
 
 
 # A code, the requests that it is about (none: all), and when one is wrong, or a text that says what is.
@@ -3667,9 +3664,7 @@ class _Connection(socketserver.BaseRequestHandler):
     def finish(self) -> None:
         self.session.end(_Reply("", b"", next=self.ending) if self.ending else None, self._now())
         if self.session.request is None or self.has_failed:
-            begins_tls = self.session.rest.startswith(b"\x16\x03")
-            reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
-            reason = "disconnect() ended it" if self.ending else reason
+            reason = "disconnect() ended it" if self.ending else self.reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
         self.is_recorded = True
         if self.ending:  # read after is_recorded is set; disconnect() does the reverse

@@ -1566,6 +1566,108 @@ ENVELOPE | HEAD | MIME | Content-Type: multipart/report; report-type=disposition
     Content-type: message/rfc822 | | Subject: x | | y | --RAA14128.773615765/EXAMPLE.COM-- | END => clean
 """)
 
+HEADERS = ("From", "To", "Sender", "Message-ID", "References", "Date", "Subject", "Bcc", "MIME-Version")
+MIME_HEADERS = ("Content-Type", "Content-Disposition", "Content-Transfer-Encoding")
+# What a header may have many of.
+UNITS = (
+    *(
+        "a",
+        "(",
+        ")",
+        '"',
+        "\\",
+        '\\"',
+        "<",
+        ">",
+        "@",
+        ",",
+        ";",
+        ":",
+        ".",
+        "=",
+        "[",
+        "]",
+        " ",
+        "\t",
+        "=?",
+        "?=",
+        "a ",
+        "a@b,",
+    ),
+    *("<a@b> ", "a;", "=?utf-8?q?x?= ", "x*0=a;", ";a=b", "; x*1*=%41", "a b=", "\r\n ", "(a)", '"a"', "a@", "a:b;"),
+)
+
+# What a client sends, and the text of a violation that its messages then have.
+FAULT_TEXTS = read_table(r"""
+== the default options
+ENVELOPE | HEAD | Subject: =?utf-8?q?a=C3?= =?utf-8?q?=BC?= | | END => a character is split or cut off: encode it as a whole
+ENVELOPE | HEAD | Subject: =?utf-8?q?a?==?utf-8?q?b?= | | END => an encoded word needs white space around it
+ENVELOPE | HEAD | Cc: "=?utf-8?q?a?=" <a@a.com> | | END => an encoded word in quotes is not decoded
+ENVELOPE | HEAD | Cc: =?utf-8?q?a?=@a.com | | END => an address must not have an encoded word
+ENVELOPE | HEAD | Cc: =?utf-8?q?a,b?= <a@a.com> | | END => a Q word in a name must have letters, digits and !*+-/=_ only
+ENVELOPE | HEAD | Cc: Doe, J. <a@a.com> | | END => quote a name that has , . : @ [ or ]
+ENVELOPE | HEAD | Cc: a@a.com, | | END => leave out an empty element of a list, or a header without an address
+ENVELOPE | HEAD | Sender: a@a.com, b@b.com | | END => a Sender must have one address only
+ENVELOPE | HEAD | References: <a@a.com>, <b@a.com> | | END => separate ids by white space and not by commas
+ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | | END => this date is on another day of the week
+ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | a | --x-- | END => a multipart or a mail in it must be 7bit, 8bit or binary
+ENVELOPE | HEAD | MIME | CTE: binary | | a | END => binary needs BODY=BINARYMIME
+ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed | | a | END => there is no boundary parameter
+ENVELOPE | HEAD | MIXED | | a | END => no line opens the first part
+ENVELOPE | HEAD | MIXED | | --x | | a | END => no line closes the last part
+ENVELOPE | HEAD | MIME | CTE: quoted-printable | | =c3 | END => write =C3 and not =c3
+ENVELOPE | HEAD | MIME | CTE: quoted-printable | | =C3 | END => a text that is not ASCII needs a charset, such as utf-8
+HELLO | MAIL FROM: <a@a.com> | QUIT => there must be no space after the colon
+HELLO | MAIL FROM:a@a.com | QUIT => write FROM:<address>, one address and nothing else
+HELLO | MAIL | RCPT TO:<a@a.com>,<b@b.com> | QUIT => write TO:<address>, one address and nothing else
+HELLO | MAIL | RCPT TO:<a@my_host.example.com> | QUIT => the domain of the address is wrong
+HELLO | MAIL | RCPT TO:<root> | QUIT => the address has no domain
+HELLO | MAIL | RCPT TO:<a b@a.com> | QUIT => the part before the @ of the address is wrong
+HELLO | RCPT | QUIT => RCPT needs an accepted MAIL
+== AUTH and CHUNKING  -- auth_users={"u": "p"}, extensions=["CHUNKING", "BINARYMIME", "SIZE"]
+HELLO | AUTH PLAIN AHUAeA== | cA== | QUIT => AUTH has failed, and this belongs to it
+HELLO | AUTH PLAIN AHUAcA== | AUTH PLAIN AHUAcA== | QUIT => AUTH has succeeded already
+HELLO | MAIL | AUTH PLAIN AHUAcA== | QUIT => AUTH is not allowed within a mail
+HELLO | MAIL | RCPT | R:BDAT 1\r\na | DATA | QUIT => after BDAT comes BDAT LAST
+HELLO | MAIL FROM:<a@a.com> BODY=BINARYMIME | RCPT | DATA | QUIT => BINARYMIME needs BDAT
+HELLO | MAIL FROM:<a@a.com> SIZE=1 SIZE=1 | QUIT => SIZE is given twice
+HELLO | MAIL FROM:<a@a.com> NOTIFY=NEVER | QUIT => NOTIFY belongs to RCPT
+HELLO | MAIL FROM:<a@a.com> SIZE=-1 | QUIT => this is no value of SIZE
+""")
+CURES = {
+    "bare-lf": "CRLF",
+    "bare-cr": "CRLF",
+    "early-talker": "wait",
+    "data-before-354": "wait",
+    "pipelining": "wait",
+    "no-hello": "send EHLO first",
+    "hello-invalid": "[192.0.2.1]",
+    "hello-not-fqdn": "host.example.com",
+    "nested-mail": "RSET",
+    "no-recipient": "RSET",
+    "data-after-refusal": "RSET",
+    "unstuffed-dot": "doubled",
+    "long-line": "quoted-printable or base64",
+    "8bit-unannounced": "quoted-printable or base64",
+    "8bit-undeclared": "BODY=8BITMIME",
+    "8bit-in-7bit": "quoted-printable or base64",
+    "undeclared-utf8": "SMTPUTF8",
+    "header-raw": "encoded words",
+    "bad-message-id": "<left@right>",
+    "bad-date": "-0600",
+    "bad-address": "user@example.com",
+    "bcc-disclosed": "leave it out",
+    "no-mime-version": "MIME-Version: 1.0",
+    "bad-mime-version": "1.0",
+    "encoded-word-long": "split it",
+    "encoded-parameter": "utf-8''a%20b",
+    "bad-content-type": "text/plain; charset=utf-8",
+    "bad-disposition": 'filename="a b.pdf"',
+    "unknown-charset": "use utf-8",
+    "false-end": "smuggling",
+    "path-syntax": "<address>",
+}
+
 
 def list_codes(messages: Iterable[Message]) -> list[str]:
     """The codes of violations and warnings in the order in which they were found."""
@@ -1597,6 +1699,45 @@ class ViolationTest(ServerCase):
         rows = [expected for _, _, expected, _ in self.rows()]
         self.assertEqual({code for codes in rows for code in codes} | {"early-talker"}, set(Memory.CODES))
         self.assertGreater(rows.count([]), 20)
+
+    def test_what_each_text_says(self) -> None:
+        """What is wrong, and what to change."""
+        for entry in FAULT_TEXTS.values():
+            for row in entry.rows:
+                memory = Memory(**entry.options)
+                memory.greet()
+                memory.converse(read_pieces(row.given), sys.maxsize)
+                with self.subTest(row):
+                    texts = [found.text for message in memory.messages() for found in Memory.findings(message)]
+                    self.assertIn(row.expected, texts)
+        for code, cure in CURES.items():
+            self.assertIn(cure, Memory.CODES[code][0])
+
+    def test_who_refuses_it(self) -> None:
+        memory = Memory(*ENVELOPE, "DATA")
+        memory.feed(
+            b"Date: a\r\nFrom: a@a.com, b@b.com\r\nX: a\r\n \r\nSubject: a\r\nSubject: b\r\n\r\nHello\n\r\n.\r\n"
+        )
+        found = [(violation.code, violation.refused_by) for violation in Memory.findings(memory.message())]
+        expected = [("bare-lf", "Postfix"), ("header-missing", "Gmail"), ("no-message-id", "Gmail"), ("bad-date", "")]
+        expected += [("header-syntax", "amavis"), ("header-duplicate", "Gmail, Amazon SES")]
+        self.assertEqual(found, expected)
+
+    def test_linear_time(self) -> None:
+        """Eight times as much of anything takes about eight times as long."""
+        for name in (*HEADERS, *MIME_HEADERS):
+            for unit in UNITS:
+                begin = "text/plain; " if name in MIME_HEADERS else ""
+
+                def measure(size: int, name: str = name, unit: str = unit, begin: str = begin) -> float:
+                    value, client = begin + unit * (size // len(unit)), smtpmock._ClientState()
+                    start = time.process_time()
+                    list(smtpmock._check_headers([(name, value)], client))
+                    list(smtpmock._check_header_set({name.lower(): value}, client))
+                    return time.process_time() - start
+
+                with self.subTest(name, unit=unit):
+                    self.assertTrue(any(measure(40_000) < max(24 * measure(5000), 0.1) for _ in range(3)))
 
     def test_what_a_violation_says(self) -> None:
         memory = Memory(*ENVELOPE, "DATA")
@@ -5460,11 +5601,30 @@ class TellingTest(unittest.TestCase):
             ended = "ended early: 127.0.0.1:"
             self.assertTrue(wait_until(lambda: report(server).count(ended) == 10), report(server))
             self.assertIn("left before any command", report(server))
+            self.assertEqual((report(server).count("ended early"), server.messages()), (10, []))
+
+    def test_a_tls_handshake_on_a_plain_port(self) -> None:
+        """It is one request, and the connection closes."""
+        with Server() as server:
             with Client(server) as client:
                 client.send(b"\x16\x03\x01\x02\x00\x01")
-            text = "the client began TLS, but this port begins in plain text"
-            self.assertTrue(wait_until(lambda: text in report(server)), report(server))
-            self.assertEqual((report(server).count("ended early"), server.messages()), (10, []))
+                self.assertEqual(client.read_all(), ["<closed>"])
+            (message,) = server.wait_for_messages(1, TIMEOUT)
+            self.assertEqual(message.transcript.splitlines()[1:], ["C: <TLS handshake>", "S: <closed>"])
+            self.assertEqual(list_codes([message]), ["tls-on-plain-port"])
+            self.assertIn("tls-on-plain-port: the client began TLS on a port", report(server))
+
+    def test_a_body_that_ends_in_a_bare_lf(self) -> None:
+        for end in (b"\n.\n", b"\n.\r\n", b"\r\n.\n"):
+            with self.subTest(end), Server() as server, Client(server) as client:
+                for line in (*ENVELOPE, "DATA"):
+                    client.ask(line)
+                client.send(b"Subject: x\r\n\r\nhi" + end)
+                self.assertTrue(wait_until(lambda: "a dot alone with a bare LF" in report(server)), report(server))
+                client.__exit__()
+                self.assertTrue(
+                    wait_until(lambda: "false-end: at a dot with a bare LF" in report(server)), report(server)
+                )
 
     def test_a_wait_in_a_coroutine(self) -> None:
         async def wait(server: Server) -> None:
