@@ -1325,16 +1325,6 @@ def _check_grammar(name: str, value: str, line: str) -> _Findings:
         yield "group-in-from", line
 
 
-def _check_mime_grammar(name: str, value: str, line: str) -> _Findings:
-    code, grammar = _MIME_GRAMMARS[name]
-    if re.search(_ENCODED_WORD, value):
-        yield "encoded-parameter", line
-    if re.fullmatch(grammar, _mask(value)):
-        yield from _check_sections(code, value, line)
-    else:
-        yield code, line
-
-
 def _read_sections(value: str) -> list[tuple[str, str]]:
     """The names in lower case; values may be in quotes."""
     return [(match[1].lower(), value[slice(*match.span(2))]) for match in re.finditer(_PARAMETER, _mask(value))]
@@ -1363,6 +1353,16 @@ def _check_sections(code: str, value: str, line: str) -> _Findings:
         data = urllib.parse.unquote_to_bytes(encoded[charset.end() :]) if charset else b""
         text = "a value is not in its charset"
         yield from found or _check_charset(data, (charset and charset[1]) or "us-ascii", code, line, text)
+
+
+def _check_mime_grammar(name: str, value: str, line: str) -> _Findings:
+    code, grammar = _MIME_GRAMMARS[name]
+    if re.search(_ENCODED_WORD, value):
+        yield "encoded-parameter", line
+    if re.fullmatch(grammar, _mask(value)):
+        yield from _check_sections(code, value, line)
+    else:
+        yield code, line
 
 
 def _check_headers(fields: list[tuple[str, str]], client: _ClientState) -> _Findings:
