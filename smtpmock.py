@@ -593,7 +593,10 @@ class _Path(NamedTuple):
     parameters: dict[str, str]  # by names in upper case; never changed, because the path is kept
 
 
-def _split_path(text: str) -> tuple[str, list[str]]:
+_NO_PARAMETERS: dict[str, str] = {}
+
+
+def _split_path(text: str) -> tuple[str, Sequence[str]]:
     """The path, and the parameters behind it."""
     match = _PATH_END.match(text)
     end = match.end() if match and text[match.end() : match.end() + 1] in ("", " ") else len(text)
@@ -616,19 +619,18 @@ def _parse_domain(text: str, pattern: str = _DOMAIN) -> str | None:
     return text if valid and _is_clean(text) else None
 
 
-@functools.lru_cache(maxsize=512)  # tests use few addresses, each many times
-def _parse_path(text: str, pattern: str = _PATH, allowed: str = "", *, has_parameters: bool = False) -> _Path | None:
-    """A path, or the allowed one, which has no mailbox."""
-    path, words = _split_path(text) if has_parameters else (text, [])
-    if allowed and path.lower() == allowed:
-        return _Path(path[1:-1], _read_parameters(words))
+def _parse_path(pattern: str, allowed: str, has_parameters: bool, text: str) -> _Path | None:
+    """A path of this pattern, or the allowed one, which has no mailbox."""
+    path, words = _split_path(text) if has_parameters else (text, ())
+    parameters = _read_parameters(words) if words else _NO_PARAMETERS
+    if path.lower() == allowed:
+        return _Path(path[1:-1], parameters)
     match = re.fullmatch(pattern, path)
     if match is None or (match[1] is None) != (match[3] is None) or not _is_clean(path):
         return None
     address: str = match[2]
     domain = address.rpartition("@")[2]
-    is_valid = domain[0] != "[" or _is_address_literal(domain)
-    return _Path(address, _read_parameters(words)) if is_valid else None
+    return _Path(address, parameters) if domain[0] != "[" or _is_address_literal(domain) else None
 
 
 def _parse_chunk(text: str) -> tuple[int, bool] | None:
@@ -670,20 +672,20 @@ class _Request:
     Like a reply it is no NamedTuple, because their attributes take longer to read.
     """
 
-    def __init__(self, verb: str, line: str, argument: str = "", faults: Iterable[str] = ()) -> None:
+    def __init__(self, verb: str, line: str, argument: str = "", faults: tuple[tuple[str, str], ...] = ()) -> None:
         self.verb = verb  # in upper case, or one of the last names in _VERBS
         self.line = line  # as it may be shown: *** for a secret, <9 bytes> for a body
         self.argument = argument
-        self.faults = tuple((code, line) for code in faults)  # what the line does not show: a violation, and its line
+        self.faults = faults  # what the line does not show: codes of violations, each with the line for it
         self.kind = _VERBS.get(verb, _UNKNOWN_VERB)
 
     def hide(self, line: str, argument: str = "") -> _Request:
         """The request with this line, because its own may hold a secret."""
-        return _Request(self.verb, line, argument, (code for code, _ in self.faults))
+        return _Request(self.verb, line, argument, tuple((code, line) for code, _ in self.faults))
 
 
-def _find_faults(line: bytes) -> list[str]:
-    """The codes of what is wrong with the bytes of a line. Those are not kept, because they may be a secret."""
+def _find_faults(line: bytes, shown: str) -> tuple[tuple[str, str], ...]:
+    """What is wrong with the bytes of a line. Those are not kept, because they may be a secret."""
     text = line[:-1] if line.endswith(b"\r") else line
     faults = {
         "bare-lf": text is line,
@@ -692,7 +694,7 @@ def _find_faults(line: bytes) -> list[str]:
         "command-space": text.strip(b" \t") != text,
         "long-command": len(line) >= 512,  # and the LF
     }
-    return [code for code, is_wrong in faults.items() if is_wrong]
+    return tuple((code, shown) for code, is_wrong in faults.items() if is_wrong)
 
 
 def _parse_line(line: bytes) -> _Request:
@@ -703,7 +705,7 @@ def _parse_line(line: bytes) -> _Request:
     verb, _, argument = (text.replace("\t", " ") if "\t" in text else text).partition(" ")
     # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
     verb = verb.upper() if verb.isascii() else ""
-    return _Request(verb, text, argument, () if is_clean else _find_faults(line))
+    return _Request(verb, text, argument, () if is_clean else _find_faults(line, text))
 
 
 class _Next(enum.Enum):
@@ -2151,7 +2153,6 @@ class Handler:
     _before_tls = False  # whether tls_required allows it before STARTTLS
     _before_auth = True  # whether auth_required allows it before AUTH
     _bad_sequence = "msg_invalid_cmd_helo_sequence"
-    _lenient_pattern = ""  # what parse() takes as pattern, with lenient_addresses
     _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
     _read_loosely: Callable[[Any], Any] = staticmethod(lambda argument: argument)  # a bad one, which a rule accepted
     _delay = ""  # the option that has it
@@ -2166,8 +2167,6 @@ class Handler:
         # Limited, because refuse() may return any number of texts.
         self._find_reply = functools.lru_cache(maxsize=64)(self._make_reply)
         self._accepting = self._make_reply(self.received)
-        if options.lenient_addresses and self._lenient_pattern:
-            self.parse = functools.partial(self.parse, pattern=self._lenient_pattern)
         self.needs = tuple(self.needs)
         if options.auth_required and not self._before_auth:
             self.needs = ("auth", *self.needs)
@@ -2207,7 +2206,12 @@ class Handler:
         if session.rules.newest_first:
             reply = self._apply(self._decide(session, request, argument, value), reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
-        self._record(session.mail, session.note(request, reply, value))
+        mail = session.mail
+        # A call of _Exchange would run a Python function, and take twice as long.
+        exchange = tuple.__new__(_Exchange, (request, reply, value, session.at, session.has_more))
+        mail.exchanges.append(exchange)
+        if self._step:
+            self._record(mail, exchange)
         return reply
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
@@ -2256,10 +2260,10 @@ class Handler:
         return reply.replace(next=aspects["then"]) if "then" in aspects else reply
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
-        if self._step:
-            mail.steps[self._step] = exchange
-            if exchange.reply is not None and exchange.reply.accepts:
-                mail.accepted_steps.add(self._step)
+        mail.steps[self._step] = exchange
+        reply = exchange.reply
+        if reply is not None and reply.accepts:
+            mail.accepted_steps.add(self._step)
 
 
 class _Greeting(Handler):
@@ -2280,22 +2284,27 @@ class _Helo(Handler):
     received = "msg_helo_received"
     _erases = _STEPS
     _before_tls = True
-    _lenient_pattern = _LENIENT_DOMAIN
     _lists = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
     _delay = "response_delay_helo"
     _step = "helo"
+
+    def __init__(self, options: Configuration) -> None:
+        super().__init__(options)
+        if options.lenient_addresses:
+            self.parse = functools.partial(_parse_domain, pattern=_LENIENT_DOMAIN)
 
 
 class _PathHandler(Handler):
     """What MAIL and RCPT have in common: an address with parameters."""
 
+    _allowed = ""  # the path that needs no mailbox
     _before_auth = False
-    _lenient_pattern = _LENIENT_PATH
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
-        if self._extensions:
-            self.parse = functools.partial(self.parse, has_parameters=True)
+        pattern = _LENIENT_PATH if options.lenient_addresses else _PATH
+        parse = functools.partial(_parse_path, pattern, self._allowed, bool(self._extensions))
+        self.parse = functools.lru_cache(maxsize=512)(parse)  # tests use few addresses, each many times
 
     def _name(self, value: _Path) -> str:
         return value.address
@@ -2328,10 +2337,10 @@ class _Mailfrom(_PathHandler):
 
     verbs = ("MAIL",)
     needs: Sequence[str] = ("helo",)
-    parse: Callable[..., Any] = functools.partial(_parse_path, allowed="<>")
     bad_argument = "msg_invalid_cmd_mailfrom_arg"
     received = "msg_mailfrom_received"
     _keyword = "FROM:"
+    _allowed = "<>"
     _erases = _TRANSACTION
     _bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
     _lists = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
@@ -2344,11 +2353,10 @@ class _Rcptto(_PathHandler):
 
     verbs = ("RCPT",)
     needs = ("helo", "mailfrom")
-    # Postmaster is the only address that needs no domain (RFC 5321 section 4.1.1.3).
-    parse: Callable[..., Any] = functools.partial(_parse_path, allowed="<postmaster>")
     bad_argument = "msg_invalid_cmd_rcptto_arg"
     received = "msg_rcptto_received"
     _keyword = "TO:"
+    _allowed = "<postmaster>"  # RFC 5321 section 4.1.1.3
     _bad_sequence = "msg_invalid_cmd_rcptto_sequence"
     _lists = (
         ("blacklisted_rcptto_emails", "msg_rcptto_blacklisted_email"),
@@ -2775,12 +2783,12 @@ class _ParsedLines(dict[str, tuple[Handler, _Request]]):
 
     def __missing__(self, line: str) -> tuple[Handler, _Request]:
         request = _parse_line(line.encode("latin-1"))
-        handler = self._handlers.get(request.verb) or self._handlers["unknown"]
-        keyword = handler._keyword
-        if request.argument[: len(keyword)].upper() != keyword:
-            handler = self._handlers["unknown"]
-        request.argument = request.argument[len(handler._keyword) :].strip()
-        if request.kind.argument != "secret" and not handler.has_secret and len(line) < 512:
+        handlers, argument = self._handlers, request.argument
+        handler = handlers[request.verb] if request.verb in handlers else handlers["unknown"]
+        if handler._keyword and argument[: len(handler._keyword)].upper() != handler._keyword:
+            handler = handlers["unknown"]
+        request.argument = argument[len(handler._keyword) :].strip()
+        if len(line) < 512 and not handler.has_secret and request.kind.argument != "secret":
             if len(self) >= 512:
                 self.clear()
             self[line] = handler, request
@@ -2931,7 +2939,7 @@ class _Mail:
         """The mail after this one. It begins with what is in force."""
         mail = _Mail()
         mail.steps = {step: self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps}
-        mail.exchanges = mail.lasting()
+        mail.exchanges = list(mail.steps.values())
         mail.accepted_steps = self.accepted_steps.intersection(mail.steps)
         return mail
 
@@ -2951,8 +2959,8 @@ class _Mail:
     def forget(self, body: _Exchange) -> None:
         """Forget an accepted mail, up to this exchange."""
         self.discarded += 1
-        after = next(at for at in range(len(self.exchanges), 0, -1) if self.exchanges[at - 1] is body)
-        self.exchanges = self.lasting() + self.exchanges[after:]
+        if body in self.exchanges:  # else it was truncated
+            self.exchanges = self.lasting() + self.exchanges[self.exchanges.index(body) + 1 :]
 
     def forget_attempts(self) -> None:
         """Keep of all but the last attempts to send a mail only what was refused."""
@@ -3054,9 +3062,8 @@ class _Session:
         """The message with a body that is not accepted yet; perhaps without what was said between HELO and MAIL."""
         mail, message = self.mail, self.message()
         assert mail.body is not None
-        exchanges = mail.exchanges
-        if without_history:
-            exchanges = mail.lasting() + exchanges[mail.find_last_mail() :]
+        begin = mail.find_last_mail() if without_history else 0
+        exchanges = [*(mail.lasting() if begin else ()), *mail.exchanges[begin:]]
         exchange = _Exchange(mail.body.ending, None, content, self.at, self.has_more)
         message._steps["msg"] = exchange
         vars(message).update(_exchanges=[*exchanges, exchange], _length=len(exchanges) + 1)
@@ -3064,8 +3071,7 @@ class _Session:
 
     def note(self, request: _Request | None, reply: _Reply | None, value: Any = None) -> _Exchange:
         """Append to the record."""
-        # A call of _Exchange would run a Python function, and take twice as long.
-        exchange = tuple.__new__(_Exchange, (request, reply, value, self.at, self.has_more))
+        exchange = _Exchange(request, reply, value, self.at, self.has_more)
         self.mail.exchanges.append(exchange)
         return exchange
 
@@ -3087,19 +3093,23 @@ class _Session:
         """Yield the replies to what data, which came at this time, completes. A command is run when its reply is
         asked for."""
         self.at = at
-        self._unmeasured += len(data)
-        if self._unmeasured > 65536 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
-            self._unmeasured = 0
-            self.mail.limit_size()
         if self.rest:
             data, self.rest = self.rest + data, b""
         position, end = 0, len(data)
+        if end > 512 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
+            self._limit_record(end)
         while position < end:
             position, reply = self._take(self, data, position)
             if reply is not None:
                 yield reply
                 if reply.next is not None:  # drop the rest; what came in clear must have no effect within TLS
                     return
+
+    def _limit_record(self, size: int) -> None:
+        self._unmeasured += size
+        if self._unmeasured > 65536 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
+            self._unmeasured = 0
+            self.mail.limit_size()
 
     def end(self, reply: _Reply | None = None, at: float = 0.0) -> None:
         """Record what is not yet recorded, because the connection ends.
@@ -3143,8 +3153,8 @@ class _Session:
         self._take = _Session._take_line
         text = _decode(data[at:end].strip())
         self.has_more = end + 1 < len(data)
-        request = _Request("answer", "*" if text == "*" else "***", "", _find_faults(data[at:end]))
-        return end + 1, run(request, text)
+        shown = "*" if text == "*" else "***"
+        return end + 1, run(_Request("answer", shown, "", _find_faults(data[at:end], shown)), text)
 
     def leave_to_tls(self) -> _Reply:
         """End the session, because the client has begun a TLS handshake, which is none of SMTP's business."""
@@ -3161,7 +3171,8 @@ class _Session:
             return len(data), None
         self._take = _Session._skip_line
         self.has_more = False
-        request = _Request("too long", f"line of over {self._line_limit} bytes", "", ("long-command",))
+        line = f"line of over {self._line_limit} bytes"
+        request = _Request("too long", line, "", (("long-command", line),))
         return at, self.run(self.handlers["too long"], request, "")
 
     def _skip_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
@@ -3241,13 +3252,13 @@ class _Session:
             self.mail = mail.make_next()
         if kind is _VERBS["MAIL"]:
             self.mail.has_begun = True
-            self.mail.forget_attempts()
+            if len(self.mail.exchanges) > _ATTEMPT_LIMIT:
+                self.mail.forget_attempts()
 
     def run(self, handler: Handler, request: _Request | None, argument: Any) -> _Reply:
         """Run a command. What it completes is recorded before its reply is returned."""
-        kind = _VERBS["connect"] if request is None else request.kind
-        if self.mail.entry is not None or kind.ends_mail:
-            self.begin_mail_if_due(kind)
+        if request is not None and (self.mail.entry is not None or request.kind.ends_mail):
+            self.begin_mail_if_due(request.kind)
         try:
             reply = handler._run(self, request, argument)
         except BaseException:  # noqa: BLE001 - a handler of the user may raise anything
@@ -3255,19 +3266,27 @@ class _Session:
             reply = handler._find_reply("msg_msg_failed")
             self.note(request, reply)
         self.request, mail = request, self.mail
-        is_body = handler._step == "msg"
-        complete = is_body and (reply.accepts or self._keeps_messages)
+        if reply.next or mail.entry or mail.is_complete or (request and request.verb == "message"):
+            self._complete(request, reply)
+        return reply
+
+    def _complete(self, request: _Request | None, reply: _Reply) -> None:
+        """Record what this reply completes."""
         if reply.next is not None:
             self._take = _Session._ignore_input
-            complete = complete or reply.ends
-            if reply.ends and not is_body and mail.body is not None:  # chunks without LAST
-                last = mail.exchanges.pop()
-                self._leave_body(mail.body)
-                mail.exchanges.append(last)
-        mail.is_complete = complete = complete or (self._keeps_messages and mail.is_complete)
-        if (complete or mail.entry is not None) and request is not None:
-            self._publish(complete=complete, follows_mail=kind.follows_mail)
-        return reply
+        if request is None:
+            return
+        mail, complete = self.mail, reply.ends
+        if request.verb == "message":
+            complete = complete or reply.accepts or self._keeps_messages
+        elif complete and mail.body is not None:  # chunks without LAST; the reply stays the last one
+            last = mail.exchanges.pop()
+            self._leave_body(mail.body)
+            mail.exchanges.append(last)
+        if self._keeps_messages:
+            mail.is_complete = complete = complete or mail.is_complete
+        if complete or mail.entry is not None:
+            self._publish(complete=complete, follows_mail=request.kind.follows_mail)
 
     def finish_body(self) -> _Reply:
         """Run the end of the body."""

@@ -21,6 +21,7 @@ that waits for a lock spins, so the processor time tells whether sessions share 
 Every round takes the servers in turn. Printed are medians over the rounds, half the span from the
 lowest to the highest, and the ratios, which are what to look at: in them the machine drops out.
 They are medians, too; that of the processor time with a client that sleeps is of the lowest figures.
+How the time grows with the work is measured in memory and in processor time, without sockets and other processes.
 
 Exits with 1 if a count is wrong, or if a figure is beyond its limit, which is far from its target:
 a check that fails because the machine is busy would be worth nothing.
@@ -29,8 +30,10 @@ a check that fails because the machine is busy would be worth nothing.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import functools
+import gc
 import importlib.util
 import math
 import os
@@ -50,6 +53,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from test_smtpmock import Memory
 
 SMTPMOCK = str(Path(__file__).resolve().parent.parent / "smtpmock.py")
 BODY = b"Subject: benchmark\r\n\r\n" + b"x" * 70 + b"\r\n" + (b"y" * 72 + b"\r\n") * 13
@@ -234,21 +241,10 @@ def wake(server: Any, count: int) -> float:
     return statistics.median(end - start for start, end in zip(recorded, woken, strict=True))
 
 
-def time_messages(server: Any) -> float:
-    """Seconds to list the messages, for each of them."""
-    began = time.perf_counter()
-    count = len(server.messages)
-    return (time.perf_counter() - began) / count
-
-
 def time_stop(server: Any) -> float:
     began = time.perf_counter()
     server.stop()
     return time.perf_counter() - began
-
-
-def wait(server: Any) -> None:
-    threading.Thread(target=server.server.wait_for_messages, args=(10**9, 600), daemon=True).start()
 
 
 def serve(make: Callable[[], Any]) -> None:
@@ -259,13 +255,11 @@ def serve(make: Callable[[], Any]) -> None:
     answers: dict[str, Callable[..., Any]] = {
         "stop": lambda: time_stop(server),
         "count": lambda: len(server.messages),
-        "time_messages": lambda: time_messages(server),
         "memory": memory,
         "switches": switches,
         "cpu": time.process_time,
         "life": lambda count: life(make, count),
         "wake": lambda count: wake(server, count),
-        "wait": lambda: wait(server),
     }
     for line in sys.stdin:
         question, *arguments = line.split()
@@ -617,44 +611,65 @@ class Report:
             row = f"{name}, {unit}{'' if polls else ', sleeping'}"
             self.line(row, values, bounds, least=unit != "1/s" and not polls)
 
-    def growth(self, name: str, scenario: Scenario, size: int, before: str = "") -> None:
+    def growth(self, name: str, work: Callable[[int], float], size: int) -> None:
         """10 times the work, 10 times the time: that of each unit at the larger size by that at the smaller."""
-
-        def once(count: int) -> float:
-            with Process(self.subjects["smtpmock"], polls=False) as server:
-                if before:
-                    server.ask(before)
-                units = scenario(server, count)
-                return server.processor / units
-
         size //= self.scale
-        small, large = (min(once(factor * size) for _ in range(2)) for factor in (1, 10))
+        found: dict[int, list[float]] = {size: [], 10 * size: []}
+        for _ in range(5):
+            for count in found:
+                found[count].append(work(count) / count)
+        small, large = map(min, found.values())
         self.line(f"10 times the {name}, time of each", {"smtpmock": [large / small]}, below(1.5))
 
 
-def sized(lines: Callable[[int], list[bytes]]) -> Scenario:
-    """A mail of this size."""
-
-    def scenario(server: Process, count: int) -> float:
-        with server.session() as sock, server.timed():
-            converse(sock, lines(count))
-        return count
-
-    return scenario
+# What grows, in memory. Each returns the seconds of processor that this many units take.
 
 
-def listing(server: Process, count: int) -> float:
-    messages(server, count)
-    server.processor = min(server.ask("time_messages") for _ in range(3))
-    return 1
+def processor_time(call: Callable[[], object]) -> float:
+    gc.collect()
+    began = time.process_time()
+    call()
+    return time.process_time() - began
 
 
-def recipients(count: int) -> list[bytes]:
-    return [*MAIL[:1], *(b"RCPT TO:<b%d@example.com>\r\n" % n for n in range(count)), *MAIL[2:]]
+def feed(memory: Memory, *pieces: bytes) -> float:
+    return processor_time(lambda: collections.deque(map(memory.replies, pieces), 0))
 
 
-def body(count: int) -> list[bytes]:
-    return [*ENVELOPE, b"z" * 78 * count + b"\r\n.\r\n"]
+def grow_messages(count: int, *, waits: bool = False) -> float:
+    memory = Memory("EHLO example.com", multiple_message_receiving=True)
+    if waits:
+        threading.Thread(target=memory.wait, args=(10**9, 600), daemon=True).start()
+    return feed(memory, *MAIL * count)
+
+
+def grow_listing(count: int) -> float:
+    memory = Memory("EHLO example.com", multiple_message_receiving=True)
+    feed(memory, *MAIL * count)
+    return processor_time(lambda: [memory.messages() for _ in range(20)])
+
+
+def grow_recipients(count: int) -> float:
+    recipients = [b"RCPT TO:<b%d@example.com>\r\n" % number for number in range(count)]
+    return feed(Memory("EHLO example.com", multiple_rcptto=True), *MAIL[:1], *recipients, *MAIL[2:])
+
+
+def grow_body(count: int) -> float:
+    """In pieces, as a socket brings them."""
+    data = b"z" * 78 * count + END
+    return feed(Memory("EHLO example.com"), *ENVELOPE, *(data[at : at + 65536] for at in range(0, len(data), 65536)))
+
+
+def grow_sessions(count: int) -> float:
+    memory = Memory()
+
+    def converse() -> None:
+        for _ in range(count):
+            memory.begin()
+            for line in SESSION:
+                memory.replies(line)
+
+    return processor_time(converse)
 
 
 def run(report: Report) -> None:
@@ -687,12 +702,12 @@ def run(report: Report) -> None:
     report.figure("memory of a message of 1 KB, KB", recorded, 8000, below(4.0), threads, polls=False)
     report.figure("switches while idle", idle, 3 if scale == 1 else 1, below(0.0), mocks)
 
-    report.growth("messages", messages, 5000)
-    report.growth("messages while one waits", messages, 5000, "wait")
-    report.growth("messages()", listing, 5000)
-    report.growth("recipients of a message", sized(recipients), 1000)
-    report.growth("size of a body", sized(body), 10000)
-    report.growth("sessions", one_client, 300)
+    report.growth("messages", grow_messages, 1000)
+    report.growth("messages while one waits", functools.partial(grow_messages, waits=True), 1000)
+    report.growth("messages()", grow_listing, 2000)
+    report.growth("recipients of a message", grow_recipients, 1000)
+    report.growth("size of a body", grow_body, 10000)
+    report.growth("sessions", grow_sessions, 300)
 
 
 def run_free_threaded(python: str, *, quick: bool) -> Report:

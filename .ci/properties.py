@@ -1,5 +1,6 @@
 """What must hold of a session for all bytes, sought by hypothesis: python .ci/properties.py [EXAMPLES]."""
 
+import functools
 import json
 import re
 import sys
@@ -48,7 +49,7 @@ streams = st.lists(st.tuples(lines, endings).map(b"".join), max_size=25)
 
 def make_session(chosen: dict[str, bool | int]) -> smtpmock._Session:
     configuration = smtpmock.Configuration(**chosen)  # type: ignore[arg-type]
-    handlers, mailbox = smtpmock._Handlers(configuration), smtpmock._Mailbox(lambda: 0.0)
+    handlers, mailbox = smtpmock._Handlers(configuration), smtpmock._Mailbox()
     log, rules = smtpmock._Log(None, configuration, deque()), smtpmock._Rules(0)
     context = smtpmock._Context(configuration, handlers, mailbox, log, rules)
     session = smtpmock._Session(context, ("127.0.0.1", 25))
@@ -120,10 +121,11 @@ def any_mail_can_be_read(mail: bytes) -> None:
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(st.text(max_size=60))
 def what_is_parsed_is_valid(text: str) -> None:
-    address = smtpmock._parse_path(text)
-    if address is not None:
-        assert address in text and "@" in address and smtpmock._parse_path(f"<{address}>") == address
-        assert not re.search(r"[\x00-\x1f\x7f]", address)
+    parse = functools.partial(smtpmock._parse_path, smtpmock._PATH, "", False)
+    path = parse(text)
+    if path is not None:
+        assert path.address in text and "@" in path.address and parse(f"<{path.address}>") == path
+        assert not re.search(r"[\x00-\x1f\x7f]", path.address)
     assert smtpmock._parse_domain(text) in (None, text)
 
 
