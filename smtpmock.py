@@ -976,17 +976,14 @@ class _ClientState:
 
     def find_bad_parameter(self) -> str:
         """What is wrong with the parameters of this request, or nothing."""
-        for word in self.words:
-            name, _, value = word.upper().partition("=")
+        for name, _, value in (word.upper().partition("=") for word in self.words):
             verb, _, pattern = _PARAMETERS.get(f"{name}={value}", _PARAMETERS.get(name, (self.verb, name, ".*")))
-            faults = {
-                f"{name} is given twice": self.given[name] == "?",
-                f"{name} belongs to {verb}": verb != self.verb,
-                f"this is no value of {name}": not re.fullmatch(pattern, value),
-                "parameters are like NAME or NAME=value": not re.fullmatch(_KEYWORD, name),
-            }
-            if any(faults.values()):
-                return next(text for text, is_wrong in faults.items() if is_wrong)
+            if self.given[name] == "?":
+                return f"{name} is given twice"
+            if verb != self.verb:
+                return f"{name} belongs to {verb}"
+            if not (re.fullmatch(pattern, value) and re.fullmatch(_KEYWORD, name)):
+                return f"this is no value of {name}" if name in _PARAMETERS else "this is not like NAME or NAME=value"
         return ""
 
     def find_bad_path(self) -> str:
@@ -1289,14 +1286,6 @@ def _check_word(match: re.Match[str], line: str, place: str) -> _Findings:
     yield from found or _check_charset(data or b"", charset.partition("*")[0], "encoded-word", line)
 
 
-def _check_words(name: str, value: str, line: str) -> _Findings:
-    masked = _mask(value) if "=?" in value else ""
-    for match in re.finditer(_ENCODED_WORD, value):
-        yield from _check_word(match, line, masked[match.start()] if name in _ADDRESS_HEADERS else "")
-        if len(match[0]) > 76:  # CPython's `email` makes words of 76
-            yield "encoded-word-long", line
-
-
 def _check_date(value: str, line: str) -> _Findings:
     import datetime
 
@@ -1383,7 +1372,10 @@ def _check_headers(fields: list[tuple[str, str]], client: _ClientState) -> _Find
         yield from _check_date(value, line) if key == "date" else ()
         yield from _check_grammar(key, value, line) if key in _GRAMMARS else ()
         yield from _check_mime_grammar(key, value, line) if key in _MIME_GRAMMARS else ()
-        yield from _check_words(key, value, line) if key not in _MIME else ()
+        masked = _mask(value) if "=?" in value and key in _ADDRESS_HEADERS else ""
+        for match in re.finditer(_ENCODED_WORD, value) if key not in _MIME else ():
+            yield from _check_word(match, line, masked[match.start() : match.start() + 1])
+            yield from [("encoded-word-long", line)] * (len(match[0]) > 76)  # CPython's `email` makes words of 76
 
 
 def _check_header_set(first: dict[str, str], client: _ClientState) -> _Findings:
