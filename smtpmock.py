@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from email.message import EmailMessage
     from typing import Concatenate, ParamSpec
 
-    from typing_extensions import dataclass_transform as _dataclass_transform
+    from typing_extensions import dataclass_transform as _dataclass_transform  # pyright: ignore
 
     _P = ParamSpec("_P")
 else:
@@ -98,7 +98,16 @@ class SMTPMockError(Exception):
 
 
 class ConfigurationError(SMTPMockError, ValueError):
-    """An invalid option or argument. The text has its name, its value, and what is allowed."""
+    """An invalid option or argument. The text has its name, its value, and what is allowed.
+
+    `option` is its name, and `needed` that of the option without which it is invalid; "" if there is none.
+    """
+
+    def __init__(self, text: str, option: str = "", *values: object, needed: str = "") -> None:
+        start = option + "".join(f"={value!r}" for value in values)
+        super().__init__(f"{start}: {text}{needed}" if option else text)
+        self.option = option
+        self.needed = needed
 
 
 class ServerStateError(SMTPMockError, RuntimeError):
@@ -189,7 +198,7 @@ _USERS = _OptionType(
 
 def _check(name: str, value: object, kind: _OptionType) -> None:
     if not kind.accepts(value):
-        raise ConfigurationError(f"{name}={value!r}: must be {kind.allowed}")
+        raise ConfigurationError(f"must be {kind.allowed}", name, value)
 
 
 def _suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -205,7 +214,8 @@ class _Option(NamedTuple):
     about: str
 
 
-_option: Callable[[Any, _OptionType, str], Any] = _Option  # type checkers take the result for the default
+def _option(default: Any, kind: _OptionType, about: str) -> Any:
+    return _Option(default, kind, about)  # type checkers take this for the default
 
 
 def _reply(default: str, to: str) -> Any:
@@ -248,10 +258,7 @@ def _make_dataclass(cls: Any) -> Any:
 
 
 class _DataclassAttribute:
-    """An attribute of the dataclass that a class of options seems to be, made when somebody looks at it.
-
-    Importing dataclasses would take a third as long as importing this module.
-    """
+    """An attribute of the dataclass that a class of options seems to be, made late: dataclasses is slow to import."""
 
     def __init__(self, options: Any = None) -> None:
         self._options = options
@@ -292,7 +299,7 @@ class _Options:
             if name not in self._declared:
                 known = list(self._declared)
                 others = "" if len(known) > 9 else f"; there are {', '.join(known)}"
-                raise ConfigurationError(f"{name}={value!r}: there is no such option{_suggest(name, known) or others}")
+                raise ConfigurationError(f"there is no such option{_suggest(name, known) or others}", name, value)
         positional = self._positional[: len(values)]
         if len(values) > len(positional) or not options.keys().isdisjoint(positional):
             raise TypeError(f"{type(self).__name__}() has too many positional arguments: {values!r}")
@@ -341,7 +348,7 @@ def _shows_options(of: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Calla
 def _check_choices(option: str, names: Iterable[str], known: Collection[str], fold: Callable[[str], str] = str) -> None:
     for name in names:
         if fold(name) not in known:
-            raise ConfigurationError(f"{option}: {name} is unknown{_suggest(fold(name), known)}")
+            raise ConfigurationError(f"{name} is unknown{_suggest(fold(name), known)}", option)
 
 
 class _AddressOptions(_Options):
@@ -441,16 +448,16 @@ class _SessionOptions(_Options):
         known = _EXTENSIONS.split()
         for name in (extension.split()[0].upper() for extension in self.extensions):
             if option := {"AUTH": "auth_users", "STARTTLS": "ssl_context"}.get(name):
-                raise ConfigurationError(f"extensions: {name} is announced with the option {option}")
+                raise ConfigurationError(f"{name} is announced with the option ", "extensions", needed=option)
             if name not in known and not name.startswith("X") and (hint := _suggest(name, known, 0.7)):
-                raise ConfigurationError(f"extensions: {name} is unknown{hint}")
+                raise ConfigurationError(f"{name} is unknown{hint}", "extensions")
         _check_choices("tolerated", self.tolerated, _VIOLATIONS)
         if not self.auth_mechanisms:
-            raise ConfigurationError("auth_mechanisms: must name one or more")
+            raise ConfigurationError("must name one or more", "auth_mechanisms")
         _check_choices("auth_mechanisms", self.auth_mechanisms, _AUTH_MECHANISMS, str.upper)
         for name, other in _NEEDED.items():
             if getattr(self, name) and getattr(self, other) is None:
-                raise ConfigurationError(f"{name}=True: needs {other}")
+                raise ConfigurationError("needs ", name, True, needed=other)
 
 
 class Configuration(_SessionOptions, _AddressOptions):
@@ -1906,12 +1913,12 @@ def _parse_stage(name: object, verbs: Collection[str]) -> str:
 
     words = name.replace(":", " ").split() if isinstance(name, str) else []
     if not words or len(words) > 2 or (words[1:] and words[1].upper() not in ("FROM", "TO")):
-        raise ConfigurationError(f"stage={name!r}: must be connect, message, * or a verb such as RCPT")
+        raise ConfigurationError("must be connect, message, * or a verb such as RCPT", "stage", name)
     stage = words[0].lower() if words[0].lower() in ("connect", "message") else words[0].upper()
     if stage in ("*", *_STAGE_NAMES.values(), *verbs):
         return stage
     if near := difflib.get_close_matches(stage, _STAGE_NAMES, n=1, cutoff=0.7):  # the rule would never apply
-        raise ConfigurationError(f"stage={name!r}: there is no such stage; did you mean {_STAGE_NAMES[near[0]]}?")
+        raise ConfigurationError(f"there is no such stage; did you mean {_STAGE_NAMES[near[0]]}?", "stage", name)
     return stage
 
 
@@ -1919,13 +1926,13 @@ def _check_match(match: str, stage: str) -> None:
     """Refuse a string that no address or domain of this stage can be."""
     kind = _VERBS.get(stage, _UNKNOWN_VERB)
     if kind.argument in ("", "text") and not kind.has_recipients:
-        raise ConfigurationError(f"match={match!r}: there is no address or domain at {stage}")
+        raise ConfigurationError(f"there is no address or domain at {stage}", "match", match)
     if address := re.search(r"<(.*)>$|^\*?@(.+)", match):
-        raise ConfigurationError(f"match={match!r}: did you mean {address[1] or address[2]!r}?")
+        raise ConfigurationError(f"did you mean {address[1] or address[2]!r}?", "match", match)
     if not match or match.endswith("@"):
-        raise ConfigurationError(f"match={match!r}: must be an address or a domain")
+        raise ConfigurationError("must be an address or a domain", "match", match)
     if re.search(r"\\[.dwsDWS]|\.[*+]|^\^|\$$|^\*", match):
-        raise ConfigurationError(f"match={match!r}: looks like a pattern; did you mean re.compile({match!r})?")
+        raise ConfigurationError(f"looks like a pattern; did you mean re.compile({match!r})?", "match", match)
 
 
 class Rule:
@@ -1937,14 +1944,20 @@ class Rule:
     """
 
     def __init__(
-        self, rules: _Rules, stage: str, match: _Match, times: int | None, probability: float, after: int | None
+        self,
+        rules: _Rules,
+        stage: str,
+        match: _Match = None,
+        times: int | None = None,
+        probability: float = 1.0,
+        after: int | None = None,
     ) -> None:
         self.hits = 0  #: how often the rule was used; guarded by the lock of the rules
         self._rules = rules
         self._stage = _parse_stage(stage, rules.verbs)
         is_pattern = isinstance(match, re.Pattern) and isinstance(match.pattern, str)
         if not (match is None or isinstance(match, str) or is_pattern or callable(match)):
-            raise ConfigurationError(f"match={match!r}: must be an address, a domain, a pattern of str or a function")
+            raise ConfigurationError("must be an address, a domain, a pattern of str or a function", "match", match)
         if isinstance(match, str):
             _check_match(match, self._stage)
         self._match = _fold(match) if isinstance(match, str) else match
@@ -1953,14 +1966,13 @@ class Rule:
                 _check(name, value, kind)
         _check("probability", probability, _PROBABILITY)
         if after is not None and self._stage != "message":
-            raise ConfigurationError(f"after={after!r}: is for the stage message, not for {self._stage}")
+            raise ConfigurationError(f"is for the stage message, not for {self._stage}", "after", after)
         self._times, self._probability, self._after = times, probability, after
-        self._random = rules.make_random() if probability < 1 else None
+        self._random: Any = None
         # Fields of an Action for each use; the last ones stay in force. Only the methods set this and the function,
         # and they replace them, so that sessions can read them without the lock.
         self._uses: tuple[dict[str, Any], ...] = ({},)
         self._function: _Function | None = None
-        rules.add(self)
 
     def reply(self, *texts: str | None) -> Rule:
         """Say these texts, one per use, and the last one from then on; None is the normal reply.
@@ -2058,17 +2070,17 @@ class _Rules:
         self._seeded = 0  # how many rules have a generator of random numbers
         self._lock = threading.Lock()  # guards newest_first, _seeded and hits; configure() sets the other two
 
-    def add(self, rule: Rule) -> None:
+    def add(self, rule: Rule) -> Rule:
+        """Have the rule apply from now on."""
         with self._lock:
+            if rule._probability < 1:
+                from random import Random
+
+                # For this rule alone, so that its numbers do not depend on what other rules meet.
+                self._seeded += 1
+                rule._random = Random(None if self.seed is None else f"{self.seed} {self._seeded}")
             self.newest_first = (rule, *self.newest_first)
-
-    def make_random(self) -> Any:
-        """A generator for one rule, so that its numbers do not depend on what other rules meet."""
-        from random import Random
-
-        with self._lock:
-            self._seeded += 1
-            return Random(None if self.seed is None else f"{self.seed} {self._seeded}")
+        return rule
 
     def remove(self, rule: Rule) -> None:
         with self._lock:
@@ -3590,6 +3602,7 @@ class _Log:
 
 # ------------------------------------------------------------------------------------------ server
 
+_QUIT_TIMEOUT = 0.05  # seconds that a client has to QUIT after its last command, before a stop sends it away
 _LINGER = 2.0  # seconds that a client has to close its end after the server has closed its own
 _REPORT_LIMIT = 10  # messages and sessions in the text of a WaitTimeoutError
 
@@ -3641,6 +3654,9 @@ class _Connection(socketserver.BaseRequestHandler):
         self.session = _Session(context, self.client_address[:2])
         self.unsent = bytearray()  # replies
         self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
+        self.grace = 0.0  # seconds that a stop lets it be idle; none before its first command
+        self.leaves_at = 0.0  # when these are over
+        self.is_leaving = False  # waits for a command in a stop, which does not prolong its grace
         self.must_linger = False  # because the server closes first
         self.ignores_input = False  # of a client that goes on sending during stop(); only an RST wakes it for sure
         self.reason = "left before any command"  # why it ended so
@@ -3678,9 +3694,8 @@ class _Connection(socketserver.BaseRequestHandler):
             reason = "disconnect() ended it" if self.ending else self.reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
         self.is_recorded = True
-        if self.ending:  # read after is_recorded is set; disconnect() does the reverse
-            with self.server.changed:
-                self.server.changed.notify_all()
+        with self.server.changed:
+            self.server.changed.notify_all()
         self.log.activity("SMTP session finished")
         if self.ending is _Next.RESET:
             self._reset()
@@ -3817,6 +3832,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def _linger(self) -> None:
         """Send a FIN, and read until the client closes, too: closing with unread input would send an RST."""
+        self.leaves_at = 0.0
         self.is_idle = True
         deadline = time.monotonic() + _LINGER
         with contextlib.suppress(OSError):
@@ -3844,18 +3860,21 @@ class _Connection(socketserver.BaseRequestHandler):
         """What the client sends next; empty at the end of the session."""
         self._flush()
         server = self.server
+        waits = not self.session.is_receiving_body
+        if waits and not self.is_leaving:
+            self.leaves_at = time.monotonic() + self.grace
+            self.is_leaving = server.stopping
         try:
             # is_idle is set before stopping is read, and stop() does the reverse, so one of the two sees the other.
-            self.is_idle = is_idle = not self.session.is_receiving_body
-            goes_on = not (is_idle and server.stopping)
-            if goes_on and (_MUST_POLL or self.request is not self.plain):
-                goes_on = self._await(selectors.EVENT_READ)
-            if goes_on:
+            self.is_idle = waits
+            must_await = _MUST_POLL or self.request is not self.plain or (waits and server.stopping)
+            if not must_await or self._await(selectors.EVENT_READ):
                 body = self.session.mail.body
                 # From 128 KiB up, glibc's malloc() maps each buffer anew, which takes longer than to read a small body.
                 data: bytes = self.request.recv(262144 if body is not None and body.size else 65536)
-                self.is_idle = False
-                if not (is_idle and server.stopping):
+                self.is_idle = False  # before the time is read; stop() does the reverse
+                if not (waits and server.stopping) or time.monotonic() < self.leaves_at:
+                    self.grace = self.grace or min(_QUIT_TIMEOUT, self.options.shutdown_timeout)
                     return data
                 self.ignores_input = bool(data)
             farewell = self.options.msg_server_shutdown
@@ -3869,24 +3888,31 @@ class _Connection(socketserver.BaseRequestHandler):
         return b""
 
     def _await(self, event: int, seconds: float | None = None) -> bool:
-        """Wait until it can read or write. False if it is idle, and a stop has begun.
+        """Wait until it can read or write. False if it is idle, and a stop sends it away.
 
         A read within TLS needs it, because no farewell could be sent after stop() interrupts that.
         """
-        seconds = self.options.session_timeout if seconds is None else seconds
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + (self.options.session_timeout if seconds is None else seconds)
         reads = event == selectors.EVENT_READ
-        has_input = reads and self.session.is_secure and self.request.pending()
+        is_ready = reads and self.session.is_secure and self.request.pending()
         with selectors.DefaultSelector() as selector:
             selector.register(self.request, event)
-            while not (has_input or (reads and self.is_idle and self.server.stopping)):
+            while True:
+                leaves = reads and self.is_idle and self.server.stopping
+                left = (self.leaves_at if leaves else deadline) - time.monotonic()
+                if is_ready or (leaves and left <= 0):
+                    return not leaves or left > 0
                 if self.is_aborting and not self.is_recorded:  # _linger() may still read
                     raise ConnectionAbortedError("the server has ended it")
-                if selector.select(min(seconds, _POLL_SECONDS) if _MUST_POLL else seconds):
-                    break
-                if not _MUST_POLL or time.monotonic() >= deadline:
+                if left <= 0:
                     raise TimeoutError("timed out")
-        return not (self.is_idle and self.server.stopping)
+                is_ready = bool(selector.select(min(left, _POLL_SECONDS) if _MUST_POLL else left))
+
+    def await_end(self, until: float) -> None:
+        """Wait until this time for the end of the session. Called by another thread."""
+        if (left := until - time.monotonic()) > 0:
+            with self.server.changed:
+                self.server.changed.wait_for(lambda: self.is_recorded, left)
 
     def shut_down(self, how: int) -> None:
         """Interrupt what the session's thread waits for in the socket. Called by any thread."""
@@ -4069,8 +4095,10 @@ class _Listener(socketserver.ThreadingTCPServer):
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
-        for connection in self.connections.copy():
+        for connection in sorted(self.connections.copy(), key=operator.attrgetter("leaves_at")):
             if connection.is_idle:
+                connection.await_end(connection.leaves_at)
+            if connection.leaves_at <= time.monotonic() and connection.is_idle:
                 connection.shut_down(socket.SHUT_RD)
         threads = [t for t in threading.enumerate() if isinstance(t, _SessionThread) and t.listener is self]
         for thread in threads:
@@ -4092,6 +4120,12 @@ class _Listener(socketserver.ThreadingTCPServer):
             connection.shut_down(socket.SHUT_RDWR)
         with self.changed:
             self.changed.notify_all()
+
+    def await_quits(self) -> None:
+        """Let clients QUIT whose last command was just answered, or is about to be."""
+        now = time.monotonic()
+        for connection in self.connections.copy():
+            connection.await_end(connection.leaves_at if connection.is_idle else now + connection.grace)
 
     def disconnect(self, *, reset: bool) -> None:
         """End the open sessions, and those that are about to begin, and wait until they are recorded."""
@@ -4203,9 +4237,9 @@ class Server:
         ConfigurationError, and changes nothing. reset() goes back to what the server was made with.
         """
         changes = _join_options(configuration, options)
-        for name in ("host", "port"):
+        for name in _AddressOptions._declared:
             if name in changes:
-                raise ConfigurationError(f"{name}={changes[name]!r}: cannot be changed by configure()")
+                raise ConfigurationError("cannot be changed by configure()", name, changes[name])
         self._change_options(lambda options: options._replace(**changes))
 
     def _change_options(self, change: Callable[[_ServerOptions], _ServerOptions]) -> None:
@@ -4276,9 +4310,10 @@ class Server:
     def stop(self) -> None:
         """End all sessions and give up the port. Raises ServerStateError if the server is not running.
 
-        A session that waits for a command gets a 421. One that receives a body or waits out a delay may
-        finish that within shutdown_timeout. All are recorded, and no thread or socket is left. An interrupted
-        stop() can be called again. In the thread of a session, stop() does not wait for that session to end.
+        A session that waits for a command gets a 421, but not before 50 ms after its last command, so that its client
+        can QUIT. One that receives a body or waits out a delay may finish that within shutdown_timeout. All are
+        recorded, and no thread or socket is left. An interrupted stop() can be called again. In the thread of a
+        session, stop() does not wait for that session to end.
         """
         with self._lifecycle:
             listener = self._listener
@@ -4388,8 +4423,8 @@ class Server:
             known = ("stage", "match", "times", "probability", "after")
             name, value = dict[str, Any](unknown).popitem()
             hint = _suggest(name, known) or f"; there are {', '.join(known)}"
-            raise ConfigurationError(f"{name}={value!r}: on() has no such argument{hint}")
-        return Rule(self._rules, stage, match, times, probability, after)
+            raise ConfigurationError(f"on() has no such argument{hint}", name, value)
+        return self._rules.add(Rule(self._rules, stage, match, times, probability, after))
 
     def clear_rules(self) -> None:
         """Remove all rules."""
@@ -4522,6 +4557,8 @@ class _PytestPlugin:
         server.configure(**options)
         self.test, self.sessions, self.shown = request.node, [], ""
         yield server
+        if server._listener is not None:
+            server._listener.await_quits()
         server.disconnect()
         self.sessions = self._list_sessions()
         server.reset()
@@ -4746,8 +4783,6 @@ class _Folder:
         path, part = self._paths(name)
         with open(part, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(part, path)
 
 
@@ -4801,10 +4836,10 @@ def _add_rule(server: Any, text: str) -> None:
         actions = [_read_action(name, "".join(value)) for name, *value in parts if name not in _CONDITIONS]
         if not actions:
             raise ConfigurationError("it has no action")
-        draft = Server().on(match[1], match[2], **conditions)  # so that the rule comes into force as a whole, or not
+        rule = Rule(server._rules, match[1], match[2], **conditions)
         for name, arguments in actions:
-            getattr(draft, name)(*arguments)
-        server.on(match[1], match[2], **conditions)._uses = draft._uses
+            getattr(rule, name)(*arguments)
+        server._rules.add(rule)
     except ConfigurationError as error:
         raise ConfigurationError(f"rule {text!r}: {error}") from error
 
@@ -4821,14 +4856,14 @@ def _list_flags() -> dict[str, _Option]:
     return {name: option for name, option in options.items() if option.kind is not _CONTEXT} | _OWN_FLAGS
 
 
-def _name_flags(text: str) -> str:
-    """An error message with flags in place of the options that it is about."""
-    names = "|".join(["ssl_context", *_LOG_OPTIONS, *_list_flags()])
-    return re.sub(
-        rf"(^|needs |, |option )({names})\b(?=[=:]|$)",
-        lambda match: match[1] + _name_flag("tls_cert" if match[2] == "ssl_context" else match[2]),
-        text,
-    )
+def _describe(error: Exception) -> str:
+    """The text of an error, with flags in place of options."""
+    text, option, needed = str(error), getattr(error, "option", ""), getattr(error, "needed", "")
+    if option:
+        text = _name_flag(option) + text.removeprefix(option)
+    if needed:
+        text = text.removesuffix(needed) + _name_flag("tls_cert" if needed == "ssl_context" else needed)
+    return text
 
 
 class _Narrator:
@@ -4968,7 +5003,7 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
         options |= dict.fromkeys(_LOG_OPTIONS, given["log"])
     tls_cert, tls_key = given.pop("tls_cert", ""), given.pop("tls_key", "")
     if tls_key and not tls_cert:
-        raise ConfigurationError(f"{tls_key=}: needs tls_cert")
+        raise ConfigurationError("needs ", "tls_key", tls_key, needed="tls_cert")
     if tls_cert:
         import ssl
 
@@ -4978,7 +5013,8 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
         except OSError as error:
             hint = "" if tls_key else "; without -tlsKey, the file must have the key, too"
             reason = f"{error.strerror or error}{hint}"
-            raise ConfigurationError(f"{tls_cert=}, {tls_key=}: cannot be loaded: {reason}") from error
+            flags = f"-tlsCert={tls_cert!r}, -tlsKey={tls_key!r}"
+            raise ConfigurationError(f"{flags}: cannot be loaded: {reason}") from error
     return options
 
 
@@ -5023,7 +5059,7 @@ def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> No
             try:
                 _obey(server, command)
             except (SMTPMockError, AssertionError, ValueError) as error:  # check() raises the second, shlex the third
-                printer.event("error", command=command, error=_name_flags(str(error)))
+                printer.event("error", command=command, error=_describe(error))
             else:
                 printer.event("done", command=command, messages=len(server._mailbox.messages(purge=False)))
 
@@ -5141,7 +5177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run_command(arguments, owns_process=argv is None)
     except SMTPMockError as error:
-        text = _printable(_name_flags(str(error)))
+        text = _printable(_describe(error))
         with contextlib.suppress(OSError, AttributeError):
             sys.stderr.write(f"smtpmock: {text}\n")
         with contextlib.suppress(SMTPMockError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import atexit
 import base64
 import collections
 import contextlib
@@ -28,6 +29,7 @@ import logging
 import os
 import pickle
 import pprint
+import py_compile
 import pydoc
 import queue
 import random
@@ -138,8 +140,7 @@ class Memory:
         server._context = server._context._replace(on_message=on_message)
 
     def on(self, stage: str, match: Any = None, **conditions: Any) -> smtpmock.Rule:
-        conditions = {"times": None, "probability": 1.0, "after": None, **conditions}
-        return smtpmock.Rule(self._rules, stage, match, **conditions)
+        return self._rules.add(smtpmock.Rule(self._rules, stage, match, **conditions))
 
     def greet(self) -> list[str]:
         return self._read(self._session.greet(self.clock))
@@ -2962,6 +2963,26 @@ class ConfigurationTest(ServerCase):
         for error, builtin in zip(errors, (ValueError, RuntimeError, OSError, TimeoutError), strict=True):
             self.assertTrue(issubclass(error, builtin) and issubclass(error, smtpmock.SMTPMockError))
 
+    def test_errors_have_the_name_of_the_option(self) -> None:
+        for call, option, needed in (
+            ("Configuration(prot=25)", "prot", ""),
+            ("Configuration(port='25')", "port", ""),
+            ("Server(tolerated=['x'])", "tolerated", ""),
+            ("Server(implicit_tls=True)", "implicit_tls", "ssl_context"),
+            ("Server(extensions=['AUTH'])", "extensions", "auth_users"),
+            ("Server().configure(host='::1')", "host", ""),
+            ("Server().on('RCTP')", "stage", ""),
+            ("Server().on('RCPT', '.*')", "match", ""),
+            ("Server().on('RCPT', time=1)", "time", ""),
+            ("Server().on('RCPT').delay('1')", "delay", ""),
+            ("Server(handlers=[int])", "", ""),
+        ):
+            with self.subTest(call):
+                error = catch(ConfigurationError, eval, f"smtpmock.{call}", {"smtpmock": smtpmock})
+                for found in (error, pickle.loads(pickle.dumps(error))):
+                    self.assertEqual((found.option, found.needed, str(found)), (option, needed, str(error)))
+                self.assertTrue(str(error).startswith(option) and str(error).endswith(needed))
+
     def test_it_cannot_be_changed(self) -> None:
         names = ["a@a.com"]
         options = Configuration(not_registered_emails=names)
@@ -3488,6 +3509,24 @@ class RuleTest(ServerCase):
             found.append(client.ask(*["NOOP"] * 50))
         self.assertEqual(found[0], found[1])
 
+    def test_a_rule_of_the_command_line_applies_as_a_whole(self) -> None:
+        """A bad one does not apply, and does not change what the chances of the next one are."""
+        seen, found = list[object](), list[list[str]]()
+        delay = smtpmock.Rule.delay
+
+        def look(rule: smtpmock.Rule, seconds: float) -> smtpmock.Rule:
+            seen.append(server._rules.newest_first)
+            return delay(rule, seconds)
+
+        for bad in ((), ("NOOP: reply 450 no; delay x; probability=0.5",)):
+            server, client, _ = self.serve(seed=1)
+            for rule in bad:
+                self.assertRaises(ConfigurationError, smtpmock._add_rule, server, rule)
+            with mock.patch.object(smtpmock.Rule, "delay", look):
+                smtpmock._add_rule(server, "NOOP: reply 450 no; delay 0; probability=0.5")
+            found.append(client.ask(*["NOOP"] * 50))
+        self.assertEqual((found[0], seen), (found[1], [(), (), ()][: len(seen)]))
+
     def test_silence_ends_with_the_session_timeout(self) -> None:
         server, client, recorder = self.serve("EHLO: silence", session_timeout=0.05)
         client.send(b"EHLO a.com\r\n")
@@ -3644,13 +3683,22 @@ class AuthTest(ServerCase):
 # ---------------------------------------------------------------------------------------- processes
 
 
+@functools.cache
+def compiled_copy() -> str:
+    """A folder with a copy of the module and its bytecode, for all processes: CI keeps no bytecode."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    py_compile.compile(shutil.copy(HERE / "smtpmock.py", folder), doraise=True)
+    return folder
+
+
 class ProcessCase(unittest.TestCase):
-    def launch(self, *arguments: str, cwd: str | Path = HERE, **options: Any) -> Any:
+    def launch(self, *arguments: str, cwd: str | Path | None = None, **options: Any) -> Any:
         """A Python process, with pipes."""
         process = subprocess.Popen(
             [sys.executable, "-S", *arguments],  # it needs no other packages, and starts sooner without them
             env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, **options,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd or compiled_copy(), **options,
         )  # fmt: skip
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
@@ -3671,7 +3719,7 @@ class ProcessCase(unittest.TestCase):
         self.assertEqual((process.returncode, err), (0, ""))
         return str(out)
 
-    def run_python(self, code: str, *flags: str, folder: str | Path = HERE) -> str:
+    def run_python(self, code: str, *flags: str, folder: str | Path | None = None) -> str:
         """What a program prints."""
         return self.finish(self.launch(*flags, "-c", textwrap.dedent(code), cwd=folder))
 
@@ -3847,6 +3895,18 @@ class TlsTest(ProcessCase):
         with self.server(implicit_tls=True, session_timeout=0.2) as server:
             with contextlib.closing(self.connect_ssl(server)) as client:
                 self.assertEqual(client.getreply(), (421, b"Session timeout, closing connection"))
+
+    def test_quit_in_a_stop(self) -> None:
+        with mock.patch.object(smtpmock, "_QUIT_TIMEOUT", 10 * TIMEOUT), contextlib.ExitStack() as stack:
+            server = self.server(implicit_tls=True, shutdown_timeout=10 * TIMEOUT).start()
+            client = stack.enter_context(contextlib.closing(self.connect_ssl(server)))
+            client.sendmail("a@a.com", ["b@b.com"], "hi")
+            stopper = threading.Thread(target=stop_in_time, args=(server,))
+            stopper.start()
+            self.recorder.wait_for("shutdown mode")
+            self.assertEqual(client.quit()[0], 221)
+            stopper.join(TIMEOUT)
+            self.assertFalse(server.is_running)
 
     def test_a_farewell_that_the_client_does_not_read(self) -> None:
         """It is tried once, and the session breaks off."""
@@ -4143,6 +4203,8 @@ class StopTest(ServerCase):
             if is_alone:
                 recorder.wait_for("stopped")
                 self.assertFalse(server.is_running)
+                self.assertEqual(client.read_all(), [RECEIVED, SHUTDOWN, "<closed>"])
+                self.assertTrue(wait_until(lambda: not self.threads()))
             else:
                 server.stop()
                 self.assertEqual((len(server.messages()), client.read()), (1, RECEIVED))
@@ -4176,6 +4238,110 @@ class StopTest(ServerCase):
         client.ask("NOOP")
         client.send(b"x" * 1000)
         stop_in_time(server)
+
+
+class QuitTest(ServerCase):
+    """A client whose last command was just answered may QUIT before a stop sends it away."""
+
+    BYE = ["221 Closing connection", "<closed>"]
+
+    def stop_in_thread(self, server: Server, recorder: Recorder) -> threading.Thread:
+        """A thread that stops the server; the stop has begun."""
+        stopper = threading.Thread(target=stop_in_time, args=(server,))
+        stopper.start()
+        self.addCleanup(stopper.join, TIMEOUT)
+        recorder.wait_for("shutdown mode")
+        return stopper
+
+    def test_it_may_quit(self) -> None:
+        """And send other commands before; stop() does not wait any longer then."""
+        for lines in ([], ["NOOP"], SEND):
+            with self.subTest(lines), mock.patch.object(smtpmock, "_QUIT_TIMEOUT", 10 * TIMEOUT):
+                server, client, recorder = self.serve(shutdown_timeout=10 * TIMEOUT, multiple_message_receiving=True)
+                client.mail()
+                self.assertEqual(client.read(), RECEIVED)
+                stopper = self.stop_in_thread(server, recorder)
+                self.assertEqual([client.ask(*lines, "QUIT")[-1], client.read()], self.BYE)
+                stopper.join(TIMEOUT)
+                self.assertTrue(server.messages()[-1].quit_sent)
+                self.assert_nothing_is_left(server)
+
+    def test_it_may_quit_after_what_it_did_when_the_stop_began(self) -> None:
+        with mock.patch.object(smtpmock, "_QUIT_TIMEOUT", 10 * TIMEOUT):
+            server, client, recorder = self.serve(on_message=(hold := Hold()), shutdown_timeout=10 * TIMEOUT)
+            client.mail()
+            hold.wait()
+            stopper = self.stop_in_thread(server, recorder)
+            hold.release.set()
+            self.assertEqual([client.read(), *client.ask("QUIT"), client.read()], [RECEIVED, *self.BYE])
+            stopper.join(TIMEOUT)
+            self.assert_nothing_is_left(server)
+
+    def test_it_may_also_leave(self) -> None:
+        """Then it is told nothing more, and not waited for."""
+        with mock.patch.multiple(smtpmock, _QUIT_TIMEOUT=10 * TIMEOUT, _LINGER=10 * TIMEOUT):
+            server, client, recorder = self.serve(shutdown_timeout=10 * TIMEOUT)
+            client.ask("EHLO a.com", "NOOP")
+            stopper = self.stop_in_thread(server, recorder)
+            client.__exit__()
+            stopper.join(TIMEOUT)
+            self.assertEqual(server.messages()[0].transcript.splitlines()[-1], "S: 250 Ok")
+            server, client, recorder = self.serve("NOOP: drop", shutdown_timeout=10 * TIMEOUT)
+            self.assertEqual(client.ask("EHLO a.com", "NOOP")[-1], "<closed>")
+            (connection,) = server._listener.connections if server._listener else []
+            self.assertTrue(wait_until(connection.request.gettimeout))  # it waits until the client closes
+            stop_in_time(server)
+
+    def test_an_idle_one_is_sent_away_meanwhile(self) -> None:
+        server, idle, recorder = self.serve(shutdown_timeout=10 * TIMEOUT)
+        idle.ask("NOOP")
+        (connection,) = server._list_connections()
+        self.assertTrue(wait_until(lambda: 0 < connection.leaves_at < time.monotonic()))
+        with (
+            mock.patch.object(smtpmock, "_QUIT_TIMEOUT", 10 * TIMEOUT),
+            Client(server) as silent,
+            Client(server) as client,
+        ):
+            client.ask("NOOP")
+            stopper = self.stop_in_thread(server, recorder)
+            self.assertEqual([idle.read_all(), silent.read_all()], [[SHUTDOWN, "<closed>"]] * 2)
+            self.assertEqual([*client.ask("QUIT"), client.read()], self.BYE)
+            stopper.join(TIMEOUT)
+
+    def test_one_that_does_not_quit_is_sent_away(self) -> None:
+        server, client, recorder = self.serve(shutdown_timeout=10 * TIMEOUT)
+        client.ask("NOOP")
+        stop_in_time(server)
+        self.assertEqual(client.read_all(), [SHUTDOWN, "<closed>"])
+        self.assertEqual(recorder.wait_for("was")[1], "SMTP mock server was stopped successfully")
+
+    def test_one_that_goes_on_is_sent_away(self) -> None:
+        server, client, _ = self.serve(shutdown_timeout=10 * TIMEOUT)
+        begun = threading.Event()
+
+        def ask() -> str:
+            while (reply := client.ask("NOOP")[0]) == "250 Ok":
+                begun.set()
+            return reply
+
+        def stop() -> None:
+            begun.wait(TIMEOUT)
+            stop_in_time(server)
+
+        self.assertEqual(in_threads(ask, stop), [SHUTDOWN, None])
+
+    def test_nobody_waits_without_need(self) -> None:
+        for options, end in (
+            ({"shutdown_timeout": 0}, Server.stop),
+            ({"shutdown_timeout": TIMEOUT}, Server.disconnect),
+        ):
+            with self.subTest(end), mock.patch.object(smtpmock, "_QUIT_TIMEOUT", 10 * TIMEOUT):
+                server, client, _ = self.serve(**options)
+                client.ask("NOOP")
+                began = time.monotonic()
+                end(server)
+                self.assertLess(time.monotonic() - began, TIMEOUT)
+                self.assertEqual(client.read_all()[-1], "<closed>")
 
 
 def interrupt_at(number: int, call: Callable[[], object]) -> bool:
@@ -4623,15 +4789,21 @@ class OtherSystem:
                 fake: Any = getattr(self, name)
                 stack.enter_context(mock.patch.object(socket.socket, name, lambda *args, fake=fake: fake(*args)))
             spec = importlib.util.spec_from_file_location("smtpmock", HERE / "smtpmock.py")
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
             module: Any = importlib.util.module_from_spec(spec)
             stack.enter_context(mock.patch.dict(sys.modules, smtpmock=module))
             with mock.patch.object(os, "name", "nt" if self.name == "Windows" else "posix"):
-                spec.loader.exec_module(module)
+                exec(self.compile(), vars(module))
             names = {name: getattr(module, name) for name in module.__all__ if name in globals()}
             stack.enter_context(mock.patch.dict(globals(), names, smtpmock=module))
             self.stack = stack.pop_all()
         return module
+
+    @staticmethod
+    @functools.cache
+    def compile() -> Any:
+        path = HERE / "smtpmock.py"
+        return compile(path.read_bytes(), path, "exec", dont_inherit=True)
 
     def __exit__(self, *_: object) -> None:
         self.stack.close()
@@ -4703,12 +4875,16 @@ class OtherSystemsTest(ServerCase):
     def test_macos(self) -> None:
         """poll() without POLLRDHUP, and accepted sockets that do not block."""
         with OtherSystem("macOS"):
-            self.run_tests("DialogueTest.test_through_a_socket", "SessionTest", "StopTest", "DisconnectTest")
+            self.run_tests(
+                "DialogueTest.test_through_a_socket", "SessionTest", "StopTest", "QuitTest", "DisconnectTest"
+            )
 
     def test_windows(self) -> None:
         """No poll(), no fork(), shutdown() interrupts nothing, other options of sockets, and clocks that tick slowly."""
         with (system := OtherSystem("Windows")):
-            self.run_tests("DialogueTest.test_through_a_socket", "SessionTest", "StopTest", "DisconnectTest")
+            self.run_tests(
+                "DialogueTest.test_through_a_socket", "SessionTest", "StopTest", "QuitTest", "DisconnectTest"
+            )
             self.run_tests("TlsTest", "WaitingTest")
             for option, data in (("msg_noop_received", b"NOOP\r\n"), ("msg_server_shutdown", b"")):
                 options: dict[str, Any] = {"shutdown_timeout": 0.05, option: "250 " + "x" * 5_000_000}
@@ -5305,6 +5481,18 @@ class HelpTest(unittest.TestCase):
                 found = re.findall(rf"(?<!\S){flags(field.name)[0]}(=[A-Z]+)? {re.escape(about)}", text)
                 self.assertEqual(len(found), 1, field.name)
 
+    def test_no_flag_has_left_its_group(self) -> None:
+        """The last groups take what no other has, so a flag may be there by mistake."""
+        texts = [name for name in Configuration._declared if re.match("msg_(?!size_limit)", name)]
+        for title, flag, known in (
+            ("Other", "-h", "-tolerated -version -help -helpAll"),
+            ("Reply texts", "-helpAll", " ".join(flags(name)[0] for name in texts)),
+        ):
+            self.assertEqual(
+                re.findall(r"(?m)^  (-\w+)", self.read(flag).partition(f"{title}:\n")[2].partition("\n\n")[0]),
+                known.split(),
+            )
+
     def test_an_option_of_no_group_is_there(self) -> None:
         option = Configuration._declared["fail_fast"]
         for name, title, flag in (("new_thing", "Other", "-h"), ("msg_new_thing", "Reply texts", "-helpAll")):
@@ -5331,7 +5519,12 @@ class ProcessTest(ProcessCase):
     def test_no_stdout(self) -> None:
         flags = [("-h", ">/dev/full"), ("-v", ">&-"), ("-port=0", ">/dev/full"), ("-port=0", ">&-")]
         program = shlex.quote(sys.executable) + " -S -m smtpmock"
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": HERE}
+        pipes: dict[str, Any] = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "cwd": compiled_copy(),
+        }
         commands = [f"exec {program} {flag} {redirection}" for flag, redirection in flags]
         processes = [subprocess.Popen(command, shell=True, **pipes) for command in commands]
         for (flag, redirection), process in zip(flags, processes, strict=True):
@@ -5979,7 +6172,7 @@ class NarrationTest(ProcessCase):
             ours, theirs = pty.openpty()
             command = [sys.executable, "-m", "smtpmock"]
             clean = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-            with subprocess.Popen(command, stdout=theirs, cwd=HERE, env=clean | environment) as process:
+            with subprocess.Popen(command, stdout=theirs, cwd=compiled_copy(), env=clean | environment) as process:
                 os.close(theirs)
                 with open(ours, "rb", buffering=0) as terminal:
                     first = terminal.read(1000).decode()
@@ -6098,6 +6291,32 @@ class PytestTest(unittest.TestCase):
             self.server.stop()
         with self.run_test(), Client(self.server) as client:
             self.assertEqual(client.greeting, "220 Welcome")
+
+    def test_a_client_may_quit_at_the_end_of_a_test(self) -> None:
+        """Also one whose last command is not answered yet."""
+
+        for is_held in (False, True):
+            hold, replies = Hold(), list[str]()
+            with contextlib.ExitStack() as test, contextlib.ExitStack() as stack:
+                test.enter_context(self.run_test(self.mark(on_message=hold, shutdown_timeout=10 * TIMEOUT)))
+                ender = threading.Thread(target=test.pop_all().close)
+                client = stack.enter_context(Client(self.server))
+                stack.enter_context(mock.patch.object(smtpmock, "_QUIT_TIMEOUT", 0))
+                client.ask(*ENVELOPE, "DATA")
+                stack.enter_context(mock.patch.object(smtpmock, "_QUIT_TIMEOUT", 10 * TIMEOUT))
+                client.send(b"hi\r\n.\r\n")
+                hold.wait()
+                began = time.monotonic()
+                if is_held:
+                    ender.start()
+                hold.release.set()
+                replies.append(client.read())
+                if not is_held:
+                    ender.start()
+                replies += [*client.ask("QUIT"), client.read()]
+                ender.join(TIMEOUT)
+                self.assertLess(time.monotonic() - began, TIMEOUT)
+                self.assertEqual(replies, [RECEIVED, "221 Closing connection", "<closed>"])
 
     def test_marks(self) -> None:
         (kind, line), _ = self.config.addinivalue_line.call_args
@@ -6271,6 +6490,18 @@ class ReadmeTest(ProcessCase):
             default = "empty" if isinstance(field.default, frozenset) else f"`{field.default}`"
             expected.append((field.name, flag, default, field.metadata["about"]))
         self.assertEqual(sorted(found), sorted(expected))
+
+    def test_flags(self) -> None:
+        """The tables of options and of flags have every flag that is no option."""
+        table = self.text.partition("More flags:\n\n")[2].partition("\n\n")[0]
+        rows = re.findall(r"^\| (`-.+?`) \| (.+) \|$", table, re.MULTILINE)
+        found = [flag for names, _ in rows for flag in re.findall(r"`(-\w+)(?:=[A-Z]+)?`", names)]
+        elsewhere = ("rule", "tls_cert", "tls_key")
+        expected = [flags(name)[0] for name in smtpmock._OWN_FLAGS if name not in elsewhere]
+        short = {"-version": "-v", "-help": "-h"}
+        self.assertEqual(sorted(found), sorted(short.get(flag, flag) for flag in expected))
+        for flag in (flags(name)[0] for name in elsewhere):
+            self.assertTrue(flag in self.text, flag)
 
     def test_codes(self) -> None:
         rows = re.findall(r"^\| `([\w-]+)` \| (.*?) \| (\d+ [\d.]+) \| (error|warning) \|$", self.text, re.MULTILINE)
