@@ -935,16 +935,14 @@ class _ClientState:
         self.reply = reply.text if reply is not None and reply.data else ""
         self.verb, self.line, self.argument, self.kind = request.verb, request.line, request.argument, request.kind
         self.mechanism = request.argument.partition(" ")[0].upper() if self.verb == "AUTH" else ""
-        self.path, words = _split_path(request.argument) if self.verb in _PATHS else ("", [])
-        self.given = {name: value.upper() for name, value in _read_parameters(words).items()}
-        self.words, self.login = words, getattr(exchange.value, "response", "")  # the outcome of AUTH
+        self.path, self.words = _split_path(request.argument) if self.verb in _PATHS else ("", [])
+        self.given = {name: value.upper() for name, value in _read_parameters(self.words).items()}
         self.chunk = self.line if self.verb == "BDAT" else self.chunk if self.verb == "message" else ""
-        self.needed = {
-            _PARAMETERS.get(name, ("", name))[1] for name in self.given if re.fullmatch(_KEYWORD, name)
-        }  # the extensions of those
+        names = [name for name in self.given if re.fullmatch(_KEYWORD, name)]
+        self.needed = {_PARAMETERS.get(name, ("", name))[1] for name in names}  # the extensions of those
         self.needed |= {"BINARYMIME"} & {self.given.get("BODY", "")}
         self.has_literal = _is_address_literal(self.argument)
-        self.logs_in = self.login != "" and self.reply[:1] == "2"
+        self.login = getattr(exchange.value, "response", "")  # the outcome of AUTH
         self.is_refused, self.may_pipeline = self.reply[:1] in ("4", "5"), "PIPELINING" in self.announced
         self.has_more = exchange.was_early and bool(self.reply)
         self._read_faults(request)
@@ -955,7 +953,7 @@ class _ClientState:
         self.faults = [fault for fault in request.faults if fault[0] != "long-command" or is_long]
         self.sends_mail_early = self.has_more and self.verb == "DATA" and not self.is_refused
         self.ignores_reply = self.was_refused_data and self.verb not in _VERBS
-        self.is_unknown = self.verb not in _VERBS and not self.was_refused_data and self.reply[:1] == "5"
+        self.is_unknown = self.verb not in _VERBS and not self.ignores_reply and self.reply[:1] == "5"
         # A mechanism of one round trip may be followed by more (RFC 4954 section 4).
         self.may_go_on = self.sends_mail_early or (self.mechanism in ("PLAIN", "EXTERNAL") and self.line[-3:] == "***")
 
@@ -965,8 +963,10 @@ class _ClientState:
         self.was_pipelined, self.may_be_blind = self.has_more, self.has_more and self.may_pipeline
         self.was_told_421 = self.was_told_421 or self.reply.startswith("421")
         self.has_begun_tls = accepted == "STARTTLS"
-        self.has_logged_in = accepted != "STARTTLS" and (self.has_logged_in or self.logs_in)
-        self.ignores_refusal = self.was_refused_data and self.verb not in _VERBS and self.line != "."
+        self.has_logged_in = accepted != "STARTTLS" and (
+            self.has_logged_in or (self.login != "" and self.reply[:1] == "2")
+        )
+        self.ignores_refusal = self.ignores_reply and self.line != "."
         self.was_refused_data = self.verb == "DATA" and self.is_refused
         if self.verb in ("message", "partial message") or accepted in (*_HELLO, "STARTTLS", "RSET"):
             self.is_in_mail = False
@@ -1403,25 +1403,22 @@ def _check_header_set(first: dict[str, str], client: _ClientState) -> _Findings:
 
 def _check_encoding(kind: str, encoding: str, client: _ClientState) -> _Findings:
     is_composite = kind.startswith("multipart/") or kind in ("message/rfc822", "message/partial")
-    has_binary = client.parameters.get("BODY") == "BINARYMIME"
-    known = encoding in (*_ENCODINGS, "8bit", "binary") or encoding.startswith("x-")  # RFC 2045 section 6.3 allows x-
+    is_plain = encoding in ("7bit", "8bit", "binary")
     faults = {
         f"a {kind} must be 7bit": kind in _REPORTS and encoding != "7bit",
-        "binary needs BODY=BINARYMIME": encoding == "binary" and not has_binary,
-        "a multipart or a mail in it must be 7bit, 8bit or binary": is_composite
-        and encoding not in ("7bit", "8bit", "binary"),
-        "": not known,
+        "binary needs BODY=BINARYMIME": encoding == "binary" and client.parameters.get("BODY") != "BINARYMIME",
+        "a multipart or a mail in it must be 7bit, 8bit or binary": is_composite and not is_plain,
+        "": not (is_plain or encoding in _ENCODINGS or encoding.startswith("x-")),  # RFC 2045 section 6.3 allows x-
     }
     yield from _pick("bad-encoding", f"Content-Transfer-Encoding: {encoding}", faults)
 
 
 def _check_boundary(part: Any, boundary: str | None, outer: tuple[str, ...], line: str) -> _Findings:
     defects = {type(defect).__name__ for defect in part.defects}
+    is_malformed = boundary is not None and not re.fullmatch(_BOUNDARY, boundary, re.ASCII)
     faults = {
         "there is no boundary parameter": boundary is None and "NoBoundaryInMultipartDefect" in defects,
-        "a boundary is 1 to 70 letters, digits, spaces and '()+_,-./:=? and has no space at its end": boundary
-        is not None
-        and not re.fullmatch(_BOUNDARY, boundary, re.ASCII),
+        "a boundary has 1 to 70 letters, digits, '()+_,-./:=? and spaces": is_malformed,
         "the boundary begins with that of the multipart around it": (boundary or "").startswith(outer),
         "no line opens the first part": "StartBoundaryNotFoundDefect" in defects,
         "no line closes the last part": "CloseBoundaryNotFoundDefect" in defects,
