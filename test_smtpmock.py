@@ -1427,7 +1427,7 @@ ENVELOPE | HEAD | Subject: =?utf-8?Q?a=C3?= =?utf-8?Q?=BC?= | | END => encoded-w
 ENVELOPE | HEAD | Subject: =?utf-8?B?YcM=?= =?utf-8?B?vA==?= | | END => encoded-word
 ENVELOPE | HEAD | Subject: =?utf-8?Q?a?==?utf-8?Q?b?= | | END => encoded-word
 ENVELOPE | HEAD | Subject: =?nothing?Q?a=FC?= | X: =?nothing?Q?b=FC?= | | END => unknown-charset
-ENVELOPE | HEAD | Subject: =?windows-31j?Q?a=FC?= =?ISO-8859-8-I?q?=E0?= =?nothing?q?a?= | | END => clean
+ENVELOPE | HEAD | Subject: =?windows-31j?Q?=82=A0?= =?VISCII?Q?=FC?= =?ISO-8859-8-I?q?=E0?= =?nothing?q?a?= | | END => clean
 ENVELOPE | HEAD | Cc: , b@example.com | | END => bad-address
 ENVELOPE | HEAD | Cc: a@example.com,, b@example.com | | END => bad-address
 ENVELOPE | HEAD | Cc: a@example.com, | | END => bad-address
@@ -1475,7 +1475,7 @@ ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: quoted-p
 ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=nothing | CTE: quoted-printable | | =FC |
     END => unknown-charset
 ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: base64 | | w7zD | END => wrong-charset
-ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=windows-31j | CTE: quoted-printable | | =FC | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=windows-31j | CTE: quoted-printable | | =82=A0 | END => clean
 ENVELOPE | HEAD | Grüße: x | | END => header-syntax, 8bit-in-7bit
 == PIPELINING, SIZE, DSN, CHUNKING and AUTH
 -- extensions=["PIPELINING", "SIZE", "8BITMIME", "DSN", "CHUNKING", "SMTPUTF8"], auth_users={"u": "p"}
