@@ -1427,7 +1427,8 @@ ENVELOPE | HEAD | Subject: =?utf-8?Q?a=C3?= =?utf-8?Q?=BC?= | | END => encoded-w
 ENVELOPE | HEAD | Subject: =?utf-8?B?YcM=?= =?utf-8?B?vA==?= | | END => encoded-word
 ENVELOPE | HEAD | Subject: =?utf-8?Q?a?==?utf-8?Q?b?= | | END => encoded-word
 ENVELOPE | HEAD | Subject: =?nothing?Q?a=FC?= | X: =?nothing?Q?b=FC?= | | END => unknown-charset
-ENVELOPE | HEAD | Subject: =?windows-31j?Q?=82=A0?= =?VISCII?Q?=FC?= =?ISO-8859-8-I?q?=E0?= =?nothing?q?a?= | | END => clean
+ENVELOPE | HEAD | Subject: =?windows-31j?Q?=82=A0?= =?VISCII?Q?=FC?= =?ISO-8859-8-I?q?=E0?= =?nothing?q?a?= | | END
+    => clean
 ENVELOPE | HEAD | Cc: , b@example.com | | END => bad-address
 ENVELOPE | HEAD | Cc: a@example.com,, b@example.com | | END => bad-address
 ENVELOPE | HEAD | Cc: a@example.com, | | END => bad-address
@@ -1615,7 +1616,8 @@ UNITS = (
 # What a client sends, and the text of a violation that its messages then have.
 FAULT_TEXTS = read_table(r"""
 == the default options
-ENVELOPE | HEAD | Subject: =?utf-8?q?a=C3?= =?utf-8?q?=BC?= | | END => a character is split or cut off: encode it as a whole
+ENVELOPE | HEAD | Subject: =?utf-8?q?a=C3?= =?utf-8?q?=BC?= | | END
+    => a character is split or cut off: encode it as a whole
 ENVELOPE | HEAD | Subject: =?utf-8?q?a?==?utf-8?q?b?= | | END => an encoded word needs white space around it
 ENVELOPE | HEAD | Cc: "=?utf-8?q?a?=" <a@a.com> | | END => an encoded word in quotes is not decoded
 ENVELOPE | HEAD | Cc: =?utf-8?q?a?=@a.com | | END => an address must not have an encoded word
@@ -1625,7 +1627,8 @@ ENVELOPE | HEAD | Cc: a@a.com, | | END => leave out an empty element of a list, 
 ENVELOPE | HEAD | Sender: a@a.com, b@b.com | | END => a Sender must have one address only
 ENVELOPE | HEAD | References: <a@a.com>, <b@a.com> | | END => separate ids by white space and not by commas
 ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | | END => this date is on another day of the week
-ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | a | --x-- | END => a multipart or a mail in it must be 7bit, 8bit or binary
+ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | a | --x-- | END
+    => a multipart or a mail in it must be 7bit, 8bit or binary
 ENVELOPE | HEAD | MIME | CTE: binary | | a | END => binary needs BODY=BINARYMIME
 ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed | | a | END => there is no boundary parameter
 ENVELOPE | HEAD | MIXED | | a | END => no line opens the first part
