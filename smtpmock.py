@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     import logging
     import ssl
     from email.message import EmailMessage
-    from typing import Concatenate, ParamSpec
+    from typing import Concatenate, Literal, ParamSpec
 
     from typing_extensions import dataclass_transform as _dataclass_transform  # pyright: ignore
 
@@ -111,7 +111,7 @@ class ConfigurationError(SMTPMockError, ValueError):
 
 
 class ServerStateError(SMTPMockError, RuntimeError):
-    """start() was called on a running server, or stop() on one that is not running."""
+    """start() on a running server, stop() on a stopped one, or client_context() without a certificate for tests."""
 
 
 class ServerStartError(SMTPMockError, OSError):
@@ -179,9 +179,10 @@ _NAMES = _OptionType(
 _WORDS = _OptionType(
     "a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse, tuple
 )
+_TEST_CONTEXTS = "test", "expired", "wrong host"
 _CONTEXT = _OptionType(
-    "an ssl.SSLContext for servers, as ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)",
-    lambda value: hasattr(value, "wrap_socket") and value.check_hostname is not True,
+    "an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) with a certificate, or 'test', 'expired' or 'wrong host'",
+    lambda value: value in _TEST_CONTEXTS or (hasattr(value, "wrap_socket") and value.check_hostname is not True),
 )
 _HANDLERS = _OptionType("a list of subclasses of Handler", lambda value: isinstance(value, Iterable), normalise=tuple)
 _CALLABLE = _OptionType("callable", callable)
@@ -190,9 +191,9 @@ _LOGGER = _OptionType(
     lambda value: all(callable(getattr(value, name, None)) for name in ("info", "warning", "error")),
 )
 _USERS = _OptionType(
-    "a mapping of users to secrets, user:secret,... or a function of the mechanism, user and secret",
-    lambda value: callable(value) or (isinstance(value, Mapping) and _are_names([*value, *value.values()])),
-    lambda text: dict(pair.split(":", 1) for pair in _NAMES.parse(text)),
+    "a mapping of users to secrets, user:secret,... a function of the mechanism, user and secret, or * for anybody",
+    lambda who: who == "*" or callable(who) or (isinstance(who, Mapping) and _are_names([*who, *who.values()])),
+    lambda text: text if text == "*" else dict(pair.split(":", 1) for pair in _NAMES.parse(text)),
 )
 
 
@@ -366,6 +367,7 @@ class _SessionOptions(_Options):
     session_timeout: float = _option(30, _TIMEOUT, "seconds of silence after which a session is closed")
     shutdown_timeout: float = _option(1, _SECONDS, "seconds that a stop gives to busy sessions")
     fail_fast: bool = _option(False, _FLAG, "close a session after its first refused command")
+    keep_all: bool = _option(False, _FLAG, "turn on the next two options, unless they are given")
     multiple_rcptto: bool = _option(False, _FLAG, "keep all recipients of a message, not only the last")
     multiple_message_receiving: bool = _option(False, _FLAG, "keep all messages of a session, not only the last")
     blacklisted_helo_domains: Collection[str] = _option(frozenset(), _NAMES, "domains that HELO and EHLO refuse")
@@ -385,13 +387,15 @@ class _SessionOptions(_Options):
     strict: bool = _option(False, _FLAG, "refuse a mail with violations at its end")
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
     extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept: SIZE, DSN, CHUNKING...")
-    auth_users: Mapping[str, str] | Callable[[str, str, str], object] | None = _option(
-        None, _USERS, "who can log in, as user:secret,...; no AUTH without it"
+    auth_users: Mapping[str, str] | Callable[[str, str, str], object] | Literal["*"] | None = _option(
+        None, _USERS, "who can log in, as user:secret,... or * for anybody; no AUTH without it"
     )
     auth_mechanisms: Collection[str] = _option(_AUTH_MECHANISMS, _WORDS, "AUTH mechanisms to announce and accept")
     auth_required: bool = _option(False, _FLAG, "refuse the commands of a mail before AUTH")
     auth_requires_tls: bool = _option(False, _FLAG, "neither announce nor accept AUTH without TLS")
-    ssl_context: ssl.SSLContext | None = _option(None, _CONTEXT, "ssl.SSLContext with a certificate; no TLS without it")
+    ssl_context: ssl.SSLContext | Literal["test", "expired", "wrong host"] | None = _option(
+        None, _CONTEXT, "ssl.SSLContext with a certificate, or the name of one for tests; no TLS without it"
+    )
     implicit_tls: bool = _option(False, _FLAG, "begin each session with TLS, as on port 465; no STARTTLS then")
     tls_required: bool = _option(False, _FLAG, "refuse all commands but EHLO, NOOP and QUIT before STARTTLS")
     msg_size_limit: int = _option(10485760, _COUNT, "largest message body, in bytes")
@@ -421,6 +425,9 @@ class _SessionOptions(_Options):
     msg_rset_received: str = _reply("250 Ok", "RSET")
     msg_noop_received: str = _reply("250 Ok", "NOOP")
     msg_quit_cmd: str = _reply("221 Closing connection", "QUIT")
+    msg_vrfy_received: str = _reply("252 Cannot VRFY user, but will accept message", "VRFY")
+    msg_expn_received: str = _reply("252 Cannot EXPN list, but will accept message", "EXPN")
+    msg_help_received: str = _reply("214 HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT", "HELP")
     msg_unknown_parameter: str = _reply(
         "555 Parameter not recognized or not implemented", "a bad MAIL or RCPT parameter"
     )
@@ -458,6 +465,16 @@ class _SessionOptions(_Options):
         for name, other in _NEEDED.items():
             if getattr(self, name) and getattr(self, other) is None:
                 raise ConfigurationError("needs ", name, True, needed=other)
+
+
+class _KeepAllDefault:
+    """The default of an option that keep_all turns on."""
+
+    def __get__(self, options: _SessionOptions | None, owner: object) -> bool:
+        return options is not None and options.keep_all
+
+
+_SessionOptions.multiple_rcptto = _SessionOptions.multiple_message_receiving = _KeepAllDefault()  # type: ignore[assignment]
 
 
 class Configuration(_SessionOptions, _AddressOptions):
@@ -1945,11 +1962,13 @@ class Rule:
         rules: _Rules,
         stage: str,
         match: _Match = None,
+        skip: int = 0,
         times: int | None = None,
         probability: float = 1.0,
         after: int | None = None,
     ) -> None:
-        self.hits = 0  #: how often the rule was used; guarded by the lock of the rules
+        self.hits = 0  #: how often the rule was used; guarded by the lock of the rules, like what follows
+        self._skipped = 0
         self._rules = rules
         self._stage = _parse_stage(stage, rules.verbs)
         is_pattern = isinstance(match, re.Pattern) and isinstance(match.pattern, str)
@@ -1958,13 +1977,14 @@ class Rule:
         if isinstance(match, str):
             _check_match(match, self._stage)
         self._match = _fold(match) if isinstance(match, str) else match
+        _check("skip", skip, _COUNT)
         for name, value, kind in (("times", times, _TIMES), ("after", after, _COUNT)):
             if value is not None:
                 _check(name, value, kind)
         _check("probability", probability, _PROBABILITY)
         if after is not None and self._stage != "message":
             raise ConfigurationError(f"is for the stage message, not for {self._stage}", "after", after)
-        self._times, self._probability, self._after = times, probability, after
+        self._skip, self._times, self._probability, self._after = skip, times, probability, after
         self._random: Any = None
         # Fields of an Action for each use; the last ones stay in force. Only the methods set this and the function,
         # and they replace them, so that sessions can read them without the lock.
@@ -2035,6 +2055,9 @@ class Rule:
 
     def _use(self, wanted: Collection[str], *, counts: bool) -> tuple[dict[str, Any], _Function | None]:
         """The aspects that are wanted; counts a use if there are any. Called with the lock of the rules."""
+        if self._skipped < self._skip:  # whether newer rules have decided everything or not
+            self._skipped += counts
+            return {}, None
         uses, function = self._uses, self._function if "reply" in wanted else None
         use = _find_aspects(uses[min(self.hits, len(uses) - 1)])
         aspects = {name: value for name, value in use.items() if name in wanted}
@@ -2054,7 +2077,8 @@ class Rule:
         return f"; the nearest command was {_shorten(nearest[0])}" if nearest else ""
 
     def __repr__(self) -> str:
-        return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits>"
+        skipped = f", {self._skipped} of {self._skip} skipped" if self._skip else ""
+        return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits{skipped}>"
 
 
 class _Rules:
@@ -2065,7 +2089,7 @@ class _Rules:
         self.newest_first: tuple[Rule, ...] = ()  # replaced, never changed; so it can be read without the lock
         self.seed = seed
         self._seeded = 0  # how many rules have a generator of random numbers
-        self._lock = threading.Lock()  # guards newest_first, _seeded and hits; configure() sets the other two
+        self._lock = threading.Lock()  # guards newest_first, _seeded, hits, _skipped; configure() sets the other two
 
     def add(self, rule: Rule) -> Rule:
         """Have the rule apply from now on."""
@@ -2524,6 +2548,25 @@ class _Quit(Handler):
     _step = "quit"
 
 
+class _Vrfy(Handler):
+    """VRFY. It exists if it is announced, and so do the next two."""
+
+    verbs = ("VRFY",)
+    parse = staticmethod(str)
+    received = "msg_vrfy_received"
+    _is_offered = classmethod(lambda cls, options: cls.verbs[0] in _name_extensions(options))
+
+
+class _Expn(_Vrfy):
+    verbs = ("EXPN",)
+    received = "msg_expn_received"
+
+
+class _Help(_Vrfy):
+    verbs = ("HELP",)
+    received = "msg_help_received"
+
+
 class _Starttls(Handler):
     """STARTTLS, after which the session begins again within TLS (RFC 3207)."""
 
@@ -2648,6 +2691,8 @@ class _Auth(Handler):
 
     def _check_secret(self, mechanism: str, user: str, secret: str) -> bool:
         users: Any = self.options.auth_users
+        if users == "*":
+            return True
         if callable(users):
             return bool(users(mechanism, user, secret))
         expected = users.get(user)
@@ -2743,7 +2788,7 @@ class _TurnedAway(_Unknown):
 
 
 _BUILT_IN: tuple[type[Handler], ...] = (_Greeting, _Helo, _Ehlo, _Mailfrom, _Rcptto, _Data, _Bdat, _EndOfBody)
-_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Starttls, _Auth, _Unknown, _TooLong, _TurnedAway)
+_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Vrfy, _Expn, _Help, _Starttls, _Auth, _Unknown, _TooLong, _TurnedAway)
 
 
 def _check_handler(handler: Any) -> None:
@@ -3057,7 +3102,7 @@ class _Session:
 
     def message(self) -> Message:
         """The message as it would be recorded now."""
-        return Message(self.mail, self.peer, 0, self.context.options.tolerated)
+        return Message(self.mail, self.peer, self.mail.number, self.context.options.tolerated)
 
     def message_with_body(self, content: bytes | None, *, without_history: bool = False) -> Message:
         """The message with a body that is not accepted yet; perhaps without what was said between HELO and MAIL."""
@@ -3636,6 +3681,60 @@ def _set_timeout(sock: socket.socket, seconds: float) -> None:
             sock.settimeout(seconds)
 
 
+# For tests: the certificate of an authority, a P-256 key, and the key's three certificates, in DER, zlib and base64.
+# .ci/certificates.py made them with PyPI's cryptography, and threw the authority's key away, so nobody can sign more.
+# The other key is as public as this file. They are valid from 2000 to 2100, and the expired one was until 2001.
+_TEST_CERTIFICATES = """
+eNozaGKcZtDEaLOAmYmRiUmkIvd97LEnwhOLlz+eW3bv4yudJFspAy42Dq02j3O2LMxMBmKGIgZCbMyhLMw83MW5JQW5+cnZCs6OBgrivAYGBoZACAZREvxG
+higCOHVGGgizsYPNZ2KEWsTMyM7sxMCymHdDgGDhS/4bn/euOydR8a7nw23u1VWMASpmrlKOJ+KPfL6U43T4iXba5sDdLTum9ezM/rFqj90p4dTHsa+fCfNL
+1C9OM0gxkAVaKcvHIsYikjvx3ne10As+8T6cW7XfWqcdean0zEAeJK3MImEg1oBdAcjJssKMjP9ZOAzYgBQTI4MBH0iMHyQGDBJGNuQAYvZgMHBlUmRocL00
+6fDbCQE7rq7a2cZ9omViw8cELSvBlI618pnxqxlbmBRUzmY8zthYxXlwoY8bT2jSfi/RXa/0937YeP/7E4EjjOzbavJSK0pqDAyZGBlZFPy3vJj+7MXxJb5K
+hb5O6tLS9Uyxf6817+xnfzS1NnJR2fkFXIigg2psYrwMxJXQiNXYUWz5reVPcG/pHoV1IcJfJohqhVMpYkUMhQwEIDo5c/KTE3My8otL8ESr64lfXjccX/At
+23VscWXyTPvZxwyrD2Sy2vEeD/Us9RX5XMGUNqV9z51zIas1FNZ0TNXbvXzm4hPfrz66wb3kaLLknZ7FjUsMGhciRazzuqm/32mK/mRqWfLipZtkwlS2w26E
+I5YHHrFMBmhRyt4AdDyQr8rCAwojbTZGVlZ2ZkYDHZCgIIuqgXITwqftLPUMDIztAgyogBEzVSjwvj3pV3NfIfHYweVzS3POhc07cTlmlv7ldUIXs0X5Z/pJ
+AtPNU8+7+8xiJqt77n9UczryjBmTbabotr/H4tt22Cn52/7IgEfuRSAuh0Yux5nMMOPSlXod5ee/sh+afXdGZHslUZErhxa5QK7haNSSEbWKDD1CM27tm21e
+tfHJ1NZ1B68KtE8rkipd+HWV81SeI+E3I28zKdg/VVgX4/BSPOUCV4S0kIv5i5lMvDx6O64pLXzEKyuvrQ6P2rNAXAyN2sinLy/fWcxyaO+bsAoT+YVM71tv
+7qFSvpU1lDaQhOgUKi/Kz0vXBflZLzOvLDEnM4WmsTzVoHHSQMSyLCSWxQxEmrB5GTPH1qduTk1MyPwXdI2n/Oeqlw3zc2ceWxfywulxwc24rv+Wl4ERfzZj
+8afOnrm2nyM5ODK2as4WdnJnjz5l512Ua/pvqUfsbQAqOmEP
+"""
+
+
+def _make_pem(name: str, kind: str = "CERTIFICATE") -> str:
+    import base64
+    import zlib
+
+    parts = zlib.decompress(base64.b64decode(_TEST_CERTIFICATES)).split(b"|next|")
+    text = base64.encodebytes(parts[("ca", "key", *_TEST_CONTEXTS).index(name)]).decode()
+    return f"-----BEGIN {kind}-----\n{text}-----END {kind}-----\n"
+
+
+_ca_pem = functools.partial(_make_pem, "ca")  # what clients are to trust
+
+
+@functools.cache
+def _load_test_context(name: str) -> ssl.SSLContext:
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    pem = _make_pem(name) + _make_pem("key", "EC PRIVATE KEY")
+    # Python loads keys from files alone: from one in memory, if the system has that, or from one that only we can read.
+    with contextlib.suppress(KeyError, OSError), open(vars(os)["memfd_create"]("smtpmock"), "w") as file:
+        file.write(pem)
+        file.flush()
+        context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
+        return context
+    import tempfile
+
+    descriptor, path = tempfile.mkstemp()
+    try:
+        with open(descriptor, "w") as file:
+            file.write(pem)
+        context.load_cert_chain(path)
+    finally:
+        os.unlink(path)
+    return context
+
+
 class _Connection(socketserver.BaseRequestHandler):
     """Moves bytes between a client and its session, and carries out the replies."""
 
@@ -3658,10 +3757,11 @@ class _Connection(socketserver.BaseRequestHandler):
         self.ignores_input = False  # of a client that goes on sending during stop(); only an RST wakes it for sure
         self.reason = "left before any command"  # why it ended so
         self.has_failed = False  # in the TLS handshake
+        self.is_over = False  # nothing follows its last reply, after which the client may connect again
         self.is_recorded = False  # has ended, and its messages are complete
         self.is_aborting = False  # must end at once
         self.ending: _Next | None  # CLOSE or RESET if disconnect() ends it
-        self.server.connections.add(self)
+        self.server.connections[self] = None
         with self.server.accepting:
             self.ending = self.server.starting.pop(self.plain)
             self.is_aborting = self.must_linger = self.ending is not None
@@ -3698,7 +3798,7 @@ class _Connection(socketserver.BaseRequestHandler):
             self._reset()
         elif self.must_linger:
             self._linger()
-        self.server.connections.discard(self)
+        self.server.connections.pop(self, None)
         if self.request is not self.plain:  # the listener closes the plain socket, but not this one
             self.shut_down(socket.SHUT_WR)
             self.request.close()
@@ -3719,6 +3819,7 @@ class _Connection(socketserver.BaseRequestHandler):
                 self.session.note_early_input()
         if is_logged:
             self.log.activity(f"SMTP response: {reply.text if reply.data else 'none'}")
+        self.is_over = reply.next is not None and reply.next in (_Next.CLOSE, _Next.RESET)
         if not reply.trickle:
             self.unsent += reply.data
         elif not self._trickle(reply):
@@ -3812,6 +3913,7 @@ class _Connection(socketserver.BaseRequestHandler):
         try:
             context = self.options.ssl_context
             assert context is not None  # STARTTLS and implicit_tls need it
+            context = _load_test_context(context) if isinstance(context, str) else context
             self.request = context.wrap_socket(self.plain, server_side=True, do_handshake_on_connect=False)
             self.is_idle = True
             while not self.session.is_secure and self._await(selectors.EVENT_READ):
@@ -3986,7 +4088,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.address_family = family
         super().__init__(address, _Connection, bind_and_activate=False)
         self.context = context
-        self.connections: set[_Connection] = set()  # the open ones; add, discard and copy are atomic
+        self.connections: dict[_Connection, None] = {}  # the open ones, oldest first; each change of it is atomic
         self.starting: dict[socket.socket, _Next | None] = {}  # how to end what was accepted and is no connection yet
         self.accepting = threading.Lock()  # guards starting; held while a client is accepted and added to it
         self.spare_threads: list[_SessionThread] = []  # they add themselves; only the listener's thread takes from it
@@ -4379,19 +4481,28 @@ class Server:
             raise WaitTimeoutError("\n  ".join([text, *self._report()]), found)
         return self._warn(found)[0]
 
+    @property
+    def outbox(self) -> list[Message]:
+        """The accepted mails, oldest first."""
+        return [message for message in self._warn(self._mailbox.messages(purge=False)) if message.is_consistent]
+
+    def sessions(self) -> list[Message]:
+        """Each open session as it would be recorded now, oldest first. A rule's own session is one of them."""
+        return [c.session.message() for c in self._list_connections() if not c.is_over]
+
     def _warn(self, messages: list[Message]) -> list[Message]:
         """Warn at the line of the caller's caller about what the server accepted and discarded, once per message."""
         import warnings
 
         explicit = vars(self._options)
-        if {"multiple_rcptto", "multiple_message_receiving"} <= explicit.keys():
+        if "keep_all" in explicit or {"multiple_rcptto", "multiple_message_receiving"} <= explicit.keys():
             return messages
         for message in messages:
             if message.id not in self._warned:
                 self._warned.add(message.id)
                 for option, text in message._find_discards():
                     if option not in explicit:
-                        warnings.warn(f"{text}; {option}=True keeps them all", SMTPMockWarning, stacklevel=3)
+                        warnings.warn(f"{text}; keep_all=True or {option}=True keeps them all", SMTPMockWarning, 3)
         return messages
 
     def violations(self) -> list[Violation]:
@@ -4403,6 +4514,7 @@ class Server:
         stage: str,
         match: _Match = None,
         *,
+        skip: int = 0,
         times: int | None = None,
         probability: float = 1.0,
         after: int | None = None,
@@ -4412,16 +4524,25 @@ class Server:
 
         stage is connect, a verb, message (the end of a body), or * for all. match is an address or a domain
         (at DATA and message, of a recipient), a compiled pattern that is searched in the line, or a function of the
-        line; at message, the line is the body. The rule applies `times` times (None: without end), each time with
-        this probability, and with `after` once that many bytes of the body have arrived. Rules add up: each aspect
-        of a reply comes from the newest rule that sets it. Raises ConfigurationError for an invalid argument.
+        line; at message, the line is the body. The rule lets `skip` matches pass, and then applies `times` times
+        (None: without end), each time with this probability, and with `after` once that many bytes of the body have
+        arrived. Rules add up: each aspect of a reply comes from the newest rule that sets it. Raises
+        ConfigurationError for an invalid argument.
         """
         if unknown:
-            known = ("stage", "match", "times", "probability", "after")
+            known = ("stage", "match", "skip", "times", "probability", "after")
             name, value = dict[str, Any](unknown).popitem()
             hint = _suggest(name, known) or f"; there are {', '.join(known)}"
             raise ConfigurationError(f"on() has no such argument{hint}", name, value)
-        return self._rules.add(Rule(self._rules, stage, match, times, probability, after))
+        return self._rules.add(Rule(self._rules, stage, match, skip, times, probability, after))
+
+    def client_context(self) -> ssl.SSLContext:
+        """A new context for clients, which trusts the certificates for tests. ServerStateError if there is none."""
+        if not isinstance(self._options.ssl_context, str):
+            raise ServerStateError(f'{self!r} has no certificate for tests; ssl_context="test" gives it one')
+        import ssl
+
+        return ssl.create_default_context(cadata=_ca_pem())
 
     def clear_rules(self) -> None:
         """Remove all rules."""
@@ -4616,7 +4737,7 @@ def pytest_configure(config: Any) -> None:
 _LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # one flag sets both
 _FILE = _OptionType("a path", lambda value: isinstance(value, str))
 _RULES = _OptionType("rules", lambda value: isinstance(value, list), lambda text: [text])
-_CONDITIONS = {"times": _TIMES, "probability": _PROBABILITY, "after": _COUNT}
+_CONDITIONS = {"skip": _COUNT, "times": _TIMES, "probability": _PROBABILITY, "after": _COUNT}
 
 # The flags that are no options of a server.
 _OWN_FLAGS: dict[str, _Option] = {
@@ -4630,20 +4751,27 @@ _OWN_FLAGS: dict[str, _Option] = {
     "save_dir": _option("", _FILE, "folder for each accepted mail as 000001.eml and its record as 000001.json"),
     "maildir": _option("", _FILE, "Maildir for each accepted mail"),
     "rule": _option([], _RULES, "make the server fail; can be repeated"),
-    "tls_cert": _option("", _FILE, "PEM file with the certificate and its chain; turns on STARTTLS"),
+    "tls_cert": _option("", _FILE, "PEM file, or test, expired or wrong host; for STARTTLS"),
     "tls_key": _option("", _FILE, "PEM file with the key, unless the other file has it"),
+    "save_ca": _option("", _FILE, "new file for what clients of -tlsCert=test must trust"),
+    "dev": _option(False, _FLAG, "for development: keep_all, lenient_addresses, extensions, any login, -show, -http=0"),
     "version": _option(False, _FLAG, "print the version and exit; also -v"),
     "help": _option(False, _FLAG, "print this and exit; also -h"),
     "help_all": _option(False, _FLAG, "print this with the reply texts and exit"),
 }
 
+# What -dev sets, unless it is given.
+_DEV_EXTENSIONS = "SIZE", "8BITMIME", "SMTPUTF8", "PIPELINING", "DSN"
+_DEV_OPTIONS = {"keep_all": True, "lenient_addresses": True, "extensions": _DEV_EXTENSIONS, "auth_users": "*"}
+_DEV_FLAGS = {"show": True, "http": 0}
+
 # Each flag belongs to the first group whose pattern its name matches; the last two take what is left.
 _GROUPS = {
     "Listening": "host|port|session_timeout|shutdown_timeout",
-    "Recording": "multiple_|msg_size_limit|lenient_|save_dir|maildir",
-    "Output": "log|quiet|json|control|lint",
+    "Recording": "keep_all|multiple_|msg_size_limit|lenient_|save_dir|maildir",
+    "Output": "dev|log|quiet|json|control|lint",
     "Failing": "fail_fast|strict|blacklisted_|not_registered_|response_delay_|seed|rule",
-    "Extensions, login and TLS": "extensions|auth_|implicit_tls|tls_",
+    "Extensions, login and TLS": "extensions|auth_|implicit_tls|tls_|save_ca",
     "Other": "(?!msg_)",
     "Reply texts": "",
 }
@@ -4662,7 +4790,7 @@ as in GNU programs: --multiple-rcptto is -multipleRcptto.
 A RULE is 'STAGE [ADDRESS]: ACTION; ...'. STAGE is connect, a command, message
 (the end of a body) or *. ACTION is reply TEXT, raw BYTES, delay SECONDS,
 trickle SECONDS, close, drop, reset or silence, or says when the rule applies:
-times=NUMBER, probability=NUMBER or after=BYTES.
+skip=NUMBER, times=NUMBER, probability=NUMBER or after=BYTES.
 
 With -control, each line of stdin is a command: rule RULE, clear (all rules),
 configure FLAG..., disconnect, disconnect reset, purge (the messages), reset
@@ -4672,7 +4800,7 @@ configure FLAG..., disconnect, disconnect reset, purge (the messages), reset
 Examples:
   smtpmock -port=2525 -log
   smtpmock -rule 'RCPT bob@example.com: reply 550 No such user; times=2'
-  smtpmock -control -multipleRcptto -multipleMessageReceiving
+  smtpmock -control -keepAll -tlsCert=test
 
 Exit status:
   0  the server was stopped
@@ -4884,9 +5012,9 @@ class _Narrator:
             word = f"\x1b[{colour}m{word}\x1b[0m" if self._colours else word
             self._printer(f"{time.strftime('%H:%M:%S')} {word} {_printable(text)}")
             for option, discarded in message._find_discards():
-                if option not in self._options and option not in self._warned:
+                if self._options.keys().isdisjoint(("keep_all", option)) and option not in self._warned:
                     self._warned.add(option)
-                    print(f"smtpmock: {discarded}; {_name_flag(option)} keeps them all", file=sys.stderr, flush=True)
+                    print(f"smtpmock: {discarded}; -keepAll keeps them all", file=sys.stderr, flush=True)
 
 
 class _Linter:
@@ -4914,6 +5042,20 @@ def _open_files(paths: Mapping[str, Any]) -> list[_Output]:
         except OSError as error:
             raise SMTPMockError(f"cannot write to {paths[name]}: {error.strerror}") from error
     return opened
+
+
+def _save_ca(path: str) -> None:
+    """Write what clients trust to a file that is new, or empty, or has it already."""
+    pem = _ca_pem().encode()
+    try:
+        with open(path, "ab+") as file:
+            file.seek(0)
+            content = file.read()
+            if content.replace(pem, b""):  # another process may have written it meanwhile, too
+                raise FileExistsError(errno.EEXIST, "there is something else in it")
+            file.write(b"" if content else pem)
+    except OSError as error:
+        raise SMTPMockError(f"cannot write to {path}: {error.strerror or error}") from error
 
 
 def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) -> None:
@@ -4999,9 +5141,11 @@ def _take_options(given: dict[str, Any]) -> dict[str, Any]:
     if "log" in given:
         options |= dict.fromkeys(_LOG_OPTIONS, given["log"])
     tls_cert, tls_key = given.pop("tls_cert", ""), given.pop("tls_key", "")
-    if tls_key and not tls_cert:
-        raise ConfigurationError("needs ", "tls_key", tls_key, needed="tls_cert")
-    if tls_cert:
+    if tls_key and tls_cert in ("", *_TEST_CONTEXTS):
+        raise ConfigurationError("needs a file in ", "tls_key", tls_key, needed="tls_cert")
+    if tls_cert in _TEST_CONTEXTS:
+        options["ssl_context"] = tls_cert
+    elif tls_cert:
         import ssl
 
         options["ssl_context"] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -5161,7 +5305,13 @@ def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
         _Printer()(_format_help(everything=own.get("help_all", False)))
     else:
         options = _take_options(own)
+        if own.get("dev"):
+            options, own = _DEV_OPTIONS | options, _DEV_FLAGS | own
         server = Server(**options)
+        if path := own.get("save_ca"):
+            if options.get("ssl_context") not in _TEST_CONTEXTS:
+                raise ConfigurationError(f"needs {' or '.join(_TEST_CONTEXTS)} in ", "save_ca", path, needed="tls_cert")
+            _save_ca(path)
         for rule in own.get("rule", ()):
             _add_rule(server, rule)
         return _serve(server, options, own, owns_process=owns_process)

@@ -142,6 +142,23 @@ class Memory:
     def on(self, stage: str, match: Any = None, **conditions: Any) -> smtpmock.Rule:
         return self._rules.add(smtpmock.Rule(self._rules, stage, match, **conditions))
 
+    @staticmethod
+    def test_pem() -> str:
+        """A certificate of localhost and 127.0.0.1, its authority, and its key."""
+        return smtpmock._make_pem("test") + smtpmock._ca_pem() + smtpmock._make_pem("key", "EC PRIVATE KEY")
+
+    @staticmethod
+    def load_test_context(name: str) -> ssl.SSLContext:
+        """The context of a server with this certificate, made anew."""
+        return smtpmock._load_test_context.__wrapped__(name)
+
+    @staticmethod
+    def own_flags(*argv: str) -> Any:
+        """The values of the flags that are no options of a server."""
+        with mock.patch.object(smtpmock, "_serve", return_value=0) as serve:
+            assert call_main(*argv) == (0, "", "")
+        return serve.call_args.args[2]
+
     def greet(self) -> list[str]:
         return self._read(self._session.greet(self.clock))
 
@@ -781,6 +798,21 @@ R: MAIL FROM:<क\xe2\x80\x83ष@a.com> SMTPUTF8\r\n      S: 501 MAIL FROM requi
 C: EHLO a.com                  S: 250-Received  S: 250 DSN
 C: MAIL FROM:<дядя@пример.рф>  S: 250 Received
 
+# ---- VRFY, EXPN, HELP
+== what is announced exists  -- extensions=["VRFY", "expn", "HELP me"]
+C: HELP | help MAIL            S: 214 HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT
+C: VRFY bob | vrfy <b@b.com>   S: 252 Cannot VRFY user, but will accept message
+C: EXPN list                   S: 252 Cannot EXPN list, but will accept message
+C: EHLO a.com                  S: 250-Received  S: 250-VRFY  S: 250-expn  S: 250 HELP me
+== each for itself  -- extensions=["EXPN"]
+C: VRFY bob | HELP             S: {UNRECOGNIZED}
+C: EXPN list                   S: 252 Cannot EXPN list, but will accept message
+== not before TLS  -- extensions=["HELP"], ssl_context=True, tls_required=True
+C: HELP                        S: 530 Must issue a STARTTLS command first
+== rule: a user to verify  -- extensions=["VRFY"], fail_fast=True  -- rule: VRFY bob@example.com: reply 550 No
+C: VRFY <x@example.com>        S: 252 Cannot VRFY user, but will accept message
+C: VRFY <bob@example.com>      S: 550 No  S: <closed>
+
 # ---- CHUNKING
 == a body in chunks  + chunking
 R: BDAT 4\r\nhi\r\n    S: 250 Received
@@ -926,6 +958,38 @@ S: 451 all
 C: NOOP  S: 452 new
 C: NOOP  S: 450 old
 C: RSET  S: 503 Bad sequence of commands. HELO should be the first
+== rule: the third, after which the normal replies come back  -- rule: NOOP: reply 450 third; skip=2; times=1
+C: NOOP | NOOP  S: 250 Ok
+C: NOOP         S: 450 third
+C: NOOP | NOOP  S: 250 Ok
+== rule: only what matches is let pass  -- rule: RCPT b@b.com: reply 450 first | 451 second; skip=1
+C: EHLO a.com | MAIL FROM:<a@a.com> | RCPT TO:<c@b.com> | RCPT TO:<b@b.com>  S: 250 Received
+C: RCPT TO:<c@b.com>  S: 250 Received
+C: RCPT TO:<b@b.com>  S: 450 first
+C: RCPT TO:<b@b.com>  S: 451 second
+== rule: what a newer one answers is let pass, too  -- rule: NOOP: reply 450 old; skip=2
+-- rule: NOOP: reply 451 new; times=1
+C: NOOP  S: 451 new
+C: NOOP  S: 250 Ok
+C: NOOP  S: 450 old
+== rule: of all, the greeting and EHLO pass  -- rule: *: reply 450 no; skip=2
++ hello
+C: NOOP | RSET  S: 450 no
+== rule: a login is one match  -- auth_users={}  -- rule: AUTH: reply 454 no; skip=1
+C: EHLO a.com  S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
+C: AUTH LOGIN  S: 334 VXNlcm5hbWU6
+C: YQ==        S: 334 UGFzc3dvcmQ6
+C: YQ==        S: 535 Authentication credentials invalid
+C: AUTH LOGIN  S: 334 VXNlcm5hbWU6
+C: YQ==        S: 334 UGFzc3dvcmQ6
+C: YQ==        S: 454 no
+== rule: the second body is cut off  -- rule: message: drop; after=1; skip=1
++ in body
+C: hi
+C: .     S: 250 Received
+C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
+C: DATA  S: {READY}
+C: hi    S: <closed>
 == rule: no chance, and every chance  -- rule: NOOP: reply 450 no; probability=0
 -- rule: RSET: reply 450 no; probability=1; times=2
 C: NOOP  S: 250 Ok
@@ -1035,6 +1099,9 @@ HELO a.com | RSET x => msg_invalid_cmd_rset_arg
 HELO a.com | RSET => msg_rset_received
 NOOP => msg_noop_received
 QUIT => msg_quit_cmd
+VRFY bob => msg_vrfy_received  -- extensions=["VRFY"]
+EXPN list => msg_expn_received  -- extensions=["EXPN"]
+HELP => msg_help_received  -- extensions=["HELP"]
 {x*5000} => msg_line_too_long
 EHLO a.com | MAIL FROM:<> X=1 => msg_unknown_parameter  -- extensions=["DSN"]
 HELO a.com | MAIL FROM:<> | RCPT TO:b@b.com | BDAT 0 => msg_bdat_received  -- extensions=["CHUNKING"]
@@ -2852,8 +2919,10 @@ auth_required=True                => auth_required=True: needs auth_users
 auth_requires_tls=True            => auth_requires_tls=True: needs ssl_context
 implicit_tls=True                 => implicit_tls=True: needs ssl_context
 tls_required=True                 => tls_required=True: needs ssl_context
-ssl_context=1                     => ssl_context=1: must be an ssl.SSLContext for servers, as ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-ssl_context=ssl.create_default_context() => {MORE}must be an ssl.SSLContext for servers{MORE}
+ssl_context=1                     => ssl_context=1: must be an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) with a certificate, or 'test', 'expired' or 'wrong host'
+ssl_context="tset"                => ssl_context='tset': must be{MORE}'test'{MORE}
+auth_users="**"                   => auth_users='**': must be a mapping of users{MORE} or * for anybody
+ssl_context=ssl.create_default_context() => {MORE}must be an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER){MORE}
 auth_mechanisms=["PLAIN","plian"] => auth_mechanisms: plian is unknown; did you mean PLAIN?
 auth_mechanisms="PLAIN"           => auth_mechanisms='PLAIN': must be a list of words
 tolerated=["bare-fl"]             => tolerated: bare-fl is unknown; did you mean bare-lf?
@@ -2910,10 +2979,13 @@ server.on("RCPT", r"\w@x.com")                 => {MORE}looks like a pattern; di
 server.on("RCPT", "^bob@x.com")                => {MORE}looks like a pattern; did you mean re.compile({MORE}
 server.on("RCPT", "bob@x.com$")                => {MORE}looks like a pattern; did you mean re.compile({MORE}
 server.on("RCPT", "*@x.com")                   => {MORE}did you mean 'x.com'?
+server.on("MAIL", skip=-1)                     => skip=-1: must be an integer from 0 up
+server.on("MAIL", skip=None)                   => skip=None: must be an integer from 0 up
+server.on("MAIL", skpi=1)                      => skpi=1: on() has no such argument; did you mean skip?
 server.on("MAIL", times=0)                     => times=0: must be an integer from 1 up
 server.on("MAIL", probability=2)               => probability=2: must be a number from 0 to 1
 server.on("MAIL", time=2)                      => time=2: on() has no such argument; did you mean times?
-server.on("MAIL", q=2)                         => q=2: on() has no such argument; there are stage, match, times, {MORE}
+server.on("MAIL", q=2)                         => q=2: on() has no such argument; there are stage, match, skip, times, {MORE}
 server.on("MAIL", after=1)                     => after=1: is for the stage message, not for MAIL
 server.on("message", after=-1)                 => after=-1: must be an integer from 0 up
 server.on("MAIL").reply()                      => reply=(): must be one string or more
@@ -3022,7 +3094,7 @@ class ConfigurationTest(ServerCase):
 
         for call, names in (
             (smtpmock.Action, [field.name for field in dataclasses.fields(smtpmock.Action)]),
-            (Server().on, ["stage", "match", "times", "probability", "after", "unknown"]),
+            (Server().on, ["stage", "match", "skip", "times", "probability", "after", "unknown"]),
             (Server().configure, ["configuration", "options"]),
             (Mine, ["size"]),
         ):
@@ -3045,7 +3117,7 @@ class ConfigurationTest(ServerCase):
         self.assertEqual(repr(smtpmock.Action("450 later", then="close")), "Action(reply='450 later', then='close')")
 
     def test_equality(self) -> None:
-        make = functools.partial(Configuration, auth_users={"u": "s"}, extensions=["SIZE"])
+        make = functools.partial(Configuration, auth_users={"u": "s"}, extensions=["SIZE"], ssl_context="test")
         same = [make(), make(port=0), make(extensions=("SIZE",), auth_users={"u": "s"}), dataclasses.replace(make())]
         self.assertEqual(same, [make()] * 4)
         self.assertEqual(len(set(same)), 1)
@@ -3056,12 +3128,15 @@ class ConfigurationTest(ServerCase):
         self.assertEqual(smtpmock.Action(delay=1), smtpmock.Action(delay=1.0))
 
     def test_copies(self) -> None:
-        original = Configuration(port=25, not_registered_emails=["a@A.com"])
+        original = Configuration(port=25, not_registered_emails=["a@A.com"], ssl_context="test")
         for made in (copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
             self.assertEqual((made, made.port, made.not_registered_emails), (original, 25, {"a@a.com"}))
         self.assertEqual(dataclasses.asdict(original)["msg_greeting"], "220 Welcome")
         for replace in (dataclasses.replace, getattr(copy, "replace", dataclasses.replace)):  # new in 3.13
-            self.assertEqual(replace(original, port=26), Configuration(port=26, not_registered_emails=["a@a.com"]))
+            self.assertEqual(
+                replace(original, port=26),
+                Configuration(port=26, not_registered_emails=["a@a.com"], ssl_context="test"),
+            )
 
     def test_it_is_a_dataclass(self) -> None:
         """So that users can extend it, match it, and have pprint and pytest show it."""
@@ -3239,6 +3314,93 @@ class WaitingTest(unittest.TestCase):
         in_threads(purge, wait, send_all)
         found += server.messages_and_purge()
         self.assertEqual(sorted(ids(found)), list(range(1, 201)))
+
+
+class OutboxTest(ServerCase):
+    """Accepted mails, open sessions, and what is kept."""
+
+    def test_outbox(self) -> None:
+        with Server(keep_all=True, not_registered_emails=["c@b.com"]) as server:
+            with Smtp(server) as client:
+                client.sendmail("a@a.com", ["b@b.com", "c@b.com"], "one")
+                catch(smtplib.SMTPRecipientsRefused, client.sendmail, "a@a.com", ["c@b.com"], "two")
+                client.sendmail("a@a.com", ["b@b.com"], "three")
+            self.assertEqual([message.content for message in server.outbox], [b"one\r\n", b"three\r\n"])
+            with Client(server) as other:
+                other.ask(*ENVELOPE, "QUIT")
+            self.assertEqual((ids(server.outbox), ids(server.messages())), ([1, 3], [1, 2, 3, 4]))
+            server.messages_and_purge()
+            self.assertEqual(server.outbox, [])
+
+    def test_it_warns_like_messages(self) -> None:
+        with Server() as server:
+            send(server, "one", "two")
+            with self.assertWarnsRegex(smtpmock.SMTPMockWarning, "^1 of 2 accepted mails was not kept") as caught:
+                self.assertEqual(len(server.outbox), 1)
+            self.assertEqual(caught.filename, __file__)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                self.assertEqual(len(server.outbox), 1)
+
+    # Options, and how many mails and recipients are kept of two mails with two recipients each.
+    KEPT = read_rows("""
+=> 2 2  -- keep_all=True
+=> 2 1  -- keep_all=True, multiple_rcptto=False
+=> 1 2  -- keep_all=True, multiple_message_receiving=False
+=> 1 1  -- keep_all=False
+=> 1 2  -- keep_all=False, multiple_rcptto=True
+""")
+
+    def test_keep_all(self) -> None:
+        for _, kept, given in self.KEPT:
+            undone = Server(keep_all=not given["keep_all"])
+            undone.configure(**given)
+            with self.subTest(given), warnings.catch_warnings():
+                warnings.simplefilter("error", smtpmock.SMTPMockWarning)
+                for server in (Server(**given), Server(Configuration(**given)), undone):
+                    with server, Smtp(server) as client:
+                        for content in ("one", "two"):
+                            client.sendmail("a@a.com", ["b@b.com", "c@b.com"], content)
+                        if len(given) == 1:  # else the other option may warn
+                            self.assertEqual(len(server.messages()), int(kept[0]))
+                    self.assertEqual(f"{len(server.outbox)} {len(server.outbox[-1].rcpt_tos)}", kept)
+        shown = Configuration(keep_all=True, multiple_rcptto=False)
+        self.assertEqual((shown.multiple_rcptto, shown.multiple_message_receiving), (False, True))
+        self.assertEqual(dataclasses.replace(shown, port=1).multiple_message_receiving, True)
+        self.assertEqual((Configuration.multiple_rcptto, Configuration().multiple_rcptto), (False, False))
+
+    def test_sessions(self) -> None:
+        server = Server(keep_all=True)
+        self.assertEqual(server.sessions(), [])
+        with server, Client(server) as first, Client(server) as second:
+            first.ask("EHLO a.com", *SEND)
+            second.ask("EHLO b.com", "MAIL FROM:<c@c.com>")
+            (one, two), (recorded,) = server.sessions(), server.messages()
+            self.assertEqual((one.id, one.to_dict()), (recorded.id, recorded.to_dict()))
+            self.assertEqual((two.id, two.mail_from, two.helo_request), (0, "c@c.com", "EHLO b.com"))
+            self.assertEqual(two.peer, second.socket.getsockname())
+            second.ask("RSET", "MAIL FROM:<d@d.com>")
+            self.assertEqual((two.mail_from, server.sessions()[1].mail_from), ("c@c.com", "d@d.com"))
+            server.on("NOOP").silence()
+            second.send(b"NOOP\r\n")
+            self.assertTrue(wait_until(lambda: "<silence>" in server.sessions()[1].transcript))
+            first.ask("QUIT")
+            self.assertEqual([session.peer for session in server.sessions()], [two.peer])
+        self.assertEqual(server.sessions(), [])
+
+    def test_a_limit_of_sessions(self) -> None:
+        """Whoever has read its last reply is none, so the next connection is never refused for it."""
+        with Server() as server:
+            limit = server.on("connect", lambda line: len(server.sessions()) > 1).reply("421 Too many").close()
+            for last in ("QUIT", "RSET", "NOOP") * 30:
+                server.on("RSET", times=1).reply("250 bye").close()
+                server.on("NOOP", times=1).trickle(0.0001).close()
+                with Client(server) as client:
+                    self.assertEqual(client.greeting, "220 Welcome")
+                    with Client(server) as other:
+                        self.assertEqual((other.greeting, other.read()), ("421 Too many", "<closed>"))
+                    client.ask("EHLO a.com", last)
+            self.assertEqual(limit.hits, 90)
 
 
 class OnMessageTest(unittest.TestCase):
@@ -3493,6 +3655,39 @@ class RuleTest(ServerCase):
             self.assertEqual(sum(in_threads(*[count] * 32)), 100)
             self.assertEqual(rule.hits, 100)
 
+    def test_what_is_let_pass_is_exact(self) -> None:
+        with Server() as server:
+            rule, other = server.on("NOOP", skip=100, times=50).reply("450 no"), server.on("NOOP", skip=600).drop()
+
+            def count() -> int:
+                with Client(server) as client:
+                    return client.ask(*["NOOP"] * 20).count("450 no")
+
+            self.assertEqual(sum(in_threads(*[count] * 30)), 50)
+            self.assertEqual((rule.hits, other.hits), (50, 0))
+            self.assertEqual(
+                told(server),
+                "<Rule for NOOP: 0 hits, 600 of 600 skipped> was never hit; the nearest command was 'NOOP'",
+            )
+
+    def test_the_third_connection(self) -> None:
+        with Server() as server:
+            server.on("connect", skip=2, times=1).drop()
+            server.on("connect", times=1).reply("421 busy").delay(0).trickle(0).close()  # leaves nothing to decide
+            greetings = []
+            for _ in range(4):
+                with Client(server) as client:
+                    greetings.append(client.greeting)
+            self.assertEqual(greetings, ["421 busy", "220 Welcome", "<closed>", "220 Welcome"])
+
+    def test_chances_begin_after_what_is_let_pass(self) -> None:
+        def refusals(skip: int) -> list[int]:
+            memory = Memory(seed=7, rules=[f"NOOP: reply 450 no; probability=0.5; times=9; skip={skip}"])
+            return [index - skip for index, reply in enumerate(memory.say(*["NOOP"] * 90)) if reply == "450 no"]
+
+        self.assertEqual(refusals(0), refusals(10))
+        self.assertEqual(len(refusals(10)), 9)
+
     def test_chance(self) -> None:
         def refusals(seed: int | None, others: int = 0, verb: str = "NOOP") -> list[int]:
             rules = ["NOOP: reply 450 no; probability=0.3", "RSET: reply 450 no; probability=0.3"]
@@ -3643,6 +3838,19 @@ class AuthTest(ServerCase):
         text = base64.b64decode(challenge[4:]).decode()
         self.assertEqual(seen, [("PLAIN", "alice", "s"), ("LOGIN", "bob", "t"), ("CRAM-MD5", "alice", f"{text} abc")])
 
+    def test_any_login(self) -> None:
+        for lines in (
+            ["AUTH PLAIN " + b64("\0bob\0x")],
+            ["AUTH LOGIN", b64("bob"), b64("")],
+            ["AUTH CRAM-MD5", b64("bob 0123")],
+            ["AUTH XOAUTH2 " + b64("user=bob\1auth=Bearer x\1\1")],
+        ):
+            memory = self.memory(*lines[:-1], users="*")
+            self.assertEqual(memory.say(lines[-1]), [self.SUCCEEDED])
+            self.assertEqual((memory.message().auth, memory.message().auth_user), (True, "bob"))
+        for line in ("AUTH PLAIN x", "AUTH PLAIN " + b64("bob")):
+            self.assertEqual(self.memory(users="*").say(line), ["501 Cannot decode response"])
+
     def test_an_exchange_that_fails_leaves_nothing(self) -> None:
         for lines, reply in (
             ([self.LOGIN], "451 Local error in processing"),
@@ -3736,25 +3944,6 @@ def call_main(*argv: str) -> tuple[int, str, str]:
 
 # ---------------------------------------------------------------------------------------------- TLS
 
-# A certificate of localhost and 127.0.0.1 which is its own authority, with its key. It is good until 2120.
-CERTIFICATE = """-----BEGIN CERTIFICATE-----
-MIIBqjCCAVGgAwIBAgIUDM/Num28xnxma8Q+X5P236BT4CIwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAx
-MDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAARDnNB8bTbrRO5/EVPX+ZDdEN0uGbtorWyhsX65xF28RK6NGaKw316m
-RPCdDHXRS9nvPe/3/sirsDjLLkzfGOUFo38wfTAaBgNVHREEEzARgglsb2NhbGhv
-c3SHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMCAoQwHQYDVR0O
-BBYEFBA21DskUsf6Ga0pIasU1wcmL2A1MB8GA1UdIwQYMBaAFBA21DskUsf6Ga0p
-IasU1wcmL2A1MAoGCCqGSM49BAMCA0cAMEQCIEP8ebnHJG+RSQGYsitXE6pS63l+
-a6ODCmSdDyMyS1EDAiBRcTXg23Xz7aVVKUOkM1uFtNYde5laee9RDEUoavCK5Q==
------END CERTIFICATE-----
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgpI7nF53S/ZqGp3Cm
-adTnMoeRkiJypq8dyPruhaqNszKhRANCAARDnNB8bTbrRO5/EVPX+ZDdEN0uGbto
-rWyhsX65xF28RK6NGaKw316mRPCdDHXRS9nvPe/3/sirsDjLLkzfGOUF
------END PRIVATE KEY-----
-"""
-
 
 class TlsTest(ProcessCase):
     pem: Path
@@ -3764,7 +3953,7 @@ class TlsTest(ProcessCase):
         folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(folder.cleanup)
         cls.pem = Path(folder.name, "localhost.pem")
-        cls.pem.write_text(CERTIFICATE)
+        cls.pem.write_text(Memory.test_pem())
 
     def server(self, **options: Any) -> Server:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -3940,6 +4129,108 @@ class TlsTest(ProcessCase):
                 client.sendmail("a@a.com", ["b@b.com"], "hi")
 
         self.assertEqual(run_main(use, f"-tlsCert={self.pem}", "-authUsers=u:s", "--implicit-tls")[1:], ("", 0))
+
+
+class CertificateTest(ProcessCase):
+    """The certificates for tests."""
+
+    NAMES: ClassVar[Mapping[Any, str]] = {"test": "", "expired": "certificate has expired", "wrong host": "mismatch"}
+
+    def connect(self, server: Server, host: str, context: ssl.SSLContext | None = None) -> dict[str, Any]:
+        """The certificate that a client gets, which is as strict as it can be."""
+        context = context or server.client_context()
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        context.set_ciphers("DEFAULT:@SECLEVEL=2")
+        with smtplib.SMTP(server.host, server.port, timeout=TIMEOUT) as client:
+            client._host = host  # type: ignore[attr-defined]  # what smtplib compares with the certificate
+            client.starttls(context=context)
+            client.sendmail("a@a.com", ["b@b.com"], "hi")
+            return dict(client.sock.getpeercert())  # type: ignore[union-attr]
+
+    def test_each(self) -> None:
+        for name, error in self.NAMES.items():
+            for host in ("localhost", "127.0.0.1", "::1"):
+                with self.subTest(name, host=host), Server(ssl_context=name) as server:
+                    if error:
+                        with self.assertRaisesRegex(ssl.SSLCertVerificationError, error):
+                            self.connect(server, host)
+                    else:
+                        self.connect(server, host)
+                        self.assertIsNotNone(server.message().tls)
+                    with self.assertRaisesRegex(ssl.SSLCertVerificationError, "unable to get local issuer"):
+                        self.connect(server, host, ssl.create_default_context())
+
+    def test_what_is_in_it(self) -> None:
+        with Server(ssl_context="test") as server:
+            found = self.connect(server, "localhost")
+        names = (("DNS", "localhost"), ("IP Address", "127.0.0.1"), ("IP Address", "0:0:0:0:0:0:0:1"))
+        self.assertEqual(found["subjectAltName"], names)
+        dates = ("Jan  1 00:00:00 2000 GMT", "Jan  1 00:00:00 2100 GMT")
+        self.assertEqual((found["notBefore"], found["notAfter"]), dates)
+        self.assertNotRegex((HERE / "smtpmock.py").read_text(encoding="utf-8"), "BEGIN [A-Z]|MI[IGH][A-Za-z0-9+/]{20}")
+
+    def test_implicit_tls_and_a_change(self) -> None:
+        with Server(ssl_context="test", implicit_tls=True) as server:
+            with smtplib.SMTP_SSL(server.host, server.port, timeout=TIMEOUT, context=server.client_context()) as client:
+                self.assertEqual(client.noop()[0], 250)
+            server.configure(ssl_context="expired", implicit_tls=False)
+            with self.assertRaisesRegex(ssl.SSLCertVerificationError, "expired"):
+                self.connect(server, "localhost")
+            server.reset()
+            self.assertEqual(server.url[:5], "smtps")
+
+    def test_another_context_or_none(self) -> None:
+        for server in (Server(), Server(ssl_context=Memory.load_test_context("test"))):
+            with self.assertRaisesRegex(ServerStateError, 'no certificate for tests; ssl_context="test" gives it one'):
+                server.client_context()
+
+    def test_where_the_key_is(self) -> None:
+        """In memory; or in a file of ours, which is gone afterwards."""
+        load, paths = ssl.SSLContext.load_cert_chain, list[str]()
+
+        def look(context: ssl.SSLContext, path: str) -> None:
+            paths.append(path)
+            if not path.startswith("/proc/self/fd/"):  # which other users cannot open, whatever its mode
+                self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+            load(context, path)
+
+        with mock.patch.object(ssl.SSLContext, "load_cert_chain", look):
+            Memory.load_test_context("test")
+            with mock.patch.object(os, "memfd_create", create=True, side_effect=OSError("forbidden")):
+                Memory.load_test_context("test")
+            with mock.patch.object(smtpmock, "os", types.SimpleNamespace(unlink=os.unlink)):  # another system
+                Memory.load_test_context("test")
+        self.assertEqual(paths[0].startswith("/proc/self/fd/"), hasattr(os, "memfd_create"))
+        for path in paths:
+            self.assertFalse(os.path.lexists(path))
+        self.assertNotIn("/proc", "".join(paths[1:]))
+
+    def test_the_command_line(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "ca.pem")
+            for before in (None, "", "again"):
+                if before == "":
+                    path.write_text(before)
+                process = self.start("-tlsCert=test", f"-saveCa={path}", "-implicitTls")
+                context = ssl.create_default_context(cafile=path) if self.port_is_told(process) else None
+                with smtplib.SMTP_SSL("localhost", self.told, timeout=TIMEOUT, context=context) as client:
+                    client.noop()
+                process.kill()
+            self.assertEqual(path.read_text().count("BEGIN"), 1)
+            other, missing = Path(folder, "other.pem"), Path(folder, "missing", "ca.pem")
+            for text in ("x", path.read_text() + "x"):
+                other.write_text(text)
+                error = f"smtpmock: cannot write to {other}: there is something else in it\n"
+                self.assertEqual(call_main("-tlsCert=test", f"-saveCa={other}"), (1, "", error))
+                self.assertEqual(other.read_text(), text)
+            for place, reason in ((folder, "Is a directory"), (missing, "No such file or directory")):
+                error = f"smtpmock: cannot write to {place}: {reason}\n"
+                self.assertEqual(call_main("-tlsCert=test", f"-saveCa={place}"), (1, "", error))
+            self.assertEqual(sorted(os.listdir(folder)), ["ca.pem", "other.pem"])
+
+    def port_is_told(self, process: Any) -> int:
+        self.told = self.port(process)
+        return self.told
 
 
 # ------------------------------------------------------------------- starting, stopping and serving
@@ -5308,7 +5599,9 @@ stray                   => stray: there is no such flag
 -sessionTimeout=nan     => -sessionTimeout=nan: must be a number of seconds from 0.001 to 1000000
 -extensions=AUTH        => -extensions: AUTH is announced with the option -authUsers
 -tlsCert=none.pem       => -tlsCert='none.pem'{MORE}No such file or directory{MORE}
--tlsKey=none.pem        => -tlsKey='none.pem': needs -tlsCert
+-tlsKey=none.pem        => -tlsKey='none.pem': needs a file in -tlsCert
+-saveCa=ca.pem          => -saveCa='ca.pem': needs test or expired or wrong host in -tlsCert
+-authUsers=**           => -authUsers='**': must be a mapping{MORE}
 -implicitTls            => -implicitTls=True: needs -tlsCert
 -saveDir=/dev/null/x    => cannot write to /dev/null/x: Not a directory
 --maildir=/dev/null/x   => cannot write to /dev/null/x: Not a directory
@@ -5321,6 +5614,7 @@ RCPT: rply 450                => 'rply' must be {ACTIONS}
 RCPT: reply 450; tims=2       => 'tims' must be {ACTIONS}
 RCPT: times=2                 => it has no action
 RCPT: reply 450; times=x      => times='x': must be an integer from 1 up
+RCPT: reply 450; skip=-1      => skip=-1: must be an integer from 0 up
 RCPT: reply 450; times        => times='': must be an integer from 1 up
 RCPT: delay soon              => delay='soon': must be a number of seconds from 0 to 1000000
 RCPT: silence please          => 'please' must not follow silence
@@ -5336,7 +5630,10 @@ class CommandLineTest(unittest.TestCase):
         "int | None": ("-9", -9),
         "float": ("0.5", 0.5),
         "Collection[str]": ("a, b,,c", ["a", "b", "c"]),
-        "Mapping[str, str] | Callable[[str, str, str], object] | None": ("u:s:t, v:", {"u": "s:t", "v": ""}),
+        "Mapping[str, str] | Callable[[str, str, str], object] | Literal['*'] | None": (
+            "u:s:t, v:",
+            {"u": "s:t", "v": ""},
+        ),
     }
 
     def test_every_option_has_its_flags(self) -> None:
@@ -5359,6 +5656,36 @@ class CommandLineTest(unittest.TestCase):
         self.assertEqual(parse_flags("-msgNoopReceived=", "-blacklistedHeloDomains="), expected)
         self.assertEqual(parse_flags("-msgNoopReceived", "", "-blacklistedHeloDomains", ""), expected)
 
+    DEV: ClassVar[dict[str, Any]] = {
+        "keep_all": True,
+        "lenient_addresses": True,
+        "extensions": ("SIZE", "8BITMIME", "SMTPUTF8", "PIPELINING", "DSN"),
+        "auth_users": "*",
+    }
+
+    def test_for_development(self) -> None:
+        """Everything can be overridden."""
+        self.assertEqual(parse_flags("-dev"), self.DEV)
+        self.assertEqual(parse_flags("-dev=false"), {})
+        for flag, name, value in (
+            ("-keepAll=false", "keep_all", False),
+            ("-lenientAddresses=0", "lenient_addresses", False),
+            ("-extensions=DSN", "extensions", ["DSN"]),
+            ("-authUsers=u:s", "auth_users", {"u": "s"}),
+            ("-multipleRcptto=false", "multiple_rcptto", False),
+        ):
+            for argv in (["-dev", flag], [flag, "-dev"]):
+                self.assertEqual(parse_flags(*argv), {**self.DEV, name: value})
+        self.assertEqual(Memory.own_flags("-dev", "-quiet"), {"dev": True, "quiet": True, "show": True, "http": 0})
+        self.assertEqual(Memory.own_flags("-quiet"), {"quiet": True})
+
+    def test_certificates(self) -> None:
+        for name in ("test", "expired", "wrong host"):
+            self.assertEqual(parse_flags(f"-tlsCert={name}", "-authUsers=*"), {"ssl_context": name, "auth_users": "*"})
+            error = "smtpmock: -tlsKey='key.pem': needs a file in -tlsCert\n"
+            self.assertEqual(call_main(f"-tlsCert={name}", "-tlsKey=key.pem"), (2, "", error))
+        self.assertIn("No such file", call_main("-tlsCert=./test")[2])
+
     def test_version(self) -> None:
         for flag in ("-v", "--version"):
             status, out, err = call_main(flag, "-port=1")
@@ -5377,7 +5704,7 @@ class CommandLineTest(unittest.TestCase):
 
     def test_bad_rules(self) -> None:
         ends = "close or drop or reset or silence"
-        actions = f"reply or raw or delay or trickle or {ends} or times or probability or after"
+        actions = f"reply or raw or delay or trickle or {ends} or skip or times or probability or after"
         for (rule,), expected, _ in BAD_RULE_FLAGS:
             with self.subTest(rule):
                 error = expected.replace("{ACTIONS}", actions)
@@ -5934,7 +6261,7 @@ class TellingTest(unittest.TestCase):
             call()
 
     def test_recipients_that_were_not_kept(self) -> None:
-        text = "1 of 2 accepted recipients was not kept; multiple_rcptto=True keeps them all"
+        text = "1 of 2 accepted recipients was not kept; keep_all=True or multiple_rcptto=True keeps them all"
         calls: Sequence[Callable[[Server], object]] = (
             Server.messages, Server.messages_and_purge, Server.message, lambda server: server.wait_for_messages(1)
         )  # fmt: skip
@@ -5951,7 +6278,9 @@ class TellingTest(unittest.TestCase):
     def test_mails_that_were_not_kept(self) -> None:
         with Server() as server:
             send(server, "one", "two", "three")
-            text = "2 of 3 accepted mails were not kept; multiple_message_receiving=True keeps them all"
+            text = (
+                "2 of 3 accepted mails were not kept; keep_all=True or multiple_message_receiving=True keeps them all"
+            )
             self.assert_warns(text, server.message)
         for value in (True, False):
             with Server(multiple_message_receiving=value) as server:
@@ -6116,12 +6445,12 @@ class NarrationTest(ProcessCase):
         accepted, refused = out.splitlines()
         self.assertRegex(accepted, r'^\d\d:\d\d:\d\d accepted a@a.com -> c@c.com "Welcome.x1b\[31m" 1\.2 kB$')
         self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found$")
-        self.assertEqual(errors, "smtpmock: 1 of 2 accepted recipients was not kept; -multipleRcptto keeps them all\n")
+        self.assertEqual(errors, "smtpmock: 1 of 2 accepted recipients was not kept; -keepAll keeps them all\n")
 
     def test_quiet(self) -> None:
-        for flag in ("-quiet", "-multipleRcptto=false"):
-            out, errors, _ = self.run_by_hand(flag, sender=lambda port: send(port, "hi"))
-            self.assertEqual((out.count("accepted"), errors), (int(flag != "-quiet"), ""))
+        for flag in ("-quiet", "-multipleMessageReceiving=false", "-keepAll=false", "-keepAll"):
+            out, errors, _ = self.run_by_hand(flag, sender=lambda port: send(port, "hi", "ho"))
+            self.assertEqual((out.count("accepted"), errors), (2 * (flag != "-quiet"), ""))
 
     def make_faults(self, port: int) -> None:
         """In a command, in a mail, and after the mail."""
@@ -6515,6 +6844,154 @@ class ReadmeTest(ProcessCase):
         for name in [*smtpmock.__all__, *PUBLIC, *(name for name in dir(Server) if not name.startswith("_"))]:
             self.assertIn(name, self.text)
         self.assertIn(smtpmock.__version__, self.text)
+
+
+# The start of each code of README's "Coming from ...", in its order, and what is true after it: `value` is that of an
+# expression, and `three` what happens to three mails in three connections, as in "ok", "451" or "550 bob".
+COMING_FROM = read_rows(r"""
+s = smtpmock.Server(host= => three() == "ok ok ok"
+s.host => value == "127.0.0.1"
+s.port => value > 0
+m = s.message() => value.subject == "hi"
+m.mail_from => value == "alice@example.com"
+m.rcpt_tos => value == ["bob@example.com", "b@b.com", "eve@reject.org"]
+m.content => value.startswith(b"Subject: hi")
+m.email => value["subject"] == "hi"
+m.peer => value[0] == "127.0.0.1"
+email.message_from_bytes => value["subject"] == "hi"
+s.on("RCPT", "bob => three() == "550 bob 550 bob 550 bob"
+s.on("RCPT", lambda => three() == "550 b,eve 550 b,eve 550 b,eve"
+s.on("RCPT", re => three() == "550 eve 550 eve 550 eve"
+s.on("message", times=1) => three() == "451 ok ok"
+s.on("message", skip=2) => three() == "ok ok 452"
+s.on("DATA").delay => three() == "ok ok ok" and value.hits == 3
+s.on("message", after=1) => three() == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
+s = smtpmock.Server(on_mess => three() == "ok ok ok"
+s = smtpmock.Server(extensi => "XCLIENT" in ehlo()
+s = smtpmock.Server(extensi => "VRFY" in ehlo("VRFY bob") and "252 Perhaps" in ehlo("VRFY bob") and "214" in ehlo("HELP")
+s.on("*")(lambda => three() == "ok ok ok" and lines.count("data") == 3
+s = smtpmock.Server(auth_us => three() == "530 530 530" and three("alice") == "ok ok ok" and three("eve") == "535 535 535"
+s = smtpmock.Server(tls_req => three() == "530 530 530"
+s = smtpmock.Server(ssl_con => s.url.startswith("smtps://")
+s = smtpmock.Server(msg_siz => "SIZE 1000" in ehlo() and "SMTPUTF8" in ehlo()
+m = await asyncio.to_thread => value.subject == "hi"
+s.host => value == "127.0.0.1"
+(s.host, s.port) => value == (s.host, s.port)
+s.configure(ssl_context= => s.url.startswith("smtps://")
+s.configure(auth_users= => three() == "530 530 530"
+len(s.outbox) => value == 1
+s.outbox[0].mail_from => value == "alice@example.com"
+s.messages_and_purge() => len(value) == 1 and s.outbox == []
+s.message(lambda => value.subject == "hi"
+m.auth_user => value is None
+m.tls => value is None
+m.text => value == "hello\n"
+m.html => value is None
+len(s.wait_for_messages(1)) => value
+s.on("connect", times=1) => three() == "421 ok ok"
+s.on("MAIL").drop() => three() == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
+s.stop() => three() == "ConnectionRefusedError " * 2 + "ConnectionRefusedError"
+s.on("MAIL").silence() => three(timeout=0.1) == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
+s.on("AUTH").reply => three("alice") == "535 535 535"
+n = s.on("connect").reply => three() == "ok ok ok" and n.hits == 3
+n.hits => value == 3
+connect = socket.create => True
+monkeypatch.setattr( => three(host="smtp.example.invalid") == "ok ok ok"
+monkeypatch.setenv( => trusts()
+""")
+
+
+class ComingFromTest(unittest.TestCase):
+    """Each row of README's table for the users of other tools."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.pem = Path(folder.name, "ca.pem")
+        self.pem.write_text(Memory.test_pem())
+        self.names: dict[str, Any] = {
+            **{name: sys.modules[name] for name in ("asyncio", "email", "re", "smtpmock", "socket")},
+            **{name: getattr(self, name) for name in ("three", "ehlo", "trusts", "monkeypatch")},
+            "context": Memory.load_test_context("test"),
+        }
+
+    def serve(self) -> Server:
+        """A server that has received a mail."""
+        server = self.stack.enter_context(Server(keep_all=True, auth_users="*"))
+        self.names.update(s=server, lines=[])
+        self.three(count=1)
+        self.names["m"] = server.message()
+        return server
+
+    def running(self) -> Any:
+        """The server of the row, which runs unless the row has stopped it."""
+        server = self.names["s"]
+        if not server.port:
+            self.stack.enter_context(server)
+        return server
+
+    def three(self, user: str = "", *, count: int = 3, host: str = "127.0.0.1", timeout: float = TIMEOUT) -> str:
+        port, recipients = self.running().port, ["bob@example.com", "b@b.com", "eve@reject.org"]
+
+        def deliver() -> str:
+            try:
+                with smtplib.SMTP(host, port, timeout=timeout) as client:
+                    if user:
+                        client.login(user, "secret")
+                    refused = client.sendmail("alice@example.com", recipients, "Subject: hi\n\nhello")
+            except smtplib.SMTPRecipientsRefused as error:
+                refused = error.recipients
+            except (smtplib.SMTPException, OSError) as error:
+                return str(getattr(error, "smtp_code", type(error).__name__))
+            names = ",".join(address.partition("@")[0] for address in refused)
+            return f"{next(iter(refused.values()))[0]} {names}" if refused else "ok"
+
+        return " ".join(deliver() for _ in range(count))
+
+    def ehlo(self, *commands: str) -> str:
+        """All that a server says to EHLO and these commands."""
+        with Client(self.running()) as client:
+            client.send("".join(f"{line}\r\n" for line in ("EHLO a.com", *commands, "QUIT")).encode())
+            return "\n".join(client.read_all())
+
+    def trusts(self) -> bool:
+        """Whether a context with default values trusts the certificate for tests."""
+        with Server(ssl_context="test") as server, Smtp(server) as client:
+            return client.starttls(context=ssl.create_default_context())[0] == 220
+
+    @property
+    def monkeypatch(self) -> Any:
+        def setattr(*arguments: Any) -> None:
+            self.stack.enter_context(mock.patch.object(*arguments))
+
+        def setenv(name: str, value: str) -> None:
+            self.stack.enter_context(mock.patch.dict(os.environ, {name: value.replace("ca.pem", str(self.pem))}))
+
+        return types.SimpleNamespace(setattr=setattr, setenv=setenv)
+
+    def run_code(self, code: str) -> None:
+        """Run an expression, which may await something, and give its value the name that the code has for it."""
+        name, _, expression = code.rpartition(" = ") if re.match(r"\w+ = ", code) else ("value", "", code)
+        value = eval(compile(expression, code, "eval", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), self.names)
+        if inspect.iscoroutine(value):
+            value = asyncio.run(value)
+        self.names["value"] = self.names[name] = value
+
+    def test_each_row(self) -> None:
+        text = (HERE / "README.md").read_text(encoding="utf-8").partition("<summary>Coming from aiosmtpd")[2]
+        cells = re.findall(r"^\| .* \| (`.*) \|$", text.partition("</details>")[0], re.MULTILINE)
+        groups = [group for cell in cells for group in re.split("(?<=`); (?=`)", cell)]  # each with a server of its own
+        expected = [(*row.given, row.expected) for row in COMING_FROM]
+        for group in groups:
+            with contextlib.ExitStack() as self.stack:
+                self.serve()
+                for code in re.findall("`(.*?)`", group.replace("`-saveCa`", "")):
+                    (start, check), *expected = expected
+                    with self.subTest(code), contextlib.redirect_stdout(io.StringIO()):
+                        self.assertTrue(code.startswith(start), start)
+                        self.run_code(code)
+                        self.assertTrue(eval(check, self.names), check)
+        self.assertEqual(expected, [])
 
 
 if __name__ == "__main__":

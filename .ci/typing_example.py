@@ -49,6 +49,9 @@ server: Server = Server(options, port=0, on_message=collect, logger=logging.getL
 Server(logger=Log(), auth_users=allow, ssl_context=context, extensions=("SIZE", "DSN"), seed=7)
 Server(auth_users={"user": "secret"}, on_message=lambda message: message.subject).with_logger(Log())
 server.configure(multiple_rcptto=True, on_message=None)
+Server(keep_all=True, auth_users="*", ssl_context="test").on("connect", skip=2, times=1).drop()
+trusting: ssl.SSLContext = Server(ssl_context="wrong host").client_context()
+subjects: list[str | None] = [message.subject for message in (*server.outbox, *server.sessions())]
 server.configure(Configuration(fail_fast=True), msg_noop_received="250 Fine")
 server.disconnect(reset=True)
 address: str = server.url
@@ -65,6 +68,8 @@ Server(on_message=25)  # type: ignore
 Server(handlers=[Log])  # type: ignore
 Server(logger=print)  # type: ignore
 Server(auth_users=["user"])  # type: ignore
+Server(ssl_context="tset")  # type: ignore
+server.on("connect", skip=None)  # type: ignore
 server.configure(multiple_rcptto=1)  # type: ignore
 server.configure(multiple_rcpto=True)  # type: ignore
 server.configure(port=25)  # type: ignore
