@@ -1132,6 +1132,7 @@ _REGISTERED_CHARSETS = (
     r"unicode-1|unknown-8|utf-7-|videotex|viqr|viscii)[\w.:()+-]*"
 )
 _ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
+_NOT_IN_NAME = r"[^\w!*+/=-]"  # RFC 2047 section 5 (3)
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _DATE = (  # with the years and zones of RFC 5322 section 4.3
@@ -1157,12 +1158,7 @@ def _list_addresses(name: str, address: str, route: str = "") -> str:
 # The code, the grammar, the same with what is obsolete, and what to change in that.
 _OLD_LIST = _list_addresses(r" ?[aq][aq. ]*", _OLD_ADDRESS, r"(?:@a(?:\.a)*(?:,@a(?:\.a)*)*:)?")
 _ADDRESSES = "bad-address", _list_addresses(r" ?[aq][aq ]*", _ADDRESS), _OLD_LIST, "quote a name that has a dot"
-_IDS = (
-    "bad-message-id",
-    rf" ?{_ID}(?: ?{_ID})* ?",
-    rf"[aq ]*(?:<{_OLD_ADDRESS}>[aq ]*)+",
-    "write nothing but <left@right>",
-)
+_IDS = "bad-message-id", rf" ?{_ID}(?: ?{_ID})* ?", rf"[aq ]*(?:<{_OLD_ADDRESS}>[aq ]*)+", "write only <left@right>"
 _GRAMMARS = {
     **dict.fromkeys(_ADDRESS_HEADERS, _ADDRESSES),
     **dict.fromkeys(("in-reply-to", "references"), _IDS),
@@ -1291,6 +1287,7 @@ def _check_word(match: re.Match[str], line: str, place: str) -> _Findings:
     """The place is that in a list of addresses: " in a quoted string, x outside of it and of comments."""
     charset, kind, text = match.groups()
     around = match.string[max(match.start() - 1, 0) : match.start()], match.string[match.end() : match.end() + 1]
+    is_name = place == "x"
     is_q, encoding = kind in "Qq", {"b": "base64", "q": "quoted-printable"}.get(kind.lower(), "")
     raw = text.encode("utf-8", "surrogateescape")
     is_wrong = not encoding or re.search(_ENCODINGS[encoding][1], raw + b"x" * is_q)  # for a = at the end of a word
@@ -1300,10 +1297,9 @@ def _check_word(match: re.Match[str], line: str, place: str) -> _Findings:
         "an address must not have an encoded word": "@" in around or around == ("<", ">"),
         _NO_SPACE: "".join(around).strip("( \t\r\n)"),
         "an encoded word is empty or has white space in it": not re.fullmatch(r"[!-~]+", text),
-        # RFC 2047 section 5 (3)
         "a Q word in a name must have letters, digits and !*+-/=_ only": is_q
-        and place == "x"
-        and re.search(r"[^\w!*+/=-]", text),
+        and is_name
+        and re.search(_NOT_IN_NAME, text),
         "": data is None,
     }
     found = _pick("encoded-word", line, faults)
@@ -1320,11 +1316,11 @@ def _check_date(value: str, line: str) -> _Findings:
         date = datetime.date(int(year) + century, _MONTHS.index(month.lower()) + 1, int(day))
     except ValueError:
         yield "bad-date", line
-        return
-    if weekday is not None and weekday.lower() != _WEEKDAYS[date.weekday()]:
-        yield "bad-date", line, "this date is on another day of the week"
-    elif century or zone.isalpha():
-        yield "obsolete-syntax", line, "write the year with four digits, and the zone like +0000"
+    else:
+        if weekday is not None and weekday.lower() != _WEEKDAYS[date.weekday()]:
+            yield "bad-date", line, "this date is on another day of the week"
+        elif century or zone.isalpha():
+            yield "obsolete-syntax", line, "write the year with four digits, and the zone like +0000"
 
 
 def _check_grammar(name: str, value: str, line: str) -> _Findings:
@@ -1366,8 +1362,8 @@ def _check_sections(code: str, value: str, line: str) -> _Findings:
         }
         found = _pick(code, line, faults)
         data = urllib.parse.unquote_to_bytes(encoded[charset.end() :]) if charset else b""
-        text = "a value is not in its charset"
-        yield from found or _check_charset(data, (charset and charset[1]) or "us-ascii", code, line, text)
+        name = (charset and charset[1]) or "latin-1"  # it may be empty
+        yield from found or _check_charset(data, name, code, line, "a value is not in its charset")
 
 
 def _check_mime_grammar(name: str, value: str, line: str) -> _Findings:
@@ -1451,12 +1447,12 @@ def _check_body(part: Any, kind: str, encoding: str, charset: str | None) -> _Fi
         found = [(code, encoding)]
     yield from found
     if encoding == "quoted-printable" and not found:
-        yield from ((*line, "write =C3 and not =c3") for line in _find_line(code, _LOWER_HEX, data))
-    has_charset = charset is not None
-    charset = "us-ascii" if charset is None and kind == "text/plain" else charset
-    if not found and charset is not None and kind.startswith("text/"):
-        texts = [] if has_charset else ["a text that is not ASCII needs a charset, such as utf-8"]
-        yield from _check_charset(text or b"", charset, "wrong-charset", f"charset={charset}", *texts)
+        yield from ((*lower, "write =C3 and not =c3") for lower in _find_line(code, _LOWER_HEX, data))
+    if not found and kind == "text/plain" and charset is None:
+        cure = "a text that is not ASCII needs a charset, such as utf-8"
+        yield from _check_charset(text or b"", "us-ascii", "wrong-charset", "charset=us-ascii", cure)
+    elif not found and kind.startswith("text/") and charset is not None:
+        yield from _check_charset(text or b"", charset, "wrong-charset", f"charset={charset}")
 
 
 def _read_type(value: str) -> tuple[str, dict[str, str]]:
