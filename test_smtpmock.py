@@ -4420,9 +4420,12 @@ class StopTest(ServerCase):
             (f"NOOP: delay {10 * TIMEOUT}", ["NOOP"], 0.05, [], forced),
             ("NOOP: drop", [*ENVELOPE, "DATA"], 0.05, [READY], forced),  # in a body
         )
-        for row, server in zip(rows, in_threads(*(functools.partial(keep_promise, *row) for row in rows)), strict=True):
+        results = in_threads(*(functools.partial(keep_promise, *row) for row in rows))
+        for row, result in zip(rows, results, strict=True):
             with self.subTest(row[0]):
-                self.assert_nothing_is_left(server)
+                if isinstance(result, Exception):
+                    raise result
+                self.assert_nothing_is_left(result)
 
     def test_a_client_that_does_not_read_is_cut_off(self) -> None:
         server, client, recorder = self.serve(shutdown_timeout=0.05, msg_noop_received="250 " + "x" * 5_000_000)
