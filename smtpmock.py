@@ -12,6 +12,7 @@ One module, standard library only, one thread per connection. It reads from top 
     options         Configuration: every option with its default and its meaning
     grammar         the verbs, the patterns of RFC 5321, and the parsers of a command line
     dialogue        a request, a reply, and the exchange of the two
+    mail            how a mail is read: its charsets, encodings, headers and parts
     violations      what a client can do wrong: the checks, each with its RFC
     records         what the server records of a session
     rules           when the server deviates from its normal replies, and how
@@ -828,6 +829,248 @@ def _format_exchanges(exchanges: Iterable[_Exchange]) -> Iterator[str]:
             yield f"S: {reply.next.value}"
 
 
+# -------------------------------------------------------------------------------------------- mail
+
+_TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
+_ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
+_WORD = _ENCODED_WORD.replace("A-Za-z", "BbQq")
+_COMMENT = r"\([^()]*\)"
+_SPACE, _TOKEN = rf"\s*(?:{_COMMENT}\s*)*", r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]+"
+_UNQUOTED = r"[^;(]*(?:\((?:[^()]*\))?[^;(]*)*"
+_PARAMETER = rf'(?s);{_SPACE}([^\s;=()]+){_SPACE}={_SPACE}(?:"([^"\\]*(?:\\.[^"\\]*)*)"?|({_UNQUOTED}))'
+_FIELD = r"(?<![^\n])([!-9;-~]+)[ \t]*:[ \t]*([^\n]*(?:\n[ \t][^\n]*)*)\n?"
+# Longer headers are not given to `email`, because the time that it takes grows with the square of their length.
+_HEADER_LIMIT, _DEPTH_LIMIT, _PART_LIMIT = 2000, 30, 10_000
+_Parts = list[tuple[Any, str, dict[str, str], bytes | None]]  # each with its type, parameters, and content if it is one
+
+_NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
+# Names of charsets, by IANA and by old programs and without x- or cs, that Python knows under another name.
+_CHARSETS = {
+    "(?:windows|ibm|ccsid|dos|ms)?-?(?:cp)?-?0*([0-9]+)": r"cp\1", "windows-?31j": "cp932", "hproman8": "hp-roman8",
+    "iso-8859-1-windows.*": "cp1252", "iso-8859-2-windows.*": "cp1250", "iso-8859-9-windows.*": "cp1254",
+    "iso-?8859-?([0-9]+)(?:-?[ie])?": r"iso8859-\1",  # RFC 1556: -i and -e are about the direction of the text
+    "(?:unicode-?1-?1-?)?utf-?([0-9]+)-?([bl]e)?": r"utf-\1\2", "iso-10646-ucs-2|unicode": "utf-16-be",
+    "iso-10646-ucs-4|ucs4": "utf-32-be", "ksc?-?c?-?5601.*|iso-ir-149": "euc_kr", "koi8([ru])": r"koi8-\1",
+    "eucpkdfmtjapanese|extended-unix-code-packed.*": "euc_jp", "jis-?encoding": "iso2022_jp", "gb-2312-80": "gb2312",
+    "iso2022jp2": "iso2022_jp_2", "(?:iso)?-?latin-?9": "iso8859-15", "pc-multilingual-850.*": "cp858",
+}  # fmt: skip
+# Mail programs often name the first charset and use the second, which has all its characters and more.
+_SUPERSETS = {
+    "ascii": "utf-8", "gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "euc_kr": "cp949",
+    "shift_jis": "cp932", "euc_jp": "euc_jis_2004", "iso2022_jp": "iso2022_jp_ext iso2022_jp_3",
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _find_codec(charset: str) -> str:
+    """Python's name of a charset; "" if Python does not know it."""
+    import codecs
+
+    name = re.sub("[^a-z0-9.+]+", "-", charset[:60].lower()).strip("-")
+    plain = re.sub("^(?:x-|cs)", "", name)
+    for known in (name, *(re.sub(f"^(?:{names})$", codec, plain) for names, codec in _CHARSETS.items())):
+        with contextlib.suppress(LookupError):
+            codec = codecs.lookup(known).name
+            if codec not in _NOT_CHARSETS:
+                return codec
+    return ""
+
+
+def _decode_charset(data: bytes, charset: str) -> str:
+    """The text, with a replacement character for each wrong one; a charset that is unknown counts as UTF-8."""
+    codec = _find_codec(charset) or "utf-8"
+    names = ["cp1252"] if codec == "iso8859-1" else [codec, *_SUPERSETS.get(codec, "").split()]
+    for name, errors in (*((name, "strict") for name in names), (names[-1], "replace")):
+        # Windows adds characters to JIS X 0208 that Python knows in JIS X 0213 alone.
+        text = data.replace(b"\x1b$B", b"\x1b$(O") if name == "iso2022_jp_3" else data
+        with contextlib.suppress(Exception):  # a codec may raise anything, and that of UTF-7 makes lone surrogates
+            return re.sub("[\ud800-\udfff]", "\ufffd", text.decode(name, errors).removeprefix("\ufeff"))
+    return data.decode("utf-8", "replace")
+
+
+def _decode_content(data: bytes, encoding: str) -> bytes:
+    import binascii
+    import codecs
+
+    if encoding == "quoted-printable":
+        return binascii.a2b_qp(re.sub(rb"(?<![ \t])[ \t]+(?=\r?\n|\Z)", b"", data))
+    if encoding == "base64":  # `email` stops at the first padding, and at a stray character decodes nothing
+        blocks = re.findall(b"[^=]+", re.sub(b"[^A-Za-z0-9+/=]+", b"", data))
+        return b"".join(binascii.a2b_base64(block[: len(block) - (len(block) % 4 == 1)] + b"==") for block in blocks)
+    with contextlib.suppress(Exception):
+        if encoding in ("x-uuencode", "uuencode", "x-uue", "uue"):
+            return codecs.decode(data[data.index(b"begin ") :].replace(b"\r\n", b"\n"), "uu")
+    return data
+
+
+def _decode_words(text: str, write: Callable[[str], str] = str) -> str:
+    """Decode the encoded words, without the white space between two; those of one charset may share a character."""
+
+    def decode(match: re.Match[str]) -> str:
+        runs: list[tuple[str, list[bytes]]] = []
+        for charset, kind, word in re.findall(_WORD, match[0]):
+            if not runs or runs[-1][0] != charset:
+                runs.append((charset, []))
+            encoding, text = ("base64", word) if kind in "Bb" else ("quoted-printable", word.replace("_", "=20"))
+            runs[-1][1].append(_decode_content(text.encode(), encoding))
+        return write("".join(_decode_charset(b"".join(data), charset.partition("*")[0]) for charset, data in runs))
+
+    word = _WORD.replace("(", "(?:")
+    return re.sub(rf"{word}(?:\s*{word})*", decode, text)
+
+
+def _unfold(value: str) -> str:
+    """The value in one line, with raw bytes read as UTF-8; it may be folded right after the colon."""
+    text = value.rstrip("\r\n").replace("\r\n", "").replace("\n", "").replace("\r", " ").lstrip(" \t")
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _strip_comments(value: str) -> str:
+    for _ in range(4):  # they may be nested; with no limit, the time could grow with the square of the length
+        value = re.sub(_COMMENT, " ", value)
+    return value
+
+
+def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
+    """The value of a header such as Content-Type, and its parameters.
+
+    `email` takes comments for a part of the value, raises on some parameters, and stops within an unquoted one that
+    needs quotes; mail readers take it whole.
+    """
+    from urllib.parse import unquote_to_bytes
+
+    text = next((value for name, value in part.raw_items() if name.lower() == header), None)
+    if text is None:
+        return "", {}
+    text = _unfold(text[:100_000])  # `re` needs up to 300 bytes for each character
+    end = len(re.split(rf"\A({_UNQUOTED})", text)[1])
+    values: dict[str, str] = {}
+    sections: dict[str, dict[int, tuple[str, str]]] = {}
+    for name, quoted, raw in re.findall(_PARAMETER, text[end:]):
+        bare = _strip_comments(raw).strip()
+        value = (bare if re.fullmatch(_TOKEN, bare) else raw.strip()) or re.sub(r"(?s)\\(.)", r"\1", quoted)
+        base, number, star = re.split(r"(?:\*([0-9]{1,4}))?(\*?)\Z", name.lower(), maxsplit=1)[:3]
+        if number or star:
+            sections.setdefault(base, {}).setdefault(int(number or 0), (value, star))
+        elif base not in values:
+            values[base] = value if base == "boundary" else _decode_words(value)
+    for name, found in sections.items():  # RFC 2231: with a star, a section is percent-encoded
+        ordered = [section for _, section in sorted(found.items())]
+        data = b"".join(unquote_to_bytes(value) if star else value.encode() for value, star in ordered)
+        charset, _, data = data.split(b"'", 2) if ordered[0][1] and data.count(b"'") > 1 else (b"", b"", data)
+        values[name] = _decode_charset(data, charset.decode("latin-1"))
+    return "".join(_strip_comments(text[:end]).lower().split()), values
+
+
+@functools.cache
+def _make_email_policy() -> Any:
+    import base64
+    from email.errors import InvalidHeaderDefect
+    from email.headerregistry import BaseHeader, HeaderRegistry, UnstructuredHeader
+    from email.policy import EmailPolicy
+
+    def encode(text: str) -> str:
+        """`email` knows fewer charsets, and up to Python 3.13 it puts a blank between the encoded words of a name."""
+        return f"=?utf-8?b?{base64.b64encode(text.encode('utf-8', 'replace')).decode()}?="
+
+    # It has what is asked of a Content- header, too.
+    attributes = {"value_parser": staticmethod(_decode_words), "params": {}, "content_disposition": None, "cte": "7bit"}
+    unstructured: Any = type("Text", (UnstructuredHeader,), attributes)
+
+    class Policy(EmailPolicy):
+        def header_fetch_parse(self, name: str, value: str) -> Any:
+            text = _unfold(value)
+            try:
+                if len(text) > _HEADER_LIMIT:
+                    raise ValueError("it is too long")
+                return self.header_factory(name, _decode_words(text, encode))
+            except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
+                header: Any = HeaderRegistry(BaseHeader, unstructured, False)(name, text)
+                header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
+                return header
+
+    return Policy(refold_source="none")
+
+
+def _show_headers(mail: Any) -> list[tuple[str, str]]:
+    """Addresses and other structured values are shown as `email` does, but only the first of a name: it is slow."""
+    structured = mail.policy.header_factory.registry.keys() - {"subject"}
+    values = []
+    for name, value in mail.raw_items():
+        is_structured = name.lower() in structured
+        structured.discard(name.lower())
+        text = str(mail.policy.header_fetch_parse(name, value)) if is_structured else _decode_words(_unfold(value))
+        values.append((name, text))
+    return values
+
+
+def _read_header(part: Any, text: str) -> str:
+    """Add the fields to the part, and return its body.
+
+    A line that is neither a field nor its continuation is skipped, as mail readers do; `email` ends the header there.
+    """
+    from email.errors import MissingHeaderBodySeparatorDefect
+
+    head, *rest = re.split(r"(?<![^\n])\r?\n", text, maxsplit=1)
+    fields = list(re.finditer(_FIELD, head))
+    for field in fields:
+        part.set_raw(field[1], field[2].rstrip("\r\n"))
+    if sum(len(field[0]) for field in fields if field[0][len(field[1])] == ":") != len(head):
+        part.defects.append(MissingHeaderBodySeparatorDefect())
+    if rest and (fields or not head):
+        return rest[0]
+    return text[fields[-1].end() if fields else 0 :]
+
+
+def _split_multipart(part: Any, body: str, boundary: str) -> list[str]:
+    from email import errors
+
+    delimiter = "--" + re.escape(boundary.rstrip().encode().decode("ascii", "surrogateescape"))
+    line = rf"{delimiter}(?<![^\n]{delimiter})(--)?[ \t]*(?:\r?\n|\Z)"
+    preamble, *found = re.split(line, body, maxsplit=_PART_LIMIT) if 0 < len(boundary) < _HEADER_LIMIT else [body]
+    ends, texts = found[::2], [text.removesuffix("\n").removesuffix("\r") for text in (preamble, *found[1::2])]
+    count = ends.index("--") if "--" in ends else len(ends)
+    if count == 0:
+        part.defects.append(errors.StartBoundaryNotFoundDefect() if boundary else errors.NoBoundaryInMultipartDefect())
+        return []
+    part.preamble = texts[0] if preamble else None
+    if count == len(ends):
+        part.defects.append(errors.CloseBoundaryNotFoundDefect())
+    else:
+        part.epilogue = found[2 * count + 1] or ("" if body.endswith("\n") else None)
+    return texts[1 : count + 1]
+
+
+def _parse_part(part: Any, text: str, parts: _Parts, depth: int = 0) -> _Parts:
+    """Fill the EmailMessage, and add it and its parts to the list, but for those of a mail within the mail.
+
+    The parser of `email` rewrites a mail within the mail, is limited by the stack alone, and compares each line with
+    the boundaries of all parts around it.
+    """
+    from email.errors import MessageDefect
+    from email.message import EmailMessage
+
+    body = _read_header(part, text)
+    (kind, parameters), encoding = _read_mime(part, _TYPE), _read_mime(part, _ENCODING)[0]
+    if kind.count("/") != 1:  # RFC 2045 section 5.2
+        kind = "text/plain" if kind else part.get_default_type()
+    is_multipart, is_message = kind.startswith("multipart/"), kind.startswith("message/")
+    if depth == _DEPTH_LIMIT and (is_multipart or is_message):
+        (parts[0][0] if parts else part).defects.append(MessageDefect("parts are nested too deeply"))
+        is_multipart = is_message = False
+    texts = _split_multipart(part, body, parameters.get("boundary", "")) if is_multipart else []
+    content = None if texts else _decode_content(body.encode("ascii", "surrogateescape"), encoding)
+    if is_message and content is not None:
+        blocks = r"(?:[^\r\n][^\n]*(?:\n|\Z))+" if kind == "message/delivery-status" else r"(?s).+|\A\Z"
+        texts = re.findall(blocks, content.decode("ascii", "surrogateescape"))[:_PART_LIMIT]
+    parts.append((part, re.sub("^multipart/.*", "text/plain", kind), parameters, content))
+    part.set_payload([EmailMessage(part.policy) for _ in texts] or body)
+    for inner, text in zip(part.get_payload() if texts else (), texts, strict=True):
+        inner.set_default_type("message/rfc822" if kind == "multipart/digest" else "text/plain")
+        _parse_part(inner, text, [] if is_message else parts, depth + 1)
+    return parts
+
+
 # -------------------------------------------------------------------------------------- violations
 
 
@@ -1127,12 +1370,10 @@ _ENCODINGS = {
     "quoted-printable": ("bad-quoted-printable", _NOT_QUOTED),
 }
 
-_TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
 _ADDRESS_HEADERS = ("from", "sender", "reply-to", "to", "cc")
 _SINGULAR_HEADERS = {*_ADDRESS_HEADERS, *_MIME, "date", "bcc", "message-id", "in-reply-to", "references", "subject"}
 _SINGULAR_HEADERS |= {"mime-version", "content-id"}
 _REPORTS = ("message/delivery-status", "message/disposition-notification")  # RFC 3464 section 2.1, RFC 8098 section 3.1
-_NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
 # What begins the names that IANA registers for charsets, and that Python does not know.
 _REGISTERED_CHARSETS = (
     r"(?i)(?:iso(?![-_]?8859-?\d+$)|cs|(?:ccsid|cp|ibm)(?=0|[2489]\d\d$|1047|50220|51932)|cp-ar|ibm-|ebcdic|osd_|nats|hp-|"
@@ -1141,7 +1382,6 @@ _REGISTERED_CHARSETS = (
     r"ecma-|extended_|gost|iec_|invar|irv|katakana|koi[78]-|lap|mac|microsoft-|msz|naplps|ref|scsu|sen_|serbian|st_|tscii|"
     r"unicode-1|unknown-8|utf-7-|videotex|viqr|viscii)[\w.:()+-]*"
 )
-_ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
 _NOT_IN_NAME = r"[^\w!*+/=-]"  # RFC 2047 section 5 (3)
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -1154,8 +1394,8 @@ _DATE = (  # with the years and zones of RFC 5322 section 4.3
 # a space for comments and white space, and other characters as they are. Only one way leads through each pattern, so
 # that the time is linear. What is obsolete (section 4) is understood.
 _TOKENS = r"(?P<q>\"+)|(?P<l>\[[^][\\]*\])|(?P<a>[^\0- \"(),.:;<>@[\\\]\x7f]+)|\s+"
-_ADDRESS = r" ?(?:a(?:\.a)*|q) ?@ ?(?:a(?:\.a)*|l) ?"
-_OLD_ADDRESS = r" ?[aq] ?(?:\. ?[aq] ?)*@ ?(?:a ?(?:\. ?a ?)*|l ?)"
+_ADDR_SPEC = r" ?(?:a(?:\.a)*|q) ?@ ?(?:a(?:\.a)*|l) ?"
+_OLD_ADDR_SPEC = r" ?[aq] ?(?:\. ?[aq] ?)*@ ?(?:a ?(?:\. ?a ?)*|l ?)"
 _ID = r"<a(?:\.a)*@(?:a(?:\.a)*|l)>"
 
 
@@ -1166,13 +1406,13 @@ def _list_addresses(name: str, address: str, route: str = "") -> str:
 
 
 # The code, the grammar, the same with what is obsolete, and what to change in that.
-_OLD_LIST = _list_addresses(r" ?[aq][aq. ]*", _OLD_ADDRESS, r"(?:@a(?:\.a)*(?:,@a(?:\.a)*)*:)?")
-_ADDRESSES = "bad-address", _list_addresses(r" ?[aq][aq ]*", _ADDRESS), _OLD_LIST, "quote a name that has a dot"
-_IDS = "bad-message-id", rf" ?{_ID}(?: ?{_ID})* ?", rf"[aq ]*(?:<{_OLD_ADDRESS}>[aq ]*)+", "write only <left@right>"
+_OLD_LIST = _list_addresses(r" ?[aq][aq. ]*", _OLD_ADDR_SPEC, r"(?:@a(?:\.a)*(?:,@a(?:\.a)*)*:)?")
+_ADDRESSES = "bad-address", _list_addresses(r" ?[aq][aq ]*", _ADDR_SPEC), _OLD_LIST, "quote a name that has a dot"
+_IDS = "bad-message-id", rf" ?{_ID}(?: ?{_ID})* ?", rf"[aq ]*(?:<{_OLD_ADDR_SPEC}>[aq ]*)+", "write only <left@right>"
 _GRAMMARS = {
     **dict.fromkeys(_ADDRESS_HEADERS, _ADDRESSES),
     **dict.fromkeys(("in-reply-to", "references"), _IDS),
-    **dict.fromkeys(("message-id", "content-id"), (_IDS[0], rf" ?{_ID} ?", rf" ?<{_OLD_ADDRESS}> ?", _IDS[3])),
+    **dict.fromkeys(("message-id", "content-id"), (_IDS[0], rf" ?{_ID} ?", rf" ?<{_OLD_ADDR_SPEC}> ?", _IDS[3])),
 }
 _SEVERAL = r"@[^,@]*,[^,@]*@"  # addresses
 _CURES = (  # by the code and a pattern of the outline
@@ -1181,11 +1421,10 @@ _CURES = (  # by the code and a pattern of the outline
     ("bad-message-id", r">[^<>]*,", "separate ids by white space and not by commas"),
 )
 # The grammar of RFC 2045 section 5.1 and RFC 2183 section 2 is that of the value, with quotes for what is quoted.
-_MIME_TOKEN = r"[!#-'*+.0-9A-Z^-~-]+"
-_PARAMETER = rf";\s*({_MIME_TOKEN})\s*=\s*({_MIME_TOKEN}|\"+)"
+_STRICT_PARAMETER = rf";\s*({_TOKEN})\s*=\s*({_TOKEN}|\"+)"
 _MIME_GRAMMARS = {
-    _TYPE: ("bad-content-type", rf"\s*({_MIME_TOKEN})\s*/\s*({_MIME_TOKEN})(?:\s*{_PARAMETER})*[\s;]*"),
-    _DISPOSITION: ("bad-disposition", rf"\s*{_MIME_TOKEN}(?:\s*{_PARAMETER})*[\s;]*"),
+    _TYPE: ("bad-content-type", rf"\s*({_TOKEN})\s*/\s*({_TOKEN})(?:\s*{_STRICT_PARAMETER})*[\s;]*"),
+    _DISPOSITION: ("bad-disposition", rf"\s*{_TOKEN}(?:\s*{_STRICT_PARAMETER})*[\s;]*"),
     "mime-version": ("bad-mime-version", r"\s*1\s*\.\s*0\s*"),
 }
 _BOUNDARY = r"[\w'()+,./:=? -]{0,69}[\w'()+,./:=?-]"  # RFC 2046 section 5.1.1
@@ -1193,8 +1432,6 @@ _BAD_CHARACTERS = (
     ("header-syntax", r"\n[ \t]+(?:[\r\n]|\Z)", _BLANK_LINE),
     ("header-syntax", r"[\1-\x08\x0b\x0c\x0e-\x1f\x7f]", "a header must not have control characters"),
 )
-# Longer headers are not parsed, because the time that `email` takes grows with the square of their length.
-_HEADER_LIMIT, _MIME_HEADER_LIMIT = 2000, 1000
 
 
 def _find_line(code: str, pattern: bytes, data: bytes) -> _Findings:
@@ -1221,34 +1458,17 @@ def _check_content(content: bytes, client: _ClientState, is_counted: bool) -> _F
         yield from _find_line(code, _NOT_ASCII, body)
 
 
-@functools.cache
-def _make_email_policy() -> Any:
-    from email.errors import InvalidHeaderDefect
-    from email.policy import EmailPolicy
-
-    class Policy(EmailPolicy):
-        def header_fetch_parse(self, name: str, value: str) -> Any:
-            try:
-                if name.lower().startswith("content-") and len(value) > _MIME_HEADER_LIMIT:
-                    raise ValueError("it is too long")
-                return super().header_fetch_parse(name, value)
-            except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
-                text = "".join(value[:_HEADER_LIMIT].splitlines()).replace("=?", "= ?")
-                header: Any = self.header_factory("unstructured", text)
-                header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
-                return header
-
-    return Policy()
+def _hide_words(value: str) -> str:
+    return re.sub(_ENCODED_WORD, lambda match: "x" * len(match[0]), value)
 
 
 def _mask(value: str) -> str:
-    """The value with x in place of encoded words, spaces of comments, and quotes of what is quoted; positions stay.
+    """The value with spaces in place of comments, and quotes of what is quoted; positions stay.
 
     If a quote or a comment is not closed, there is a backslash at the end, which no grammar allows.
     """
     depth, is_quoted, masked = 0, False, []
-    words = re.sub(_ENCODED_WORD, lambda match: "x" * len(match[0]), value)
-    for token in re.findall(r"(?s)\\.?|[\"()]|[^\\\"()]+", words):
+    for token in re.findall(r"(?s)\\.?|[\"()]|[^\\\"()]+", value):
         is_quoted ^= token == '"' and not depth
         depth += token == "(" and not is_quoted
         masked.append(" " * len(token) if depth else '"' * len(token) if is_quoted else token)
@@ -1257,7 +1477,7 @@ def _mask(value: str) -> str:
 
 
 def _outline(value: str) -> str:
-    return re.sub(_TOKENS, lambda match: match.lastgroup or " ", _mask(value))
+    return re.sub(_TOKENS, lambda match: match.lastgroup or " ", _mask(_hide_words(value)))
 
 
 def _decode_transfer(data: bytes, encoding: str) -> bytes | None:
@@ -1274,12 +1494,8 @@ def _decode_transfer(data: bytes, encoding: str) -> bytes | None:
 
 def _check_charset(data: bytes, charset: str, *finding: str) -> _Findings:
     """The finding is that of data that cannot be decoded."""
-    import codecs
-
     try:
-        if codecs.lookup(charset).name in _NOT_CHARSETS:
-            raise LookupError
-        data.decode(charset)
+        data.decode(_find_codec(charset))
     except LookupError:
         if not (data.isascii() or re.fullmatch(_REGISTERED_CHARSETS, charset)):
             yield "unknown-charset", f"charset={charset}"
@@ -1348,7 +1564,7 @@ def _check_grammar(name: str, value: str, line: str) -> _Findings:
 
 def _read_sections(value: str) -> list[tuple[str, str]]:
     """The names in lower case; values may be in quotes."""
-    return [(match[1].lower(), value[slice(*match.span(2))]) for match in re.finditer(_PARAMETER, _mask(value))]
+    return [(match[1].lower(), value[slice(*match.span(2))]) for match in re.finditer(_STRICT_PARAMETER, _mask(value))]
 
 
 def _check_sections(code: str, value: str, line: str) -> _Findings:
@@ -1402,7 +1618,7 @@ def _check_headers(fields: list[tuple[str, str]], client: _ClientState) -> _Find
         yield from _check_date(value, line) if key == "date" else ()
         yield from _check_grammar(key, value, line) if key in _GRAMMARS else ()
         yield from _check_mime_grammar(key, value, line) if key in _MIME_GRAMMARS else ()
-        masked = _mask(value) if "=?" in value and key in _ADDRESS_HEADERS else ""
+        masked = _mask(_hide_words(value)) if "=?" in value and key in _ADDRESS_HEADERS else ""
         for match in re.finditer(_ENCODED_WORD, value) if key not in _MIME else ():
             yield from _check_word(match, line, masked[match.start() : match.start() + 1])
             yield from [("encoded-word-long", line)] * (len(match[0]) > 76)  # CPython's `email` makes words of 76
@@ -1465,13 +1681,6 @@ def _check_body(part: Any, kind: str, encoding: str, charset: str | None) -> _Fi
         yield from _check_charset(text or b"", charset, "wrong-charset", f"charset={charset}")
 
 
-def _read_type(value: str) -> tuple[str, dict[str, str]]:
-    """The type in lower case, and its parameters without quotes."""
-    match = re.match(rf"\s*({_MIME_TOKEN})\s*/\s*({_MIME_TOKEN})", _mask(value))
-    texts = {name: re.sub(r"(?s)\\(.)|\"", r"\1", text) for name, text in reversed(_read_sections(value))}
-    return "/".join(match.groups()).lower() if match else "text/plain", texts
-
-
 def _check_mail(message: Message, client: _ClientState) -> _Findings:
     # Each part with the boundaries of the multiparts around it, and the line of one of those that is labelled 7bit.
     parts: list[tuple[Any, tuple[str, ...], str]] = [(message.email, (), "")]
@@ -1483,7 +1692,7 @@ def _check_mail(message: Message, client: _ClientState) -> _Findings:
         first = {name.lower(): value for name, value in reversed(fields)}
         yield from _check_header_set(first, client) if is_mail else ()
         yield from _check_headers(fields, client)
-        (kind, parameters), line = _read_type(first.get(_TYPE, "")), f"Content-Type: {first.get(_TYPE)}"
+        (kind, parameters), line = _read_mime(part, _TYPE), f"Content-Type: {first.get(_TYPE)}"
         encoding, boundary = _mask(first.get(_ENCODING, "7bit")).strip().lower(), parameters.get("boundary")
         yield from _check_encoding(kind, encoding, client)
         if not is_mail and any(type(defect).__name__ == "MissingHeaderBodySeparatorDefect" for defect in part.defects):
@@ -1491,16 +1700,15 @@ def _check_mail(message: Message, client: _ClientState) -> _Findings:
         texts = [part.preamble, part.epilogue] if part.is_multipart() else [part._payload]
         if kind.startswith("multipart/"):
             yield from _check_boundary(part, boundary, outer, line)
-            label = label or line * (first.get(_ENCODING) is not None and encoding == "7bit")
+            label = label or line * (_ENCODING in first and encoding == "7bit")
         elif not part.is_multipart():
-            found = [*_check_body(part, kind, encoding, parameters.get("charset"))]
+            found = [*_check_body(part, kind or "text/plain", encoding, parameters.get("charset"))]
             texts = [] if found else texts
             yield from found
         if label and not all(str(text or "").isascii() for text in texts):
             yield "8bit-in-7bit", label, "a multipart that is labelled 7bit has a part that is not ASCII"
-        if part.is_multipart() and part.get_content_maintype() == "multipart":  # a mail within the mail is by others
-            around = (*outer, boundary)[-9:] if boundary else outer  # not all, so that the time is linear
-            parts += [(inner, around, label) for inner in reversed(part.get_payload())]
+        if part.is_multipart() and kind.startswith("multipart/"):  # a mail within the mail is by others
+            parts += [(inner, (*outer, str(boundary)), label) for inner in reversed(part.get_payload())]
 
 
 def _find_violations(message: Message) -> list[Violation]:
@@ -1573,23 +1781,6 @@ class Attachment(NamedTuple):
     name: str | None
     type: str
     content: bytes
-
-
-def _decode_part(part: Any) -> bytes:
-    if not part.is_multipart():
-        return bytes(part.get_payload(decode=True))
-    # A mail within the mail, or the blocks of a delivery report. The generator cannot write all of them.
-    policy, data = part.policy.clone(linesep="\r\n", refold_source="none"), b""
-    with contextlib.suppress(Exception):
-        data = b"".join(inner.as_bytes(policy=policy) for inner in part.get_payload())
-    return data
-
-
-def _decode_text(part: Any) -> str:
-    data = _decode_part(part).replace(b"\r\n", b"\n")
-    with contextlib.suppress(LookupError, ValueError):
-        return data.decode(part.get_content_charset("utf-8"))
-    return data.decode("utf-8", "replace")
 
 
 def _jsonify_bytes(data: bytes) -> dict[str, str]:
@@ -1672,7 +1863,7 @@ class Message:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the record, without what was parsed from it and cached."""
-        cached = ("transcript", "received_header", "email", "_parts", "_findings")
+        cached = ("transcript", "received_header", "_mail", "_parts", "_findings")
         values = vars(self).copy()  # at once: another thread may cache something meanwhile
         return {name: value for name, value in values.items() if name not in cached}
 
@@ -1790,24 +1981,28 @@ class Message:
         return head.encode("utf-8", "surrogateescape") + self.content
 
     @functools.cached_property
+    def _mail(self) -> _Parts:
+        """What all attributes of the mail are read from."""
+        from email.message import EmailMessage
+
+        text = self.as_bytes().decode("ascii", "surrogateescape")
+        start = len(text) - len(self.content) - 2 * (self.content[:1] in (b" ", b"\t"))
+        mail: EmailMessage = EmailMessage(_make_email_policy())
+        _read_header(mail, text[:start])
+        return _parse_part(mail, text[start:], [])
+
+    @property
     def email(self) -> EmailMessage:
         """as_bytes() parsed. Faults are in the `defects` of its parts; they raise nothing."""
-        from email.errors import MessageDefect
-        from email.parser import BytesParser
-
-        parser: BytesParser[EmailMessage] = BytesParser(policy=_make_email_policy())
-        try:
-            return parser.parsebytes(self.as_bytes())
-        except RecursionError:
-            mail = parser.parsebytes(self.as_bytes(), headersonly=True)
-            mail.defects.append(MessageDefect("parts are nested too deeply"))
-            return mail
+        mail: EmailMessage = self._mail[0][0]
+        return mail
 
     @property
     def subject(self) -> str | None:
         """The decoded subject; None without one."""
-        subject = self.email["subject"]
-        return None if subject is None else str(subject)
+        header = re.split(rb"(?<![^\n])\r?\n|\A[ \t]", self.content, maxsplit=1)[0].decode("ascii", "surrogateescape")
+        subjects = (field[2] for field in re.finditer(_FIELD, header) if field[1].lower() == "subject")
+        return next((_decode_words(_unfold(subject)) for subject in subjects), None)
 
     @property
     def text(self) -> str | None:
@@ -1829,19 +2024,16 @@ class Message:
         """The first text of each type, and all other parts."""
         texts: dict[str, str] = {}
         attachments: list[Attachment] = []
-        parts: list[Any] = [self.email]
-        while parts:
-            part = parts.pop()
-            kind, name = part.get_content_type(), part.get_filename()
-            if part.get_content_maintype() == "multipart":
-                if part.is_multipart():
-                    parts.extend(reversed(part.get_payload()))
-                    continue
-                kind = "text/plain"  # because its boundary never appeared
-            if kind in ("text/plain", "text/html") and kind not in texts and name is None and not part.is_attachment():
-                texts[kind] = _decode_text(part)
+        for part, kind, parameters, content in self._mail if self.content else ():
+            if content is None:
+                continue
+            disposition, names = _read_mime(part, _DISPOSITION)
+            name = names.get("filename") or parameters.get("name") or None
+            is_body = disposition != "attachment" and (name is None or part is self.email)
+            if is_body and kind in ("text/plain", "text/html") and kind not in texts:
+                texts[kind] = _decode_charset(content, parameters.get("charset", "")).replace("\r\n", "\n")
             else:
-                attachments.append(Attachment(name, kind, _decode_part(part)))
+                attachments.append(Attachment(name, kind, content))
         return texts, attachments
 
     @property
@@ -1864,8 +2056,8 @@ class Message:
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
         values["rcptto_request_response"] = self.rcptto_request_response
         values["exchanges"] = [said._asdict() | {"at": said.at.isoformat()} for said in self.exchanges]
-        values["headers"] = [(name, str(value)) for name, value in self.email.items()]
-        values["defects"] = [f"{type(fault).__name__}: {fault}" for part in self.email.walk() for fault in part.defects]
+        values["headers"] = _show_headers(self.email)
+        values["defects"] = [f"{type(fault).__name__}: {fault}" for part, *_ in self._mail for fault in part.defects]
         values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
         return dict(_jsonify(values | _jsonify_bytes(self.content)))
 
@@ -4957,9 +5149,9 @@ def _show_mail(server: Server, number: str) -> _HttpAnswer:
         return f"<pre>{escape(text[:_TEXT_LIMIT])}</pre>{rest}"
 
     message, path = _find(server, number), f"/messages/{number}"
-    headers = [item for item in message.email.items() if item[0].lower() in _READ_HEADERS]
-    headers += [("MAIL FROM", message.mail_from), ("RCPT TO", ", ".join(message.rcpt_tos))]
-    body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value or '')}</bdi>" for name, value in headers)
+    headers = [item for item in _show_headers(message.email) if item[0].lower() in _READ_HEADERS]
+    headers += [("MAIL FROM", message.mail_from or ""), ("RCPT TO", ", ".join(message.rcpt_tos))]
+    body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value)}</bdi>" for name, value in headers)
     violations = [
         f'<p><b class="{found.severity}">{found.code}</b>: {escape(found.text)} <code>{escape(found.line)}</code>'
         f' <a href="https://www.rfc-editor.org/rfc/rfc{found.rfc.replace(" ", "#section-")}">RFC {found.rfc}</a>'
@@ -4991,10 +5183,10 @@ def _show_html(server: Server, number: str) -> _HttpAnswer:
     from urllib.parse import unquote
 
     message, urls = _find(server, number), dict[str, str]()
-    for part in message.email.walk():
-        if re.fullmatch("image/(png|jpeg|gif|webp)", part.get_content_type()):
-            data = base64.b64encode(_decode_part(part)).decode()
-            urls[str(part["content-id"]).strip(" <>")] = f"data:{part.get_content_type()};base64,{data}"
+    for part, kind, _, content in message._mail:
+        if content is not None and re.fullmatch("image/(png|jpeg|gif|webp)", kind):
+            data = base64.b64encode(content).decode()
+            urls[str(part["content-id"]).strip(" <>")] = f"data:{kind};base64,{data}"
 
     def inline(match: re.Match[str]) -> str:
         return match[1] + urls.get(unquote(html.unescape(match[3])), match[2] + match[3])
