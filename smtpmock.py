@@ -1366,7 +1366,7 @@ _CONTENT_CHECKS = {
 _LOWER_HEX = rb"=(?:[a-f][0-9A-Fa-f]|[0-9A-F][a-f])"
 _ENCODINGS = {
     "7bit": ("8bit-in-7bit", _NOT_ASCII),
-    "base64": ("bad-base64", rb"\n[^\r\n]{77}|[^A-Za-z0-9+/=\s]"),
+    "base64": ("bad-base64", rb"\n[^\r\n]{77}|[^A-Za-z0-9+/=\s]|=\s*(?:[^=\s]|=\s*=)"),
     "quoted-printable": ("bad-quoted-printable", _NOT_QUOTED),
 }
 
@@ -1480,16 +1480,8 @@ def _outline(value: str) -> str:
     return re.sub(_TOKENS, lambda match: match.lastgroup or " ", _mask(_hide_words(value)))
 
 
-def _decode_transfer(data: bytes, encoding: str) -> bytes | None:
-    import base64
-    import binascii
-
-    try:
-        if encoding == "base64":
-            return base64.b64decode(b"".join(data.split()), validate=True)
-        return binascii.a2b_qp(data) if encoding == "quoted-printable" else data
-    except ValueError:
-        return None
+def _is_cut_off(data: bytes, encoding: str) -> bool:
+    return encoding == "base64" and len(b"".join(data.split())) % 4 > 0
 
 
 def _check_charset(data: bytes, charset: str, *finding: str) -> _Findings:
@@ -1517,7 +1509,6 @@ def _check_word(match: re.Match[str], line: str, place: str) -> _Findings:
     is_q, encoding = kind in "Qq", {"b": "base64", "q": "quoted-printable"}.get(kind.lower(), "")
     raw = text.encode("utf-8", "surrogateescape")
     is_wrong = not encoding or re.search(_ENCODINGS[encoding][1], raw + b"x" * is_q)  # for a = at the end of a word
-    data = None if is_wrong else _decode_transfer(raw, encoding)
     faults = {
         "an encoded word in quotes is not decoded": '"' in (*around, place),
         "an address must not have an encoded word": "@" in around or around == ("<", ">"),
@@ -1526,10 +1517,11 @@ def _check_word(match: re.Match[str], line: str, place: str) -> _Findings:
         "a Q word in a name must have letters, digits and !*+-/=_ only": is_q
         and is_name
         and re.search(_NOT_IN_NAME, text),
-        "": data is None,
+        "": is_wrong or _is_cut_off(raw, encoding),
     }
     found = _pick("encoded-word", line, faults)
-    yield from found or _check_charset(data or b"", charset.partition("*")[0], "encoded-word", line)
+    data = b"" if found else _decode_content(raw, encoding)
+    yield from found or _check_charset(data, charset.partition("*")[0], "encoded-word", line)
 
 
 def _check_date(value: str, line: str) -> _Findings:
@@ -1667,18 +1659,16 @@ def _check_boundary(part: Any, boundary: str | None, outer: tuple[str, ...], lin
 
 def _check_body(part: Any, kind: str, encoding: str, charset: str | None) -> _Findings:
     data = b"\r\n" + str(part._payload).encode("utf-8", "surrogateescape")  # get_payload() would decode it
-    code, pattern = _ENCODINGS.get(encoding, ("", _NOT_ASCII))
-    found, text = list(_find_line(code, pattern, data)) if code else [], _decode_transfer(data, encoding)
-    if not found and text is None:
-        found = [(code, encoding)]
+    code, pattern = _ENCODINGS.get(encoding, ("", rb"(?!)"))
+    found = list(_find_line(code, pattern, data)) or [(code, encoding)] * _is_cut_off(data, encoding)
     yield from found
     if encoding == "quoted-printable" and not found:
         yield from ((*lower, "write =C3 and not =c3") for lower in _find_line(code, _LOWER_HEX, data))
-    if not found and kind == "text/plain" and charset is None:
-        cure = "a text that is not ASCII needs a charset, such as utf-8"
-        yield from _check_charset(text or b"", "us-ascii", "wrong-charset", "charset=us-ascii", cure)
-    elif not found and kind.startswith("text/") and charset is not None:
-        yield from _check_charset(text or b"", charset, "wrong-charset", f"charset={charset}")
+    if found or not kind.startswith("text/") or (charset is None and kind != "text/plain"):
+        return
+    cure = ["a text that is not ASCII needs a charset, such as utf-8"] if charset is None else []
+    charset = charset or "us-ascii"
+    yield from _check_charset(_decode_content(data, encoding), charset, "wrong-charset", f"charset={charset}", *cure)
 
 
 def _check_mail(message: Message, client: _ClientState) -> _Findings:
