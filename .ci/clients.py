@@ -678,8 +678,8 @@ def install() -> str:
 def is_installed(package: str) -> bool:
     if package in ("nodejs", "default-jdk-headless"):  # which may have come in other ways
         return shutil.which("node" if package == "nodejs" else "javac") is not None
-    done = subprocess.run(["dpkg", "-s", package], capture_output=True, check=False)
-    return done.returncode == 0
+    done = subprocess.run(["dpkg-query", "-W", "-f=${Status}", package], capture_output=True, check=False)
+    return done.stdout.endswith(b" installed")  # and not removed, with its configuration left
 
 
 def options(mode: str) -> dict[str, Any]:
