@@ -712,9 +712,9 @@ class _Request:
         self.faults = faults  # what the line does not show: codes of violations, each with the line for it
         self.kind = _VERBS.get(verb, _UNKNOWN_VERB)
 
-    def hide(self, line: str, argument: str = "") -> _Request:
-        """The request with this line, because its own may hold a secret."""
-        return _Request(self.verb, line, argument, tuple((code, line) for code, _ in self.faults))
+    def hide(self, line: str, argument: str = "", verb: str = "") -> _Request:
+        """The request with this line, because its own may hold a secret, as may its verb."""
+        return _Request(verb or self.verb, line, argument, tuple((code, line) for code, _ in self.faults))
 
 
 def _find_faults(line: bytes, shown: str) -> tuple[tuple[str, str], ...]:
@@ -1223,7 +1223,8 @@ class _ClientState:
         self.faults = [fault for fault in request.faults if fault[0] != "long-command" or is_long]
         self.sends_mail_early = self.has_more and self.verb == "DATA" and not self.is_refused
         self.ignores_reply = self.was_refused_data and self.verb not in _VERBS
-        self.is_unknown = self.verb not in _VERBS and not self.ignores_reply and self.reply[:1] == "5"
+        is_other = self.verb not in (*_VERBS, *self.announced)
+        self.is_unknown = is_other and not self.ignores_reply and self.reply[:1] == "5"
         # A mechanism of one round trip may be followed by more (RFC 4954 section 4).
         self.may_go_on = self.sends_mail_early or (self.mechanism in ("PLAIN", "EXTERNAL") and self.line[-3:] == "***")
 
@@ -1233,13 +1234,12 @@ class _ClientState:
         self.was_pipelined, self.may_be_blind = self.has_more, self.has_more and self.may_pipeline
         self.was_told_421 = self.was_told_421 or self.reply.startswith("421")
         self.has_begun_tls = accepted == "STARTTLS"
-        self.has_logged_in = accepted != "STARTTLS" and (
-            self.has_logged_in or (self.login != "" and self.reply[:1] == "2")
-        )
+        has_now = self.login != "" and self.reply[:1] == "2"
+        self.has_logged_in = accepted != "STARTTLS" and (self.has_logged_in or has_now)
         self.ignores_refusal = self.ignores_reply and self.line != "."
         self.was_refused_data = self.verb == "DATA" and self.is_refused
-        if self.verb in ("message", "partial message") or accepted in (*_HELLO, "STARTTLS", "RSET"):
-            self.is_in_mail = False
+        begins_again = self.verb in ("message", "partial message") or accepted in (*_HELLO, "STARTTLS", "RSET")
+        self.is_in_mail = self.is_in_mail and not begins_again
         if accepted in (*_HELLO, "STARTTLS"):
             self.is_greeted, self.announced = accepted in _HELLO, {}
             for line in self.reply.upper().replace("AUTH=", "AUTH ").splitlines()[1:]:
@@ -1286,7 +1286,7 @@ _DIALOGUE_CHECKS: tuple[tuple[str, Collection[str], Callable[[_ClientState], obj
     ("data-before-354", ("DATA",), lambda it: it.sends_mail_early),
     ("pipelining", (), lambda it: it.has_more and not (it.may_pipeline or it.sends_mail_early or it.ignores_reply)),
     ("pipelining-order", (), lambda it: it.kind.ends_group and it.has_more and it.may_pipeline and not it.may_go_on),
-    ("unknown-command", (), lambda it: it.is_unknown and it.line != "***" and it.verb not in it.announced),
+    ("unknown-command", (), lambda it: it.is_unknown and it.line != "***"),
     ("no-hello", ("MAIL",), lambda it: not (it.is_greeted or it.has_begun_tls or it.may_be_blind)),
     ("hello-invalid", _HELLO, lambda it: not re.fullmatch(_STRICT_NAME, it.argument) and not it.has_literal),
     ("hello-not-fqdn", _HELLO, lambda it: re.fullmatch(_LABEL, it.argument)),
@@ -1306,11 +1306,7 @@ _DIALOGUE_CHECKS: tuple[tuple[str, Collection[str], Callable[[_ClientState], obj
     ("path-too-long", _PATHS, lambda it: _is_too_long(it.path)),
     ("unannounced-parameter", _PATHS, lambda it: it.needed.difference(it.announced)),
     ("bad-parameter", _PATHS, lambda it: it.find_bad_parameter()),
-    (
-        "bad-parameter",
-        ("BDAT",),
-        lambda it: _parse_chunk(it.argument) is None and "BDAT takes a size, and perhaps LAST",
-    ),
+    ("bad-parameter", ("BDAT",), lambda it: _parse_chunk(it.argument) is None and "BDAT needs a size"),
     ("undeclared-utf8", ("MAIL",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.given),
     ("undeclared-utf8", ("RCPT",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.parameters),
     ("no-recipient", ("DATA", "BDAT"), lambda it: not ((it.is_in_mail and it.recipients) or it.may_be_blind)),
@@ -1855,6 +1851,8 @@ class Message:
         """For pickle and copy: the record, without what was parsed from it and cached."""
         cached = ("transcript", "received_header", "_mail", "_parts", "_findings")
         values = vars(self).copy()  # at once: another thread may cache something meanwhile
+        values["_recipients"] = self._recipients[: self._count]
+        values["_exchanges"] = self._exchanges[: self._length]
         return {name: value for name, value in values.items() if name not in cached}
 
     @property
@@ -2339,8 +2337,11 @@ class _Rules:
 _STEPS = ("helo", "mailfrom", "rcptto", "data", "msg", "rset", "noop", "quit")
 _TRANSACTION = _STEPS[1:]
 
-# The replies to commands that come before a step which only some servers demand.
-_DEMANDS = {"tls": "msg_tls_required", "auth": "msg_auth_required"}
+# The steps that are in force beyond a mail.
+_LASTING = ("greeting", "tls", "helo", "auth")
+
+# The replies to commands that come before a step which only some servers demand, or after a greeting that refused.
+_DEMANDS = {"session": "msg_invalid_cmd_helo_sequence", "tls": "msg_tls_required", "auth": "msg_auth_required"}
 
 
 def _name_extensions(options: Configuration) -> set[str]:
@@ -2420,10 +2421,11 @@ class Handler:
             reply = self._apply(self._decide(session, request, argument, value), reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
         mail = session.mail
+        step = self._step  # without one nothing needs the value, which may be a secret
         # A call of _Exchange would run a Python function, and take twice as long.
-        exchange = tuple.__new__(_Exchange, (request, reply, value, session.at, session.has_more))
+        exchange = tuple.__new__(_Exchange, (request, reply, step and value, session.at, session.has_more))
         mail.exchanges.append(exchange)
-        if self._step:
+        if step:
             self._record(mail, exchange)
         return reply
 
@@ -2473,10 +2475,10 @@ class Handler:
         return reply.replace(next=aspects["then"]) if "then" in aspects else reply
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
-        mail.steps[self._step] = exchange
-        reply = exchange.reply
+        step, reply = self._step, exchange.reply
+        mail.steps[step] = exchange
         if reply is not None and reply.accepts:
-            mail.accepted_steps.add(self._step)
+            mail.accepted_steps.add(step)
 
 
 class _Greeting(Handler):
@@ -2587,10 +2589,6 @@ class _Rcptto(_PathHandler):
         mail.recipients.append(exchange)
 
 
-def _name_recipients(handler: Handler, session: _Session, argument: Any, value: Any) -> Sequence[str]:
-    return session.mail.accepted_recipients()
-
-
 class _Data(Handler):
     """DATA, which asks for permission to send the body."""
 
@@ -2607,7 +2605,9 @@ class _Data(Handler):
     def refuse(self, session: _Session, value: Any) -> str | None:
         return None if session.mail.body is None else self._bad_sequence  # after a chunk, RFC 3030 section 2
 
-    _names = _name_recipients
+    @staticmethod
+    def _names(session: _Session, argument: Any, value: Any) -> Sequence[str]:
+        return session.mail.accepted_recipients()
 
     def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         reply = super()._run(session, request, argument)
@@ -2661,7 +2661,7 @@ class _EndOfBody(Handler):
     received = "msg_msg_received"
     _delay = "response_delay_message"
     _step = "msg"
-    _names = _name_recipients
+    _names = staticmethod(_Data._names)
 
     def _decide(self, session: _Session, request: _Request | None, argument: Any, value: Any) -> dict[str, Any]:
         texts, names = self._texts(session, request, argument), self._names(session, argument, value)
@@ -2813,7 +2813,7 @@ class _Auth(Handler):
         words = (request.line.split(maxsplit=1)[0], shown, "***" if initial else "")
         mechanism = name if re.fullmatch(_MECHANISM_NAME, name) else "***"
         command = request.hide(" ".join(filter(None, words)), " ".join(filter(None, (mechanism, words[2]))))
-        return session.run(self, command, (self._log_in(session, name.upper(), initial), command, None))
+        return session.run(self, command, (self._log_in(session, mechanism.upper(), initial), command, None))
 
     def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         """The argument is the login in progress, its command, and the answer to the last challenge."""
@@ -2908,6 +2908,7 @@ class _Auth(Handler):
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
         if self.options.auth_users is not None and self._step not in mail.accepted_steps:
+            mail.steps.pop(self._step, None)  # so that the steps stay in their order
             super()._record(mail, exchange)
 
 
@@ -2954,10 +2955,11 @@ class _Unknown(Handler):
         before = session.mail.exchanges[-1].request if session.mail.exchanges else None
         if request.line.startswith(_BEGIN_OF_TLS.decode()):
             return session.leave_to_tls()
+        is_told = request.verb in _VERBS or any(rule._stage == request.verb for rule in session.rules.newest_first)
         if request.verb.startswith("AUTH"):
-            request = request.hide(f"{request.line[:5]} ***")
+            request = request.hide(f"{request.line[:5]} ***", verb=request.verb[:5])
         elif before is not None and (before.verb.startswith("AUTH") or before.line == "***"):
-            request = request.hide("***")
+            request = request.hide("***", verb=request.verb if is_told else "***")
         return super()._begin(session, request)
 
 
@@ -2968,15 +2970,8 @@ class _TooLong(_Unknown):
     bad_argument = "msg_line_too_long"
 
 
-class _TurnedAway(_Unknown):
-    """Any command but QUIT, if the greeting has refused the session (RFC 5321 section 3.1)."""
-
-    verbs = ("turned away",)
-    bad_argument = "msg_invalid_cmd_helo_sequence"
-
-
 _BUILT_IN: tuple[type[Handler], ...] = (_Greeting, _Helo, _Ehlo, _Mailfrom, _Rcptto, _Data, _Bdat, _EndOfBody)
-_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Vrfy, _Expn, _Help, _Starttls, _Auth, _Unknown, _TooLong, _TurnedAway)
+_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Vrfy, _Expn, _Help, _Starttls, _Auth, _Unknown, _TooLong)
 
 
 def _check_handler(handler: Any) -> None:
@@ -2992,7 +2987,7 @@ def _check_handler(handler: Any) -> None:
         if not re.fullmatch("[A-Za-z0-9]+", verb):
             raise ConfigurationError(f"{name}.verbs: {verb!r} is no verb")
     for step in handler.needs:
-        if step not in (*_STEPS, *_DEMANDS):
+        if step not in (*_STEPS, "tls", "auth"):
             raise ConfigurationError(f"{name}.needs: {step!r} is no step of a session")
     known = [name for name in Configuration._declared if name.startswith("msg_")]
     for attribute in ("received", "bad_argument"):
@@ -3041,9 +3036,13 @@ class _Handlers(dict[str, Handler]):
         self.commands = _ParsedLines(self)
 
     def turn_away(self) -> _Handlers:
-        """Those of a session that the greeting has refused."""
-        others = _Handlers.__new__(_Handlers)
-        others.update({**dict.fromkeys(self, self["turned away"]), "QUIT": self["QUIT"]})
+        """Those of a session that the greeting has refused. Only QUIT is in sequence (RFC 5321 section 3.1)."""
+        import copy
+
+        others = copy.copy(self)
+        for verb in self.keys() - {"QUIT"}:
+            others[verb] = copy.copy(self[verb])
+            others[verb].needs = ("session", *self[verb].needs)
         others.commands = _ParsedLines(others)
         return others
 
@@ -3158,6 +3157,9 @@ class _Mail:
         self.recipients: list[_Exchange] = []
         self.exchanges: list[_Exchange] = []
         self.body: _Body | None = None
+        self.attempts = 0  # to send a mail, of which all is kept
+        self.refused: list[_Exchange] = []  # in older ones
+        self.begin = 0  # where in the exchanges all is kept from
         self.discarded = 0  # accepted mails that the message no longer shows
         self.has_begun = False  # MAIL came
         self.is_complete = False  # only RSET, NOOP and QUIT belong to it any more
@@ -3166,22 +3168,18 @@ class _Mail:
         self.has_ended = False  # whether on_end was called
         self.entry: _Entry | None = None  # its place in the mailbox
 
-    def lasting(self) -> list[_Exchange]:
-        """What is in force beyond the mail."""
-        return [self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps]
+    def lasting(self) -> dict[str, _Exchange]:
+        """The steps that are in force beyond the mail, in the order in which they were taken."""
+        accepted = self.accepted_steps
+        return {step: said for step, said in self.steps.items() if step in _LASTING and step in accepted}
 
     def make_next(self) -> _Mail:
         """The mail after this one. It begins with what is in force."""
         mail = _Mail()
-        mail.steps = {step: self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps}
-        mail.exchanges = list(mail.steps.values())
-        mail.accepted_steps = self.accepted_steps.intersection(mail.steps)
+        mail.steps = self.lasting()
+        mail.exchanges = [*mail.steps.values()]
+        mail.accepted_steps = {*mail.steps}
         return mail
-
-    def find_last_mail(self) -> int:
-        """Where in the exchanges the last MAIL is; 0 if it is not there."""
-        exchanges = self.exchanges
-        return next((at for at in range(len(exchanges) - 1, 0, -1) if exchanges[at].verb == "MAIL"), 0)
 
     def replace_last(self, **changes: Any) -> None:
         """Change the last exchange, wherever it is kept, but not what messages show that are recorded already."""
@@ -3194,15 +3192,22 @@ class _Mail:
     def forget(self, body: _Exchange) -> None:
         """Forget an accepted mail, up to this exchange."""
         self.discarded += 1
-        if body in self.exchanges:  # else it was truncated
-            self.exchanges = self.lasting() + self.exchanges[self.exchanges.index(body) + 1 :]
+        at = len(self.exchanges)
+        while at and self.exchanges[at - 1] is not body:
+            at -= 1
+        if at:  # else the mail was truncated
+            self.exchanges = [*self.lasting().values(), *self.exchanges[at:]]
+            self.attempts = self.begin = 0
+            self.refused = []
 
-    def forget_attempts(self) -> None:
-        """Keep of all but the last attempts to send a mail only what was refused."""
-        attempts = [at for at, exchange in enumerate(self.exchanges) if exchange.verb == "MAIL"]
-        if len(attempts) >= _ATTEMPT_LIMIT:
-            at = attempts[1 - _ATTEMPT_LIMIT]
-            self._truncate([exchange for exchange in self.exchanges[:at] if exchange.is_refused], at)
+    def begin_attempt(self) -> None:
+        """Keep of the oldest attempt to send a mail only what was refused, if there are too many."""
+        self.attempts += 1
+        if self.attempts > _ATTEMPT_LIMIT:
+            found = (at for at in range(self.begin, len(self.exchanges)) if self.exchanges[at].verb == "MAIL")
+            next(found, 0)  # the oldest
+            if at := next(found, 0):
+                self._truncate(self.refused + [said for said in self.exchanges[self.begin : at] if said.is_refused], at)
 
     def limit_size(self) -> None:
         """Keep half of what is allowed if it has become more."""
@@ -3214,14 +3219,18 @@ class _Mail:
                 size -= sizes[at]
                 at += 1
             self._truncate([], at)
+            self.attempts = sum(said.verb == "MAIL" for said in self.exchanges[self.begin :])
 
     def _truncate(self, kept: list[_Exchange], at: int) -> None:
         """Keep these exchanges, and from this one on all that a reader needs to understand the rest."""
-        greeting = [self.steps["greeting"]] if "greeting" in self.steps else []
-        rest, recipient = self.exchanges[at:], next((said for said in self.recipients if said.accepted), None)
-        needed = [*self.lasting()[len(greeting) :], self.steps.get("mailfrom"), recipient]
-        missing = [said for said in needed if said is not None and not any(said is other for other in rest)]
-        self.exchanges = [*greeting, *kept, _TRUNCATION, *missing, *rest]
+        rest, lasting = self.exchanges[at:], self.lasting()
+        greeting = [lasting.pop("greeting")] if "greeting" in lasting else []
+        sender = [self.steps["mailfrom"]] if "mailfrom" in self.steps else []
+        needed = [*lasting.values(), *sender, *[said for said in self.recipients if said.accepted][:1]]
+        missing = [said for said in needed if not any(said is other for other in rest)]
+        truncation = _TRUNCATION._replace(at=self.exchanges[at - 1].at)
+        self.exchanges = [*greeting, *kept, truncation, *missing, *rest]
+        self.refused, self.begin = kept, len(self.exchanges) - len(rest)
 
     def accepted_recipients(self) -> list[str]:
         return [recipient.value.address for recipient in self.recipients if recipient.accepted]
@@ -3299,11 +3308,13 @@ class _Session:
         """The message with a body that is not accepted yet; perhaps without what was said between HELO and MAIL."""
         mail, message = self.mail, self.message()
         assert mail.body is not None
-        begin = mail.find_last_mail() if without_history else 0
-        exchanges = [*(mail.lasting() if begin else ()), *mail.exchanges[begin:]]
         exchange = _Exchange(mail.body.ending, None, content, self.at, self.has_more)
+        exchanges = [*mail.exchanges, exchange]
+        mails = [at for at, said in enumerate(exchanges) if at and said.verb == "MAIL"] if without_history else []
+        if mails:
+            exchanges[: mails[-1]] = mail.lasting().values()
         message._steps["msg"] = exchange
-        vars(message).update(_exchanges=[*exchanges, exchange], _length=len(exchanges) + 1)
+        vars(message).update(_exchanges=exchanges, _length=len(exchanges))
         return message
 
     def note(self, request: _Request | None, reply: _Reply | None, value: Any = None) -> _Exchange:
@@ -3321,6 +3332,7 @@ class _Session:
     def greet(self, at: float = 0.0) -> _Reply:
         self.at = at
         reply = self.run(self.handlers["connect"], None, "")
+        self.mail.accepted_steps.add("greeting")  # it lasts, whatever it says
         if reply.text.startswith("5"):
             self.handlers = self.handlers.turn_away()
             self.commands = self.handlers.commands
@@ -3482,12 +3494,8 @@ class _Session:
         if not self._keeps_messages:
             if mail.entry is not None and mail.entry.is_purged and not kind.follows_mail:
                 # The rest of the session is another message. A mail that it shows until it is erased was not discarded.
-                mail.number, mail.discarded, mail.delivered, mail.entry = (
-                    0,
-                    -int("msg" in mail.accepted_steps),
-                    None,
-                    None,
-                )
+                mail.discarded = -int("msg" in mail.accepted_steps)
+                mail.number, mail.delivered, mail.entry = 0, None, None
         elif mail.has_begun and kind.ends_mail and not mail.is_complete:
             mail.is_complete = True
             if mail.body is not None:
@@ -3499,8 +3507,7 @@ class _Session:
             self.mail = mail.make_next()
         if kind is _VERBS["MAIL"]:
             self.mail.has_begun = True
-            if len(self.mail.exchanges) > _ATTEMPT_LIMIT:
-                self.mail.forget_attempts()
+            self.mail.begin_attempt()
 
     def run(self, handler: Handler, request: _Request | None, argument: Any) -> _Reply:
         """Run a command. What it completes is recorded before its reply is returned."""
@@ -3527,7 +3534,7 @@ class _Session:
         if request.verb == "message":
             complete = complete or reply.accepts or self._keeps_messages
         elif complete and mail.body is not None:  # chunks without LAST; the reply stays the last one
-            last = mail.exchanges.pop()
+            *mail.exchanges, last = mail.exchanges  # another list, because messages have this one
             self._leave_body(mail.body)
             mail.exchanges.append(last)
         if self._keeps_messages:

@@ -2303,6 +2303,14 @@ class ExchangeTest(unittest.TestCase):
         at = "2020-09-13T12:26:43.750000+00:00"
         self.assertEqual(shown, {"request": None, "response": "421 bye", "accepted": False, "at": at})
 
+    def test_what_is_in_force_stays_in_its_order(self) -> None:
+        memory = Memory(auth_users={"bob": "pw"}, multiple_message_receiving=True)
+        memory.greet()
+        wrong, right = (f"AUTH PLAIN {b64(chr(0).join(['', 'bob', secret]))}" for secret in ("", "pw"))
+        memory.say("EHLO a.com", wrong, "EHLO a.com", right, "EHLO b.com", *SEND, *SEND)
+        requests = [said.request for said in memory.messages()[-1].exchanges]
+        self.assertEqual(requests[:4], [None, "AUTH PLAIN ***", "EHLO b.com", SEND[0]])
+
     def test_the_clock_of_a_server(self) -> None:
         with Server() as server, Client(server) as client:
             before = datetime.datetime.now(datetime.timezone.utc)
@@ -2367,6 +2375,7 @@ class ExchangeTest(unittest.TestCase):
         self.assertEqual(lines[0], "S: 220 Welcome")
         self.assertEqual(lines.count(f"C: {SEND[0]}"), 100)
         begin = lines.index("C: <truncated>")
+        self.assertEqual(len({said.at for said in message.exchanges}), 1)
         self.assertEqual(lines[begin + 1 : begin + 4], ["C: EHLO a.com", f"S: {RECEIVED}", f"C: {SEND[0]}"])
         self.assertNotIn("bad-sequence", list_codes([message]))
 
@@ -2399,10 +2408,15 @@ class ExchangeTest(unittest.TestCase):
             self.assertIn(memory.greet()[0][:3], ("554", "421"))
             self.assertEqual({line: memory.say(line)[0][:3] for line in expected}, expected, options)
         self.assertEqual(Memory(msg_greeting="554 no", fail_fast=True).greet(), ["554 no", "<closed>"])
-        secret = Memory(msg_greeting="554 no", auth_users={})
+        secret = Memory(msg_greeting="554 no", auth_users={}, handlers=[make_handler("XKEY", has_secret=True)])
         secret.greet()
-        secret.say("AUTH PLAIN c2VjcmV0")
+        secret.say("AUTH PLAIN c2VjcmV0", "XKEY c2VjcmV0")
         self.assertNotIn("c2VjcmV0", secret.message().transcript)
+        ruled = Memory(msg_greeting="554 no", rules=["EHLO: reply 250 ok", "MAIL a@a.com: reply 250 a"])
+        ruled.greet()
+        self.assertEqual(ruled.say("EHLO a.com", SEND[0], SEND[1])[:2], ["250 ok", "250 a"])
+        message = ruled.message()
+        self.assertEqual((message.helo, message.mail_from, message.rcptto), (True, "a@a.com", False))
 
     def test_rules_look_at_the_line(self) -> None:
         seen: list[str] = []
@@ -2419,6 +2433,34 @@ class ExchangeTest(unittest.TestCase):
         chunk.on("message", re.compile("hi")).delay(3)
         self.assertEqual(chunk.say("BDAT 4 LAST", "hi"), ["451 last"])
         self.assertEqual(chunk.delays[-1], 3)
+
+    def test_no_secret_is_kept_out_of_sight(self) -> None:
+        for options, lines in (
+            ({}, ["AUTH LOGIN", "S3CRET"]),
+            ({}, ["AUTH=S3CRET"]),
+            ({"rules": ["FOO: reply 250 ok"]}, ["AUTH LOGIN", "S3CRET more"]),
+            ({"auth_users": {}}, ["AUTH s3Cret", "AUTH PLAIN", "S3CRET"]),
+            ({"handlers": [make_handler("XKEY", has_secret=True, parse=staticmethod(str))]}, ["XKEY S3CRET"]),
+        ):
+            memory = Memory(ENVELOPE[0], *lines, **dict[str, Any](options))
+            self.assertNotIn(b"S3CRET", pickle.dumps(memory.message()).upper(), lines)
+        memory = Memory(
+            "AUTH LOGIN", "FOO", "AUTH LOGIN", "MAIL a@a.com", rules=["FOO: reply 250 f", "MAIL: reply 250 m"]
+        )
+        self.assertEqual([reply for _, reply, *_ in memory.message().exchanges][1::2], ["250 f", "250 m"])
+
+    def test_a_pickle_has_what_the_message_has(self) -> None:
+        memory = Memory(ENVELOPE[0], *SEND, handlers=[make_handler("XFOO", parse=re.compile("(x*)").fullmatch)])
+        (message,) = memory.messages()
+        memory.say("XFOO xxx", "NOOP later", "RCPT TO:<later@b.com>")
+        self.assertNotIn(b"later", pickle.dumps(message))
+        self.assertEqual(pickle.loads(pickle.dumps(memory.message())).to_dict(), memory.message().to_dict())
+
+    def test_a_refused_login_is_not_in_the_mails_after_it(self) -> None:
+        memory = Memory(ENVELOPE[0], auth_users={}, multiple_message_receiving=True)
+        memory.say(f"AUTH PLAIN {b64(chr(0) + 'u' + chr(0))}", *SEND, *SEND)
+        self.assertEqual([len(message.refusals) for message in memory.messages()], [1, 0])
+        self.assertEqual([message.auth_user for message in memory.messages()], ["u", None])
 
     def test_a_match_that_fails_during_a_login(self) -> None:
         memory = Memory(ENVELOPE[0], auth_users={"bob": "pw"})
