@@ -1814,6 +1814,19 @@ class ViolationTest(ServerCase):
         for code, cure in CURES.items():
             self.assertIn(cure, Memory.CODES[code][0])
 
+    def test_charsets(self) -> None:
+        """Those that IANA registers are known, even if Python cannot decode them."""
+        registered = "VISCII csVIQR IBM01141 ISO-2022-CN-EXT iso-ir-99 ISO646-DE ISO_5428:1980 NATS-DANO JIS_C6226-1983"
+        registered += " EBCDIC-CP-FR OSD_EBCDIC_DF04_1 hp-legal T.61-8bit x0212 KSC5636 nf_z_62-010_(1973) Windows-31J"
+        registered += (
+            " Adobe-Symbol-Encoding Amiga-1251 CESU-8 greek7-old pt2 us-dk unknown-8bit CCSID00924 latin-greek"
+        )
+        unknown = "nothing utf-9 iso-8859-99 windows-1259 cp9999 x-unknown latin-99 utf8mb4 punycode hex"
+        for charset in (*registered.split(), *unknown.split()):
+            memory = Memory(*ENVELOPE, "DATA", f"Subject: =?{charset}?q?=FC?=", "", ".")
+            with self.subTest(charset):
+                self.assertEqual("unknown-charset" in list_codes(memory.messages()), charset in unknown.split())
+
     def test_who_refuses_it(self) -> None:
         memory = Memory(*ENVELOPE, "DATA")
         memory.feed(
