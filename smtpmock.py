@@ -668,16 +668,10 @@ _VERBS = {
     "ATRN": _Verb("domain", "ATRN"),
     "TURN": _Verb(ends_group=True),
     "BURL": _Verb("secret", "BURL"),
-    "SEND": _Verb("address"),
-    "SOML": _Verb("address"),
-    "SAML": _Verb("address"),
-    "connect": _Verb(),
-    "TLS handshake": _Verb(),
+    **dict.fromkeys(("SEND", "SOML", "SAML"), _Verb("address")),
     "answer": _Verb("secret", ends_group=True),
     "message": _Verb(has_recipients=True),
-    "partial message": _Verb(),
-    "too long": _Verb(),
-    "truncated": _Verb(),
+    **dict.fromkeys(("connect", "TLS handshake", "partial message", "too long", "truncated"), _Verb()),
 }
 _UNKNOWN_VERB = _Verb("secret")
 
@@ -706,16 +700,14 @@ _LOCAL_PART = rf"(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})"
 _LITERAL = r"\[[^\[\]@]*\]"
 _MAILBOX = rf"{_LOCAL_PART}@(?:{_DOTTED}|[lL][oO][cC][aA][lL][hH][oO][sS][tT]|{_LITERAL})"
 
-# The path of MAIL and RCPT as clients write it: <user@example.com>, user@example.com, and
-# John Doe <user@example.com>. A source route is accepted and ignored (section 4.1.1.3).
+# The path of MAIL and RCPT: <a@b.com>, a@b.com or John Doe <a@b.com>. A source route is ignored (section 4.1.1.3).
 _ROUTE = rf"(?:@{_DOTTED}(?:,@{_DOTTED})*:)?"
 _PATH = rf"([^\"<>@]*<{_ROUTE})?({_MAILBOX})(>)?"
 
 # Up to the > that is not quoted or, without a <, up to the white space that is not quoted.
 _PATH_END = re.compile(r'(?=[^"]*<)(?:"(?:[^"\\]|\\.)*"|[^">])*>|(?:"(?:[^"\\]|\\.)*"|[^" ])*')
 
-# With lenient_addresses: labels may have underscores or be numbers, a final dot is allowed, and an address needs no
-# domain. They are compiled when they are first used.
+# With lenient_addresses: labels may have underscores or be numbers and end in a dot, and an address needs no domain.
 _LENIENT_LABEL = rf"(?:{_ALNUM}|[_-])+"
 _LENIENT_DOMAIN = rf"{_LENIENT_LABEL}(?:\.{_LENIENT_LABEL})*\.?"
 _LENIENT_PATH = rf"([^\"<>@]*<{_ROUTE})?({_LOCAL_PART}(?:@(?:{_LENIENT_DOMAIN}|{_LITERAL}))?)(>)?"
@@ -744,9 +736,6 @@ class _Path(NamedTuple):
     parameters: dict[str, str]  # by names in upper case; never changed, because the path is kept
 
 
-_NO_PARAMETERS: dict[str, str] = {}
-
-
 def _split_path(text: str) -> tuple[str, Sequence[str]]:
     """The path, and the parameters behind it."""
     match = _PATH_END.match(text)
@@ -773,7 +762,7 @@ def _parse_domain(text: str, pattern: str = _DOMAIN) -> str | None:
 def _parse_path(pattern: str, allowed: str, has_parameters: bool, text: str) -> _Path | None:
     """A path of this pattern, or the allowed one, which has no mailbox."""
     path, words = _split_path(text) if has_parameters else (text, ())
-    parameters = _read_parameters(words) if words else _NO_PARAMETERS
+    parameters = _read_parameters(words) if words else {}
     if path.lower() == allowed:
         return _Path(path[1:-1], parameters)
     match = re.fullmatch(pattern, path)
@@ -818,10 +807,9 @@ _PARAMETERS = {
 
 
 class _Request:
-    """What a client has sent. Sessions share those that they repeat, so nothing changes one.
+    """What a client has sent. Sessions share those that they repeat, so nothing changes one."""
 
-    Like a reply it is no NamedTuple, because their attributes take longer to read.
-    """
+    # Neither this nor a reply is a NamedTuple, because those attributes take longer to read.
 
     def __init__(self, verb: str, line: str, argument: str = "", faults: tuple[tuple[str, str], ...] = ()) -> None:
         self.verb = verb  # in upper case, or one of the last names in _VERBS
@@ -900,8 +888,6 @@ class _Reply:
 
 
 class _Exchange(NamedTuple):
-    """A request and the reply to it."""
-
     request: _Request | None  # None where the server speaks unasked
     reply: _Reply | None  # None where there is none
     value: Any  # of the argument; None if that is invalid
@@ -2387,8 +2373,6 @@ class Rule:
 
 
 class _Rules:
-    """The rules of a server."""
-
     def __init__(self, seed: int | None, verbs: Collection[str] = ()) -> None:
         self.verbs = verbs  # of the server's handlers
         self.newest_first: tuple[Rule, ...] = ()  # replaced, never changed; so it can be read without the lock
@@ -2658,7 +2642,7 @@ class Handler:
     _bad_sequence = "msg_invalid_cmd_helo_sequence"
     _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
     _read_loosely: Callable[[Any], Any] = staticmethod(lambda argument: argument)  # a bad one, which a rule accepted
-    _delay = ""  # the option that has it
+    _delay = ""  # the end of the name of the option that has it, if that is not the step
     _next: _Next | None = None  # if it is accepted
     _step = ""  # the name under which a message has the command
     _is_offered: Callable[[Configuration], bool] = staticmethod(lambda options: True)  # if not, it is unknown
@@ -2684,7 +2668,7 @@ class Handler:
         """The reply whose text is in this option, or is this text."""
         text = self._fill(getattr(self.options, option, option))
         accepts = option == self.received and not text.startswith(("4", "5"))
-        delay = getattr(self.options, self._delay) if self._delay else 0.0
+        delay = getattr(self.options, f"response_delay_{self._delay or self._step}", 0.0)
         return _Reply(text, delay=delay, next=self._choose_next(accepts), accepts=accepts)
 
     def _fill(self, text: str) -> str:
@@ -2783,8 +2767,6 @@ def _choose_with_address(handler: Handler, session: _Session, value: Any) -> _Re
 
 
 class _Greeting(Handler):
-    """What the server says before any command."""
-
     verbs = ("connect",)
     received = "msg_greeting"
     _before_tls = True
@@ -2792,8 +2774,6 @@ class _Greeting(Handler):
 
 
 class _Helo(Handler):
-    """HELO, with the name of the client."""
-
     verbs = ("HELO",)
     parse = staticmethod(_parse_domain)
     bad_argument = "msg_invalid_cmd_helo_arg"
@@ -2801,7 +2781,6 @@ class _Helo(Handler):
     _erases = _STEPS
     _before_tls = True
     _lists = (("blacklisted_helo_domains", "msg_helo_blacklisted_domain"),)
-    _delay = "response_delay_helo"
     _step = "helo"
 
     def __init__(self, options: Configuration) -> None:
@@ -2849,8 +2828,6 @@ class _PathHandler(Handler):
 
 
 class _Mailfrom(_PathHandler):
-    """MAIL FROM:<address>, or <> for a mail that must not be answered."""
-
     verbs = ("MAIL",)
     needs: Sequence[str] = ("helo",)
     bad_argument = "msg_invalid_cmd_mailfrom_arg"
@@ -2860,13 +2837,10 @@ class _Mailfrom(_PathHandler):
     _erases = _TRANSACTION
     _bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
     _lists = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
-    _delay = "response_delay_mailfrom"
     _step = "mailfrom"
 
 
 class _Rcptto(_PathHandler):
-    """RCPT TO:<address>, once per recipient."""
-
     verbs = ("RCPT",)
     needs = ("helo", "mailfrom")
     bad_argument = "msg_invalid_cmd_rcptto_arg"
@@ -2878,7 +2852,6 @@ class _Rcptto(_PathHandler):
         ("blacklisted_rcptto_emails", "msg_rcptto_blacklisted_email"),
         ("not_registered_emails", "msg_rcptto_not_registered_email"),
     )
-    _delay = "response_delay_rcptto"
     _step = "rcptto"
 
     def __init__(self, options: Configuration) -> None:
@@ -2891,8 +2864,6 @@ class _Rcptto(_PathHandler):
 
 
 class _Data(Handler):
-    """DATA, which asks for permission to send the body."""
-
     verbs: Sequence[str] = ("DATA",)
     needs = ("helo", "mailfrom", "rcptto")
     bad_argument = "msg_invalid_cmd"
@@ -2900,7 +2871,6 @@ class _Data(Handler):
     _erases: tuple[str, ...] = ("data", "msg")
     _before_auth = False
     _bad_sequence = "msg_invalid_cmd_data_sequence"
-    _delay = "response_delay_data"
     _step = "data"
 
     def refuse(self, session: _Session, value: Any) -> str | None:
@@ -2960,7 +2930,7 @@ class _EndOfBody(Handler):
     parse = staticmethod(lambda content: content)
     bad_argument = "msg_msg_size_is_too_big"
     received = "msg_msg_received"
-    _delay = "response_delay_message"
+    _delay = "message"
     _step = "msg"
     _names = staticmethod(_Data._names)
 
@@ -3003,36 +2973,27 @@ class _EndOfChunks(_EndOfBody):
 
 
 class _Rset(Handler):
-    """RSET, which abandons the mail."""
-
     verbs = ("RSET",)
     needs = ("helo",)
     received = "msg_rset_received"
     _erases = _TRANSACTION
     _bad_sequence = "msg_invalid_cmd_rset_sequence"
-    _delay = "response_delay_rset"
     _step = "rset"
 
 
 class _Noop(Handler):
-    """NOOP, with or without an argument."""
-
     verbs = ("NOOP",)
     parse = staticmethod(str)
     received = "msg_noop_received"
     _before_tls = True
-    _delay = "response_delay_noop"
     _step = "noop"
 
 
 class _Quit(Handler):
-    """QUIT, which ends the session."""
-
     verbs = ("QUIT",)
     bad_argument = "msg_invalid_cmd"
     received = "msg_quit_cmd"
     _before_tls = True
-    _delay = "response_delay_quit"
     _next = _Next.CLOSE
     _step = "quit"
 
@@ -3081,16 +3042,13 @@ _MECHANISMS = {
 }
 
 # What Google sends for a token that it does not accept. The client answers with an empty line.
-_BAD_TOKEN = '{"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"}\n'
-
+_BAD_TOKEN = b'{"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"}\n'
 
 # Mechanisms that clients name (RFC 4422 section 3.1). Any other word after AUTH may be a secret.
 _MECHANISM_NAME = "[A-Z0-9_-]{1,20}|(?i:PLAIN|LOGIN|CRAM-MD5|XOAUTH2|OAUTHBEARER|EXTERNAL|NTLM|GSSAPI|SCRAM-SHA-[0-9]+)"
 
 
 class _AuthResult(NamedTuple):
-    """The outcome of AUTH."""
-
     response: str  # the option that has the text of the reply
     mechanism: str
     user: str | None = None
@@ -3118,11 +3076,9 @@ class _Auth(Handler):
 
     def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         """The argument is the login in progress, its command, and the answer to the last challenge."""
-        import base64
-
         login, command, answer = argument
         try:
-            text = f"334 {base64.b64encode(login.send(answer).encode()).decode()}"
+            text = f"334 {login.send(answer)}"
         except StopIteration as stop:
             return self._finish(session, request, command, stop.value)
         reply = _Reply(text, accepts=True)
@@ -3165,7 +3121,7 @@ class _Auth(Handler):
         answers = []
         for text in challenges:
             challenge = text.format(int.from_bytes(os.urandom(12), "big"))  # a clock may stand still between two
-            answer = initial or (yield challenge)
+            answer = initial or (yield base64.b64encode(challenge.encode()).decode())
             if answer == "*" and not initial:
                 return result._replace(response="msg_auth_cancelled")
             try:
@@ -3178,7 +3134,7 @@ class _Auth(Handler):
             return result
         user, secret = match[1] or "", match[2]
         is_valid = self._check_secret(name, user, f"{challenge} {secret}" if name == "CRAM-MD5" else secret)
-        if name == "XOAUTH2" and not is_valid and (yield _BAD_TOKEN) == "*":
+        if name == "XOAUTH2" and not is_valid and (yield base64.b64encode(_BAD_TOKEN).decode()) == "*":
             return result._replace(response="msg_auth_cancelled", user=user)
         return result._replace(response=self.received if is_valid else "msg_auth_failed", user=user)
 
@@ -3248,8 +3204,6 @@ class _Ehlo(_Helo):
 
 
 class _Unknown(Handler):
-    """A command that is none of the others."""
-
     verbs: Sequence[str] = ("unknown",)
     parse = staticmethod(lambda argument: None)
     bad_argument = "msg_invalid_cmd"
@@ -3269,8 +3223,6 @@ class _Unknown(Handler):
 
 
 class _TooLong(_Unknown):
-    """A command line that was too long to keep."""
-
     verbs = ("too long",)
     bad_argument = "msg_line_too_long"
 
@@ -3568,16 +3520,11 @@ class _Context(NamedTuple):
 # A session is in one state, which is the method that takes the next bytes. It returns where it stopped and
 # the reply, if there is one. It is kept unbound, because a bound method would make the session a reference cycle.
 #
-#                    line too long                        the rest of the line
-#         +-------------------------> _skip_line ------------------------------>+
-#         |          AUTH, answered with 334              the answer            |
-#         +-------------------------> _take_answer ---------------------------->+
-#         |          DATA accepted, BDAT                  the end marker, or    |
-#     _take_line -------------------> _take_body  ---- the counted bytes ------>+---> _take_line
-#         |          STARTTLS accepted                    the handshake         |
-#         +-------------------------> _ignore_input --------------------------->+
-#
-# A reply that closes the connection, resets it or falls silent leads from any state to _ignore_input, for good.
+#     state          begins with                   ends with, and leads back to _take_line
+#     _skip_line     a line that is too long       the rest of the line
+#     _take_answer   AUTH, answered with 334       the answer
+#     _take_body     DATA accepted, BDAT           the end marker, or the counted bytes
+#     _ignore_input  STARTTLS accepted             the handshake; all that ends the session leads here, too, for good
 _State = Callable[["_Session", bytes, int], tuple[int, _Reply | None]]
 
 
@@ -3628,7 +3575,6 @@ class _Session:
         return message
 
     def note(self, request: _Request | None, reply: _Reply | None, value: Any = None) -> _Exchange:
-        """Append to the record."""
         exchange = _Exchange(request, reply, value, self.at, self.has_more)
         self.mail.exchanges.append(exchange)
         return exchange
@@ -3656,8 +3602,10 @@ class _Session:
         if self.rest:
             data, self.rest = self.rest + data, b""
         position, end = 0, len(data)
-        if end > 512 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
-            self._limit_record(end)
+        self._unmeasured += end
+        if self._unmeasured > 65536 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
+            self._unmeasured = 0
+            self.mail.limit_size()
         while position < end:
             position, reply = self._take(self, data, position)
             if reply is not None:
@@ -3666,12 +3614,6 @@ class _Session:
                 yield reply
                 if reply.next is not None:  # drop the rest; what came in clear must have no effect within TLS
                     return
-
-    def _limit_record(self, size: int) -> None:
-        self._unmeasured += size
-        if self._unmeasured > 65536 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
-            self._unmeasured = 0
-            self.mail.limit_size()
 
     def end(self, reply: _Reply | None = None, at: float = 0.0) -> None:
         """Record what is not yet recorded, because the connection ends.
@@ -3854,7 +3796,6 @@ class _Session:
             self._publish(complete=complete, follows_mail=request.kind.follows_mail)
 
     def finish_body(self) -> _Reply:
-        """Run the end of the body."""
         body = self.mail.body
         assert body is not None
         handler = self.handlers["message" if body.request is None else "last chunk"]
@@ -3865,11 +3806,7 @@ class _Session:
         return reply
 
     def decide(
-        self,
-        texts: Mapping[str, str],
-        names: Sequence[str],
-        message: Callable[[], Message] | None = None,
-        **limits: Any,
+        self, texts: dict[str, str], names: Sequence[str], message: Callable[[], Message] | None = None, **limits: Any
     ) -> dict[str, Any]:
         """The aspects of a reply that rules set."""
         try:
@@ -3969,12 +3906,10 @@ class _Session:
 
 # ----------------------------------------------------------------------------------------- mailbox
 
-_Where = Callable[[Message], object]
+_Where = Callable[[Message], object] | None
 
 
 class _Entry:
-    """A place in the mailbox."""
-
     __slots__ = ("is_purged", "message", "number")
 
     def __init__(self, message: Message) -> None:
@@ -3989,16 +3924,14 @@ class _Waiter:
     def __init__(self, entries: Iterable[_Entry], after: int) -> None:
         self.after = after  # only entries with a higher number match
         # The lock of the mailbox guards the first two; only the waiting thread uses the third.
-        self.unseen = {
-            entry: None for entry in entries if entry.number > after
-        }  # new, or changed since it was looked at
+        self.unseen = dict.fromkeys(entries)  # new, or changed since it was looked at
         self.missing = 0  # it is not woken for fewer
         self.matching: dict[_Entry, Message] = {}
 
     def has_enough(self) -> bool:
         return len(self.unseen) >= self.missing
 
-    def look_at(self, entries: Iterable[_Entry], where: _Where | None, deadline: float) -> None:
+    def look_at(self, entries: Iterable[_Entry], where: _Where, deadline: float) -> None:
         for entry in entries:
             message = entry.message
             if entry.number > self.after and (where is None or where(message)):
@@ -4022,7 +3955,6 @@ class _Mailbox:
         self._waiters: list[_Waiter] = []
 
     def make_number(self) -> int:
-        """The number of another message."""
         with self._lock:
             self._last_number += 1
             return self._last_number
@@ -4078,7 +4010,7 @@ class _Mailbox:
         self._entries = [entry for entry in self._entries if not entry.is_purged]
 
     def wait(
-        self, count: int, timeout: float, where: _Where | None, *, purge: bool, after: int = 0
+        self, count: int, timeout: float, where: _Where, *, purge: bool, after: int = 0
     ) -> tuple[bool, list[Message]]:
         """Wait for count matching messages. Returns whether they came, and all that match; purges only if they came."""
         deadline = time.monotonic() + timeout
@@ -4194,6 +4126,8 @@ class _Log:
 # ------------------------------------------------------------------------------------------ server
 
 _QUIT_TIMEOUT = 0.05  # seconds that a client has to QUIT after its last command, before a stop sends it away
+_SPARE_THREADS = 16
+_ABORT_TIMEOUT = 5.0  # seconds that stop() waits for an aborted session that user code holds up
 _LINGER = 2.0  # seconds that a client has to close its end after the server has closed its own
 _REPORT_LIMIT = 10  # messages and sessions in the text of a WaitTimeoutError
 
@@ -4257,9 +4191,6 @@ def _make_pem(name: str, kind: str = "CERTIFICATE") -> str:
     return f"-----BEGIN {kind}-----\n{text}-----END {kind}-----\n"
 
 
-_ca_pem = functools.partial(_make_pem, "ca")  # what clients are to trust
-
-
 @functools.cache
 def _load_test_context(name: str) -> ssl.SSLContext:
     import ssl
@@ -4304,8 +4235,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.is_leaving = False  # waits for a command in a stop, which does not prolong its grace
         self.must_linger = False  # because the server closes first
         self.ignores_input = False  # of a client that goes on sending during stop(); only an RST wakes it for sure
-        self.reason = "left before any command"  # why it ended so
-        self.has_failed = False  # in the TLS handshake
+        self.fault = ""  # of the TLS handshake
         self.is_over = False  # nothing follows its last reply, after which the client may connect again
         self.is_recorded = False  # has ended, and its messages are complete
         self.is_aborting = False  # must end at once
@@ -4336,8 +4266,8 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def finish(self) -> None:
         self.session.end(_Reply("", b"", next=self.ending) if self.ending else None, self._now())
-        if self.session.request is None or self.has_failed:
-            reason = "disconnect() ended it" if self.ending else self.reason
+        if self.session.request is None or self.fault:
+            reason = "disconnect() ended it" if self.ending else self.fault or "left before any command"
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
         self.is_recorded = True
         with self.server.changed:
@@ -4472,10 +4402,10 @@ class _Connection(socketserver.BaseRequestHandler):
             self.request.settimeout(self.options.session_timeout)  # OpenSSL respects this, but not SO_RCVTIMEO
             self.is_idle = False
         except (OSError, ValueError) as error:
-            self.has_failed, self.reason = True, f"TLS handshake failed: {error}"
+            self.fault = f"TLS handshake failed: {error}"
             if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
-                self.reason += "; the client spoke plain text, but this port begins with TLS"
-            self.log("warning", f"SMTP session broke off: {self.reason}")
+                self.fault += "; the client spoke plain text, but this port begins with TLS"
+            self.log("warning", f"SMTP session broke off: {self.fault}")
         return self.session.is_secure
 
     def _linger(self) -> None:
@@ -4574,10 +4504,6 @@ class _Connection(socketserver.BaseRequestHandler):
         self.must_linger = True
         self.is_aborting = True
         self.shut_down(socket.SHUT_RD if reset else socket.SHUT_RDWR)  # SHUT_WR would send a FIN before the RST
-
-
-_SPARE_THREADS = 16
-_ABORT_TIMEOUT = 5.0  # seconds that stop() waits for an aborted session that user code holds up
 
 
 class _Thread(threading.Thread):
@@ -4758,7 +4684,6 @@ class _Listener(socketserver.ThreadingTCPServer):
         return self.aborting.is_set()
 
     def abort(self) -> None:
-        """End all sessions at once."""
         self.aborting.set()
         for connection in self.connections.copy():
             # By an RST: a client that is still sending might wait for a minute otherwise.
@@ -4778,9 +4703,11 @@ class _Listener(socketserver.ThreadingTCPServer):
     def disconnect(self, *, reset: bool) -> None:
         """End the open sessions, and those that are about to begin, and wait until they are recorded."""
         with self.accepting:
-            while client := self._accept_waiting():
-                self.context.early_ends.append(f"{_format_address(*client[1][:2])}: disconnect() ended it")
-                self.shutdown_request(client[0])
+            with contextlib.suppress(OSError):  # until no client waits to be accepted
+                while True:
+                    client, address = self.get_request()
+                    self.context.early_ends.append(f"{_format_address(*address[:2])}: disconnect() ended it")
+                    self.shutdown_request(client)
             self.starting = dict.fromkeys(self.starting, _Next.RESET if reset else _Next.CLOSE)
         connections = self.connections.copy()
         for connection in connections:
@@ -4794,11 +4721,6 @@ class _Listener(socketserver.ThreadingTCPServer):
             for connection in connections:  # what waits until its client reads
                 connection.shut_down(socket.SHUT_RDWR)
             self.changed.wait_for(lambda: all(c.is_recorded for c in connections), _ABORT_TIMEOUT)
-
-    def _accept_waiting(self) -> Any:
-        """A client that waits to be accepted; None if there is none."""
-        with contextlib.suppress(OSError):
-            return self.get_request()
 
     def server_close(self) -> None:
         for sock in (self.socket, *self.wake):
@@ -5016,7 +4938,7 @@ class Server:
         """The recorded messages, oldest first. Exactly what is returned is removed."""
         return self._warn(self._mailbox.messages(purge=True))
 
-    def message(self, where: _Where | None = None, timeout: float = 0.0) -> Message:
+    def message(self, where: _Where = None, timeout: float = 0.0) -> Message:
         """The one accepted mail for which where(message) is true; WaitTimeoutError if none comes, or several."""
         __tracebackhide__ = True  # of pytest
         _check_wait(1, timeout, where)
@@ -5090,7 +5012,7 @@ class Server:
             raise ServerStateError(f'{self!r} has no certificate for tests; ssl_context="test" gives it one')
         import ssl
 
-        return ssl.create_default_context(cadata=_ca_pem())
+        return ssl.create_default_context(cadata=_make_pem("ca"))
 
     def play(self, transcript: str) -> None:
         """Answer the next session as the server of this transcript did, or the next ones, if it has several.
@@ -5120,7 +5042,6 @@ class Server:
         """Raise AssertionError if a rule was never hit or has no action, or if a callback raised an exception."""
         __tracebackhide__ = True  # of pytest
         faults = self._context.log.forget_failures()
-        requests: list[str] | None = None
         for rule in reversed(self._rules.newest_first):
             if rule._function is None and not any(rule._uses):
                 faults.append(f"{rule!r} has no action")
@@ -5128,8 +5049,7 @@ class Server:
                 left = [use["reply"] or use["then"].value for use in rule._uses[rule.hits :]]
                 faults += [f"{_shorten(text)} at {rule._stage}, of the transcript, was never reached" for text in left]
             elif not rule.hits:
-                requests = self._list_requests() if requests is None else requests
-                faults.append(f"{rule!r} was never hit{rule._find_nearest(requests)}")
+                faults.append(f"{rule!r} was never hit{rule._find_nearest(self._list_requests())}")
         if faults:
             raise AssertionError("\n".join(faults))
 
@@ -5145,19 +5065,17 @@ class Server:
         records += [connection.session.mail.exchanges[:] for connection in connections]
         return [exchange.line for record in records for exchange in record if exchange.line and exchange.line[0] != "<"]
 
-    def wait_for_messages(self, count: int, timeout: float = 5.0, where: _Where | None = None) -> list[Message]:
+    def wait_for_messages(self, count: int, timeout: float = 5.0, where: _Where = None) -> list[Message]:
         """Wait for count messages for which where(message) is true. Returns them all, or raises WaitTimeoutError."""
         __tracebackhide__ = True  # of pytest
         return self._warn(self._wait(count, timeout, where, purge=False))
 
-    def wait_for_messages_and_purge(
-        self, count: int, timeout: float = 5.0, where: _Where | None = None
-    ) -> list[Message]:
+    def wait_for_messages_and_purge(self, count: int, timeout: float = 5.0, where: _Where = None) -> list[Message]:
         """Like wait_for_messages(). Exactly what is returned is removed."""
         __tracebackhide__ = True
         return self._warn(self._wait(count, timeout, where, purge=True))
 
-    def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool, after: int = 0) -> list[Message]:
+    def _wait(self, count: int, timeout: float, where: _Where, *, purge: bool, after: int = 0) -> list[Message]:
         __tracebackhide__ = True
         _check_wait(count, timeout, where)
         enough, messages = self._mailbox.wait(count, timeout, where, purge=purge, after=after)
@@ -5177,9 +5095,8 @@ class Server:
             yield "  ..."
         for message in messages[-_REPORT_LIMIT:]:
             yield f"  {message!r}, subject {message.subject!r}"
-            yield from (
-                f"    {found}" for found in message.violations if found.code in ("tls-on-plain-port", "false-end")
-            )
+            hints = [found for found in message.violations if found.code in ("tls-on-plain-port", "false-end")]
+            yield from (f"    {hint}" for hint in hints)
         connections = self._list_connections()
         yield f"open sessions: {len(connections)}"
         for connection in connections[:_REPORT_LIMIT]:
@@ -5269,11 +5186,8 @@ class _PytestPlugin:
         ]
 
     def _describe(self, sessions: Sequence[Message | str]) -> str:
-        parts = (
-            [f"{len(sessions)} messages or sessions, the last {_REPORT_LIMIT}:"]
-            if len(sessions) > _REPORT_LIMIT
-            else []
-        )
+        count = f"{len(sessions)} messages or sessions, the last {_REPORT_LIMIT}:"
+        parts = [count] if len(sessions) > _REPORT_LIMIT else []
         for item in sessions[-_REPORT_LIMIT:]:
             lines = [] if isinstance(item, str) else [item.transcript, *map(str, item.violations + item.warnings)]
             parts.append("\n".join([str(item), *lines]))
@@ -5536,7 +5450,7 @@ _ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number
     "/messages/ID/eml": _get_mail,
     "/messages/ID/attachments/ID": _get_attachment,
     "/violations": lambda server: _HttpAnswer({"violations": [_jsonify(fault) for fault in server.violations()]}),
-    "/ca.pem": lambda server: _HttpAnswer(_ca_pem().encode(), content_type="application/x-pem-file"),
+    "/ca.pem": lambda server: _HttpAnswer(_make_pem("ca").encode(), content_type="application/x-pem-file"),
 }
 
 
@@ -6144,7 +6058,7 @@ def _open_files(paths: Mapping[str, Any]) -> list[_Output]:
 
 def _save_ca(path: str) -> None:
     """Write what clients trust to a file that is new, or empty, or has it already."""
-    pem = _ca_pem().encode()
+    pem = _make_pem("ca").encode()
     try:
         with open(path, "ab+") as file:
             file.seek(0)

@@ -194,7 +194,7 @@ class Memory:
     @staticmethod
     def test_pem() -> str:
         """A certificate of localhost and 127.0.0.1, its authority, and its key."""
-        return smtpmock._make_pem("test") + smtpmock._ca_pem() + smtpmock._make_pem("key", "EC PRIVATE KEY")
+        return smtpmock._make_pem("test") + smtpmock._make_pem("ca") + smtpmock._make_pem("key", "EC PRIVATE KEY")
 
     @staticmethod
     def load_test_context(name: str) -> ssl.SSLContext:
