@@ -689,8 +689,7 @@ _DOTTED = rf"(?:{_LABEL}\.)+(?:{_ALPHA}{{2,}}|[xX][nN]--{_LABEL})"
 # RFC 5321 section 4.1.3. inet_pton() decides whether the numbers are right.
 _ADDRESS_LITERAL = r"\[([iI][pP][vV]6:)?([0-9a-fA-F:.]+)\]"
 
-# The argument of HELO, section 4.1.1.1. A host without a domain, such as a container, sends its one label,
-# but a label of digits alone is no name.
+# The argument of HELO, section 4.1.1.1. A host without a domain sends its one label; digits alone are no name.
 _DOMAIN = rf"{_DOTTED}|(?=[0-9-]*[^0-9-]){_LABEL}"
 
 # "Mailbox" of section 4.1.2.
@@ -749,9 +748,6 @@ def _read_parameters(words: Iterable[str]) -> dict[str, str]:
     for name, _, value in (word.partition("=") for word in words):
         parameters[name.upper()] = "?" if name.upper() in parameters else value
     return parameters
-
-
-# Each of these parses the argument of a command, and returns None if it is invalid.
 
 
 def _parse_domain(text: str, pattern: str = _DOMAIN) -> str | None:
@@ -2206,6 +2202,14 @@ class Action(_Options, kw_only=False):
 
 _ACTIONS = {name: option.kind for name, option in Action._declared.items()}
 
+
+class _Conditions(_Options):
+    skip: int = _option(0, _COUNT, "matches that it lets pass")
+    times: int | None = _option(None, _TIMES, "uses; without end by default")
+    probability: float = _option(1.0, _PROBABILITY, "of each use")
+    after: int | None = _option(None, _COUNT, "bytes of the body that have arrived")
+
+
 # What people write for a stage, and what it is called here. Other verbs are allowed if they are not nearly these.
 _STAGE_NAMES = {verb.upper(): verb for verb in _VERBS if verb.isupper() or verb in ("connect", "message")}
 _STAGE_NAMES |= {"MAILFROM": "MAIL", "RCPTTO": "RCPT", "BODY": "message", "END": "message", "CONNECTION": "connect"}
@@ -2247,16 +2251,7 @@ class Rule:
     for the normal reply, the text of another one, or an Action.
     """
 
-    def __init__(
-        self,
-        rules: _Rules,
-        stage: str,
-        match: _Match = None,
-        skip: int = 0,
-        times: int | None = None,
-        probability: float = 1.0,
-        after: int | None = None,
-    ) -> None:
+    def __init__(self, rules: _Rules, stage: str, match: _Match = None, **conditions: Any) -> None:
         self.hits = 0  #: how often the rule was used; guarded by the lock of the rules, like what follows
         self._skipped = 0
         self._rules = rules
@@ -2267,14 +2262,10 @@ class Rule:
         if isinstance(match, str):
             _check_match(match, self._stage)
         self._match = _fold(match) if isinstance(match, str) else match
-        _check("skip", skip, _COUNT)
-        for name, value, kind in (("times", times, _TIMES), ("after", after, _COUNT)):
-            if value is not None:
-                _check(name, value, kind)
-        _check("probability", probability, _PROBABILITY)
-        if after is not None and self._stage != "message":
-            raise ConfigurationError(f"is for the stage message, not for {self._stage}", "after", after)
-        self._skip, self._times, self._probability, self._after = skip, times, probability, after
+        self._when = when = _Conditions(**conditions)
+        if when.after is not None and self._stage != "message":
+            raise ConfigurationError(f"is for the stage message, not for {self._stage}", "after", when.after)
+        self._after = when.after
         self._random: Any = None
         # Fields of an Action for each use; the last ones stay in force. Only the methods set this and the function,
         # and they replace them, so that sessions can read them without the lock.
@@ -2346,14 +2337,14 @@ class Rule:
 
     def _use(self, wanted: Collection[str], *, counts: bool) -> tuple[dict[str, Any], _Function | None]:
         """The aspects that are wanted; counts a use if there are any. Called with the lock of the rules."""
-        if self._skipped < self._skip:  # whether newer rules have decided everything or not
+        if self._skipped < self._when.skip:  # whether newer rules have decided everything or not
             self._skipped += counts
             return {}, None
         uses, function = self._uses, self._function if "reply" in wanted else None
         use = _find_aspects(uses[min(self.hits, len(uses) - 1)])
         aspects = {name: value for name, value in use.items() if name in wanted}
-        is_spent = self.hits == self._times or not (aspects or function)
-        if is_spent or (self._random is not None and self._random.random() >= self._probability):
+        is_spent = self.hits == self._when.times or not (aspects or function)
+        if is_spent or (self._random is not None and self._random.random() >= self._when.probability):
             return {}, None
         self.hits += counts
         return aspects, function
@@ -2368,7 +2359,7 @@ class Rule:
         return f"; the nearest command was {_shorten(nearest[0])}" if nearest else ""
 
     def __repr__(self) -> str:
-        skipped = f", {self._skipped} of {self._skip} skipped" if self._skip else ""
+        skipped = f", {self._skipped} of {self._when.skip} skipped" if self._when.skip else ""
         return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits{skipped}>"
 
 
@@ -2384,7 +2375,7 @@ class _Rules:
     def add(self, rule: Rule) -> Rule:
         """Have the rule apply from now on."""
         with self._lock:
-            if rule._probability < 1:
+            if rule._when.probability < 1:
                 from random import Random
 
                 # For this rule alone, so that its numbers do not depend on what other rules meet.
@@ -2609,9 +2600,7 @@ def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[
 # The steps of a session in their order, by the names under which a message has them.
 _STEPS = ("helo", "mailfrom", "rcptto", "data", "msg", "rset", "noop", "quit")
 _TRANSACTION = _STEPS[1:]
-
-# The steps that are in force beyond a mail.
-_LASTING = ("greeting", "tls", "helo", "auth")
+_LASTING = ("greeting", "tls", "helo", "auth")  # in force beyond a mail
 
 # The replies to commands that come before a step which only some servers demand, or after a greeting that refused.
 _DEMANDS = {"session": "msg_invalid_cmd_helo_sequence", "tls": "msg_tls_required", "auth": "msg_auth_required"}
@@ -2639,7 +2628,6 @@ class Handler:
     _erases: tuple[str, ...] = ()  # the steps that it undoes, even if it is refused then
     _before_tls = False  # whether tls_required allows it before STARTTLS
     _before_auth = True  # whether auth_required allows it before AUTH
-    _bad_sequence = "msg_invalid_cmd_helo_sequence"
     _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
     _read_loosely: Callable[[Any], Any] = staticmethod(lambda argument: argument)  # a bad one, which a rule accepted
     _delay = ""  # the end of the name of the option that has it, if that is not the step
@@ -2649,6 +2637,8 @@ class Handler:
 
     def __init__(self, options: Configuration) -> None:
         self.options = options
+        sequence = f"msg_invalid_cmd_{self._step}_sequence"
+        self._bad_sequence = sequence if hasattr(options, sequence) else "msg_invalid_cmd_helo_sequence"
         self._extensions = _name_extensions(options)
         self._refused = [(getattr(options, values), text) for values, text in self._lists if getattr(options, values)]
         # Limited, because refuse() may return any number of texts.
@@ -2739,8 +2729,7 @@ class Handler:
         if not aspects:
             return normal
         reply = normal.replace(delay=aspects.get("delay", normal.delay), trickle=aspects.get("trickle", normal.trickle))
-        said = aspects.get("reply")
-        if said is not None:
+        if (said := aspects.get("reply")) is not None:
             text = _decode(said).rstrip("\r\n") if isinstance(said, bytes) else self._fill(said)
             data = said if isinstance(said, bytes) else _encode(text)
             accepts = bool(data) and not text.startswith(("4", "5"))
@@ -2835,7 +2824,6 @@ class _Mailfrom(_PathHandler):
     _keyword = "FROM:"
     _allowed = "<>"
     _erases = _TRANSACTION
-    _bad_sequence = "msg_invalid_cmd_mailfrom_sequence"
     _lists = (("blacklisted_mailfrom_emails", "msg_mailfrom_blacklisted_email"),)
     _step = "mailfrom"
 
@@ -2847,7 +2835,6 @@ class _Rcptto(_PathHandler):
     received = "msg_rcptto_received"
     _keyword = "TO:"
     _allowed = "<postmaster>"  # RFC 5321 section 4.1.1.3
-    _bad_sequence = "msg_invalid_cmd_rcptto_sequence"
     _lists = (
         ("blacklisted_rcptto_emails", "msg_rcptto_blacklisted_email"),
         ("not_registered_emails", "msg_rcptto_not_registered_email"),
@@ -2870,7 +2857,6 @@ class _Data(Handler):
     received = "msg_data_received"
     _erases: tuple[str, ...] = ("data", "msg")
     _before_auth = False
-    _bad_sequence = "msg_invalid_cmd_data_sequence"
     _step = "data"
 
     def refuse(self, session: _Session, value: Any) -> str | None:
@@ -2898,8 +2884,7 @@ class _Bdat(_Data):
     _is_offered = staticmethod(lambda options: "CHUNKING" in _name_extensions(options))
 
     def _begin(self, session: _Session, request: _Request) -> _Reply | None:
-        chunk = _parse_chunk(request.argument)
-        if chunk is None:
+        if (chunk := _parse_chunk(request.argument)) is None:
             return session.run(self, request, request.argument)
         session.begin_mail_if_due(request.kind)  # so that the bytes go to the same mail as the command
         return session.expect_chunk(chunk[0], request, lambda: self._finish(session, request, chunk))
@@ -2977,7 +2962,6 @@ class _Rset(Handler):
     needs = ("helo",)
     received = "msg_rset_received"
     _erases = _TRANSACTION
-    _bad_sequence = "msg_invalid_cmd_rset_sequence"
     _step = "rset"
 
 
@@ -3112,8 +3096,7 @@ class _Auth(Handler):
         import base64
 
         result = _AuthResult("msg_auth_bad_response", name)
-        refusal = self._refuse_mechanism(session, name)
-        if refusal is not None:
+        if refusal := self._refuse_mechanism(session, name):
             return result._replace(response=refusal)
         challenges, pattern = _MECHANISMS[name]
         if initial and name == "CRAM-MD5":  # its challenge has to be seen first
@@ -3129,8 +3112,7 @@ class _Auth(Handler):
             except ValueError:
                 return result
             initial = ""
-        match = re.fullmatch(pattern, "\0".join(answers), re.DOTALL)
-        if match is None:
+        if (match := re.fullmatch(pattern, "\0".join(answers), re.DOTALL)) is None:
             return result
         user, secret = match[1] or "", match[2]
         is_valid = self._check_secret(name, user, f"{challenge} {secret}" if name == "CRAM-MD5" else secret)
@@ -3256,12 +3238,10 @@ def _check_handler(handler: Any) -> None:
 
 
 class _ParsedLines(dict[str, tuple[Handler, _Request]]):
-    """The handler and the request of each command line.
+    """The handler and the request of up to 512 command lines, because clients repeat them; none may hold a secret."""
 
-    It keeps up to 512 of them, because clients repeat lines, and none that may hold a secret. Any thread may add one,
-    in one atomic step. A key is a line as Latin-1, because Python 3.13 without a GIL locks a dict for any other key
-    than a str, and for get().
-    """
+    # Any thread may add one, in one atomic step. A key is a line as Latin-1, because Python 3.13 without a GIL locks a
+    # dict for any other key than a str, and for get().
 
     def __init__(self, handlers: _Handlers) -> None:
         super().__init__()
@@ -3529,10 +3509,7 @@ _State = Callable[["_Session", bytes, int], tuple[int, _Reply | None]]
 
 
 class _Session:
-    """One SMTP conversation, without a socket, a thread or a clock.
-
-    In which pieces the bytes arrive matters only for has_more and for the times, in seconds since the epoch.
-    """
+    """One SMTP conversation, without socket, thread and clock. How its bytes are cut up shows in has_more and at alone."""
 
     def __init__(self, context: _Context, peer: tuple[str, int]) -> None:
         self.context, self.handlers, self.commands = context, context.handlers, context.handlers.commands
@@ -3596,16 +3573,16 @@ class _Session:
         return reply
 
     def receive(self, data: bytes, at: float = 0.0) -> Iterator[_Reply]:
-        """Yield the replies to what data, which came at this time, completes. A command is run when its reply is
-        asked for."""
+        """Yield the replies to data, which came at this time. A command is run when its reply is asked for."""
         self.at = at
         if self.rest:
             data, self.rest = self.rest + data, b""
         position, end = 0, len(data)
-        self._unmeasured += end
-        if self._unmeasured > 65536 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
-            self._unmeasured = 0
-            self.mail.limit_size()
+        if end > 512 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
+            self._unmeasured += end
+            if self._unmeasured > 65536 or len(self.mail.exchanges) > _EXCHANGE_LIMIT:
+                self._unmeasured = 0
+                self.mail.limit_size()
         while position < end:
             position, reply = self._take(self, data, position)
             if reply is not None:
@@ -3616,10 +3593,7 @@ class _Session:
                     return
 
     def end(self, reply: _Reply | None = None, at: float = 0.0) -> None:
-        """Record what is not yet recorded, because the connection ends.
-
-        The reply is what the server says to that, unless it has closed the session before.
-        """
+        """Record what is left when the connection ends, and this reply unless the server had closed the session."""
         mail, body = self.mail, self.mail.body
         last = mail.exchanges[-1].reply if mail.exchanges else None
         self.at, self.has_more = at, False
@@ -3647,19 +3621,15 @@ class _Session:
             mail.has_ended = True
             self._call(self.context.on_end, mail.entry.message)
 
-    # The states.
-
     def _take_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
-        end = data.find(b"\n", at, at + self._line_limit)
-        if end < 0:
+        if (end := data.find(b"\n", at, at + self._line_limit)) < 0:
             return self._take_part_of_line(data, at)
         handler, request = self.commands[data[at:end].decode("latin-1")]
         self.has_more = end + 1 < len(data)
         return end + 1, handler._begin(self, request)
 
     def _take_answer(self, data: bytes, at: int, run: Callable[[_Request, str], _Reply]) -> tuple[int, _Reply | None]:
-        end = data.find(b"\n", at, at + self._line_limit)
-        if end < 0:
+        if (end := data.find(b"\n", at, at + self._line_limit)) < 0:
             return self._take_part_of_line(data, at)
         self._take = _Session._take_line
         text = _decode(data[at:end].strip())
@@ -3687,8 +3657,7 @@ class _Session:
         return at, self.run(self.handlers["too long"], request, "")
 
     def _skip_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
-        end = data.find(b"\n", at)
-        if end < 0:
+        if (end := data.find(b"\n", at)) < 0:
             return len(data), None
         self._take = _Session._take_line
         return end + 1, None
@@ -3738,8 +3707,6 @@ class _Session:
         self.mail.accepted_steps.add("tls")
         self.mail.steps["tls"] = self.note(None, None, (version, cipher))
         self._take = _Session._take_line
-
-    # The commands.
 
     def begin_mail_if_due(self, kind: _Verb) -> None:
         """Complete a mail that this command abandons, and begin the next one unless this command belongs to it."""
@@ -4010,7 +3977,7 @@ class _Mailbox:
         self._entries = [entry for entry in self._entries if not entry.is_purged]
 
     def wait(
-        self, count: int, timeout: float, where: _Where, *, purge: bool, after: int = 0
+        self, count: int, timeout: float, where: _Where, *, purge: bool = False, after: int = 0
     ) -> tuple[bool, list[Message]]:
         """Wait for count matching messages. Returns whether they came, and all that match; purges only if they came."""
         deadline = time.monotonic() + timeout
@@ -4028,8 +3995,7 @@ class _Mailbox:
                 waiter.look_at(unseen, where, waiter_deadline)  # without the lock, because it calls the user's code
                 waiter_deadline = deadline
                 in_time = in_time and time.monotonic() < deadline
-                result = self._collect(waiter, count, purge=purge, is_last=not in_time)
-                if result is not None:
+                if result := self._collect(waiter, count, purge=purge, is_last=not in_time):
                     return result
         finally:
             with self._lock:
@@ -4445,6 +4411,7 @@ class _Connection(socketserver.BaseRequestHandler):
         try:
             # is_idle is set before stopping is read, and stop() does the reverse, so one of the two sees the other.
             self.is_idle = waits
+            # No farewell could be sent after stop() has interrupted a read within TLS.
             must_await = _MUST_POLL or self.request is not self.plain or (waits and server.stopping)
             if not must_await or self._await(selectors.EVENT_READ):
                 body = self.session.mail.body
@@ -4466,10 +4433,7 @@ class _Connection(socketserver.BaseRequestHandler):
         return b""
 
     def _await(self, event: int, seconds: float | None = None) -> bool:
-        """Wait until it can read or write. False if it is idle, and a stop sends it away.
-
-        A read within TLS needs it, because no farewell could be sent after stop() interrupts that.
-        """
+        """Wait until it can read or write. False if it is idle, and a stop sends it away."""
         deadline = time.monotonic() + (self.options.session_timeout if seconds is None else seconds)
         reads = event == selectors.EVENT_READ
         is_ready = reads and self.session.is_secure and self.request.pending()
@@ -4641,11 +4605,8 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.context.log.failure("SMTP session failed")
 
     def close(self, timeout: float) -> bool | None:
-        """End all sessions, after timeout seconds by force. Returns whether force was needed; None if another
-        thread does it, which waits for the session of this one.
-
-        It can be called again after an exception such as KeyboardInterrupt, and then finishes the job.
-        """
+        """End all sessions, after timeout seconds by force. Returns whether force was needed; None if another thread
+        does it, which waits for the session of this one. After an exception, another call finishes the job."""
         thread = threading.current_thread()
         if not isinstance(thread, _SessionThread) or thread.listener is not self:
             with self.closing:
@@ -4837,8 +4798,7 @@ class Server:
         thread of a session, as in on_message, it does not wait.
         """
         _check("reset", reset, _FLAG)
-        listener = self._listener
-        if listener is not None:
+        if (listener := self._listener) is not None:
             listener.disconnect(reset=reset)
 
     def start(self) -> Server:
@@ -4885,8 +4845,7 @@ class Server:
         session, stop() does not wait for that session to end.
         """
         with self._lifecycle:
-            listener = self._listener
-            if listener is None:
+            if (listener := self._listener) is None:
                 raise ServerStateError(f"{self!r} cannot stop: it is not running")
             is_first, listener.stopping = not listener.stopping, True
         if is_first:
@@ -4942,9 +4901,7 @@ class Server:
         """The one accepted mail for which where(message) is true; WaitTimeoutError if none comes, or several."""
         __tracebackhide__ = True  # of pytest
         _check_wait(1, timeout, where)
-        _, found = self._mailbox.wait(
-            1, timeout, lambda message: message.is_consistent and (where is None or where(message)), purge=False
-        )
+        _, found = self._mailbox.wait(1, timeout, lambda mail: mail.is_consistent and (where is None or where(mail)))
         if len(found) != 1:
             what = "accepted messages" if where is None else "matching accepted messages"
             text = f"{len(found)} {what} where there should be 1"
@@ -5000,11 +4957,12 @@ class Server:
         ConfigurationError for an invalid argument.
         """
         if unknown:
-            known = ("stage", "match", "skip", "times", "probability", "after")
+            known = ("stage", "match", *_Conditions._declared)
             name, value = dict[str, Any](unknown).popitem()
             hint = _suggest(name, known) or f"; there are {', '.join(known)}"
             raise ConfigurationError(f"on() has no such argument{hint}", name, value)
-        return self._rules.add(Rule(self._rules, stage, match, skip, times, probability, after))
+        conditions = {"skip": skip, "times": times, "probability": probability, "after": after}
+        return self._rules.add(Rule(self._rules, stage, match, **conditions))
 
     def client_context(self) -> ssl.SSLContext:
         """A new context for clients, which trusts the certificates for tests. ServerStateError if there is none."""
@@ -5103,14 +5061,12 @@ class Server:
             session = connection.session
             last = " / ".join(_format_exchanges(session.mail.exchanges[-1:]))
             yield f"  {_format_address(*session.peer)}: {last}"
-            body = session.mail.body
-            if body is not None and body.ends_falsely():
+            if (body := session.mail.body) is not None and body.ends_falsely():
                 yield "    its body ends in a dot alone with a bare LF, which is not the end of a mail"
         yield from self._list_early_ends()
 
     def _list_early_ends(self) -> list[str]:
-        ends = self._context.early_ends  # read by index, because other threads may append meanwhile
-        return [f"a connection ended early: {ends[index]}" for index in range(min(len(ends), _REPORT_LIMIT))]
+        return [f"a connection ended early: {end}" for end in self._context.early_ends.copy()]
 
     def __repr__(self) -> str:
         state = "" if self._listener else ", not running"
@@ -5569,7 +5525,6 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
 _LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # one flag sets both
 _FILE = _OptionType("a path", lambda value: isinstance(value, str))
 _RULES = _OptionType("rules", lambda value: isinstance(value, list), lambda text: [text])
-_CONDITIONS = {"skip": _COUNT, "times": _TIMES, "probability": _PROBABILITY, "after": _COUNT}
 
 # The flags that are no options of a server.
 _OWN_FLAGS: dict[str, _Option] = {
@@ -5877,7 +5832,7 @@ def _read_action(name: str, argument: str) -> tuple[str, list[Any]]:
     """The name of a method of Rule, and its arguments."""
     allowed = [action for action in (*_ACTIONS, *_THEN) if action != "then"]
     if name not in allowed:
-        raise ConfigurationError(f"{name!r} must be {' or '.join([*allowed, *_CONDITIONS])}")
+        raise ConfigurationError(f"{name!r} must be {' or '.join([*allowed, *_Conditions._declared])}")
     if name in _THEN and argument:
         raise ConfigurationError(f"{argument!r} must not follow {name}")
     if name == "reply":
@@ -5892,9 +5847,10 @@ def _add_rule(server: Any, text: str) -> None:
     if match is None or not colon:
         raise ConfigurationError(f"rule {text!r}: must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'")
     parts = [re.split(" +| *= *", part.strip(), maxsplit=1) for part in what.split(";") if part.strip()]
-    conditions = {name: _read(_CONDITIONS[name], "".join(value)) for name, *value in parts if name in _CONDITIONS}
+    known = _Conditions._declared
+    conditions = {name: _read(known[name].kind, "".join(value)) for name, *value in parts if name in known}
     try:
-        actions = [_read_action(name, "".join(value)) for name, *value in parts if name not in _CONDITIONS]
+        actions = [_read_action(name, "".join(value)) for name, *value in parts if name not in known]
         if not actions:
             raise ConfigurationError("it has no action")
         rule = Rule(server._rules, match[1], match[2], **conditions)
