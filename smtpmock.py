@@ -271,6 +271,7 @@ _OTHER_NAMES = {
     "session_timeout": "timeout command_timeout",
     "on_message": "callback handler handle_data process_message sink",
     "msg_greeting": "greeting banner ident",
+    "configure() or a Configuration": "config settings options",
 }
 
 _T = TypeVar("_T")
@@ -1422,6 +1423,15 @@ def _jsonify(value: Any) -> Any:
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
+# Parts of a transcript, each with what the user may have wanted.
+_HINTS = {
+    r"C: AUTH.*\nS: 50[0-4]": "auth_users turns on AUTH",
+    r"C: STARTTLS\nS: 50[0-4]": "ssl_context turns on STARTTLS",
+    r"C: (?:HELO|EHLO|MAIL|RCPT)[^>\n]*>?\nS: 501": "lenient_addresses accepts more names",
+    r"C: (?:(?:BDAT|VRFY|EXPN|HELP).*\nS: 50[0-4]|(?:MAIL|RCPT).*>.+\nS: 5[05])": "extensions turns on more",
+    r"C: EHLO.*\n(?:S: (?!.*(?:AUTH|STARTTLS)).*\n)+(?:C: QUIT\nS: .*\n)?\Z": "auth_users announces AUTH, ssl_context TLS",
+}
+
 # The names of attributes of a Message that people expect from other tools.
 _OTHER_ATTRIBUTES = {
     "mail_from": "sender from_ from_addr from_address envelope_from",
@@ -1599,6 +1609,12 @@ class Message:
     def transcript(self) -> str:
         """The exchanges as lines such as "C: QUIT" and "S: 221 Bye"; a body is one line with its size."""
         return "\n".join(_format_exchanges(self._exchanges[: self._length]))
+
+    def _find_hints(self) -> list[str]:
+        """The options that would perhaps have helped."""
+        return [
+            f"hint: {hint}" for pattern, hint in _HINTS.items() if re.search(f"(?i){pattern}", f"{self.transcript}\n")
+        ]
 
     @functools.cached_property
     def received_header(self) -> str:
@@ -1788,7 +1804,7 @@ def _parse_stage(name: object, verbs: Collection[str]) -> str:
     stage = _STAGES.get(text, text)
     if stage in ("*", *_STAGES.values(), *verbs):
         return stage
-    word = "message" if text.strip() == "." else re.sub(r"[\W_]", "", text)
+    word = "DOT" if text.strip() == "." else re.sub(r"[\W_]", "", text)
     near = _find_other_name(word, _OTHER_STAGES) or _suggest(text, _STAGES, 0.7)  # else the rule would never apply
     if near or name != text or not re.fullmatch("[A-Z][A-Z0-9_-]*", text):
         allowed = "must be connect, message, * or a verb such as RCPT, in upper case if this server does not know it"
@@ -3607,9 +3623,11 @@ def _load_test_context(name: str) -> ssl.SSLContext:
     return context
 
 
-# What the reasons of OpenSSL mean. The first is also that of a client that waits for a greeting.
+# What the reasons of OpenSSL mean, and an exception without one.
 _TLS_HINTS = {
-    "the client spoke plain text, but with implicit_tls it must begin with TLS": "WRONG_VERSION_NUMBER HTTP_REQUEST",
+    "here the client must begin with TLS, because of implicit_tls or of its STARTTLS": (
+        "WRONG_VERSION_NUMBER HTTP_REQUEST UNEXPECTED_EOF_WHILE_READING TimeoutError"
+    ),
     "the ssl_context may have no certificate": "NO_SHARED_CIPHER NO_SUITABLE_SIGNATURE_ALGORITHM",
     "the client does not trust the certificate": "TLSV1_ALERT_UNKNOWN_CA SSLV3_ALERT_CERTIFICATE_UNKNOWN",
 }
@@ -3807,10 +3825,8 @@ class _Connection(socketserver.BaseRequestHandler):
             self.is_idle = False
         except (OSError, ValueError) as error:
             self.has_failed, self.reason = True, f"TLS handshake failed: {error}"
-            reason = str(getattr(error, "reason", ""))
-            hints = [hint for hint, reasons in _TLS_HINTS.items() if reason in reasons.split()]
-            waited = self.options.implicit_tls and not isinstance(error, ssl.SSLError | ConnectionAbortedError)
-            self.reason += "".join(f"; {hint}" for hint in hints or [*_TLS_HINTS][:waited])
+            name = getattr(error, "reason", type(error).__name__)
+            self.reason += "".join(f"; {hint}" for hint, names in _TLS_HINTS.items() if name in names.split())
             self.log("warning", f"SMTP session broke off: {self.reason}")
         return self.session.is_secure
 
@@ -4551,12 +4567,15 @@ class Server:
         yield f"recorded messages: {len(messages)}"
         if len(messages) > _REPORT_LIMIT:
             yield "  ..."
-        yield from (f"  {message!r}, subject {message.subject!r}" for message in messages[-_REPORT_LIMIT:])
+        for message in messages[-_REPORT_LIMIT:]:
+            yield f"  {message!r}, subject {message.subject!r}"
+            yield from (f"    {hint}" for hint in message._find_hints())
         connections = [connection for connection in self._list_connections() if not connection.has_left()]
         yield f"open sessions: {len(connections)}"
         for connection in connections[:_REPORT_LIMIT]:
             session = connection.session
-            last = " / ".join(_format_exchanges(session.mail.exchanges[-1:])) or connection.reason
+            last = " / ".join(_format_exchanges(session.mail.exchanges[-1:])) or "the client has sent nothing"
+            last += ", but must begin with TLS, because of implicit_tls" * (not session.mail.exchanges)
             yield f"  {_format_address(*session.peer)}: {last}"
         yield from self._list_early_ends()
 
@@ -4656,7 +4675,11 @@ class _PytestPlugin:
             else []
         )
         for item in sessions[-_REPORT_LIMIT:]:
-            lines = [] if isinstance(item, str) else [item.transcript, *map(str, item.violations + item.warnings)]
+            lines = (
+                []
+                if isinstance(item, str)
+                else [item.transcript, *item._find_hints(), *map(str, item.violations + item.warnings)]
+            )
             parts.append("\n".join([str(item), *lines]))
         return "\n\n".join(parts) or "no session"
 

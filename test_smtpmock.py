@@ -6482,7 +6482,7 @@ s = smtpmock.Server(extensi => "VRFY" in ehlo("VRFY bob") and "252 Perhaps" in e
 s.on("*")(lambda => three() == "ok ok ok" and lines.count("data") == 3
 s = smtpmock.Server(auth_us => three() == "530 530 530" and three("alice") == "ok ok ok" and three("eve") == "535 535 535"
 s = smtpmock.Server(tls_req => three() == "530 530 530"
-s = smtpmock.Server(ssl_con => s.url.startswith("smtps://")
+s = smtpmock.Server(ssl_con => s._options.implicit_tls
 s = smtpmock.Server(msg_siz => "SIZE 1000" in ehlo() and "SMTPUTF8" in ehlo()
 m = await asyncio.to_thread => value.subject == "hi"
 s.host => value == "127.0.0.1"
