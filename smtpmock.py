@@ -1428,8 +1428,8 @@ _HINTS = {
     r"C: AUTH.*\nS: 50[0-4]": "auth_users turns on AUTH",
     r"C: STARTTLS\nS: 50[0-4]": "ssl_context turns on STARTTLS",
     r"C: (?:HELO|EHLO|MAIL|RCPT)[^>\n]*>?\nS: 501": "lenient_addresses accepts more names",
-    r"C: (?:(?:BDAT|VRFY|EXPN|HELP).*\nS: 50[0-4]|(?:MAIL|RCPT).*>.+\nS: 5[05])": "extensions turns on more",
-    r"C: EHLO.*\n(?:S: (?!.*(?:AUTH|STARTTLS)).*\n)+(?:C: QUIT\nS: .*\n)?\Z": "auth_users announces AUTH, ssl_context TLS",
+    r"C: (?:(?:BDAT|VRFY|EXPN|HELP).*\nS: 50[0-4]|(?:MAIL|RCPT)[^>\n]*>.+\nS: 5[05])": "extensions turns on more",
+    r"C: EHLO.*\n(?:S: (?!.*(?:AUTH|TLS)).*\n)+(?:C: QUIT\n.*\n.*\n)?\Z": "auth_users turns on AUTH, ssl_context TLS",
 }
 
 # The names of attributes of a Message that people expect from other tools.
@@ -1498,12 +1498,14 @@ class Message:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
 
-    def __getattr__(self, name: str) -> NoReturn:
-        hint = _find_other_name(name, _OTHER_ATTRIBUTES)
-        raise AttributeError(f"a Message has no attribute {name!r}{hint}")
+    if not TYPE_CHECKING:  # which would take any name for right
 
-    def __getitem__(self, name: object) -> NoReturn:
-        raise TypeError(f"a Message is no mapping; its headers are in its email: message.email[{name!r}]")
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = _find_other_name(name, _OTHER_ATTRIBUTES)
+            raise AttributeError(f"a Message has no attribute {name!r}{hint}")
+
+        def __getitem__(self, name: object) -> NoReturn:
+            raise TypeError(f"a Message is no mapping; its headers are in its email: message.email[{name!r}]")
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the record, without what was parsed from it and cached."""
@@ -4252,15 +4254,17 @@ class Server:
         self._listener: _Listener | None = None
         _servers.add(self)
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in _ServerOptions._declared and type(self) is Server:  # not a subclass, which may have its own
-            raise AttributeError(f"{name} is an option, not an attribute: configure({name}={value!r}) changes it")
-        super().__setattr__(name, value)
+    if not TYPE_CHECKING:  # which would take any name for right
 
-    def __getattr__(self, name: str) -> NoReturn:
-        is_option = name in _ServerOptions._declared
-        hint = f"; it is an option: configure({name}=...)" if is_option else _find_other_name(name, _OTHER_NAMES)
-        raise AttributeError(f"a Server has no attribute {name!r}{hint}")
+        def __setattr__(self, name: str, value: object) -> None:
+            if name in _ServerOptions._declared and type(self) is Server:  # not a subclass, which may have its own
+                raise AttributeError(f"{name} is an option, not an attribute: configure({name}={value!r}) changes it")
+            super().__setattr__(name, value)
+
+        def __getattr__(self, name: str) -> NoReturn:
+            is_option = name in _ServerOptions._declared
+            hint = f"; it is an option: configure({name}=...)" if is_option else _find_other_name(name, _OTHER_NAMES)
+            raise AttributeError(f"a Server has no attribute {name!r}{hint}")
 
     def with_logger(self, logger: Logger | logging.Logger | None) -> Server:
         """Log to this Logger or logging.Logger from now on; None is the default one. reset() does not undo this."""
@@ -4561,6 +4565,7 @@ class Server:
 
     def _report(self) -> Iterator[str]:
         """What helps someone whose wait timed out."""
+        connections = [connection for connection in self._list_connections() if not connection.has_left()]
         messages, asyncio = self._mailbox.messages(purge=False), sys.modules.get("asyncio")
         if asyncio is not None and asyncio._get_running_loop() is not None:
             yield "this wait blocks the asyncio event loop of its thread: use await asyncio.to_thread(...)"
@@ -4570,7 +4575,6 @@ class Server:
         for message in messages[-_REPORT_LIMIT:]:
             yield f"  {message!r}, subject {message.subject!r}"
             yield from (f"    {hint}" for hint in message._find_hints())
-        connections = [connection for connection in self._list_connections() if not connection.has_left()]
         yield f"open sessions: {len(connections)}"
         for connection in connections[:_REPORT_LIMIT]:
             session = connection.session
@@ -4626,7 +4630,7 @@ class _PytestPlugin:
         try:
             server.configure(**options)
         except ConfigurationError as error:
-            raise ConfigurationError(f"pytest.mark.smtp_server: {error}") from error
+            raise ConfigurationError(f"pytest.mark.smtp_server: {error}") from None
         self.test, self.sessions, self.failures, self.shown = request.node, [], [], ""
         yield server
         if server._listener is not None:

@@ -5783,6 +5783,22 @@ class ControlTest(ProcessCase):
         self.assertEqual(self.read()["event"], "message")
         return reply
 
+    def test_secrets_are_not_repeated(self) -> None:
+        for flags in (
+            "=alice:secret",
+            " alice:secret",
+            "=secret",
+            "='alice:secret' bob:secret",
+            "=alice:secret -prot=1",
+        ):
+            for flag in ("-authUsers", "--auth-users", "-authUser"):
+                self.write(f"configure {flag}{flags}\n")
+                answer = self.read()
+                self.assertNotIn(
+                    "secret", json.dumps(answer).replace("users to secrets", "").replace("user and secret", "")
+                )
+                self.assertTrue(answer["command"].startswith(f"configure {flag}"), answer)
+
     def test_rules(self) -> None:
         self.obey("rule RCPT: reply 450 later; times=2")
         self.assertEqual(self.try_recipient(), (450, b"later"))
@@ -6033,6 +6049,243 @@ class TellingTest(unittest.TestCase):
         self.assertLess(len(repr(memory.message())), 1000)
 
 
+# Mistakes, and what their exceptions say: each of the calls. start() makes a running server, say() a session, and s is
+# a server that is not running. What smtplib shows is in other tests.
+MISTAKES = read_rows(r"""
+Server(hostname=1) | Server(addr=1) | Server(HostAddress=1) | s.hostname => {MORE}did you mean host?
+Server(PortNumber=1) | s.smtp_port => {MORE}did you mean port?
+Server(IsCmdFailFast=True) => {MORE}did you mean fail_fast?
+Server(MultipleRcptto=True) => {MORE}did you mean multiple_rcptto?
+Server(log=True) | Server(logging=True) | Server(LogToStdout=True) => {MORE}did you mean log_to_stdout?
+Server(tls_context=1) | Server(use_starttls=True) | s.tls_context => {MORE}did you mean ssl_context?
+Server(use_ssl=True) => {MORE}did you mean implicit_tls?
+Server(require_starttls=True) | Server(require_tls=True) => {MORE}did you mean tls_required?
+Server(auth_require_tls=True) => {MORE}did you mean auth_requires_tls?
+Server(enforce_auth=True) => {MORE}did you mean auth_required?
+Server(authenticator=1) | Server(login_username=1) | Server(username=1) => {MORE}did you mean auth_users?
+Server(data_size_limit=1) => {MORE}did you mean msg_size_limit?
+Server(enable_SMTPUTF8=True) | Server(decode_data=True) => {MORE}did you mean extensions?
+Server(timeout=1) | s.timeout => {MORE}did you mean session_timeout?
+Server(sink=1) | s.sink => {MORE}did you mean on_message?
+Server(config=1) | s.config => {MORE}did you mean configure() or a Configuration?
+Action(timeout=1) => timeout=1: there is no such option; there are reply, raw, delay, trickle, then
+Server(host="") | Server(host=" ") => host='{MORE}: must be a host name or an address
+Server(on_message=wait) | s.on("RCPT")(wait) => {MORE} must be a function that is not async
+s.multiple_rcptto => {MORE}; it is an option: configure(multiple_rcptto=...)
+setattr(s, "multiple_rcptto", True) => multiple_rcptto is an option, {MORE}: configure(multiple_rcptto=True) changes it
+setattr(s, "on_message", print) | setattr(s, "port", 1) => {MORE} is an option, not an attribute: configure({MORE}
+s.port | s.url => {MORE}:0, not running> was not started yet, so it has no port
+mail().to | mail().rcpttos | mail().recipients => {MORE}did you mean rcpt_tos?
+mail().sender => {MORE}did you mean mail_from?
+mail().envelope => {MORE}did you mean mail_from and rcpt_tos, or email["To"]?
+mail().body | mail().html_body | mail().get_payload => {MORE}did you mean text, html or content?
+mail().raw => {MORE}did you mean content?
+mail().headers => {MORE}did you mean email["To"]?
+mail().foo => a Message has no attribute 'foo'
+mail()["Subject"] => {MORE}: message.email['Subject']
+s.on("greeting") | s.on("banner") | s.on("CONNECTION") => {MORE}did you mean connect?
+s.on("any") | s.on("all") => {MORE}did you mean *?
+s.on("from") | s.on("sender") | s.on("mail_from") | s.on("MAILFROM") => {MORE}did you mean MAIL?
+s.on("to") | s.on("recipient") | s.on("RCPT_TO") => {MORE}did you mean RCPT?
+s.on("login") => {MORE}did you mean AUTH?
+s.on("TLS") | s.on("ssl") => {MORE}did you mean STARTTLS?
+s.on("content") | s.on(".") | s.on("end of data") | s.on("eom") | s.on("header") => {MORE}did you mean message?
+s.on("disconnect") => {MORE}did you mean QUIT?
+s.on("hello") | s.on("EHLO/HELO") => {MORE}did you mean EHLO?
+s.on("xclient") | s.on("*@x") | s.on("MAIL TWICE") | s.on(1) => {MORE} a verb such as RCPT, in upper case if {MORE}
+s.on("message", "lottery") => {MORE} (a single word can, with lenient_addresses); {MORE}re.compile('lottery'){MORE}the body
+s.on("RCPT", "Subject: Hello") | s.on("RCPT", "a@x.com,b@x.com") | s.on("RCPT", "x.com ") => {MORE}no address or domain can{MORE}
+s.on("RCPT", "http://x") | s.on("RCPT", "bob@example") | s.on("*", "a b") => {MORE}no address or domain can be this{MORE}
+s.on("RCPT").reply(550, "No") | s.on("RCPT").reply("250 a\r\n250 b") => {MORE} such as '550 No', {MORE}; raw() sends any bytes
+Action("250 a\n250 b") | s.on("RCPT").reply("550 No\r\n") => {MORE}, with one last line; raw() sends any bytes
+start().message() => 0 accepted messages where there should be 1; it did not wait, as message(timeout=5) does{MORE}
+start().message(timeout=0.001) => 0 accepted messages where there should be 1\n{MORE}
+send(start(keep_all=True), "hi", "hi").message() => 2{MORE}; messages() returns all, and where= chooses{MORE}
+say(start(), "EHLO a.com").message() => {MORE}auth_users turns on AUTH, ssl_context TLS\n  open sessions: 0
+say(start(), "EHLO a.com", "AUTH PLAIN AGEAYg==").message() => {MORE}'AUTH PLAIN ***'{MORE}hint: auth_users{MORE}
+say(start(), "EHLO a.com", "STARTTLS").message() => {MORE}hint: ssl_context{MORE}
+say(start(), "EHLO a.com", "mail from:<a@my_host>").message() => {MORE}hint: lenient_addresses{MORE}
+say(start(), "EHLO a.com", "MAIL FROM:<a@a.com> SIZE=5").message() => {MORE}hint: extensions{MORE}
+hide(start()).check() => <Rule for RCPT b@b.com: 0 hits> was never hit: the newer <Rule for RCPT: 1 hits> came first
+start(log_server_activity=True) => log_server_activity needs log_to_stdout=True or a logger
+""")
+GOOD_INSTEAD = """
+s.on("LHLO") | s.on("XCLIENT") | s.on("X-FOO") | s.on("AUTH", "John Doe") | s.on("EHLO", "my-host") | s.on("VRFY", "bob") |
+s.on("RCPT", "Postmaster") | s.on("RCPT", "localhost") | s.on("message", "[127.0.0.1]") | s.on("EHLO").reply("250-a\\n250 b") |
+Server(lenient_addresses=True).on("message", "lottery") | setattr(type("Mine", (Server,), {})(), "fail_fast", 1) |
+setattr(s, "other", 1) | s.on("RCPT")(print).hits
+"""
+
+
+class MistakeTest(ServerCase):
+    """For each mistake that users make, the text that leads to its cause."""
+
+    def say(self, server: Server, *lines: str) -> Server:
+        with Client(server) as client:
+            client.ask(*lines)
+        return server
+
+    def hide(self, server: Server) -> Server:
+        server.on("RCPT", "b@b.com").reply("550 No")
+        server.on("RCPT").reply("250 Ok")
+        return self.send(server, "hi")
+
+    def send(self, server: Server, *contents: str) -> Server:
+        send(server, *contents)
+        return server
+
+    def names(self, stack: contextlib.ExitStack) -> dict[str, Any]:
+        async def wait(*_: object) -> None: ...
+
+        def start(**options: Any) -> Server:
+            return stack.enter_context(Server(**options))
+
+        names = {"Server": Server, "Action": smtpmock.Action, "s": Server(), "wait": wait, "start": start}
+        names |= {"say": self.say, "hide": self.hide, "send": self.send}
+        return names | {"mail": lambda: self.send(start(), "hi").message()}
+
+    def test_mistakes(self) -> None:
+        for row in MISTAKES:
+            for call in row.given:
+                with self.subTest(call), warnings.catch_warnings(), contextlib.ExitStack() as stack:
+                    warnings.simplefilter("error", smtpmock.SMTPMockWarning)
+                    error = str(catch(Exception, eval, call, self.names(stack)))
+                    self.assertRegex(error, row.pattern.replace(r"\\n", "\n"))
+
+    def test_what_is_right(self) -> None:
+        for call in read_items(GOOD_INSTEAD):
+            with self.subTest(call), contextlib.ExitStack() as stack:
+                eval(call, self.names(stack))
+        with Server().start() as server:
+            self.assertTrue(server.is_running)
+
+    def test_purging_with_warnings_as_errors(self) -> None:
+        calls: Sequence[Callable[[Server], list[Message]]] = (
+            Server.messages_and_purge, lambda server: server.wait_for_messages_and_purge(1)
+        )  # fmt: skip
+        for purge in calls:
+            with Server() as server:
+                self.say(server, *ENVELOPE, "RCPT TO:<c@c.com>", *SEND[2:])
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error")
+                    self.assertRaises(smtpmock.SMTPMockWarning, purge, server)
+                self.assertEqual((len(purge(server)), server.messages()), (1, []))
+
+    def test_a_refusal_that_undoes_an_accepted_recipient(self) -> None:
+        for lines, count in (((), 0), (("DATA",), 1), (("RSET",), 0), (("RCPT TO:<c@c.com>", "DATA", "."), 1)):
+            with Server(not_registered_emails=["bad@b.com"]) as server:
+                self.say(server, *ENVELOPE, "RCPT TO:<bad@b.com>", *lines, "RSET", "QUIT")
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    server.messages()
+                self.assertEqual(len(caught), count, lines)
+
+    def test_any_exception_of_a_callback_is_shown(self) -> None:
+        for error in (WaitTimeoutError("w"), ConfigurationError("c"), SystemExit(2), KeyboardInterrupt()):
+            with self.subTest(error), mock.patch("threading.excepthook") as hook:
+                recorder = Recorder()
+                for logger in (None, recorder):
+                    with Server(logger=logger, on_message=mock.Mock(side_effect=error)) as server:
+                        self.say(server, *ENVELOPE, *SEND[2:])
+                self.assertIn(repr(error)[:10], repr(hook.call_args.args[0].exc_value))
+                self.assertIsNot(hook.call_args.args[0].exc_type, SystemExit)  # which it would ignore
+                self.assertIn("Traceback", recorder.wait_for("on_message failed")[1])
+
+    def test_who_holds_a_session_up(self) -> None:
+        for end in (Server.stop, Server.disconnect):
+            hold = Hold()
+
+            def hold_up(message: Message, hold: Hold = hold) -> None:
+                hold(message)
+
+            with mock.patch.object(smtpmock, "_ABORT_TIMEOUT", 0.01):
+                server, client, recorder = self.serve(on_message=hold_up, shutdown_timeout=0)
+                client.mail()
+                hold.wait()
+                end(server)
+                hold.release.set()
+                self.assertIn("held up by hold_up() in", recorder.wait_for("held up")[1])
+
+    def test_handshakes_that_fail(self) -> None:
+        def shake_hands(client: Client) -> None:
+            with contextlib.suppress(OSError):
+                ssl.create_default_context().wrap_socket(client.socket, server_hostname="localhost").close()
+
+        def wait(client: Client) -> None:
+            text = "nothing, but must begin with TLS, because of implicit_tls"
+            self.assertTrue(wait_until(lambda: text in report(server)), report(server))
+
+        contexts: tuple[Any, ...] = (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "test", "test", "test")
+        for context, speak, text in zip(
+            contexts,
+            (shake_hands, shake_hands, wait, lambda client: client.send(b"EHLO a.com\r\n")),
+            ("the ssl_context may have no certificate", "does not trust the certificate", *["must begin with TLS"] * 2),
+            strict=True,
+        ):
+            with self.subTest(text), Server(ssl_context=context, implicit_tls=True) as server:
+                with Client(server, greets=False) as client:
+                    speak(client)
+                self.assertTrue(wait_until(lambda server=server, text=text: text in report(server)), report(server))
+
+    def test_a_reset_within_tls_sends_no_alert(self) -> None:
+        with Server(ssl_context="test", implicit_tls=True) as server, Client(server, greets=False) as client:
+            with server.client_context().wrap_socket(client.socket, server_hostname="localhost") as within:
+                within.recv(100)
+                server.disconnect(reset=True)
+                self.assertRaises(ConnectionResetError, socket.socket.recv, within, 100)
+
+    def test_an_interrupt_within_a_lock_of_threading(self) -> None:
+        error = RuntimeError("release unlocked lock")
+        error.__context__ = KeyboardInterrupt()
+        server = Server()
+        with mock.patch.object(smtpmock._Thread, "start", side_effect=error):
+            self.assertRaises(KeyboardInterrupt, server.start)
+        self.assertFalse(server.is_running)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "this system cannot fork")
+    def test_a_child_that_is_forked_while_locks_are_held(self) -> None:
+        server = Server()
+        with server._mailbox._lock, server._rules._lock, server._lifecycle, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # there are threads
+            child = os.fork()
+            if not child:
+                signal.alarm(int(TIMEOUT))
+                server.on("NOOP").reply("250 Ok")
+                os._exit(len(server.messages()))
+        self.assertEqual(os.waitpid(child, 0)[1], 0)
+
+    def test_beginnings_of_files_are_no_links(self) -> None:
+        with tempfile.TemporaryDirectory() as path, Server() as server:
+            send(server, "hi")
+            folder, victim = smtpmock._Folder(path), Path(path, "victim")
+            victim.write_text("safe")
+            for name in (".000001.json.part", ".000001.eml.part"):
+                Path(path, name).symlink_to(victim)
+                with self.assertRaises(FileExistsError):
+                    folder(server.message())
+                folder._number = 0
+            folder(server.message())
+            self.assertEqual(
+                (victim.read_text(), sorted(os.listdir(path))), ("safe", ["000001.eml", "000001.json", "victim"])
+            )
+
+    def test_check_is_fast(self) -> None:
+        with Server() as server:
+            self.say(server, "EHLO a.com", *(f"RCPT TO:<{number}@{'a' * 4000}>" for number in range(1000)))
+            server.on("RCPT", "b@b.com").reply("550 No")
+            began = time.process_time()
+            self.assertIn("nearest", told(server))
+            self.assertLess(time.process_time() - began, TIMEOUT / 2)
+
+    def test_help(self) -> None:
+        """Every public attribute has a text."""
+        for shown in (Message, Server, smtpmock.Rule):
+            for name, value in vars(shown).items():
+                if not name.startswith("_"):
+                    self.assertTrue(value.__doc__ and "StepField" not in value.__doc__, f"{shown}.{name}")
+        self.assertRegex(pydoc.plain(pydoc.render_doc(Message)), r"content\n \|  +The body, ")
+
+
 # ------------------------------------------------------------- what the command line tells a person
 
 
@@ -6268,14 +6521,44 @@ class PytestTest(unittest.TestCase):
             replies = [client.greeting, *client.ask("FOO"), client.read()]
             self.assertEqual(replies, ["220 near", UNRECOGNIZED, "<closed>"])
         for mark, text in (
-            (self.mark(multiple_rcpto=True), "multiple_rcpto=True: .* did you mean multiple_rcptto"),
-            (self.mark(port=25), "port=25: "),
+            (self.mark(multiple_rcpto=True), "smtp_server: multiple_rcpto=True: .* did you mean multiple_rcptto"),
+            (self.mark(port=25), "pytest.mark.smtp_server: port=25: .*only by Server"),
             (self.mark("fail_fast"), "'fail_fast' must be an option by its name"),
         ):
             with self.subTest(text), self.assertRaisesRegex(ConfigurationError, text), self.run_test(mark):
                 pass
         with self.run_test(), Client(self.server) as client:
             self.assertEqual([client.greeting, *client.ask("FOO", "NOOP")], ["220 Welcome", UNRECOGNIZED, "250 Ok"])
+
+    def test_mistakes(self) -> None:
+        """A mark without effect, a fixture of a larger scope, and a callback that raises."""
+        mark = mock.Mock()
+        mark.name = "smtp_server"
+        for names, is_error in (
+            (["shared_smtp_server"], True),
+            (["request", "shared_smtp_server"], True),
+            ([], True),
+            (["request"], False),
+            (["smtp_server", "shared_smtp_server"], False),
+        ):
+            item = mock.Mock(own_markers=[mark], fixturenames=names)
+            with (
+                self.assertRaisesRegex(ConfigurationError, "smtp_server has no effect") if is_error else self.subTest()
+            ):
+                self.plugin.pytest_runtest_setup(item)
+        self.plugin.pytest_runtest_setup(mock.Mock(own_markers=[], fixturenames=[]))
+        item, info = mock.Mock(), mock.Mock(value="ScopeMismatch: the fixture smtp_server")
+        self.plugin.pytest_runtest_makereport(item, mock.Mock(when="setup", excinfo=info))
+        self.assertIn("shared_smtp_server", item.add_report_section.call_args.args[2])
+        fail = mock.Mock(side_effect=SystemExit("callback"))
+        with mock.patch("threading.excepthook"), self.run_test(self.mark(on_message=fail)) as item:
+            with contextlib.suppress(smtplib.SMTPDataError):
+                send(self.server, "hi")
+            for is_passed in (False, True):
+                if is_passed:  # but its check fails
+                    self.assertRaises(AssertionError, self.plugin.pytest_runtest_call, item)
+                    self.plugin.pytest_runtest_makereport.__self__.shown = ""
+                self.assertIn("Traceback", self.sections(item, "call")[0])
 
     def test_check(self) -> None:
         with self.run_test() as item:
@@ -6306,7 +6589,7 @@ class PytestTest(unittest.TestCase):
             item.add_report_section.assert_not_called()
         (section,) = self.sections(item, "teardown")
         self.assertTrue(section.startswith(message))
-        self.assertTrue(section.endswith("S: 250 Received\nS: <closed>"))
+        self.assertIn("S: 250 Received\nS: <closed>\nhint: auth_users", section)
 
     def test_a_report_of_many_sessions_and_of_none(self) -> None:
         for _ in range(2):
