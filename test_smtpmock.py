@@ -3688,7 +3688,7 @@ class TlsTest(ProcessCase):
                 client.send(b"EHLO a.com\r\n")
                 self.assertNotEqual(client.read()[:3], "220")
                 self.assertEqual(len(self.recorder.wait_for("TLS handshake failed")[1].splitlines()), 1)
-            text = "TLS handshake failed: .*; the client spoke plain text, but with implicit_tls it must"
+            text = "TLS handshake failed: .*; here the client must begin with TLS, because of implicit_tls"
             self.assertTrue(wait_until(lambda: re.search(text, report(server))), report(server))
 
     def test_clients_that_stall_in_the_handshake(self) -> None:
