@@ -1926,6 +1926,12 @@ class Rule:
         self._function = function
         return self
 
+    if not TYPE_CHECKING:  # which would take any name for right
+
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = "; it is an argument of on()" if name in ("match", "skip", "times", "probability", "after") else ""
+            raise AttributeError(f"a Rule has no attribute {name!r}{hint}")
+
     def remove(self) -> None:
         """Remove the rule from its server. Removing it twice is no error."""
         self._rules.remove(self)
@@ -1971,7 +1977,8 @@ class Rule:
         similar = [request[:200] for request in requests if request[: len(self._stage)].upper() == self._stage]
         match = self._match if isinstance(self._match, str) else ""
         nearest = difflib.get_close_matches(match, dict.fromkeys(similar[-1000:]), n=1, cutoff=0) or similar[-1:]
-        return f"; the nearest command was {_shorten(nearest[0])}" if nearest else ""
+        what = "the nearest command was" if self._match or self._skip or self._after else "before it there was"
+        return f"; {what} {_shorten(nearest[0])}" if nearest else ""
 
     def __repr__(self) -> str:
         skipped = f", {self._skipped} of {self._skip} skipped" if self._skip else ""
@@ -3625,13 +3632,11 @@ def _load_test_context(name: str) -> ssl.SSLContext:
     return context
 
 
-# What the reasons of OpenSSL mean, and an exception without one.
+# What errors in a handshake mean, by the beginnings of OpenSSL's reasons.
 _TLS_HINTS = {
-    "here the client must begin with TLS, because of implicit_tls or of its STARTTLS": (
-        "WRONG_VERSION_NUMBER HTTP_REQUEST UNEXPECTED_EOF_WHILE_READING TimeoutError"
-    ),
-    "the ssl_context may have no certificate": "NO_SHARED_CIPHER NO_SUITABLE_SIGNATURE_ALGORITHM",
-    "the client does not trust the certificate": "TLSV1_ALERT_UNKNOWN_CA SSLV3_ALERT_CERTIFICATE_UNKNOWN",
+    "the client must begin TLS, because of implicit_tls or STARTTLS": "WRONG_VERSION HTTP_REQ UNEXPECTED TimeoutError",
+    "the ssl_context may have no certificate": "NO_SHARED_CIPHER NO_SUITABLE_SIGNATURE",
+    "the client does not trust the certificate": "TLSV1_ALERT_UNKNOWN_CA SSLV3_ALERT_CERTIFICATE SSLV3_ALERT_BAD_CERT",
 }
 
 
@@ -3827,8 +3832,9 @@ class _Connection(socketserver.BaseRequestHandler):
             self.is_idle = False
         except (OSError, ValueError) as error:
             self.has_failed, self.reason = True, f"TLS handshake failed: {error}"
-            name = getattr(error, "reason", type(error).__name__)
-            self.reason += "".join(f"; {hint}" for hint, names in _TLS_HINTS.items() if name in names.split())
+            name = str(getattr(error, "reason", type(error).__name__))
+            hints = [f"; {hint}" for hint, names in _TLS_HINTS.items() if name.startswith(tuple(names.split()))]
+            self.reason += "".join(hints)
             self.log("warning", f"SMTP session broke off: {self.reason}")
         return self.session.is_secure
 
@@ -4167,12 +4173,10 @@ class _Listener(socketserver.ThreadingTCPServer):
         """Log which functions of the user hold sessions up."""
         import traceback
 
-        ours = (_set_timeout.__code__.co_filename, socketserver.__file__, threading.__file__)
-        for connection in [connection for connection in self.connections.copy() if not connection.is_recorded]:
-            frame = sys._current_frames().get(connection.thread)
-            calls = [call for call in traceback.extract_stack(frame) if frame and call.filename not in ours]
-            for name, place in [(call.name, f"{call.filename}:{call.lineno}") for call in calls[:1]]:
-                self.context.log("warning", f"SMTP session is held up by {name}() in {place}")
+        for connection in self.connections.copy():
+            if not connection.is_recorded and (frame := sys._current_frames().get(connection.thread)):
+                calls = "".join(traceback.format_stack(frame)[-8:])
+                self.context.log("warning", f"SMTP session is held up, last calls:\n{calls}")
 
     def _accept_waiting(self) -> Any:
         """A client that waits to be accepted; None if there is none."""
@@ -4489,6 +4493,7 @@ class Server:
             known = ("stage", "match", "skip", "times", "probability", "after")
             name, value = dict[str, Any](unknown).popitem()
             hint = _suggest(name, known) or f"; there are {', '.join(known)}"
+            hint = f"; did you mean on(...).{name}(...)?" if hasattr(Rule, name) else hint
             raise ConfigurationError(f"on() has no such argument{hint}", name, value)
         return self._rules.add(Rule(self._rules, stage, match, skip, times, probability, after))
 
@@ -4579,7 +4584,7 @@ class Server:
         for connection in connections[:_REPORT_LIMIT]:
             session = connection.session
             last = " / ".join(_format_exchanges(session.mail.exchanges[-1:])) or "the client has sent nothing"
-            last += ", but must begin with TLS, because of implicit_tls" * (not session.mail.exchanges)
+            last += ", but must begin TLS, because of implicit_tls" * (not session.mail.exchanges)
             yield f"  {_format_address(*session.peer)}: {last}"
         yield from self._list_early_ends()
 

@@ -80,7 +80,7 @@ Action(replay="450 later")  # type: ignore
 options.port = 25  # type: ignore
 Action(then="closed")  # type: ignore
 server.fail_fast = True  # type: ignore
-server.outbox[0].to  # type: ignore
+print(server.outbox[0].to)  # type: ignore
 
 
 # The rest of what a test uses.
