@@ -15,7 +15,9 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import email.policy
 import errno
+import fcntl
 import functools
 import gc
 import hmac
@@ -52,9 +54,12 @@ import time
 import tracemalloc
 import types
 import unittest
+import urllib.error
+import urllib.request
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from email.message import EmailMessage
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 from unittest import mock
@@ -194,6 +199,15 @@ class Memory:
         return list(message._find_discards())
 
     CODES: ClassVar[Mapping[str, tuple[str, str, str]]] = smtpmock._VIOLATIONS
+
+    @staticmethod
+    def serve_http(server: Server, **flags: Any) -> Any:
+        """A context manager that answers HTTP requests; its value is the URL."""
+        return smtpmock._serve_http(server, flags)
+
+    @staticmethod
+    def count_waits(server: Server) -> int:
+        return len(server._mailbox._waiters)
 
     @staticmethod
     def findings(message: Message) -> list[smtpmock.Violation]:
@@ -1298,6 +1312,7 @@ ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | |
 ENVELOPE | Hello | END => header-syntax, header-missing x2, no-message-id
 ENVELOPE | R: Hello\r\n | END => header-syntax, header-missing x2, no-message-id
 ENVELOPE | HEAD | Subject : Hi | | END => header-syntax
+ENVELOPE | HEAD | MIXED | | --x | Content-Type : text/plain | | Hello | --x-- | END => header-syntax
 ENVELOPE | HEAD | X: Grüße | Subject: a | subject: b | TO: c@example.com | Comments: a | Comments: b | | END
     => header-raw, header-duplicate x2
 ENVELOPE | Date: Ven, 21 nov 1997 09:55:06 GMT | FROM | Message-ID: <1> | | END => bad-date, bad-message-id
@@ -1311,6 +1326,7 @@ ENVELOPE | DATE | From: =?utf-8?q?J?=<a@example.com> | ID | X-1: =?utf-8?q??= | 
 ENVELOPE | HEAD | MIME | Content-Type: text/plain | Content-Disposition: attachment; filename="=?utf-8?q?=C3=BC?=" | |
     END => encoded-parameter
 ENVELOPE | HEAD | MIME | Content-Type: text | | END => bad-content-type
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; name==?utf-8?q?a?= | | END => encoded-parameter, bad-content-type
 ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed | | Hello | END => bad-boundary
 ENVELOPE | HEAD | MIXED | | Hello | END => bad-boundary
 ENVELOPE | HEAD | MIXED | | --x | | Hello | END => bad-boundary
@@ -1916,6 +1932,14 @@ class ExchangeTest(unittest.TestCase):
         at = "2020-09-13T12:26:43.750000+00:00"
         self.assertEqual(shown, {"request": None, "response": "421 bye", "accepted": False, "at": at})
 
+    def test_what_is_in_force_stays_in_its_order(self) -> None:
+        memory = Memory(auth_users={"bob": "pw"}, multiple_message_receiving=True)
+        memory.greet()
+        wrong, right = (f"AUTH PLAIN {b64(chr(0).join(['', 'bob', secret]))}" for secret in ("", "pw"))
+        memory.say("EHLO a.com", wrong, "EHLO a.com", right, "EHLO b.com", *SEND, *SEND)
+        requests = [said.request for said in memory.messages()[-1].exchanges]
+        self.assertEqual(requests[:4], [None, "AUTH PLAIN ***", "EHLO b.com", SEND[0]])
+
     def test_the_clock_of_a_server(self) -> None:
         with Server() as server, Client(server) as client:
             before = datetime.datetime.now(datetime.timezone.utc)
@@ -1980,6 +2004,7 @@ class ExchangeTest(unittest.TestCase):
         self.assertEqual(lines[0], "S: 220 Welcome")
         self.assertEqual(lines.count(f"C: {SEND[0]}"), 100)
         begin = lines.index("C: <truncated>")
+        self.assertEqual(len({said.at for said in message.exchanges}), 1)
         self.assertEqual(lines[begin + 1 : begin + 4], ["C: EHLO a.com", f"S: {RECEIVED}", f"C: {SEND[0]}"])
         self.assertNotIn("bad-sequence", list_codes([message]))
 
@@ -2012,10 +2037,15 @@ class ExchangeTest(unittest.TestCase):
             self.assertIn(memory.greet()[0][:3], ("554", "421"))
             self.assertEqual({line: memory.say(line)[0][:3] for line in expected}, expected, options)
         self.assertEqual(Memory(msg_greeting="554 no", fail_fast=True).greet(), ["554 no", "<closed>"])
-        secret = Memory(msg_greeting="554 no", auth_users={})
+        secret = Memory(msg_greeting="554 no", auth_users={}, handlers=[make_handler("XKEY", has_secret=True)])
         secret.greet()
-        secret.say("AUTH PLAIN c2VjcmV0")
+        secret.say("AUTH PLAIN c2VjcmV0", "XKEY c2VjcmV0")
         self.assertNotIn("c2VjcmV0", secret.message().transcript)
+        ruled = Memory(msg_greeting="554 no", rules=["EHLO: reply 250 ok", "MAIL a@a.com: reply 250 a"])
+        ruled.greet()
+        self.assertEqual(ruled.say("EHLO a.com", SEND[0], SEND[1])[:2], ["250 ok", "250 a"])
+        message = ruled.message()
+        self.assertEqual((message.helo, message.mail_from, message.rcptto), (True, "a@a.com", False))
 
     def test_rules_look_at_the_line(self) -> None:
         seen: list[str] = []
@@ -2032,6 +2062,34 @@ class ExchangeTest(unittest.TestCase):
         chunk.on("message", re.compile("hi")).delay(3)
         self.assertEqual(chunk.say("BDAT 4 LAST", "hi"), ["451 last"])
         self.assertEqual(chunk.delays[-1], 3)
+
+    def test_no_secret_is_kept_out_of_sight(self) -> None:
+        for options, lines in (
+            ({}, ["AUTH LOGIN", "S3CRET"]),
+            ({}, ["AUTH=S3CRET"]),
+            ({"rules": ["FOO: reply 250 ok"]}, ["AUTH LOGIN", "S3CRET more"]),
+            ({"auth_users": {}}, ["AUTH s3Cret", "AUTH PLAIN", "S3CRET"]),
+            ({"handlers": [make_handler("XKEY", has_secret=True, parse=staticmethod(str))]}, ["XKEY S3CRET"]),
+        ):
+            memory = Memory(ENVELOPE[0], *lines, **dict[str, Any](options))
+            self.assertNotIn(b"S3CRET", pickle.dumps(memory.message()).upper(), lines)
+        memory = Memory(
+            "AUTH LOGIN", "FOO", "AUTH LOGIN", "MAIL a@a.com", rules=["FOO: reply 250 f", "MAIL: reply 250 m"]
+        )
+        self.assertEqual([reply for _, reply, *_ in memory.message().exchanges][1::2], ["250 f", "250 m"])
+
+    def test_a_pickle_has_what_the_message_has(self) -> None:
+        memory = Memory(ENVELOPE[0], *SEND, handlers=[make_handler("XFOO", parse=re.compile("(x*)").fullmatch)])
+        (message,) = memory.messages()
+        memory.say("XFOO xxx", "NOOP later", "RCPT TO:<later@b.com>")
+        self.assertNotIn(b"later", pickle.dumps(message))
+        self.assertEqual(pickle.loads(pickle.dumps(memory.message())).to_dict(), memory.message().to_dict())
+
+    def test_a_refused_login_is_not_in_the_mails_after_it(self) -> None:
+        memory = Memory(ENVELOPE[0], auth_users={}, multiple_message_receiving=True)
+        memory.say(f"AUTH PLAIN {b64(chr(0) + 'u' + chr(0))}", *SEND, *SEND)
+        self.assertEqual([len(message.refusals) for message in memory.messages()], [1, 0])
+        self.assertEqual([message.auth_user for message in memory.messages()], ["u", None])
 
     def test_a_match_that_fails_during_a_login(self) -> None:
         memory = Memory(ENVELOPE[0], auth_users={"bob": "pw"})
@@ -2083,7 +2141,7 @@ class ExchangeTest(unittest.TestCase):
 MAILS = read_table(r"""
 == smtplib, no header at all  -- subject=None, text="Hello\n", html=None, attachments=[]
 Hello
-== an empty one  -- subject=None, text="", html=None, attachments=[]
+== an empty one  -- subject=None, text=None, html=None, attachments=[]
 == no empty line after the header  -- subject="hi", text=""
 Subject: hi
 == mutt, UTF-8 as 8bit  -- subject="Grüße aus Köln, mit einem langen Betreff – der zweite Teil", text="Schöne Grüße\n"
@@ -2179,7 +2237,7 @@ Content-Type: text/plain
 the first
 --XX--
 == a delivery report
--- attachments=[(None, "message/delivery-status", b"Reporting-MTA: dns; a.com\r\n\r\nFinal-Recipient: rfc822; b@b.com\r\nAction: failed\r\n\r\n")]
+-- attachments=[(None, "message/delivery-status", b"Reporting-MTA: dns; a.com\r\n\r\nFinal-Recipient: rfc822; b@b.com\r\nAction: failed\r\n")]
 Content-Type: multipart/report; boundary=b
 
 --b
@@ -2259,10 +2317,7 @@ class MailTest(unittest.TestCase):
         sys.setrecursionlimit(500)  # so that the parser cannot go as deep as usual, and takes less time for that
 
     def receive(self, content: bytes, *recipients: str, helo: str = "EHLO client.example.com") -> Message:
-        memory = Memory(multiple_rcptto=True)
-        memory.say(helo, ENVELOPE[1], *(f"RCPT TO:<{name}>" for name in recipients or ["b@b.com"]), "DATA")
-        memory.feed(content.replace(b"\r\n.", b"\r\n..") + b".\r\n")
-        return memory.message()
+        return receive_content(content, *recipients, helo=helo)
 
     def ask_all(self, message: Message) -> None:
         """Each attribute has a value."""
@@ -2346,7 +2401,7 @@ class MailTest(unittest.TestCase):
         message.attachments.append(smtpmock.Attachment("mine", "text/plain", b""))
         self.assertEqual(message.attachments, [])
         with self.assertRaisesRegex(AttributeError, "read-only: email"):
-            message.email = None  # type: ignore[assignment]
+            setattr(message, "email", None)  # noqa: B010 - mypy knows better
 
     def test_to_dict(self) -> None:
         memory = Memory("EHLO \udcff", *ENVELOPE, "DATA", "Subject: =?utf-8?q?=E2=82=AC?=", "", "\udce9", ".")
@@ -2375,6 +2430,524 @@ class MailTest(unittest.TestCase):
             while parser.is_alive():
                 self.assertEqual(copy.copy(message).content, original.content)
             parser.join()
+
+
+# ------------------------------------------------------------------------------- reading the mail
+
+# A value of Subject, and what is shown of it; the first two are written by Python's own `email`.
+SUBJECTS = r"""
+\r\n {x*100}                                               => {x*100}
+\r\n =?utf-8?q?G?=\r\n =?utf-8?q?r=C3=BC=C3=9Fe?=          => Grüße
+=?utf-8?B?TcO8bg==?=\r\n =?utf-8?B?Y2hlbg==?= and =?utf-8?Q?more?= => München and more
+=?utf-8?B?TcM=?= =?utf-8?B?vG5jaGVu?=                      => München
+=?utf-8?B?w7x4?==?utf-8?B?w7w?=                            => üxü
+=?iso-8859-1?Q?=FC?= =?utf-8?Q?=C3=BC?= =?iso-8859-1*de?q?_=FC?= => üü ü
+(=?utf-8?Q?=C3=BC?=) x=?utf-8?Q?=C3=BC?=y                  => (ü) xüy
+=?utf-8?Q?a b?= =?utf-8?q?c=3F?= =?UTF-8?b?dw==?=          => a bc?w
+=?utf-8?X?a?= =?utf-8?Q?a?= 100%?=                         => =?utf-8?X?a?= a 100%?=
+a\r\n\tb\r\n   c                                           => a\tb   c
+a\rb \xff Grüße                                            => a b \ufffd Grüße
+=?iso-8859-8-i?B?+ezl7Q==?= =?klingon?Q?=C3=BC?=           => שלוםü
+=?gb2312?B?xOO6w+lG?= =?unicode-escape?q?a=5Cd?=           => 你好镕a\\d
+"""
+
+# The header of a part, and the name of its file.
+FILE_NAMES = r"""
+Content-Disposition: attachment; filename="a.pdf"; filename*=utf-8''%c3%a4.pdf                  => ä.pdf
+Content-Disposition: attachment; filename*=utf-8''a%20b.pdf ; size=3; filename=c.pdf            => a b.pdf
+Content-Disposition: attachment; filename*0*=utf-8''%c3; filename*1*=%a4; filename*2=".pdf"     => ä.pdf
+Content-Disposition: attachment; filename*1=b.pdf; filename*0=a                                 => ab.pdf
+Content-Disposition: attachment; filename*=gb2312''%C4%E3.pdf                                   => 你.pdf
+Content-Disposition: attachment; filename*=a\0''%c3%a4                                          => ä
+Content-Disposition: attachment; filename*=undefined'a'b'c                                      => b'c
+Content-Disposition: attachment; filename*=b.pdf                                                => b.pdf
+Content-Disposition: attachment; filename==?utf-8?B?w6QucGRm?=                                  => ä.pdf
+Content-Disposition: attachment; filename="=?utf-8?Q?=C3=A4_?=\r\n =?utf-8?Q?=C3=B6.pdf?="      => ä ö.pdf
+Content-Disposition: attachment; filename=my file (1).pdf; size=1                               => my file (1).pdf
+Content-Disposition: attachment; filename=report(1).pdf                                         => report(1).pdf
+Content-Disposition: attachment; filename=a.pdf (final)                                         => a.pdf
+Content-Disposition: attachment; filename=C:\\docs\\a.pdf                                       => C:\\docs\\a.pdf
+Content-Disposition: attachment; filename="a \\"b\\" (c); d.pdf"                                => a "b" (c); d.pdf
+Content-Disposition: attachment; filename="unclosed.pdf                                         => unclosed.pdf
+Content-Disposition: attachment; filename="ä.pdf"                                               => ä.pdf
+Content-Disposition: attachment (one) ; (two; a=b) FileName = "c d.pdf" (more)                  => c d.pdf
+Content-Disposition: attachment; {x=y; *400}filename=a.pdf                                      => a.pdf
+Content-Disposition: attachment; filename*=utf-7''+2AA-x; boundary*=utf-7''+2AA-                => \ufffdx
+Content-Type: application/pdf; name*=iso-8859-1'de'%e4.pdf                                      => ä.pdf
+Content-Type: application/pdf; name="=?utf-8?B?w6QucGRm?="                                      => ä.pdf
+Content-Type: application/pdf; name=b.pdf\r\nContent-Disposition: attachment; filename=a.pdf        => a.pdf
+Content-Type: application/pdf; name==?iso-8859-1?Q?=E4.pdf?=                                    => ä.pdf
+Content-Type: application/pdf; name*0*="utf-8''a"; name*="utf-8''b"; {x=y; *400}                => a
+"""
+
+# What comes after Content-Type: text/plain, then the body, and the text.
+BODIES = r"""
+; charset=utf-8\r\nContent-Transfer-Encoding: base64\x20            | aGVsbG8=           => hello
+; charset=utf-8\r\nContent-Transfer-Encoding: BASE64 (all of it)    | aGVsbG8=           => hello
+\r\nContent-Transfer-Encoding:\r\n base64                           | aGVs!bG8           => hello
+\r\nContent-Transfer-Encoding: base64                               | aGVsbG8=\r\naGVsbG8= => hellohello
+\r\nContent-Transfer-Encoding: (a) quoted-printable                 | a \r\nb=20\r\nc= \r\nd=ZZ =c3=bc => a\nb \ncd=ZZ ü
+\r\nContent-Transfer-Encoding: x-uuencode                           | begin 644 a\r\n%:&5L;&\\ \r\n`\r\nend => hello
+\r\nContent-Transfer-Encoding: x-uuencode                           | begin 644 a\r\nM\x80\xff\r\nend => begin 644 a\nM\ufffd\ufffd\nend
+(plain words; a=b); charset=iso-8859-1                              | \xfc               => ü
+; charset=iso-8859-1 (Latin)                                        | \xfc               => ü
+\x20; CHARSET = "ISO-8859-1"                                        | \xfc               => ü
+\r\nContent-Transfer-Encoding: base64                               | aGVsb              => hel
+; charset='iso-8859-1'                                              | \xfc               => ü
+; charset=iso-8859-8-i                                              | \xf9\xec\xe5\xed   => שלום
+; charset=ISO-8859-8-E                                              | \xf9\xec\xe5\xed   => שלום
+; charset=iso-8859-6-i                                              | \xc7               => ا
+; charset=Windows-31J                                               | \x82\xb1\x87@      => こ①
+; charset=x-sjis                                                    | \x82\xb1\x87@      => こ①
+; charset=shift_jis                                                 | \x82\xb1\x87@      => こ①
+; charset=windows-874                                               | \xa1               => ก
+; charset=IBM00858                                                  | \xd5               => €
+; charset=ks_c_5601-1987                                            | \xc7\xd1\xb1\xb9\x81A => 한국갂
+; charset=gb2312                                                    | \xc4\xe3\xba\xc3\xe9F => 你好镕
+; charset=big5                                                      | \xa4\xa4\xf9\xd6   => 中碁
+; charset=iso-2022-jp                                               | \x1b$B$3-!\x1b(B ok => こ① ok
+; charset=iso-2022-jp                                               | \x1b$B$3\x1b(I1\x1b(B => こｱ
+; charset=iso-2022-jp                                               | \x1b$B$3\x7f\x7f$s\x1b(B => こ\ufffdん
+; charset=utf-8                                                     | Gr\xc3\xbc\xff\xc3\x9fe => Grü\ufffdße
+; charset=iso-8859-1                                                | \x93\xfc\x94\x81   => “ü”\ufffd
+; charset=us-ascii                                                  | ü\xff              => ü\ufffd
+; charset=utf-7                                                     | +APw-x             => üx
+; charset=utf-7                                                     | +2AA-x             => \ufffdx
+; charset=utf-8                                                     | \xef\xbb\xbfx   => x
+; charset=x-ms-cp932                                                | \x87@             => ①
+; charset=klingon                                                   | Qapla\xff          => Qapla\ufffd
+; charset=punycode                                                  | a-z9               => a-z9
+; charset=unicode_escape                                            | \\d                => \\d
+; charset=idna                                                      | a\xff              => a\ufffd
+; charset=zlib                                                      | x                  => x
+; charset*=a\0''x; {x=y; *400}                                      | x                  => x
+"""
+
+# Mails, and what a good mail reader shows of them.
+READINGS = read_table(r"""
+== a name in two encoded words  -- headers={"From": "München <a@example.com>", "To": '"Doe, Jö" <b@example.com>, c@c.com'}
+From: =?utf-8?B?TcO8bg==?=
+ =?utf-8?B?Y2hlbg==?= <a@example.com>
+To: =?utf-8?Q?Doe=2C?= =?utf-8?Q?_J=C3=B6?= <b@example.com>, <c@c.com>
+
+hi
+== a header folded right after its colon  -- headers={"X-Foo": "a b"}
+X-Foo:
+ a
+ b
+
+hi
+== no body  -- subject="hi", text=""
+Subject: hi
+== a mail within the mail  -- text="hi"
+-- attachments=[("f.eml", "message/rfc822", b"Subject:  two blanks\r\nX-Empty:\r\nX-Close:none\r\n\r\ninner")]
+Content-Type: multipart/mixed; boundary=b
+
+--b
+
+hi
+--b
+Content-Type: message/rfc822
+Content-Disposition: attachment; filename=f.eml
+
+Subject:  two blanks
+X-Empty:
+X-Close:none
+
+inner
+--b--
+== a mail within the mail, in base64  -- attachments=[("f.eml", "message/rfc822", b"Subject: in\r\n\r\nhello\r\n")]
+Content-Type: message/rfc822; name=f.eml
+Content-Transfer-Encoding: base64
+
+U3ViamVjdDogaW4NCg0KaGVsbG8NCg==
+== a digest  -- text=None, attachments=[(None, "message/rfc822", b"Subject: one\r\n\r\nfirst")]
+Content-Type: multipart/digest; boundary=b
+
+--b
+
+Subject: one
+
+first
+--b--
+== a report  -- attachments=[(None, "message/delivery-status", b"a: dns; x\r\n\r\nb: rfc822; y\r\nc:failed\r\n")]
+Content-Type: multipart/report; boundary=b
+
+--b
+Content-Type: message/delivery-status
+
+a: dns; x
+
+b: rfc822; y
+c:failed
+
+--b--
+== the only part has a name  -- html="<p>hi\n", attachments=[]
+Content-Type: text/html; charset=utf-8; name=page.html
+
+<p>hi
+== the only part is inline and has a name  -- text="hi\n", attachments=[]
+Content-Type: text/plain
+Content-Disposition: inline; filename=body.txt
+
+hi
+== the only part is an attachment  -- text=None, attachments=[("body.txt", "text/plain", b"hi\r\n")]
+Content-Type: text/plain (plain words)
+Content-Disposition: attachment; filename=body.txt
+
+hi
+== within a multipart, a text with a name  -- text="hi", attachments=[("notes.txt", "text/plain", b"notes")]
+Content-Type: multipart/mixed; boundary=b
+
+--b
+
+hi
+--b
+Content-Type: text/plain; name=notes.txt
+
+notes
+--b--
+== an unquoted boundary  -- text="hi", attachments=[("a.png", "image/png", b"X")]
+Content-Type: multipart/mixed; boundary=----=_Part_1_22.33
+
+------=_Part_1_22.33
+Content-Type: text/plain
+
+hi
+------=_Part_1_22.33
+Content-Type: image/png; name=a.png
+
+X
+------=_Part_1_22.33--
+== a boundary in UTF-8, with blanks after it  -- text="hi\nx --ä"
+Content-Type: multipart/mixed; boundary="ä "
+
+--ä {SP}
+
+hi
+x --ä
+--ä-- {SP}
+not shown
+== a text that is like the end of a delimiter  -- text="--", attachments=[(None, "image/png", b"<p>")]
+Content-Type: multipart/mixed; boundary=b
+
+--b
+
+--
+--b
+Content-Type: image/png
+
+<p>
+--b--
+== a boundary that begins like another one  -- text="hi", html="<p>"
+Content-Type: multipart/mixed; boundary=b
+
+--b
+Content-Type: multipart/alternative; boundary=bb
+
+--bb
+
+hi
+--bb
+Content-Type: text/html
+
+<p>
+--bb--
+--b--
+== an inner multipart without its end  -- text="hi", attachments=[("a.png", "image/png", b"X")]
+Content-Type: multipart/mixed; boundary=b
+
+--b
+Content-Type: multipart/alternative; boundary=c
+
+--c
+
+hi
+--b
+Content-Type: image/png; name=a.png
+
+X
+--b--
+== a multipart without a boundary  -- text="--b\n\nhi\n--b--\n"
+Content-Type: multipart/mixed
+
+--b
+
+hi
+--b--
+== a bad line before all headers  -- subject="later", text="hi\n"
+X-NoColon
+Subject: later
+
+hi
+== a bad line after all headers, with its continuation  -- subject="first", text="hi\n"
+Subject: first
+this is none
+ Subject: nor this
+
+hi
+== a bad line in the header of a part  -- text="ü", defect="MissingHeaderBodySeparatorDefect"
+Content-Type: multipart/mixed; boundary=b
+
+--b
+Content-Type: text/plain; charset=iso-8859-1
+From the beginning
+Content-Transfer-Encoding: quoted-printable
+
+=FC
+--b--
+== a blank before the colon  -- subject="hi", html="<p>\n"
+Subject : hi
+Content-Type : text/html
+
+<p>
+== a type that is none  -- text="ü\n"
+Content-Type: text; charset=iso-8859-1
+Content-Transfer-Encoding: quoted-printable
+
+=FC
+== no header, and two paragraphs  -- subject=None, text="Hello\n\nBye\n"
+Hello
+
+Bye
+== a blank line at the beginning  -- subject=None, text="Subject: hi\n"
+
+Subject: hi
+== a blank at the beginning  -- subject=None, text=" x\nSubject: hi\n"
+ x
+Subject: hi
+""")
+
+# Of what a header or a mail may be full: what is repeated in the values of the headers, and mails, in which it is
+# between braces.
+REPEATED = r"""
+x =?utf-8?q?a?=\r\n\x20 =?utf-8?q?a?= =? =?a?q? =?x?q?a?=\x20=?y?b?b?=\x20 \x20 \r\n\x20 \xff a\x20b\x20 a@b.com,\r\n\x20
+( ) (a) ((a)) " "a"\x20 < <a@ @ x@ , a. : ; ;a=b ;a*0=b ;a*=%ff ;(a;b=c ;name==?utf-8?q?a?= ;a*1*1 = \\ "\\ ' % [ \r
+"""
+REPEATED_IN = """Subject: To: Bcc: X-Foo: Date: Message-ID:< References: MIME-Version:1.0 Content-Type:text/plain;name=
+Content-Disposition:attachment;filename*=utf-8''a Content-Transfer-Encoding:8bit"""
+FULL_MAILS = r"""
+Subject{ *}x: a
+{x*}
+{bad line\r\n*}Subject: x\r\n\r\n
+Subject:{\r\n *}x
+{To: a\r\n*}
+Content-Type: text/plain; charset=punycode\r\n\r\na-{z9*}
+Content-Type: text/plain; charset=iso-2022-jp\r\n\r\n{\x1b$B*}
+Content-Type: text/plain; charset=utf-7\r\n\r\n{+AG8-*}
+Content-Type: text/plain; charset=gb2312\r\n\r\n{\xff*}
+Content-Transfer-Encoding: base64\r\n\r\n{YQ==*}
+Content-Transfer-Encoding: quoted-printable\r\n\r\n{= *}
+Content-Transfer-Encoding: quoted-printable\r\n\r\n{ *}x
+Content-Transfer-Encoding: x-uuencode\r\n\r\nbegin 644 a\r\n{M\xff\r\n*}
+Content-Type: multipart/mixed; boundary=b\r\n\r\n{--b\r\na: b\r\n\r\nthe text of a small part\r\n*}
+Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n{--b*}
+Content-Type: multipart/mixed; boundary=b\r\n\r\n--b{ *}x
+Content-Type: multipart/mixed; boundary=--\r\n\r\n----\r\n{-*}
+Content-Type: multipart/mixed; boundary={b*}\r\n\r\n--b\r\n
+{Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n*}
+{Content-Type: message/rfc822\r\n\r\n*}
+Content-Type: message/delivery-status\r\n\r\n{a: of a report\r\n\r\n*}
+"""
+
+# What the mails of make_mail() consist of, with Python's escapes.
+MAIL_HEADERS = r"""
+Subject From To Bcc Date Message-ID References MIME-Version Content-ID Resent-To X-Foo Subject\x20 \xff Content-Type
+Content-Type Content-Type Content-Transfer-Encoding Content-Transfer-Encoding Content-Disposition Content-Disposition
+"""
+MAIL_VALUES = r"""
+text/plain text/html multipart/mixed multipart/digest message/rfc822 message/delivery-status application/pdf attachment
+inline base64 quoted-printable 8bit x-uuencode ; ; ; = " ' ( ) < > @ , : \\ * % %ff ? =? ?= \x20 \x20 \r\n\x20 \t a\0 \xff
+=?utf-8?q?=C3=BC?= =?utf-8?B?w7w=?= =?gb2312?b?xOM?= =?undefined?q?x?= =?x?Q?=?= charset= charset*= name= name*=
+name*0= name*0*= name*1*= filename= filename*= filename*0*=utf-8''%c3 filename*1*=%bc boundary=b boundary="c"
+boundary=----=_b utf-8 us-ascii iso-8859-8-i gb2312 iso-2022-jp shift_jis utf-7 utf-16 punycode idna undefined
+unicode_escape zlib rot13 1997 Fri, <a@b.com>
+"""
+MAIL_LINES = r"""
+hi --b --b-- --c --c-- ------=_b ------=_b-- = =C3=BC w7w= \xff begin\x20644\x20a M\xff end \0 \x1b$B a:\x20b \x20 \r
+"""
+STRUCTURES = """multipart/mixed;boundary=b multipart/alternative;boundary=c multipart/digest;boundary=----=_b message/rfc822
+message/delivery-status text/plain;charset="""
+
+
+def make_mail(rng: random.Random, depth: int = 0) -> bytes:
+    """A mail whose headers, encodings and boundaries are a mixture of right and wrong ones."""
+    headers, values, lines = (list(map(read_escapes, text.split())) for text in (MAIL_HEADERS, MAIL_VALUES, MAIL_LINES))
+    parts = []
+    for _ in range(rng.randrange(9)):
+        value = b"".join(rng.choices(values, k=rng.randrange(9)))
+        value += rng.choice(values) * rng.randrange(2000) if rng.random() < 0.02 else b""
+        parts.append(rng.choice(headers) + rng.choice([b": ", b":", b":\r\n ", b""]) + value)
+    if rng.random() < 0.7:
+        parts.append(b"Content-Type: " + rng.choice(STRUCTURES.split()).encode() + rng.choice(values))
+    parts.append(rng.choice([b"", b"", b"", b"x"]))
+    for _ in range(rng.randrange(8)):
+        is_inner = depth < 4 and rng.random() < 0.3
+        parts += [rng.choice(lines), make_mail(rng, depth + 1)] if is_inner else [rng.choice(lines)]
+    return rng.choice([b"\r\n", b"\r\n", b"\r\n", b"\n"]).join(parts)
+
+
+def receive_content(content: bytes, *recipients: str, helo: str = "EHLO client.example.com") -> Message:
+    memory = Memory(multiple_rcptto=True)
+    memory.say(helo, ENVELOPE[1], *(f"RCPT TO:<{name}>" for name in recipients or ["b@b.com"]), "DATA")
+    memory.feed(content.replace(b"\r\n.", b"\r\n..") + b".\r\n")
+    return memory.message()
+
+
+def list_readings() -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    """The title of a mail, the mail, and the attributes that it must have."""
+
+    def rows(text: str) -> Iterator[tuple[str, bytes, str]]:
+        for row in map(read_line, text.strip("\n").split("\n")):
+            written, shown = (part.strip() for part in row.split(" => "))
+            yield row, read_escapes(written), shown.encode("raw_unicode_escape").decode("unicode_escape")
+
+    for title, value, subject in rows(SUBJECTS):
+        yield title, b"Subject: " + value + b"\r\n\r\nhi\r\n", {"subject": subject}
+    for title, header, name in rows(FILE_NAMES):
+        start = b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n"
+        kind = b"" if header.startswith(b"Content-Type") else b"Content-Type: application/pdf\r\n"
+        attachments = [(name, "application/pdf", b"X")]
+        yield title, start + kind + header + b"\r\n\r\nX\r\n--b--\r\n", {"attachments": attachments, "text": None}
+    for title, mail, text in rows(BODIES):
+        header, body = (part.strip(b" ") for part in mail.split(b" | "))
+        yield title, b"Content-Type: text/plain" + header + b"\r\n\r\n" + body + b"\r\n", {"text": text}
+    for title, entry in READINGS.items():
+        yield title, read_escapes("\n".join([*entry.lines, ""])).replace(b"\n", b"\r\n"), entry.options
+
+
+def fill_mail(text: str, size: int) -> bytes:
+    """A mail of about that size, of FULL_MAILS, or with all headers full of what is in REPEATED."""
+    if "{" in text:
+        start, unit, end = map(read_escapes, re.split(r"\{(.+)\*\}", text))
+        return start + unit * (size // len(unit)) + end + b"\r\n"
+    unit, names = read_escapes(text), REPEATED_IN.encode().split()
+    return b"".join(name + unit * (size // len(names) // len(unit)) + b"\r\n" for name in names) + b"\r\nhi\r\n"
+
+
+def call_deep(depth: int, function: Callable[[], object]) -> None:
+    """Call the function with that many more frames on the stack."""
+    call_deep(depth - 1, function) if depth else function()
+
+
+class ReadingTest(unittest.TestCase):
+    """What `subject`, `text`, `html`, `attachments` and `headers` show of a mail, whatever is in it."""
+
+    maxDiff = None
+
+    def ask_all(self, message: Message) -> None:
+        for name in dir(message):
+            getattr(message, name)
+        message.as_bytes()
+        json.dumps(message.to_dict()).encode("ascii")
+
+    def test_what_is_shown(self) -> None:
+        for title, content, expected in list_readings():
+            with self.subTest(title):
+                message = receive_content(content)
+                values = message.to_dict()
+                headers = dict(values["headers"])
+                for name, value in expected.items():
+                    if name == "headers":
+                        self.assertEqual({header: headers[header] for header in value}, value)
+                    elif name == "defect":
+                        self.assertIn(value, str(values["defects"]))
+                    elif name == "text" and value is not None:
+                        self.assertEqual((message.text or "").rstrip("\n"), value.rstrip("\n"))
+                    else:
+                        self.assertEqual(getattr(message, name), value)
+                self.assertEqual(headers.get("Subject"), message.subject)
+
+    def test_what_is_read_nevertheless_is_a_violation(self) -> None:
+        codes = {
+            "an unquoted boundary": {"bad-content-type"}, "a multipart without a boundary": {"bad-boundary"},
+            "an inner multipart without its end": {"bad-boundary"}, "a blank before the colon": {"header-syntax"},
+            "a bad line before all headers": {"header-syntax"}, "a bad line in the header of a part": {"header-syntax"},
+            "a mail within the mail, in base64": {"bad-encoding"}, "a type that is none": {"bad-content-type"},
+            "a name in two encoded words": set(), "a mail within the mail": set(),
+        }  # fmt: skip
+        about = set().union(*codes.values())
+        mails = {title: content for title, content, _ in list_readings()}
+        for title, expected in codes.items():
+            with self.subTest(title):
+                message = receive_content(mails[title])
+                self.assertEqual({found.code for found in message.violations} & about, expected)
+
+    def test_a_charset_that_is_read_is_no_violation(self) -> None:
+        right = "iso-8859-8-i ISO-8859-6-E Windows-31J x-sjis windows-874 IBM00858 ks_c_5601-1987 cswindows1252 latin-9"
+        for charset in (*right.split(), "punycode", "klingon", "unicode_escape", "zlib"):
+            for text in (b"a", b""):
+                message = receive_content(
+                    b"Content-Type: text/plain; charset=" + charset.encode() + b"\r\n\r\n" + text + b"\r\n"
+                )
+                found = "wrong-charset" in [violation.code for violation in message.violations]
+                with self.subTest(charset):
+                    self.assertEqual(found, charset not in right)
+
+    def test_a_message_without_a_body(self) -> None:
+        message = Memory(*ENVELOPE).message()
+        self.assertEqual((message.subject, message.text, message.html, message.attachments), (None, None, None, []))
+
+    def test_a_parsed_mail_whose_headers_cannot_be_parsed(self) -> None:
+        for value in (b"x;" * 2000, b"; a*=\"b''\"", b""):
+            mail = receive_content(b"Content-Type: %b\r\nContent-Disposition: %b\r\n\r\n" % (value, value)).email
+            with self.subTest(value):
+                self.assertEqual((mail.get_content_type(), mail.is_attachment()), ("text/plain", False))
+
+    def test_a_name_of_two_words_in_the_parsed_mail(self) -> None:
+        mail = receive_content(b"From: =?utf-8?B?TcO8bg==?= =?utf-8?B?Y2hlbg==?= <a@a.com>\r\n\r\n").email
+        self.assertEqual(mail["From"].addresses[0].display_name, "München")
+
+    def test_the_parsed_mail_is_what_the_parser_of_python_makes_of_it(self) -> None:
+        def show(part: Any) -> list[Any]:
+            inner = [show(part) for part in part.get_payload()] if part.is_multipart() else part.get_payload()
+            return [part.get_content_type(), list(part.raw_items()), part.preamble, part.epilogue, inner]
+
+        for title in ("Thunderbird, nested, with two attachments", "a delivery report", "a boundary that has no end"):
+            lines = MAILS[title].lines
+            message = receive_content(read_escapes("\n".join([*lines, ""])).replace(b"\n", b"\r\n"))
+            theirs = email.message_from_bytes(message.as_bytes(), policy=email.policy.default)
+            with self.subTest(title):
+                self.assertEqual(show(message.email), show(theirs))
+                self.assertEqual(message.email.as_bytes(), theirs.as_bytes(policy=message.email.policy))
+
+    def test_the_subject_alone_is_read_from_the_header_alone(self) -> None:
+        message = receive_content(b"Subject: hi\r\n\r\n" + b"x" * 1000)
+        with mock.patch.object(smtpmock, "_parse_part", side_effect=AssertionError):
+            self.assertEqual(message.subject, "hi")
+
+    def test_no_mail_makes_an_attribute_raise(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for seed in range(200):
+                message = receive_content(make_mail(random.Random(seed)) + b"\r\n")
+                with self.subTest(seed):
+                    call_deep(seed % 2 * 500, functools.partial(self.ask_all, message))
+
+    def test_deep_parts_deep_in_the_stack(self) -> None:
+        for unit in (
+            b"Content-Type: message/rfc822\r\n\r\n",
+            b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n",
+        ):
+            with self.subTest(unit):
+                call_deep(700, functools.partial(self.ask_all, receive_content(unit * 700)))
+
+    def test_no_mail_takes_more_than_linear_time(self) -> None:
+        for text in (*REPEATED.split(), *FULL_MAILS.strip().split("\n")):
+            with self.subTest(text):
+                self.assertTrue(any(self.is_linear(text) for _ in range(5)))  # the machine may be busy
+
+    def is_linear(self, text: str) -> bool:
+        """Double the size takes at most 2.5 times as long, or no time worth mentioning."""
+        times = []
+        for size in (400_000, 200_000, 100_000):
+            message = receive_content(fill_mail(text, size))
+            before = time.process_time()
+            self.ask_all(message)
+            times.append(time.process_time() - before)
+            if times[0] < 0.03:
+                return True
+        return all(twice <= 2.5 * once + 0.02 for twice, once in itertools.pairwise(times))
 
 
 # ----------------------------------------------------------------------------------------- grammar
@@ -4049,9 +4622,12 @@ class StopTest(ServerCase):
             (f"NOOP: delay {10 * TIMEOUT}", ["NOOP"], 0.05, [], forced),
             ("NOOP: drop", [*ENVELOPE, "DATA"], 0.05, [READY], forced),  # in a body
         )
-        for row, server in zip(rows, in_threads(*(functools.partial(keep_promise, *row) for row in rows)), strict=True):
+        results = in_threads(*(functools.partial(keep_promise, *row) for row in rows))
+        for row, result in zip(rows, results, strict=True):
             with self.subTest(row[0]):
-                self.assert_nothing_is_left(server)
+                if isinstance(result, Exception):
+                    raise result
+                self.assert_nothing_is_left(result)
 
     def test_a_client_that_does_not_read_is_cut_off(self) -> None:
         server, client, recorder = self.serve(shutdown_timeout=0.05, msg_noop_received="250 " + "x" * 5_000_000)
@@ -5091,7 +5667,7 @@ class LoggingTest(unittest.TestCase):
         "SMTP response: 220 Welcome",
         "SMTP request: EHLO example.com",
         "SMTP response: 250 Received",
-        r"SMTP request: \x00\x1b[1m\xe4\udcff",
+        "SMTP request: \\x00\\x1b[1mä\\udcff",
         f"SMTP response: {UNRECOGNIZED}",
         "SMTP request: QUIT",
         "SMTP response: 221 Closing connection",
@@ -5542,8 +6118,11 @@ class ProcessTest(ProcessCase):
         process.stdout.close()
         send(port, "hi")
         process.terminate()
-        self.assertRegex(process.stderr.read(), r"\Asmtpmock: the log is incomplete[^\n]*BrokenPipe[^\n]*\n\Z")
-        self.assertEqual(process.wait(TIMEOUT), 0)
+        pattern = (
+            r"\Asmtpmock: the log is incomplete[^\n]*BrokenPipe[^\n]*\nsmtpmock: cannot write to stdout: [^\n]*\n\Z"
+        )
+        self.assertRegex(process.stderr.read(), pattern)
+        self.assertEqual(process.wait(TIMEOUT), 1)
 
 
 class OutputTest(ProcessCase):
@@ -5588,7 +6167,7 @@ class OutputTest(ProcessCase):
         for out in (io.TextIOWrapper(io.BufferedWriter(disk)), io.TextIOWrapper(disk, write_through=True)):  # type: ignore[type-var]
             disk.data, disk.left = b"", 6
             with contextlib.redirect_stdout(out):
-                printer = smtpmock._Printer()
+                printer = smtpmock._Writer().out
             printer("one")
             with self.assertRaisesRegex(smtpmock.SMTPMockError, "No space left"):
                 printer("two")
@@ -5630,6 +6209,24 @@ class OutputTest(ProcessCase):
         """A mail is refused."""
         self.assertEqual(catch(smtplib.SMTPDataError, send, port, content).smtp_code, 451)
 
+    def test_what_is_in_a_mail_is_no_reason_to_refuse_it(self) -> None:
+        mails = [make_mail(random.Random(seed)) for seed in range(20)]
+        mails += [content for _, content, _ in list_readings()]
+        for flag, start in (("-json", '{"event": "message"'), ("-multipleMessageReceiving", "")):
+            folder, maildir = self.folder / flag, self.folder / f"{flag}-maildir"
+            process = self.start(f"-saveDir={folder}", f"-maildir={maildir}", flag)
+            port = int(re.search("[0-9]{4,}", process.stdout.readline())[0])  # type: ignore[index]
+            lines: list[str] = []
+            reader = threading.Thread(target=lines.extend, args=(process.stdout,))
+            reader.start()
+            for content in mails:
+                send(port, content)
+            process.terminate()
+            reader.join(TIMEOUT)
+            self.assertEqual(len([line for line in lines if line.startswith(start)]), len(mails))
+            self.assertEqual(len([*folder.iterdir()]), 2 * len(mails))
+            self.assertEqual(len([*(maildir / "new").iterdir()]), len(mails))
+
     def test_json_to_nobody(self) -> None:
         process = self.start("-json")
         port = json.loads(process.stdout.readline())["port"]
@@ -5642,7 +6239,8 @@ class OutputTest(ProcessCase):
         process.stdout.close()
         process.stdin.write("clear\n")
         process.stdin.flush()
-        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (0, ""))
+        error = "smtpmock: cannot write to stdout: Broken pipe; lines lost: 2\n"
+        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (1, error))
         process.stdout = None
 
     def test_save_dir(self) -> None:
@@ -5719,6 +6317,323 @@ class OutputTest(ProcessCase):
         for path in self.folder.iterdir():
             path.unlink()
         return subjects
+
+
+class BacklogTest(ProcessCase):
+    """A reader that does not read stops nothing."""
+
+    def begin(self, *argv: str) -> tuple[Any, int]:
+        """A process with a small pipe, whose first line was read, and its port."""
+        process = self.start("-shutdownTimeout=0.1", *argv, stdin=subprocess.PIPE)
+        if hasattr(fcntl, "F_SETPIPE_SZ"):
+            fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        line = process.stdout.readline()
+        return process, int(json.loads(line)["port"] if line.startswith("{") else line.rpartition(":")[2])
+
+    def send_much(self, port: int) -> None:
+        """Three mails and many refusals, more than a pipe takes in any mode."""
+        with Smtp(port) as client:
+            for number in range(3):
+                client.sendmail("a@a.com", ["b@b.com"], f"Subject: {number}\n\n" + 1500 * f"{'x' * 70}\n")
+            client.send("VRFY\r\n" * 1000)
+            for _ in range(1000):
+                client.getreply()
+
+    def test_each_mode_and_each_way_to_stop(self) -> None:
+        def stop(argv: str, way: str) -> tuple[str, int, str]:
+            process, port = self.begin(*argv.split())
+            self.send_much(port)
+            if way == "SIGTERM":
+                process.send_signal(signal.SIGTERM)
+            elif way == "stop":
+                process.stdin.write("stop\n")
+                process.stdin.flush()
+            else:
+                process.stdin = process.stdin.close()
+            status = process.wait(TIMEOUT)
+            # With a log on stderr, it is that which nobody reads.
+            last_line = "" if argv == "-json -log" else process.stderr.read().splitlines()[-1]
+            return argv, status, re.sub(r"\d+", "N", last_line)
+
+        modes = ["", "-show", "-log", "-lint", "-json", "-json -log", "-control"]
+        ways = [*((mode, "SIGTERM") for mode in modes), ("-control", "stop"), ("-control", "end of stdin")]
+        results = in_threads(*(lambda way=way: stop(*way) for way in ways))
+        error = "smtpmock: not all output was read; lines lost: N"
+        expected = [(mode, 3 if mode == "-lint" else 1, error if mode != "-json -log" else "") for mode, _ in ways]
+        self.assertEqual(results, expected)
+
+    def test_a_stop_with_a_slow_reader(self) -> None:
+        """It has the shutdown timeout and a little more, and a second signal ends that."""
+        for timeout, numbers in (("0.1", [signal.SIGTERM]), ("300", [signal.SIGTERM, signal.SIGINT])):
+            process, port = self.begin("-json", f"-shutdownTimeout={timeout}")
+            self.send_much(port)
+            for number in numbers:
+                process.send_signal(number)
+            while process.poll() is None:
+                os.read(process.stdout.fileno(), 4096)
+                time.sleep(0.02)
+            self.assertEqual(process.returncode, 1, timeout)
+
+    def test_a_long_shutdown_timeout(self) -> None:
+        """It is no time for a reader that does not read."""
+        process, port = self.begin("-json", f"-shutdownTimeout={10 * TIMEOUT}")
+        self.send_much(port)
+        process.send_signal(signal.SIGTERM)
+        self.assertEqual(process.wait(TIMEOUT), 1)
+
+    def test_what_is_read_late_is_whole_and_in_order(self) -> None:
+        process, port = self.begin("-json", "-lint", "-multipleMessageReceiving")
+        self.send_much(port)
+        send(port, "Subject: 3")
+        subjects = [json.loads(process.stdout.readline())["subject"] for _ in range(5)]
+        self.assertEqual((subjects[:3], {*subjects[3:]}), (["0", "1", "2"], {"3", None}))  # None: what was refused
+        process.terminate()
+        out, _ = process.communicate(timeout=TIMEOUT)
+        self.assertEqual((json.loads(out)["event"], process.returncode), ("done", 3))
+
+    def test_an_event_is_out_before_its_reply(self) -> None:
+        """Though it is long, and read slowly."""
+        process, port = self.begin("-json")
+        output, read, is_sent = process.stdout.fileno(), bytearray(), threading.Event()
+
+        def read_slowly() -> None:
+            while not is_sent.wait(0.001):
+                if select.select([output], [], [], 0)[0]:
+                    read.extend(os.read(output, 4096))
+
+        def send_one() -> None:
+            send(port, f"Subject: {'x' * 500}\n\n" + 400 * f"{'x' * 500}\n")
+            is_sent.set()
+
+        in_threads(read_slowly, send_one)
+        os.set_blocking(output, False)
+        with contextlib.suppress(BlockingIOError):
+            read.extend(os.read(output, 65536))
+        self.assertEqual(json.loads(read)["event"], "message")
+
+    def test_no_mail_waits_behind_others(self) -> None:
+        """Though somebody reads again."""
+        process, port = self.begin("-json")
+        self.send_much(port)
+        is_sent = threading.Event()
+
+        def read_slowly() -> int:
+            count = 0
+            while not is_sent.wait(0.01):
+                count += len(os.read(process.stdout.fileno(), 4096))
+            return count
+
+        def send_one() -> None:
+            send(port, "hi")
+            is_sent.set()
+
+        self.assertLess(in_threads(read_slowly, send_one)[0], 300_000)  # of 600,000
+
+    def test_a_reader_that_leaves(self) -> None:
+        """What was queued is lost, and is counted; later mail is refused."""
+        process, port = self.begin("-json", "-multipleMessageReceiving")
+        self.send_much(port)
+        process.stdout.close()
+        with contextlib.suppress(smtplib.SMTPDataError):  # the thread that writes may not have seen it yet
+            send(port, "hi")
+        self.assertEqual(catch(smtplib.SMTPDataError, send, port, "hi").smtp_code, 451)
+        process.terminate()
+        _, errors = process.communicate(timeout=TIMEOUT)
+        lost = re.fullmatch(
+            r"smtpmock: cannot write to stdout: Broken pipe; lines lost: (\d+)", errors.splitlines()[-1]
+        )
+        self.assertGreaterEqual(int(lost[1]) if lost else 0, 3 + 1 + 2 + 1)  # mails, refusals, a refused mail, the end
+        self.assertEqual(process.returncode, 1)
+
+    @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
+    def test_a_stdout_of_another_kind(self) -> None:
+        import pty
+
+        makers: dict[str, Callable[[], Any]] = {
+            "a terminal": pty.openpty,
+            "a socket": lambda: [end.detach() for end in socket.socketpair()],
+            "a pipe that does not block": os.pipe,
+        }
+        for kind, make in makers.items():
+            with self.subTest(kind):
+                ours, theirs = make()
+                os.set_blocking(theirs, kind != "a pipe that does not block")
+                with open(ours, "rb") as reader, open(theirs, "wb") as writer:
+                    process = subprocess.Popen([sys.executable, "-m", "smtpmock", "-json"], stdout=writer, cwd=HERE)
+                    self.addCleanup(process.wait)
+                    self.addCleanup(process.kill)
+                    send(json.loads(reader.readline())["port"], *["Subject: Hi\n\n" + 150 * f"{'x' * 900}\n"] * 2)
+                    self.assertEqual(json.loads(reader.readline())["subject"], "Hi")
+                    reader.readline()
+                    process.terminate()
+                    self.assertEqual(json.loads(reader.readline())["event"], "done")
+                    self.assertEqual(process.wait(TIMEOUT), 0)
+
+
+# Mails, and what -show prints of them.
+SHOWN_MAILS = r"""
+== text
+From: =?utf-8?q?J=C3=BCrgen?= <a@a.com>
+Received: here
+To: b@b.com,
+ c@c.com
+Date: Fri, 21 Nov 1997 09:55:06 -0600
+Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=
+
+Gr\xc3\xbc\xc3\x9fe,
+
+ and {x*200}
+=>
+From: Jürgen <a@a.com>
+To: b@b.com, c@c.com
+Date: Fri, 21 Nov 1997 09:55:06 -0600
+Subject: Grüße
+
+Grüße,
+
+ and {x*200}
+
+== control characters
+Subject: =?utf-8?q?=1B[1m=C2=9B_=E2=80=AE?=
+
+\x1b]0;title\x07 a\tb \xe2\x80\xae\xc2\x9b \xf0\x9f\x91\xa8\xe2\x80\x8d\xf0\x9f\x91\xa9 \xff
+=>
+Subject: \x1b[1m\x9b \u202e
+
+\x1b]0;title\x07 a    b \u202e\x9b 👨\u200d👩 �
+
+== HTML
+Content-Type: text/html; charset=utf-8
+
+<html><head><title>no</title><style>no</style></head><h1>Gr&uuml;&szlig;e</h1>
+<script>no</script><!-- no --><p>Please <a href="https://a.test/?b=1&amp;c=2">confirm
+<b>it</b></a>, or <a href='https://a.test'>https://a.test</a> &lt;
+<ul><li>one</li><li>two</li></ul>
+1 < 2<br>x<img src="cid:1" alt="Logo"><table><tr><td>a<td>b</td><td>c</td></tr><tr><td>d</table>
+=>
+
+Grüße
+
+Please confirm it <https://a.test/?b=1&c=2>, or https://a.test <
+
+- one
+- two
+1 < 2
+xLogo
+
+ab c
+d
+
+== text before HTML, and attachments
+Subject: s
+Content-Type: multipart/mixed; boundary=b
+
+--b
+Content-Type: text/html
+
+<p>no
+--b
+Content-Type: text/plain
+
+yes
+--b
+Content-Type: application/pdf; name="a\x1b.pdf"
+
+{x*1234}
+--b
+Content-Type: image/png
+
+x
+--b--
+=>
+Subject: s
+Attachment: a\x1b.pdf (application/pdf, 1.2 kB)
+Attachment: without a name (image/png, 1 byte)
+
+yes
+"""
+
+
+class ShowTest(ProcessCase):
+    """What a person sees of mails and of refusals."""
+
+    def watch(self, *argv: str, use: Callable[[int], object]) -> list[str]:
+        """The lines that are printed until a stop, without their times."""
+        process = self.start(*argv)
+        use(self.port(process))
+        process.terminate()
+        out, _ = process.communicate(timeout=TIMEOUT)
+        self.assertEqual(process.returncode, 0)
+        out = re.sub("(?<=rcpt )TO|(?<=mail )FROM", lambda match: match[0].lower(), out)  # as of Python 3.13
+        return re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", out).splitlines()
+
+    def test_mails(self) -> None:
+        mails, shown = [], []
+        for entry in read_table(SHOWN_MAILS).values():
+            end = entry.lines.index("=>")
+            mails.append(b"\n".join(map(read_escapes, entry.lines[:end])))
+            shown += ["accepted", *(f"  {line}".rstrip() for line in entry.lines[end + 1 :])]
+        lines = self.watch("-show", use=lambda port: send(port, *mails))
+        self.assertEqual([line.partition(" a@a.com")[0] for line in lines], shown)
+
+    def test_long_mails(self) -> None:
+        """Of a mail of many lines, or of long ones, the beginning."""
+        contents = {"x\n" * 5000: 99, f"{'x' * 600}\n" * 500: 18, f"{'<p>x' * 100}\n" * 200: 99}
+        mails = [f"Subject: s\nContent-Type: text/{'html' if '<' in x else 'plain'}\n\n{x}" for x in contents]
+        lines = self.watch("-show", use=lambda port: send(port, *mails))
+        shown = "\n".join(lines).split("accepted")[1:]
+        self.assertEqual([text.count("\n  x") + text.count("\n\n") for text in shown], [*contents.values()])
+        self.assertTrue(all("\n  Subject: s\n\n  x" in text and "  ..." in text for text in shown))
+
+    def test_hostile_html(self) -> None:
+        for part in ("<a ", "<!--", '<a b=">', "<a href='x' <a b='>", "<b> </b>", "<![", "</a", "<script>", "&#"):
+            for begin in ("", "<a b", "<p>"):
+                content = begin + part * (120_000 // len(part))
+                started = time.process_time()
+                smtpmock._read_html(content)
+                self.assertLess(time.process_time() - started, 5, part)  # without precautions, minutes
+
+    def test_one_line(self) -> None:
+        """What is long is cut."""
+        long = f"{'a' * 60}@{'b' * 60}.com"
+        cut = f"{long[:97]}..."
+        with_long = lambda port: in_session(port, long, ["b@b.com"] * 4 + [long] * 3)  # noqa: E731
+
+        def in_session(port: int, sender: str, recipients: list[str]) -> None:
+            with Smtp(port) as client:
+                client.sendmail(sender, recipients, f"Subject: {'s' * 101}\n\n")
+                client.sendmail("a@a.com", "b@b.com", f"Subject: {'s' * 100}\n\n" + 890 * "x")
+
+        lines = self.watch("-multipleRcptto", "-multipleMessageReceiving", use=with_long)
+        many = ", ".join(["b@b.com"] * 4 + [cut])
+        self.assertEqual(lines[0], f'accepted {cut} -> {many} and 2 more "{"s" * 97}..." 114 bytes')
+        self.assertEqual(lines[1], f'accepted a@a.com -> b@b.com "{"s" * 100}" 1.0 kB')
+
+    def test_refusals(self) -> None:
+        """Also beside an accepted mail, and after it."""
+
+        def use(port: int) -> None:
+            with Smtp(port) as client:
+                client.sendmail("a@a.com", ["root", "b@b.com", "c@c.com"], "hi")
+                self.assertRaises(smtplib.SMTPSenderRefused, client.sendmail, "root", ["b@b.com"], "hi")
+                self.assertRaises(smtplib.SMTPDataError, client.sendmail, "a@a.com", ["d@d.com"], "hi")
+                client.sendmail("a@a.com", ["b@b.com"], "hi")
+                client.docmd("x" * 200 + "\x1b")
+            with Smtp(port) as client:
+                client.ehlo("a.com")
+
+        for flags, second in (["-quiet=false"], ""), (["-multipleRcptto", "-multipleMessageReceiving"], "b@b.com, "):
+            lines = self.watch("-rule", "message d@d.com: reply 554 No: 1", *flags, use=use)
+            expected = [
+                "refused 501 RCPT TO requires valid email address (rcpt to:<root>)",
+                f'accepted a@a.com -> {second}c@c.com "" 4 bytes',
+                "refused 501 MAIL FROM requires valid email address (mail from:<root>)",
+                "refused 554 No: 1 (<4 bytes>)",
+                'accepted a@a.com -> b@b.com "" 4 bytes',
+                f"refused {UNRECOGNIZED} ({'x' * 97}...)",
+                "ended without a mail",
+            ]
+            self.assertEqual(lines, expected)
 
 
 # Commands that change nothing, and what is said about them.
@@ -5887,6 +6802,661 @@ class ControlTest(ProcessCase):
                 done, out, err = call_main(*argv, flag)
                 self.assertEqual((done, err), (status, f"smtpmock: {error}\n"))
                 self.assertEqual(json.loads(out), {"event": "error", "error": error})
+
+
+# -------------------------------------------------------------------------------------------- HTTP
+
+# Requests with their headers, and the statuses of the answers. Without one that begins with Host, there is a right one.
+HTTP_SENDERS = read_rows("""
+GET /                                                                       => 200
+HEAD /                                                                      => 200
+GET / | Host: LOCALHOST:1                                                   => 200
+GET / | Host: localhost.                                                    => 200
+GET / | Host: 127.0.0.1.:80                                                 => 200
+GET / | Host: 192.0.2.7                                                     => 200
+GET / | Host: [::1]:8025                                                    => 200
+GET / | Host: [fe80::1%eth0]:8025                                           => 200
+GET / | Host: smtp                                                          => 200
+GET / | Host: my_smtp-1:8025                                                => 200
+GET / | Host: a.LOCALHOST                                                   => 200
+GET / | Host: smtp.my.internal                                              => 200
+GET / | Host: pc.local                                                      => 200
+GET / | Host: mail.test:8025                                                => 200
+GET / | Host: mail.corp.example:8025                                        => 200
+GET / | Host: evil.example                                                  => 421
+GET / | Host: www.mail.corp.example                                         => 421
+GET / | Host: 127.0.0.1.evil.example                                        => 421
+GET / | Host: localhost.evil.example                                        => 421
+GET / | Host: eviltest.example                                              => 421
+GET / | Host: evil.test.                                                    => 200
+GET / | Host: evil.test..                                                   => 421
+GET / | Host: [::1].evil.example                                            => 421
+GET / | Host: [evil.example]                                                => 421
+GET / | Host: ::1                                                           => 421
+GET / | Host: 999.1.1.1                                                     => 421
+GET / | Host: localhost@evil.example                                        => 421
+GET / | Host: localhost, evil.example                                       => 421
+GET / | Host: localhost:80:80                                               => 421
+GET / | Host:                                                               => 421
+GET / | Host: .test                                                         => 421
+POST /purge | Host: evil.example                                            => 421
+GET / | Host: localhost | Host: localhost                                   => 400
+GET / | no Host                                                => 400
+GET / | no colon                                                            => 400
+GET / | Host: localhost | no colon | Origin: http://evil.example            => 400
+GET / | Origin: http://localhost                                            => 200
+GET / | Host: LocalHost:8025 | Origin: http://localhost:8025                => 200
+GET / | Origin: http://localhost:81                                         => 403
+GET / | Origin: https://localhost                                           => 403
+GET / | Origin: http://evil.example                                         => 403
+GET / | Origin: null                                                        => 403
+GET / | Origin:                                                             => 403
+GET / | Origin: http://localhost | Origin: http://evil.example              => 403
+POST /check | Origin: http://localhost                                      => 200
+POST /purge | Origin: http://evil.example                                   => 403
+POST /purge | Origin: null                                                  => 403
+GET /messages | Sec-Fetch-Site: same-origin                                 => 200
+GET /messages | Sec-Fetch-Site: none                                        => 200
+GET /messages | Sec-Fetch-Site: same-site                                   => 403
+GET /messages | Sec-Fetch-Site: cross-site                                  => 403
+GET /messages | Sec-Fetch-Site: none | Sec-Fetch-Site: cross-site           => 403
+GET /messages | VISIT                                                     => 403
+GET /messages/1/eml | VISIT                                               => 403
+GET /view/1/html | VISIT                                                  => 403
+GET /view/1 | VISIT                                                       => 200
+GET / | VISIT                                                             => 200
+HEAD /?refresh=0 | VISIT                                                  => 200
+POST / | VISIT                                                            => 403
+POST /purge | VISIT                                                       => 403
+POST /purge | VISIT | Origin: http://localhost                            => 403
+GET / | VISIT | Origin: http://evil.example                               => 403
+GET / | VISIT | Host: evil.example                                        => 421
+GET / | Sec-Fetch-Site: cross-site                                          => 403
+GET / | Sec-Fetch-Site: cross-site | Sec-Fetch-Mode: navigate               => 403
+GET / | Sec-Fetch-Site: cross-site | Sec-Fetch-Mode: navigate | Sec-Fetch-Dest: iframe => 403
+GET / | Sec-Fetch-Site: cross-site | Sec-Fetch-Mode: no-cors | Sec-Fetch-Dest: document => 403
+""")
+
+# Likewise, and the errors.
+HTTP_ERRORS = read_rows("""
+GET /nothing                                => 404 there is no /nothing
+GET /message                                => 404 there is no /message; did you mean /messages?
+GET /messages/                              => 404 there is no /messages/; did you mean /messages?
+GET /messages/99                            => 404 there is no message 99: it was purged, or never recorded
+GET /messages/99/eml                        => 404 there is no message 99: {MORE}
+GET /messages/{1*5000}                      => 404 there is no message {MORE}
+GET /messages/x                             => 404 there is no /messages/x{MORE}
+GET /messages/ID                            => 404 there is no /messages/ID
+GET /messages/1/ID                          => 404 there is no /messages/1/ID
+GET /view/0                                 => 404 there is no message 0: {MORE}
+GET /view/01                                => 404 there is no message 01: {MORE}
+GET /1/                                     => 404 there is no /1/
+GET /messages/1/attachments/7               => 404 message 1 has 2 attachments, counted from 0
+GET /view/99                                => 404 there is no message 99: {MORE}
+GET /stop                                   => 404 there is no /stop
+POST /stop                                  => 404 there is no /stop
+GET /../etc/passwd                          => 404 there is no /../etc/passwd
+GET http://localhost/messages               => 404 there is no http://localhost/messages
+OPTIONS *                                   => 404 there is no *
+GET /purge                                  => 405 /purge is for POST
+OPTIONS /purge                              => 405 /purge is for POST
+POST /messages                              => 405 /messages is for GET and HEAD
+DELETE /messages/1                          => 405 /messages/1 is for GET and HEAD
+TRACE /                                     => 405 / is for GET and HEAD
+get /                                       => 405 / is for GET and HEAD
+GET /messages?tmeout=1                      => 400 tmeout='1': must be one of to, {MORE}; did you mean timeout?
+GET /messages?to=a&to=b                     => 400 to='b': must be one of {MORE}; it is there twice
+GET /messages?timeout=61                    => 400 timeout=61.0: must be a number of seconds from 0 to 60
+GET /messages?timeout=nan                   => 400 timeout=nan: must be a number of seconds from 0 to 60
+GET /messages?timeout=                      => 400 timeout='': must be a number of seconds from 0 to 60
+GET /messages?count=0                       => 400 count=0: must be an integer from 1 up
+GET /messages?accepted=maybe                => 400 accepted='maybe': must be true or false
+GET /messages?after=-1                      => 400 after=-1: must be an integer from 0 up
+GET /messages?after=99                      => 400 after=99: is of another run; this one has recorded 3 messages
+GET /?refresh=x                             => 400 refresh='x': must be an integer from 0 to 3600
+GET /violations?x                           => 400 x='': must be one of no parameters
+POST /purge?x=1                             => 400 x='1': must be one of no parameters
+POST /purge | Transfer-Encoding: chunked    => 411 a body must have a Content-Length
+POST /purge | Content-Length: x             => 400 Content-Length must be one number
+POST /purge | Content-Length: 1x            => 400 Content-Length must be one number
+POST /purge | Content-Length: -1            => 400 Content-Length must be one number
+POST /purge | Content-Length: 1 | Content-Length: 1 => 400 Content-Length must be one number
+POST /rule | Content-Length: 1048577        => 413 a body must not be longer than 1048576 bytes
+""")
+
+# What a query finds among three messages, and the status.
+HTTP_QUERIES = read_rows("""
+/messages                                   => 1 2 3
+/messages?to=bob@example.com                => 1 3
+/messages?to=BOB@Example.COM                => 1 3
+/messages?to=eve+x@example.com              => 1
+/messages?to=eve%2Bx@example.com            => 1
+/messages?to=bob@example                    =>
+/messages?from=shop@example.com             => 1 2
+/messages?from=                             => 3
+/messages?subject=Gr%C3%BC%C3%9Fe           => 1
+/messages?subject=gr%C3%BC%C3%9Fe           =>
+/messages?accepted=true                     => 1 3
+/messages?accepted=false                    => 2
+/messages?accepted=true&to=bob@example.com&after=1 => 3
+/messages?after=0                           => 1 2 3
+/messages?after=1                           => 2 3
+/messages?after=3                           =>
+/messages?count=9                           => 1 2 3
+/messages?timeout=0&count=3                 => 1 2 3
+/messages?timeout=60&subject=Hello          => 3
+""")
+
+HOSTILE_HTML = """<html><head><base href="http://evil.example/"><meta http-equiv="refresh" content="0; url=http://evil.example/">
+<LINK rel="preconnect" href="http://evil.example"><script>alert(1)</script></head><body background="cid:pixel@a.com">
+<iframe src="http://evil.example/"></iframe><img src="cid:pixel%40a.com"><img src=cid:page@a.com><img src='cid:none@a.com'>
+"""
+GIF = base64.b64decode("R0lGODlhAQABAAAAACwAAAAAAQABAAACAkQBADs=")
+
+
+PAGE_TAGS = "html meta title style h1 h2 a main dl dt dd bdi p b code pre small time span details summary iframe"
+HTTP_HEADERS = {
+    "Cache-Control": "no-store",
+    "Connection": "close",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Dns-Prefetch-Control": "off",
+}
+# Beside those that -control refuses, too.
+BAD_HTTP_COMMANDS = read_rows("""
+clear x                     => 'clear x': must be rule RULE, configure FLAG..., clear, {MORE}, disconnect reset or stop
+disconnect now              => 'disconnect now': must be {MORE}
+configure -http=1           => -http: cannot be changed while the server runs
+configure -httpNames=a.com  => -httpNames: cannot be changed while the server runs
+""")
+
+
+class HttpCase(ServerCase):
+    """A server with two mails, and a refused one between them."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        options: Any = {"multiple_rcptto": True, "multiple_message_receiving": True}
+        self.server = Server(not_registered_emails=["nobody@example.com"], **options).start()
+        self.addCleanup(self.server.__exit__)
+        self.port = self.serve_http(http_names=["mail.corp.example"])
+        mail = EmailMessage()
+        mail["From"], mail["To"], mail["Subject"] = "Shop <shop@example.com>", "bob@example.com", "Gr\u00fc\u00dfe <b>"
+        mail.set_content("Dear <Bob>,\n")
+        mail.add_alternative(HOSTILE_HTML, subtype="html")
+        page: Any = mail.get_payload(1)
+        page.add_related(GIF, "image", "gif", cid="<pixel@a.com>")
+        page.add_related(b"<svg/>", "image", "svg+xml", cid="<page@a.com>", filename="<\u00fc>.svg")
+        with Smtp(self.server) as client:
+            client.sendmail("shop@example.com", ["bob@example.com", "eve+x@example.com"], mail.as_bytes())
+        with Smtp(self.server) as client:
+            client.ehlo("a.com")
+            client.mail("shop@example.com")
+            client.rcpt("nobody@example.com")
+        self.server.wait_for_messages(2)
+        with Smtp(self.server) as client:
+            client.sendmail("", ["bob@example.com"], "Subject: Hello\r\n\r\nHow are you?")
+        self.server.wait_for_messages(3)
+
+    def serve_http(self, **flags: Any) -> int:
+        context = Memory.serve_http(self.server, http=0, **flags)
+        url = context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        return int(url.rpartition(":")[2])
+
+    def connect_http(self) -> socket.socket:
+        sock = socket.create_connection(("127.0.0.1", self.port), TIMEOUT)
+        self.addCleanup(sock.close)
+        return sock
+
+    def ask(self, request: str, *headers: str, body: bytes = b"") -> tuple[int, dict[str, str], bytes]:
+        """The status, headers and body of the answer to a request such as GET / with headers.
+
+        There is a right Host unless the headers have another or say no Host; VISIT is what a browser sends for a link.
+        """
+        visit = "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: navigate\r\nSec-Fetch-Dest: document"
+        lines = [visit if header == "VISIT" else header for header in headers if header != "no Host"]
+        lines += [] if any("Host" in header for header in headers) else ["Host: localhost"]
+        lines += [f"Content-Length: {len(body)}"] if body else []
+        head = "\r\n".join([f"{request} HTTP/1.1", *lines, "", ""])
+        with self.connect_http() as sock, sock.makefile("rb") as file:
+            sock.sendall(head.encode() + body)
+            start, _, content = file.read().partition(b"\r\n\r\n")
+        status, *lines = start.decode().split("\r\n")
+        found = dict(text.split(": ", 1) for text in lines)
+        self.assertEqual(status.split()[0], "HTTP/1.1")
+        if not request.startswith("HEAD"):
+            self.assertEqual(len(content), int(found["Content-Length"]))
+        return int(status.split()[1]), found, content
+
+    def read(self, target: str) -> tuple[int, Any]:
+        status, _, content = self.ask(f"GET {target}")
+        return status, json.loads(content)
+
+    def post(self, path: str, body: str = "") -> tuple[int, Any]:
+        status, _, content = self.ask(f"POST {path}", body=body.encode())
+        return status, json.loads(content)
+
+
+class HttpTest(HttpCase):
+    def test_who_may_ask(self) -> None:
+        for row in HTTP_SENDERS:
+            with self.subTest(row.given):
+                self.assertEqual(self.ask(*row.given)[0], int(row.expected))
+
+    def test_the_host_that_it_listens_on_is_one_of_its_names(self) -> None:
+        found = socket.getaddrinfo("127.0.0.1", 0, type=socket.SOCK_STREAM)
+        with mock.patch("socket.getaddrinfo", return_value=found):
+            port = self.serve_http(http_host="Smtp.example.com")
+        with mock.patch.object(self, "port", port):
+            self.assertEqual(self.ask("GET /", f"Host: smtp.example.com:{port}")[0], 200)
+            self.assertEqual(self.ask("GET /", f"Host: mail.example.com:{port}")[0], 421)
+
+    def test_errors(self) -> None:
+        for row in HTTP_ERRORS:
+            with self.subTest(row.given[0][:100]):
+                status, headers, content = self.ask(*row.given)
+                answer = json.loads(content)
+                self.assertEqual(answer["event"], "error")
+                self.assertRegex(f"{status} {answer['error']}", row.pattern)
+                allowed = {"GET and HEAD": "GET, HEAD", "POST": "POST"}.get(answer["error"].partition(" is for ")[2])
+                self.assertEqual(headers.get("Allow"), allowed)
+        self.assertEqual(len(self.server.messages()), 3)
+
+    def test_what_each_answer_says(self) -> None:
+        """No answer may be framed, sniffed, cached or read by others, or load anything."""
+        requests = ["GET /", "GET /view/1", "GET /view/1/html", "GET /messages", "GET /messages/1/eml", "GET /ca.pem"]
+        requests += ["GET /messages/1/attachments/0", "POST /check", "POST /rule", "POST /purge | Host: evil.example"]
+        requests += ["GET / | no Host", "GET /nothing", "TRACE /", "GET / | Origin: null", "GET /\r\n\r\n"]
+        for request in [*requests, *[request.replace("GET", "HEAD", 1) for request in requests if "GET" in request]]:
+            with self.subTest(request):
+                status, headers, _ = self.ask(*request.split(" | "))
+                policy = headers.pop("Content-Security-Policy")
+                self.assertEqual(policy.partition(";")[0], "default-src 'none'")
+                self.assertIn("frame-ancestors 'self'" if "html" in request else "frame-ancestors 'none'", policy)
+                self.assertEqual(
+                    "sandbox" in policy, not (status == 200 and re.fullmatch("[A-Z]+ /(view/1)?", request))
+                )
+                for name, value in HTTP_HEADERS.items():
+                    self.assertEqual(headers.pop(name), value)
+                extra = set(headers) - {"Content-Type", "Content-Length", "Allow", "Content-Disposition"}
+                self.assertEqual(extra, set())
+
+    def test_head_is_like_get(self) -> None:
+        for target in ("/messages", "/view/1", "/messages/1/eml", "/messages/99", "/purge"):
+            (status, headers, content), got = self.ask(f"HEAD {target}"), self.ask(f"GET {target}")
+            self.assertEqual((status, headers, content), (*got[:2], b""))
+
+    def test_malformed_requests(self) -> None:
+        for data, status in (
+            (b"GET /\r\n", b"400"),
+            (b"GET / HTTP/1.1\n\n", b"400"),
+            (b"GET / HTTP/1.1\nHost: localhost\n\n", b"200"),
+            (b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n", b"200"),
+            (b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n", b"505"),
+            (b"GET / FTP/1.0\r\nHost: localhost\r\n\r\n", b"400"),
+            (b"a b c d\r\n\r\n", b"400"),
+            (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"400"),
+            (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", b"431"),
+            (b"GET / HTTP/1.1\r\nA: " + b"b" * 70000 + b"\r\n\r\n", b"431"),
+            (b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
+            (b"", b""),
+        ):
+            with self.subTest(data[:40]), self.connect_http() as sock, sock.makefile("rb") as file:
+                sock.sendall(data)
+                sock.shutdown(socket.SHUT_WR)
+                self.assertEqual(file.readline()[9:12], status)
+
+    def test_nobody_holds_it_up(self) -> None:
+        """A client has some seconds for its request, however it sends it."""
+        for pieces in (
+            [b""],
+            [b"GET / HTTP/1.1\r\n"],
+            [b"G"] * 1000,
+            [b"POST /purge HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n", b"x"],
+        ):
+            with (
+                self.subTest(pieces[0]),
+                mock.patch.object(smtpmock, "_HTTP_SECONDS", 0.1),
+                self.connect_http() as sock,
+            ):
+                ended = threading.Event()
+                reader = threading.Thread(target=lambda sock=sock, ended=ended: (sock.recv(1), ended.set()))
+                reader.start()
+                with contextlib.suppress(OSError):
+                    for piece in pieces:
+                        sock.sendall(piece)
+                        if ended.wait(0.01):
+                            break
+                reader.join(TIMEOUT)
+                self.assertTrue(ended.is_set())
+
+    def test_a_refusal_reaches_a_client_that_is_still_sending(self) -> None:
+        status, _, content = self.ask("POST /rule", body=b"x" * 2**22)
+        self.assertEqual((status, b"1048576" in content), (413, True))
+        self.assertEqual(self.post("/rule", "x" * 2**20)[0], 400)
+
+    def test_a_client_that_waits_for_100_continue(self) -> None:
+        with self.connect_http() as sock, sock.makefile("rb") as file:
+            sock.sendall(b"POST /check HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\n")
+            self.assertEqual((file.readline()[:12], file.readline()), (b"HTTP/1.1 100", b"\r\n"))
+            sock.sendall(b" ")
+            self.assertEqual(file.readline(), b"HTTP/1.1 200 OK\r\n")
+
+    def test_queries(self) -> None:
+        for row in HTTP_QUERIES:
+            with self.subTest(row.given):
+                status, answer = self.read(row.given[0])
+                self.assertEqual(
+                    (status, [record["id"] for record in answer["messages"]]),
+                    (200, list(map(int, row.expected.split()))),
+                )
+                self.assertEqual((set(answer), answer["next"]), ({"messages", "next"}, 3))
+
+    def test_records_and_files(self) -> None:
+        first, refused, _ = self.server.messages()
+        as_json = json.loads(json.dumps(first.to_dict()))
+        self.assertEqual(self.read("/messages/1"), (200, as_json))
+        self.assertEqual(self.read("/messages")[1]["messages"][0], as_json)
+        self.assertEqual(self.read("/messages/2")[1]["refusals"], [list(pair) for pair in refused.refusals])
+        status, headers, content = self.ask("GET /messages/1/eml")
+        self.assertEqual((status, headers["Content-Type"], content), (200, "message/rfc822", first.as_bytes()))
+        self.assertEqual(headers["Content-Disposition"], "attachment; filename=1.eml")
+        _, headers, content = self.ask("GET /messages/1/attachments/1")
+        self.assertEqual((headers["Content-Type"], content), ("application/octet-stream", b"<svg/>"))
+        self.assertEqual(headers["Content-Disposition"], "attachment; filename*=UTF-8''%3C%C3%BC%3E.svg")
+        found = [violation._asdict() for violation in self.server.violations()]
+        self.assertEqual(self.read("/violations"), (200, {"violations": found}))
+
+    def test_a_loop_of_one_request_sees_each_mail_once(self) -> None:
+        """Whatever is sent meanwhile, and purged."""
+        seen: list[str] = []
+
+        def read() -> None:
+            cursor = 3
+            while len(seen) < 40:
+                _, answer = self.read(f"/messages?after={cursor}&timeout=60&accepted=true")
+                seen.extend(record["subject"] for record in answer["messages"])
+                cursor = answer["next"]
+
+        def write(name: str) -> None:
+            for number in range(20):
+                send(self.server, f"Subject: {name}{number}\r\n\r\n")
+                self.server.wait_for_messages(1, where=lambda message: message.msg)
+
+        in_threads(read, lambda: write("a"), lambda: write("b"))
+        self.assertEqual(sorted(seen), sorted(f"{name}{number}" for name in "ab" for number in range(20)))
+        self.assertEqual(self.post("/purge"), (200, {"event": "done", "command": "purge", "messages": 0}))
+        self.assertEqual(self.read("/messages"), (200, {"messages": [], "next": 43}))
+        send(self.server, "Subject: later\r\n\r\n")
+        self.assertEqual(
+            [record["subject"] for record in self.read("/messages?after=43&timeout=60")[1]["messages"]], ["later"]
+        )
+
+    def test_the_next_mail_of_a_session_that_keeps_one(self) -> None:
+        self.server.configure(multiple_message_receiving=False)
+        with Smtp(self.server) as client:
+            client.sendmail("a@a.com", ["b@b.com"], "Subject: 1\r\n\r\n")
+            first = self.read("/messages?after=3&timeout=60")[1]
+            client.sendmail("a@a.com", ["b@b.com"], "Subject: 2\r\n\r\n")
+            second = self.read(f"/messages?after={first['next']}&timeout=60")[1]
+        self.assertEqual([answer["messages"][0]["subject"] for answer in (first, second)], ["1", "2"])
+        self.assertEqual(self.read(f"/messages?after={second['next']}")[1]["messages"], [])
+
+    def test_a_wait_in_vain(self) -> None:
+        status, answer = self.read("/messages?timeout=0.05&count=2&subject=Hello")
+        self.assertEqual((status, answer["next"], len(answer["messages"])), (404, 3, 1))
+        self.assertRegex(answer["error"], r"^1 of 2 matching messages came in 0\.05 seconds\n  recorded messages: 3\n")
+
+    def test_what_is_noted_on_an_old_mail_ends_no_wait(self) -> None:
+        with Smtp(self.server) as client:
+            client.sendmail("a@a.com", ["b@b.com"], "hi")
+
+            def note() -> None:
+                self.assertTrue(wait_until(lambda: Memory.count_waits(self.server) == 1))
+                client.rset()
+
+            (status, answer), _ = in_threads(lambda: self.read("/messages?after=4&timeout=0.2"), note)
+        self.assertEqual((status, answer["messages"], answer["next"]), (404, [], 4))
+
+    def test_commands(self) -> None:
+        """They are those of -control, with real line breaks, and the answers are its events."""
+        rule = "rule VRFY: reply 252-a\n252 \\n\u00fc"
+        self.assertEqual(self.post("/rule", f"{rule[5:]}\n"), (200, {"event": "done", "command": rule, "messages": 3}))
+        with Smtp(self.server) as client:
+            client.ehlo("a.com")
+            self.assertEqual(client.docmd("VRFY", "b"), (252, "a\n\\n\u00fc".encode()))
+            self.assertEqual(self.post("/disconnect", "reset")[0], 200)
+            self.assertRaises(smtplib.SMTPServerDisconnected, client.noop)
+        self.assertEqual(self.post("/check")[0], 200)
+        self.assertEqual(self.post("/rule", "RSET: close")[0], 200)
+        status, event = self.post("/check")
+        self.assertEqual((status, event["event"], event["command"]), (409, "error", "check"))
+        self.assertRegex(event["error"], "^<Rule for RSET: 0 hits> was never hit")
+        self.assertEqual(self.post("/clear")[0], 200)
+        self.assertEqual(self.post("/check")[0], 200)
+        self.assertEqual(self.post("/configure", "-failFast\n-msgGreeting='220-a\n220 b'")[0], 200)
+        with socket.create_connection((self.server.host, self.server.port), TIMEOUT) as sock:
+            self.assertEqual(sock.makefile("rb").read(14), b"220-a\r\n220 b\r\n")
+        self.assertEqual(self.post("/reset"), (200, {"event": "done", "command": "reset", "messages": 0}))
+
+    def test_bad_commands(self) -> None:
+        for row in (*BAD_COMMANDS, *BAD_HTTP_COMMANDS):
+            command = " | ".join(row.given)
+            path, _, body = command.partition(" ")
+            if path not in ("foo", "stop") and "/dev/null" not in command:  # which are no paths, and may open files
+                with self.subTest(command):
+                    status, event = self.post(f"/{path}", body)
+                    self.assertEqual((status, event["event"], event["command"]), (400, "error", command))
+                    self.assertRegex(re.sub("(disconnect reset)$", r"\1 or stop", event["error"]), row.pattern)
+                    self.assertEqual(self.post("/check")[0], 200)
+
+    def test_the_certificate_for_tests(self) -> None:
+        for name in ("expired", "'wrong host'", "test"):
+            self.assertEqual(self.post("/configure", f"-tlsCert={name}")[0], 200)
+        _, headers, content = self.ask("GET /ca.pem")
+        self.assertEqual(headers["Content-Type"], "application/x-pem-file")
+        context = ssl.create_default_context(cadata=content.decode())
+        with smtplib.SMTP("localhost", self.server.port, timeout=TIMEOUT) as client:
+            self.assertEqual(client.starttls(context=context)[0], 220)
+
+    def test_it_opens_no_file(self) -> None:
+        for flags in (
+            "-tlsCert=/dev/null",
+            "-tlsCert=test -tlsKey=test",
+            "-saveDir=/tmp",
+            "-maildir=x",
+            "-saveCa=x",
+            "-tlsKey=test",
+        ):
+            with self.subTest(flags), mock.patch("builtins.open") as opened:
+                status, event = self.post("/configure", flags)
+                self.assertEqual(status, 400)
+                self.assertRegex(event["error"], "^-.*: -http must not open files$")
+                opened.assert_not_called()
+
+    def test_pages(self) -> None:
+        _, headers, content = self.ask("GET /")
+        page = content.decode()
+        self.assertEqual(headers["Content-Type"], "text/html; charset=utf-8")
+        places = [page.index(text) for text in ("Hello", "550 User not found", "Gr\u00fc\u00dfe &lt;b&gt;")]
+        self.assertEqual(places, sorted(places))  # newest first
+        self.assertEqual(re.findall('href="/view/([0-9]+)"', page), ["3", "2", "1"])
+        self.assertIn('<meta http-equiv="refresh" content="5">', page)
+        self.assertNotIn("refresh", self.ask("GET /?refresh=0")[2].decode().partition("<style>")[0])
+        page = self.ask("GET /view/1")[2].decode()
+        texts = (
+            "Gr\u00fc\u00dfe &lt;b&gt;",
+            "Shop &lt;shop@example.com&gt;",
+            "<pre>Dear &lt;Bob&gt;,",
+            "&lt;\u00fc&gt;.svg",
+            "C: data",
+        )
+        for text in texts:
+            self.assertIn(text, page)
+        self.assertIn('<iframe sandbox title="The HTML of the mail" src="/view/1/html"></iframe>', page)
+        for link in re.findall('(?:href|src)="(/.*?)"', page):
+            self.assertEqual(self.ask(f"GET {link}")[0], 200, link)
+        self.assertIn('href="https://www.rfc-editor.org/rfc/rfc5322#section-3.6"', page)
+        page = self.ask("GET /view/2")[2].decode()
+        self.assertIn("550 User not found", page)
+        self.assertNotIn("<iframe", page)
+
+    def test_everything_is_escaped(self) -> None:
+        """Whatever is in a mail, the page has the tags of its own only."""
+        tag = '"\'><script x=">&lt;'
+        self.server.configure(lenient_addresses=True, msg_quit_cmd=f"221 {tag}")
+        self.server.on("MAIL").reply(f"250 {tag}")
+        mail = f"Subject: {tag}\r\nFrom: {tag}\r\nTo: {tag} <{tag}@a.com>\r\nDate: {tag}\r\n"
+        mail += f'Content-Type: text/x-{tag}; name="{tag}"\r\nContent-Disposition: attachment; filename="{tag}"\r\n\r\n{tag}\0\x1b\ud800'
+        with Smtp(self.server) as client:
+            client.ehlo(tag)
+            client.helo("a.com")
+            client.docmd("MAIL", f"FROM:<{tag}@a.com>")
+            client.mail("a@a.com")
+            client.docmd("RCPT", f"TO:<{tag}@a.com>")
+            client.rcpt("b@b.com")
+            client.data(mail.encode("utf-8", "surrogatepass"))
+        number = max(message.id for message in self.server.messages() if message.content)
+        for path in ("/", f"/view/{number}"):
+            page = self.ask(f"GET {path}")[2].decode()
+            self.assertIn("&lt;script", page)
+            self.assertNotIn("<script", page)
+            tags = set(re.findall("<(?!/|!)[^ >]*", page))
+            self.assertLessEqual(tags, {f"<{name}" for name in PAGE_TAGS.split()})
+
+    def test_html_is_sealed(self) -> None:
+        status, headers, content = self.ask("GET /view/1/html")
+        self.assertEqual((status, headers["Content-Type"]), (200, "text/html; charset=utf-8"))
+        policy = set(headers["Content-Security-Policy"].split("; "))
+        self.assertLessEqual(
+            {"sandbox", "img-src data:", "style-src 'unsafe-inline'", "form-action 'none'", "base-uri 'none'"}, policy
+        )
+        page = content.decode().lower()
+        self.assertNotRegex(page, "<(link|iframe|base|meta)")
+        inlined = f"data:image/gif;base64,{base64.b64encode(GIF).decode()}"
+        self.assertEqual(content.decode().count(inlined), 2)
+        self.assertIn("<img src=cid:page@a.com><img src='cid:none@a.com'>", content.decode())
+        self.assertEqual(self.ask("GET /view/3/html")[2], b"")
+
+    def test_an_image_that_is_shown_very_often(self) -> None:
+        """The page does not become much larger than the mail."""
+        mail = EmailMessage()
+        mail.set_content('<img src="cid:a">' * 10000, subtype="html")
+        mail.add_related(bytes(10**6), "image", "png", cid="<a>")
+        send(self.server, mail.as_bytes())
+        self.assertLess(len(self.ask(f"GET /view/{self.server.messages()[-1].id}/html")[2]), 5 * 10**7)
+
+    def test_twenty_readers_wait_when_it_stops(self) -> None:
+        context = Memory.serve_http(self.server, http=0)
+        port = int(context.__enter__().rpartition(":")[2])
+        with mock.patch.object(self, "port", port):
+
+            def read() -> Any:
+                return self.read("/messages?timeout=60&count=9&accepted=true")
+
+            def stop() -> None:
+                self.assertTrue(wait_until(lambda: Memory.count_waits(self.server) == 20))
+                began = time.monotonic()
+                context.__exit__(None, None, None)
+                self.assertLess(time.monotonic() - began, 5)
+
+            *answers, stopped = in_threads(*[read] * 20, stop)
+        self.assertIsNone(stopped)
+        for status, answer in answers:
+            self.assertEqual((status, len(answer["messages"]), answer["next"]), (404, 2, 3))
+        self.assertRaises(OSError, socket.create_connection, ("127.0.0.1", port), TIMEOUT)
+
+    def test_stop_leaves_nothing(self) -> None:
+        """Whatever its clients are about to do."""
+        idle, half, deaf = (self.connect_http() for _ in range(3))
+        half.sendall(b"POST /rule HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n\r\nRCPT: drop")
+        send(self.server, "x" * 10**7)
+        deaf.sendall(b"GET /messages HTTP/1.1\r\nHost: a\r\n\r\n")
+        self.assertEqual(deaf.recv(4), b"HTTP")
+        self.doCleanups()
+        self.assertEqual(self.threads(), [])
+        self.assertRaises(OSError, socket.create_connection, ("127.0.0.1", self.port), TIMEOUT)
+        self.server.check()  # the half of a request made no rule
+        for sock in (idle, half, deaf):
+            sock.close()
+
+
+class HttpFlagTest(ProcessCase):
+    """The flags of -http, and what the command line says of it."""
+
+    def get(self, url: str) -> Any:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+            return json.load(answer)
+
+    def test_what_it_says(self) -> None:
+        """Where to look, and every mail and recipient is kept unless the flags say otherwise."""
+        for flags, kept in (
+            (["-http=0"], [["b@b.com", "c@c.com"]] * 2),
+            (["-http=0", "-json", "-multipleRcptto=false"], [["c@c.com"]] * 2),
+            (
+                ["--http", "0", "-json", "-multipleMessageReceiving=false", "-httpHost=localhost"],
+                [["b@b.com", "c@c.com"]],
+            ),
+        ):
+            with self.subTest(flags):
+                process = self.start(*flags)
+                if "-json" in flags:
+                    said = json.loads(process.stdout.readline())
+                    port, url = said["port"], said["http"]
+                else:
+                    port = self.port(process)
+                    match = re.fullmatch("smtpmock: the mail is at (http://.*)/\n", process.stdout.readline())
+                    assert match is not None
+                    url = match[1]
+                with Smtp(port) as client:
+                    for _ in range(2):
+                        client.sendmail("a@a.com", ["b@b.com", "c@c.com"], "hi")
+                self.assertEqual([record["rcpt_tos"] for record in self.get(f"{url}/messages")["messages"]], kept)
+                process.send_signal(signal.SIGTERM)
+                process.communicate(timeout=TIMEOUT)
+                self.assertEqual(process.returncode, 0)
+
+    def test_errors(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            for argv, status, error in (
+                ([f"-http={port}"], 1, f"cannot listen on 127.0.0.1:{port}: Address already in use"),
+                (["-http=0", f"-port={port}"], 1, f"cannot listen on 127.0.0.1:{port}: Address already in use"),
+                (["-http=0", "-httpHost=999.1"], 1, "cannot listen on 999.1:0: .*"),
+                (["-http=x"], 2, "-http='x': must be an integer from 0 to 65535"),
+                (["-httpHost=localhost"], 2, "-httpHost: needs -http"),
+                (["-httpNames=a.com"], 2, "-httpNames: needs -http"),
+            ):
+                with self.subTest(argv):
+                    done, _, err = call_main(*argv)
+                    self.assertEqual(done, status)
+                    self.assertRegex(err, f"^smtpmock: {error}\n$")
+        self.assertEqual([thread.name for thread in threading.enumerate() if "smtpmock" in thread.name], [])
+
+    def test_names(self) -> None:
+        process = self.start("-http=0", "-json", "-httpNames=Mail.Example.com.,b.example")
+        url = json.loads(process.stdout.readline())["http"]
+        for name, status in (("mail.example.com", 200), ("B.example.:80", 200), ("a.example", 421)):
+            request = urllib.request.Request(f"{url}/messages", headers={"Host": name})
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                    found = answer.status
+            except urllib.error.HTTPError as error:
+                found = error.code
+                error.close()
+            self.assertEqual(found, status)
+
+    def test_what_it_imports(self) -> None:
+        code = """
+            import sys, threading, os, signal, smtpmock
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            smtpmock.main(["-quiet"])
+            print(*{"http", "html", "json", "email", "ssl"} & set(sys.modules))
+        """
+        self.assertEqual(self.run_python(code).splitlines()[1:], [""])
 
 
 # ---------------------------------------------------------------------- what a failing test is told
@@ -6313,7 +7883,7 @@ class NarrationTest(ProcessCase):
         out, errors, _ = self.run_by_hand("-notRegisteredEmails=nobody@b.com", sender=talk)
         accepted, refused = out.splitlines()
         self.assertRegex(accepted, r'^\d\d:\d\d:\d\d accepted a@a.com -> c@c.com "Welcome.x1b\[31m" 1\.2 kB$')
-        self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found$")
+        self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found \(rcpt (?i:to):<nobody@b\.com>\)$")
         self.assertEqual(errors, "smtpmock: 1 of 2 accepted recipients was not kept; -keepAll keeps them all\n")
 
     def test_quiet(self) -> None:
@@ -6675,7 +8245,7 @@ class ReadmeTest(ProcessCase):
     def test_commands(self) -> None:
         """Every command line of the README is one that the parser takes."""
         lines = [line for language in ("sh", "yaml") for block in self.blocks(language) for line in block.splitlines()]
-        commands = [match[1] for line in lines if (match := re.search(r"smtpmock(?:\.py)? (-.*)", line))]
+        commands = [match[1] for line in lines if (match := re.search(r"smtpmock(?:\.py)? (-.*?)(?: &)?$", line))]
         self.assertGreater(len(commands), 2)
         for command in commands:
             parse_flags(*shlex.split(command))
@@ -6690,6 +8260,24 @@ class ReadmeTest(ProcessCase):
             checked = [subprocess.call(command, stderr=subprocess.DEVNULL, timeout=TIMEOUT)]
         checked.append(subprocess.call(command, stderr=subprocess.DEVNULL, timeout=TIMEOUT))
         self.assertEqual((checked, server.messages()), ([0, 1], []))
+
+    @unittest.skipUnless(shutil.which("bash") and shutil.which("curl"), "needs bash and curl")
+    def test_over_http(self) -> None:
+        """The test in bash works, and would notice a mail that does not come."""
+        [script] = [block for block in self.blocks("bash") if "$API" in block]
+        for text, status in (
+            (script, 0),
+            (script.replace("send Third &", ""), 1),
+            (script.replace("send Second", ""), 22),
+        ):
+            process = self.start("-http=0", "-json")
+            listening = json.loads(process.stdout.readline())
+            names = {"SMTP": listening["url"], "API": listening["http"]}
+            done = subprocess.run(
+                ["bash", "-c", text.replace("timeout=5", f"timeout={0.1 if status else TIMEOUT}")],
+                env=os.environ | names, capture_output=True, text=True, timeout=2 * TIMEOUT, check=False,
+            )  # fmt: skip
+            self.assertEqual(done.returncode, status, done.stderr)
 
     def test_links(self) -> None:
         """Each link within the page has a heading, and each section is linked at the top."""
