@@ -2169,9 +2169,9 @@ class Rule:
 
         if self._newer is not None:
             return f": the newer {self._newer!r} came first"
-        similar = [request[:200] for request in requests if request[: len(self._stage)].upper() == self._stage]
+        similar = [request[:100] for request in requests if request[: len(self._stage)].upper() == self._stage]
         match = self._match if isinstance(self._match, str) else ""
-        nearest = difflib.get_close_matches(match, dict.fromkeys(similar[-1000:]), n=1, cutoff=0) or similar[-1:]
+        nearest = difflib.get_close_matches(match, dict.fromkeys(similar[-300:]), n=1, cutoff=0) or similar[-1:]
         what = "the nearest command was" if self._match or self._skip or self._after else "before it there was"
         return f"; {what} {_shorten(nearest[0])}" if nearest else ""
 
