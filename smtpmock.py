@@ -2351,8 +2351,6 @@ def _check_match(match: str, stage: str, *, is_lenient: bool) -> None:
         raise ConfigurationError(f"there is no address or domain at {stage}", "match", match)
     if address := re.search(r"<(.*)>$|^\*?@(.+)", match):
         raise ConfigurationError(f"did you mean {address[1] or address[2]!r}?", "match", match)
-    if not match or match.endswith("@"):
-        raise ConfigurationError("must be an address or a domain", "match", match)
     path, domain = (_LENIENT_PATH, _LENIENT_DOMAIN) if is_lenient else (_PATH, rf"{_DOTTED}|localhost")
     is_valid = bool(_parse_domain(match, domain) or _parse_path(path, "postmaster", False, match))
     if stage not in ("MAIL", "RCPT") and not kind.has_recipients:  # a name of a host or of a user
@@ -4964,7 +4962,8 @@ class _Listener(socketserver.ThreadingTCPServer):
         import traceback
 
         for connection in self.connections.copy():
-            if not connection.is_recorded and (frame := sys._current_frames().get(connection.thread)):
+            frame = sys._current_frames().get(connection.thread)
+            if connection.is_aborting and not connection.is_recorded and frame is not None:
                 calls = "".join(traceback.format_stack(frame)[-8:])
                 self.context.log("warning", f"SMTP session is held up, last calls:\n{calls}")
 

@@ -3596,8 +3596,8 @@ server.on("BODY")                              => stage='BODY': {MORE}did you me
 server.on("END")                               => stage='END': {MORE}did you mean message?
 server.on("MAIL", 1)                           => match=1: must be an address, a domain, a pattern of str or a function
 server.on("MAIL", re.compile(b"x"))            => {MORE}must be an address, a domain, a pattern of str or a function
-server.on("RCPT", "")                          => match='': must be an address or a domain
-server.on("RCPT", "bob@")                      => match='bob@': must be an address or a domain
+server.on("RCPT", "")                          => match='': no address or domain can be this{MORE}
+server.on("RCPT", "bob@")                      => match='bob@': no address or domain can be this{MORE}
 server.on("RCPT", "<bob@example.com>")         => {MORE}did you mean 'bob@example.com'?
 server.on("RCPT", "Bob <bob@example.com>")     => {MORE}did you mean 'bob@example.com'?
 server.on("QUIT", "bob@example.com")           => {MORE}there is no address or domain at QUIT
