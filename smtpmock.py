@@ -177,9 +177,7 @@ _NAMES = _OptionType(
     lambda text: [name.strip() for name in text.split(",") if name.strip()],
     lambda names: frozenset(map(_fold, names)),
 )
-_WORDS = _OptionType(
-    "a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse, tuple
-)
+_WORDS = _OptionType("a list of words", lambda it: _are_names(it) and all(map(str.split, it)), _NAMES.parse, tuple)
 _TEST_CONTEXTS = "test", "expired", "wrong host"
 _CONTEXT = _OptionType(
     "an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) with a certificate, or 'test', 'expired' or 'wrong host'",
@@ -240,12 +238,8 @@ _EXTENSIONS += " LIMITS ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE 
 _AUTH_MECHANISMS = ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2")
 
 # Options that have no effect without another one.
-_NEEDED = {
-    "auth_required": "auth_users",
-    "auth_requires_tls": "ssl_context",
-    "implicit_tls": "ssl_context",
-    "tls_required": "ssl_context",
-}
+_NEEDED = {"auth_required": "auth_users", "implicit_tls": "ssl_context", "tls_required": "ssl_context"}
+_NEEDED |= {"auth_requires_tls": "ssl_context"}
 
 _T = TypeVar("_T")
 
@@ -436,9 +430,7 @@ class _SessionOptions(_Options):
     msg_vrfy_received: str = _reply("252 Cannot VRFY user, but will accept message", "VRFY")
     msg_expn_received: str = _reply("252 Cannot EXPN list, but will accept message", "EXPN")
     msg_help_received: str = _reply("214 HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT", "HELP")
-    msg_unknown_parameter: str = _reply(
-        "555 Parameter not recognized or not implemented", "a bad MAIL or RCPT parameter"
-    )
+    msg_unknown_parameter: str = _reply("555 Parameter not recognized or not implemented", "a bad parameter")
     msg_bdat_received: str = _reply(_RECEIVED, "BDAT without LAST")
     msg_invalid_cmd_bdat_arg: str = _reply("501 BDAT requires a size in bytes", "a bad BDAT")
     msg_auth_received: str = _reply("235 Authentication succeeded", "AUTH")
@@ -3229,12 +3221,9 @@ class _Entry:
 class _Waiter:
     """What a waiting thread has found, and what it still has to look at."""
 
-    def __init__(self, entries: Iterable[_Entry], after: int) -> None:
-        self.after = after  # only entries with a higher number match
+    def __init__(self, entries: Iterable[_Entry]) -> None:
         # The lock of the mailbox guards the first two; only the waiting thread uses the third.
-        self.unseen = {
-            entry: None for entry in entries if entry.number > after
-        }  # new, or changed since it was looked at
+        self.unseen = dict.fromkeys(entries)  # new, or changed since it was looked at
         self.missing = 0  # it is not woken for fewer
         self.matching: dict[_Entry, Message] = {}
 
@@ -3244,7 +3233,7 @@ class _Waiter:
     def look_at(self, entries: Iterable[_Entry], where: _Where | None, deadline: float) -> None:
         for entry in entries:
             message = entry.message
-            if entry.number > self.after and (where is None or where(message)):
+            if where is None or where(message):
                 self.matching[entry] = message
             else:
                 self.matching.pop(entry, None)
@@ -3304,10 +3293,10 @@ class _Mailbox:
                 self._purge(self._entries)
         return messages
 
-    def read(self, after: int) -> tuple[int, list[Message]]:
-        """How many messages were recorded in all, and those that came after so many and were not purged."""
+    def read(self) -> tuple[int, dict[int, Message]]:
+        """How many messages were recorded in all, and those that were not purged, by their place among these."""
         with self._lock:
-            return self._recorded, [entry.message for entry in self._entries if entry.number > after]
+            return self._recorded, {entry.number: entry.message for entry in self._entries}
 
     def end_waits(self) -> None:
         """End all waits, also those to come."""
@@ -3320,13 +3309,11 @@ class _Mailbox:
             entry.is_purged = True
         self._entries = [entry for entry in self._entries if not entry.is_purged]
 
-    def wait(
-        self, count: int, timeout: float, where: _Where | None, *, purge: bool, after: int = 0
-    ) -> tuple[bool, list[Message]]:
+    def wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> tuple[bool, list[Message]]:
         """Wait for count matching messages. Returns whether they came, and all that match; purges only if they came."""
         deadline = time.monotonic() + timeout
         with self._lock:
-            waiter = _Waiter(self._entries, after)
+            waiter = _Waiter(self._entries)
             self._waiters.append(waiter)
         try:
             waiter_deadline = float("inf")  # everything that was there before the call is looked at
@@ -4387,10 +4374,10 @@ class Server:
         __tracebackhide__ = True
         return self._warn(self._wait(count, timeout, where, purge=True))
 
-    def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool, after: int = 0) -> list[Message]:
+    def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> list[Message]:
         __tracebackhide__ = True
         _check_wait(count, timeout, where)
-        enough, messages = self._mailbox.wait(count, timeout, where, purge=purge, after=after)
+        enough, messages = self._mailbox.wait(count, timeout, where, purge=purge)
         if not enough:
             what = "messages" if where is None else "matching messages"
             text = f"{len(messages)} of {count} {what} came in {timeout:g} seconds"
@@ -4521,17 +4508,12 @@ def pytest_configure(config: Any) -> None:
 
 # Any page on the web can have a browser send requests to this machine. So a request must name this server and come from
 # its own pages, and an answer loads nothing.
-_HTTP_SECONDS, _HTTP_STOP_TIMEOUT = 20.0, 0.5  # for a request and its answer each, and for the last answers in a stop
+_HTTP_SECONDS, _HTTP_STOP_TIMEOUT = 20.0, 0.5  # for a request and its answer each; for the last answers in a stop
 _BODY_LIMIT, _IMAGES_LIMIT, _TEXT_LIMIT, _LIST_LIMIT = 2**20, 2**25, 200000, 200
-_HTTP_HEADERS = {
-    "Cache-Control": "no-store",
-    "Connection": "close",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "X-DNS-Prefetch-Control": "off",
-}
+_HTTP_HEADERS = {"Cache-Control": "no-store", "Connection": "close", "Referrer-Policy": "no-referrer"}
+_HTTP_HEADERS |= {"X-Content-Type-Options": "nosniff", "X-DNS-Prefetch-Control": "off"}
+_HTTP_HEADERS |= dict.fromkeys(("Cross-Origin-Opener-Policy", "Cross-Origin-Resource-Policy"), "same-origin")
+_HTML = {"content_type": "text/html; charset=utf-8"}
 _POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors"
 _DATA_POLICY = f"{_POLICY} 'none'; sandbox"
 _PAGE_POLICY = f"{_POLICY} 'none'; frame-src 'self'; style-src 'unsafe-inline'"
@@ -4561,18 +4543,16 @@ body { max-width: 60rem; margin: auto; padding: 0 1rem 2rem }
 a { color: light-dark(#0645ad, #8ab4f8) }
 :focus-visible { outline: 3px solid light-dark(#c60, #fb3) }
 h1, h2 { font-size: 1.2rem }
-.mail { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1rem; padding: .5rem; color: inherit }
-.mail { border-top: 1px solid #8886; text-decoration: none }
-.mail:hover { background: #8882 }
+.mail { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .5rem; border-top: 1px solid #8886; color: inherit }
 .mail span { flex: 1 0 100%; text-decoration: underline }
+.mail:hover, pre { background: #8882 }
 .accepted { color: light-dark(#176b34, #7bd88f) }
 .refused, .error { color: light-dark(#b3261e, #ff9a90) }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem }
-dt, small { color: light-dark(#555, #aaa) }
 dd { margin: 0 }
-pre { white-space: pre-wrap; padding: .5rem; background: #8882 }
+dt, small { color: light-dark(#555, #aaa) }
+pre { white-space: pre-wrap; padding: .5rem }
 iframe { width: 100%; height: 30rem; border: 1px solid #8886; background: #fff; color-scheme: light; resize: vertical }
-@media (max-width: 30rem) { dl { display: block } dd { margin-bottom: .5rem } }
 """
 
 
@@ -4627,38 +4607,39 @@ def _find(server: Server, number: str) -> Message:
 def _list_messages(
     server: Server, *, after: int = 0, timeout: float | None = None, count: int = 1, **wanted: Any
 ) -> _HttpAnswer:
-    if after > (recorded := server._mailbox.read(after)[0]):
+    recorded, messages = server._mailbox.read()
+    if after > recorded:
         raise ConfigurationError(f"is of another run; this one has recorded {recorded} messages", "after", after)
+    old = {message.id for number, message in messages.items() if number <= after}
 
     def matches(message: Message) -> bool:
-        return all(_FILTERS[name](message, value) for name, value in wanted.items())
+        return message.id not in old and all(_FILTERS[name](message, value) for name, value in wanted.items())
 
     late = {}
     try:
         if timeout is not None:
-            server._wait(count, timeout, matches, purge=False, after=after)
+            server._wait(count, timeout, matches, purge=False)
     except WaitTimeoutError as error:
         late = {"error": str(error)}
-    recorded, messages = server._mailbox.read(after)  # in one step: the next answer begins where this one ends
-    found = [message.to_dict() for message in messages if matches(message)]
-    late = {} if len(found) >= count else late
+    recorded, messages = server._mailbox.read()  # in one step: the next answer begins where this one ends
+    found = [message.to_dict() for message in messages.values() if matches(message)]
+    late = late if len(found) < count else {}
     return _HttpAnswer({**late, "messages": found, "next": recorded}, 404 if late else 200)
 
 
-def _get_attachment(server: Server, number: str, index: str) -> _HttpAnswer:
+def _offer(content: bytes, kind: str, name: str) -> _HttpAnswer:
+    """A download."""
     from urllib.parse import quote
 
-    attachments = _find(server, number).attachments
-    if index not in map(str, range(len(attachments))):
-        raise _HttpAnswer(f"message {number} has {len(attachments)} attachments, counted from 0", 404)
-    name, _, content = attachments[int(index)]
-    disposition = f"attachment; filename*=UTF-8''{quote(name or index, safe='', errors='replace')}"
-    return _HttpAnswer(content, content_type="application/octet-stream", content_disposition=disposition)
+    disposition = f"attachment; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+    return _HttpAnswer(content, content_type=kind, content_disposition=disposition)
 
 
-def _get_mail(server: Server, number: str) -> _HttpAnswer:
-    data, disposition = _find(server, number).as_bytes(), f"attachment; filename={number}.eml"
-    return _HttpAnswer(data, content_type="message/rfc822", content_disposition=disposition)
+def _get_attachment(message: Message, index: str) -> _HttpAnswer:
+    if index not in map(str, range(len(message.attachments))):
+        raise _HttpAnswer(f"message {message.id} has {len(message.attachments)} attachments, counted from 0", 404)
+    name, _, content = message.attachments[int(index)]
+    return _offer(content, "application/octet-stream", name or index)
 
 
 def _make_page(title: str, body: str, refresh: int = 0) -> _HttpAnswer:
@@ -4668,8 +4649,7 @@ def _make_page(title: str, body: str, refresh: int = 0) -> _HttpAnswer:
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 {more}<title>{escape(title)}</title><style>{_STYLE}</style><h1><a href="/">smtpmock</a></h1><main>{body}</main></html>
 """
-    data = page.encode("utf-8", "backslashreplace")
-    return _HttpAnswer(data, content_type="text/html; charset=utf-8", content_security_policy=_PAGE_POLICY)
+    return _HttpAnswer(page.encode("utf-8", "backslashreplace"), **_HTML, content_security_policy=_PAGE_POLICY)
 
 
 def _list_mails(server: Server, *, refresh: int = 5) -> _HttpAnswer:
@@ -4689,14 +4669,14 @@ def _list_mails(server: Server, *, refresh: int = 5) -> _HttpAnswer:
     return _make_page(f"{len(messages)} recorded", head + (rows or "<p>Nothing has come yet."), refresh)
 
 
-def _show_mail(server: Server, number: str) -> _HttpAnswer:
+def _show_mail(message: Message) -> _HttpAnswer:
     from html import escape
 
     def show(text: str) -> str:
         rest = f"<p>{len(text)} characters in all" if len(text) > _TEXT_LIMIT else ""
         return f"<pre>{escape(text[:_TEXT_LIMIT])}</pre>{rest}"
 
-    message, path = _find(server, number), f"/messages/{number}"
+    path = f"/messages/{message.id}"
     headers = [item for item in message.email.items() if item[0].lower() in _READ_HEADERS]
     headers += [("MAIL FROM", message.mail_from), ("RCPT TO", ", ".join(message.rcpt_tos))]
     body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value or '')}</bdi>" for name, value in headers)
@@ -4710,7 +4690,7 @@ def _show_mail(server: Server, number: str) -> _HttpAnswer:
         f" <small>{len(item.content)} bytes</small>"
         for index, item in enumerate(message.attachments)
     ]
-    frame = f'<iframe sandbox title="The HTML of the mail" src="/view/{number}/html"></iframe>'
+    frame = f'<iframe sandbox title="The HTML of the mail" src="/view/{message.id}/html"></iframe>'
     source = f'<a href="{path}/eml">Download</a><details><summary>Show</summary>{show(message.msg_request)}</details>'
     sections = {
         "Violations": "".join(violations),
@@ -4721,16 +4701,16 @@ def _show_mail(server: Server, number: str) -> _HttpAnswer:
         "Source": message.content and source,
     }
     body = f"<dl>{body}</dl>" + "".join(f"<h2>{title}</h2>{part}" for title, part in sections.items() if part)
-    return _make_page(message.subject or f"Message {number}", body)
+    return _make_page(message.subject or f"Message {message.id}", body)
 
 
-def _show_html(server: Server, number: str) -> _HttpAnswer:
+def _show_html(message: Message) -> _HttpAnswer:
     """The HTML of a mail, with its own images in it."""
     import base64
     import html
     from urllib.parse import unquote
 
-    message, urls = _find(server, number), dict[str, str]()
+    urls = dict[str, str]()
     for part in message.email.walk():
         if re.fullmatch("image/(png|jpeg|gif|webp)", part.get_content_type()):
             data = base64.b64encode(_decode_part(part)).decode()
@@ -4743,17 +4723,16 @@ def _show_html(server: Server, number: str) -> _HttpAnswer:
     page = re.sub(r"(?i)<(/?)(?=link|i?frame|fencedframe|portal|base|meta)", r"<\1x-", message.html or "")
     most = _IMAGES_LIMIT // max(map(len, urls.values()), default=1) or 1
     page = re.sub(r"""(?i)(["'(=]\s*)(cid:)([^"'\s<>)]+)""", inline, page, count=most)
-    kind = "text/html; charset=utf-8"
-    return _HttpAnswer(page.encode("utf-8", "replace"), content_type=kind, content_security_policy=_MAIL_POLICY)
+    return _HttpAnswer(page.encode("utf-8", "replace"), **_HTML, content_security_policy=_MAIL_POLICY)
 
 
-_ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number
+_ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number; those with one get a message
     "/": _list_mails,
     "/view/ID": _show_mail,
     "/view/ID/html": _show_html,
     "/messages": _list_messages,
-    "/messages/ID": lambda server, number: _HttpAnswer(_find(server, number).to_dict()),
-    "/messages/ID/eml": _get_mail,
+    "/messages/ID": lambda message: _HttpAnswer(message.to_dict()),
+    "/messages/ID/eml": lambda message: _offer(message.as_bytes(), "message/rfc822", f"{message.id}.eml"),
     "/messages/ID/attachments/ID": _get_attachment,
     "/violations": lambda server: _HttpAnswer({"violations": [_jsonify(fault) for fault in server.violations()]}),
     "/ca.pem": lambda server: _HttpAnswer(_ca_pem().encode(), content_type="application/x-pem-file"),
@@ -4771,7 +4750,8 @@ def _route(server: Server, execute: _Execute, commands: Collection[str], method:
     parameters = _read_query(query, _QUERIES.get(route, {}))
     if method == "POST":
         return _HttpAnswer(*execute(f"{path[1:]} {body}".strip()))
-    return _ROUTES[route](server, *re.findall(_NUMBER, path), **parameters)
+    number, *others = re.findall(_NUMBER, path) or [""]
+    return _ROUTES[route](_find(server, number) if number else server, *others, **parameters)
 
 
 def _read_body(headers: Any, file: Any) -> str:
@@ -4787,22 +4767,6 @@ def _read_body(headers: Any, file: Any) -> str:
     return str(body, "utf-8", "backslashreplace")
 
 
-def _open_input(sock: socket.socket, seconds: float) -> Any:
-    """A file of what comes within this time. A read after that is a TimeoutError, however much came before."""
-    import io
-
-    deadline = time.monotonic() + seconds
-
-    class Input(io.RawIOBase):
-        readable = staticmethod(lambda: True)
-
-        def readinto(self, buffer: Any) -> int:
-            sock.settimeout(max(1e-3, deadline - time.monotonic()))
-            return sock.recv_into(buffer)
-
-    return io.BufferedReader(Input())
-
-
 def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnswer]) -> Any:  # noqa: C901 - one class
     from http.server import BaseHTTPRequestHandler
 
@@ -4810,6 +4774,7 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
         """One request and its answer."""
 
         protocol_version = "HTTP/1.1"  # else a client that sends Expect: 100-continue waits for a second
+        timeout = _HTTP_SECONDS  # of silence
         is_idle, leaves_at = True, 0.0  # a stop interrupts it at once
         server: Any
 
@@ -4817,8 +4782,6 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
             with self.server.accepting:
                 self.server.starting.pop(self.request)
             super().setup()
-            self.rfile.close()
-            self.rfile = _open_input(self.request, _HTTP_SECONDS)
             self.server.connections[self] = None
 
         def handle(self) -> None:
@@ -4845,7 +4808,6 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
             lines = [f"{name.replace('_', '-').title()}: {value}" for name, value in headers.items()]
             status = f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"
             data = "\r\n".join([status, *lines, "", ""]).encode("ascii")
-            self.request.settimeout(_HTTP_SECONDS)
             self.wfile.write(data if self.command == "HEAD" else data + answer.body)
 
         def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
@@ -4860,10 +4822,11 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
 
         def finish(self) -> None:
             self.shut_down(socket.SHUT_WR)
-            with contextlib.suppress(OSError):
-                unread = _open_input(self.request, _LINGER)  # it would have the answer destroyed by an RST
-                while unread.read(65536):
-                    pass
+            deadline = time.monotonic() + _LINGER
+            with contextlib.suppress(OSError):  # what is unread would have the answer destroyed by an RST
+                self.request.settimeout(_LINGER)
+                while self.request.recv(65536) and time.monotonic() < deadline:
+                    ...
             self.server.connections.pop(self, None)
             super().finish()
 
@@ -4882,9 +4845,7 @@ _OWN_FLAGS: dict[str, _Option] = {
     "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
     "quiet": _option(False, _FLAG, "print no line for each mail and each session without one"),
     "lint": _option(False, _FLAG, "print what clients do wrong on stderr; status 3 after an error"),
-    "json": _option(
-        False, _FLAG, "print each mail, each session without one, and errors as lines of JSON; log to stderr"
-    ),
+    "json": _option(False, _FLAG, "print mails, sessions without one, and errors as lines of JSON; log to stderr"),
     "control": _option(False, _FLAG, "like -json, and obey commands from stdin; its end stops the server"),
     "http": _option(None, _PORT, "port for HTTP: an API and a page; turns on keep_all"),
     "http_host": _option("127.0.0.1", _TEXT, "address to listen on for it"),
@@ -5215,8 +5176,8 @@ def _format_flag(name: str, option: _Option) -> str:
     about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), about)
     if default:
         about += f" (default: {','.join(default) if kind in (_NAMES, _WORDS) else default})"
-    lines = [*([] if len(label) < 25 else [""]), *textwrap.wrap(about, 54, break_on_hyphens=False)]
-    return "\n".join(f"{label if not number else '':26}{line}".rstrip() for number, line in enumerate(lines))
+    label = f"{label:26}" if len(label) < 25 else f"{label}\n{'':26}"
+    return label + textwrap.fill(about, 54, break_on_hyphens=False).replace("\n", f"\n{'':26}")
 
 
 def _format_help(*, everything: bool) -> str:
