@@ -12,6 +12,7 @@ One module, standard library only, one thread per connection. It reads from top 
     options         Configuration: every option with its default and its meaning
     grammar         the verbs, the patterns of RFC 5321, and the parsers of a command line
     dialogue        a request, a reply, and the exchange of the two
+    mail            how a mail is read: its charsets, encodings, headers and parts
     violations      what a client can do wrong: the checks, each with its RFC
     records         what the server records of a session
     rules           when the server deviates from its normal replies, and how
@@ -376,7 +377,7 @@ class _SessionOptions(_Options):
     blacklisted_mailfrom_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that MAIL FROM refuses")
     blacklisted_rcptto_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that RCPT TO refuses")
     not_registered_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that RCPT TO refuses as unknown")
-    lenient_addresses: bool = _option(False, _FLAG, "also accept names such as root, a@srv_1.example.com, 0123456789")
+    lenient_addresses: bool = _option(False, _FLAG, "also accept names such as root or a@srv_1.example.com")
     response_delay_helo: float = _option(0, _SECONDS, "seconds before the reply to HELO and EHLO")
     response_delay_mailfrom: float = _option(0, _SECONDS, "seconds before the reply to MAIL FROM")
     response_delay_rcptto: float = _option(0, _SECONDS, "seconds before the reply to RCPT TO")
@@ -802,8 +803,10 @@ class _Exchange(NamedTuple):
 
 
 def _printable(text: str) -> str:
-    """The text as one line, with escapes in place of control characters, which a terminal would obey."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    """The text as one line, with escapes in place of the characters that a terminal would obey or not show."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def _format_exchanges(exchanges: Iterable[_Exchange]) -> Iterator[str]:
@@ -815,6 +818,248 @@ def _format_exchanges(exchanges: Iterable[_Exchange]) -> Iterator[str]:
             yield from (f"S: {_printable(line)}" for line in reply.text.replace("\r\n", "\n").split("\n"))
         if reply is not None and reply.next is not None and reply.ends:
             yield f"S: {reply.next.value}"
+
+
+# -------------------------------------------------------------------------------------------- mail
+
+_TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
+_ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
+_WORD = _ENCODED_WORD.replace("A-Za-z", "BbQq")
+_COMMENT = r"\([^()]*\)"
+_SPACE, _TOKEN = rf"\s*(?:{_COMMENT}\s*)*", r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]+"
+_UNQUOTED = r"[^;(]*(?:\((?:[^()]*\))?[^;(]*)*"
+_PARAMETER = rf'(?s);{_SPACE}([^\s;=()]+){_SPACE}={_SPACE}(?:"([^"\\]*(?:\\.[^"\\]*)*)"?|({_UNQUOTED}))'
+_FIELD = r"(?<![^\n])([!-9;-~]+)[ \t]*:[ \t]*([^\n]*(?:\n[ \t][^\n]*)*)\n?"
+# Longer headers are not given to `email`, because the time that it takes grows with the square of their length.
+_HEADER_LIMIT, _DEPTH_LIMIT, _PART_LIMIT = 2000, 30, 10_000
+_Parts = list[tuple[Any, str, dict[str, str], bytes | None]]  # each with its type, parameters, and content if it is one
+
+_NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
+# Names of charsets, by IANA and by old programs and without x- or cs, that Python knows under another name.
+_CHARSETS = {
+    "(?:windows|ibm|ccsid|dos|ms)?-?(?:cp)?-?0*([0-9]+)": r"cp\1", "windows-?31j": "cp932", "hproman8": "hp-roman8",
+    "iso-8859-1-windows.*": "cp1252", "iso-8859-2-windows.*": "cp1250", "iso-8859-9-windows.*": "cp1254",
+    "iso-?8859-?([0-9]+)(?:-?[ie])?": r"iso8859-\1",  # RFC 1556: -i and -e are about the direction of the text
+    "(?:unicode-?1-?1-?)?utf-?([0-9]+)-?([bl]e)?": r"utf-\1\2", "iso-10646-ucs-2|unicode": "utf-16-be",
+    "iso-10646-ucs-4|ucs4": "utf-32-be", "ksc?-?c?-?5601.*|iso-ir-149": "euc_kr", "koi8([ru])": r"koi8-\1",
+    "eucpkdfmtjapanese|extended-unix-code-packed.*": "euc_jp", "jis-?encoding": "iso2022_jp", "gb-2312-80": "gb2312",
+    "iso2022jp2": "iso2022_jp_2", "(?:iso)?-?latin-?9": "iso8859-15", "pc-multilingual-850.*": "cp858",
+}  # fmt: skip
+# Mail programs often name the first charset and use the second, which has all its characters and more.
+_SUPERSETS = {
+    "ascii": "utf-8", "gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "euc_kr": "cp949",
+    "shift_jis": "cp932", "euc_jp": "euc_jis_2004", "iso2022_jp": "iso2022_jp_ext iso2022_jp_3",
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _find_codec(charset: str) -> str:
+    """Python's name of a charset; "" if Python does not know it."""
+    import codecs
+
+    name = re.sub("[^a-z0-9.+]+", "-", charset[:60].lower()).strip("-")
+    plain = re.sub("^(?:x-|cs)", "", name)
+    for known in (name, *(re.sub(f"^(?:{names})$", codec, plain) for names, codec in _CHARSETS.items())):
+        with contextlib.suppress(LookupError):
+            codec = codecs.lookup(known).name
+            if codec not in _NOT_CHARSETS:
+                return codec
+    return ""
+
+
+def _decode_charset(data: bytes, charset: str) -> str:
+    """The text, with a replacement character for each wrong one; a charset that is unknown counts as UTF-8."""
+    codec = _find_codec(charset) or "utf-8"
+    names = ["cp1252"] if codec == "iso8859-1" else [codec, *_SUPERSETS.get(codec, "").split()]
+    for name, errors in (*((name, "strict") for name in names), (names[-1], "replace")):
+        # Windows adds characters to JIS X 0208 that Python knows in JIS X 0213 alone.
+        text = data.replace(b"\x1b$B", b"\x1b$(O") if name == "iso2022_jp_3" else data
+        with contextlib.suppress(Exception):  # a codec may raise anything, and that of UTF-7 makes lone surrogates
+            return re.sub("[\ud800-\udfff]", "\ufffd", text.decode(name, errors).removeprefix("\ufeff"))
+    return data.decode("utf-8", "replace")
+
+
+def _decode_content(data: bytes, encoding: str) -> bytes:
+    import binascii
+    import codecs
+
+    if encoding == "quoted-printable":
+        return binascii.a2b_qp(re.sub(rb"(?<![ \t])[ \t]+(?=\r?\n|\Z)", b"", data))
+    if encoding == "base64":  # `email` stops at the first padding, and at a stray character decodes nothing
+        blocks = re.findall(b"[^=]+", re.sub(b"[^A-Za-z0-9+/=]+", b"", data))
+        return b"".join(binascii.a2b_base64(block[: len(block) - (len(block) % 4 == 1)] + b"==") for block in blocks)
+    with contextlib.suppress(Exception):
+        if encoding in ("x-uuencode", "uuencode", "x-uue", "uue"):
+            return codecs.decode(data[data.index(b"begin ") :].replace(b"\r\n", b"\n"), "uu")
+    return data
+
+
+def _decode_words(text: str, write: Callable[[str], str] = str) -> str:
+    """Decode the encoded words, without the white space between two; those of one charset may share a character."""
+
+    def decode(match: re.Match[str]) -> str:
+        runs: list[tuple[str, list[bytes]]] = []
+        for charset, kind, word in re.findall(_WORD, match[0]):
+            if not runs or runs[-1][0] != charset:
+                runs.append((charset, []))
+            encoding, text = ("base64", word) if kind in "Bb" else ("quoted-printable", word.replace("_", "=20"))
+            runs[-1][1].append(_decode_content(text.encode(), encoding))
+        return write("".join(_decode_charset(b"".join(data), charset.partition("*")[0]) for charset, data in runs))
+
+    word = _WORD.replace("(", "(?:")
+    return re.sub(rf"{word}(?:\s*{word})*", decode, text)
+
+
+def _unfold(value: str) -> str:
+    """The value in one line, with raw bytes read as UTF-8; it may be folded right after the colon."""
+    text = value.rstrip("\r\n").replace("\r\n", "").replace("\n", "").replace("\r", " ").lstrip(" \t")
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _strip_comments(value: str) -> str:
+    for _ in range(4):  # they may be nested; with no limit, the time could grow with the square of the length
+        value = re.sub(_COMMENT, " ", value)
+    return value
+
+
+def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
+    """The value of a header such as Content-Type, and its parameters.
+
+    `email` takes comments for a part of the value, raises on some parameters, and stops within an unquoted one that
+    needs quotes; mail readers take it whole.
+    """
+    from urllib.parse import unquote_to_bytes
+
+    text = next((value for name, value in part.raw_items() if name.lower() == header), None)
+    if text is None:
+        return "", {}
+    text = _unfold(text[:100_000])  # `re` needs up to 300 bytes for each character
+    end = len(re.split(rf"\A({_UNQUOTED})", text)[1])
+    values: dict[str, str] = {}
+    sections: dict[str, dict[int, tuple[str, str]]] = {}
+    for name, quoted, raw in re.findall(_PARAMETER, text[end:]):
+        bare = _strip_comments(raw).strip()
+        value = (bare if re.fullmatch(_TOKEN, bare) else raw.strip()) or re.sub(r"(?s)\\(.)", r"\1", quoted)
+        base, number, star = re.split(r"(?:\*([0-9]{1,4}))?(\*?)\Z", name.lower(), maxsplit=1)[:3]
+        if number or star:
+            sections.setdefault(base, {}).setdefault(int(number or 0), (value, star))
+        elif base not in values:
+            values[base] = value if base == "boundary" else _decode_words(value)
+    for name, found in sections.items():  # RFC 2231: with a star, a section is percent-encoded
+        ordered = [section for _, section in sorted(found.items())]
+        data = b"".join(unquote_to_bytes(value) if star else value.encode() for value, star in ordered)
+        charset, _, data = data.split(b"'", 2) if ordered[0][1] and data.count(b"'") > 1 else (b"", b"", data)
+        values[name] = _decode_charset(data, charset.decode("latin-1"))
+    return "".join(_strip_comments(text[:end]).lower().split()), values
+
+
+@functools.cache
+def _make_email_policy() -> Any:
+    import base64
+    from email.errors import InvalidHeaderDefect
+    from email.headerregistry import BaseHeader, HeaderRegistry, UnstructuredHeader
+    from email.policy import EmailPolicy
+
+    def encode(text: str) -> str:
+        """`email` knows fewer charsets, and up to Python 3.13 it puts a blank between the encoded words of a name."""
+        return f"=?utf-8?b?{base64.b64encode(text.encode('utf-8', 'replace')).decode()}?="
+
+    # It has what is asked of a Content- header, too.
+    attributes = {"value_parser": staticmethod(_decode_words), "params": {}, "content_disposition": None, "cte": "7bit"}
+    unstructured: Any = type("Text", (UnstructuredHeader,), attributes)
+
+    class Policy(EmailPolicy):
+        def header_fetch_parse(self, name: str, value: str) -> Any:
+            text = _unfold(value)
+            try:
+                if len(text) > _HEADER_LIMIT:
+                    raise ValueError("it is too long")
+                return self.header_factory(name, _decode_words(text, encode))
+            except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
+                header: Any = HeaderRegistry(BaseHeader, unstructured, False)(name, text)
+                header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
+                return header
+
+    return Policy(refold_source="none")
+
+
+def _show_headers(mail: Any) -> list[tuple[str, str]]:
+    """Addresses and other structured values are shown as `email` does, but only the first of a name: it is slow."""
+    structured = mail.policy.header_factory.registry.keys() - {"subject"}
+    values = []
+    for name, value in mail.raw_items():
+        is_structured = name.lower() in structured
+        structured.discard(name.lower())
+        text = str(mail.policy.header_fetch_parse(name, value)) if is_structured else _decode_words(_unfold(value))
+        values.append((name, text))
+    return values
+
+
+def _read_header(part: Any, text: str) -> str:
+    """Add the fields to the part, and return its body.
+
+    A line that is neither a field nor its continuation is skipped, as mail readers do; `email` ends the header there.
+    """
+    from email.errors import MissingHeaderBodySeparatorDefect
+
+    head, *rest = re.split(r"(?<![^\n])\r?\n", text, maxsplit=1)
+    fields = list(re.finditer(_FIELD, head))
+    for field in fields:
+        part.set_raw(field[1], field[2].rstrip("\r\n"))
+    if sum(len(field[0]) for field in fields if field[0][len(field[1])] == ":") != len(head):
+        part.defects.append(MissingHeaderBodySeparatorDefect())
+    if rest and (fields or not head):
+        return rest[0]
+    return text[fields[-1].end() if fields else 0 :]
+
+
+def _split_multipart(part: Any, body: str, boundary: str) -> list[str]:
+    from email import errors
+
+    delimiter = "--" + re.escape(boundary.rstrip().encode().decode("ascii", "surrogateescape"))
+    line = rf"{delimiter}(?<![^\n]{delimiter})(--)?[ \t]*(?:\r?\n|\Z)"
+    preamble, *found = re.split(line, body, maxsplit=_PART_LIMIT) if 0 < len(boundary) < _HEADER_LIMIT else [body]
+    ends, texts = found[::2], [text.removesuffix("\n").removesuffix("\r") for text in (preamble, *found[1::2])]
+    count = ends.index("--") if "--" in ends else len(ends)
+    if count == 0:
+        part.defects.append(errors.StartBoundaryNotFoundDefect() if boundary else errors.NoBoundaryInMultipartDefect())
+        return []
+    part.preamble = texts[0] if preamble else None
+    if count == len(ends):
+        part.defects.append(errors.CloseBoundaryNotFoundDefect())
+    else:
+        part.epilogue = found[2 * count + 1] or ("" if body.endswith("\n") else None)
+    return texts[1 : count + 1]
+
+
+def _parse_part(part: Any, text: str, parts: _Parts, depth: int = 0) -> _Parts:
+    """Fill the EmailMessage, and add it and its parts to the list, but for those of a mail within the mail.
+
+    The parser of `email` rewrites a mail within the mail, is limited by the stack alone, and compares each line with
+    the boundaries of all parts around it.
+    """
+    from email.errors import MessageDefect
+    from email.message import EmailMessage
+
+    body = _read_header(part, text)
+    (kind, parameters), encoding = _read_mime(part, _TYPE), _read_mime(part, _ENCODING)[0]
+    if kind.count("/") != 1:  # RFC 2045 section 5.2
+        kind = "text/plain" if kind else part.get_default_type()
+    is_multipart, is_message = kind.startswith("multipart/"), kind.startswith("message/")
+    if depth == _DEPTH_LIMIT and (is_multipart or is_message):
+        (parts[0][0] if parts else part).defects.append(MessageDefect("parts are nested too deeply"))
+        is_multipart = is_message = False
+    texts = _split_multipart(part, body, parameters.get("boundary", "")) if is_multipart else []
+    content = None if texts else _decode_content(body.encode("ascii", "surrogateescape"), encoding)
+    if is_message and content is not None:
+        blocks = r"(?:[^\r\n][^\n]*(?:\n|\Z))+" if kind == "message/delivery-status" else r"(?s).+|\A\Z"
+        texts = re.findall(blocks, content.decode("ascii", "surrogateescape"))[:_PART_LIMIT]
+    parts.append((part, re.sub("^multipart/.*", "text/plain", kind), parameters, content))
+    part.set_payload([EmailMessage(part.policy) for _ in texts] or body)
+    for inner, text in zip(part.get_payload() if texts else (), texts, strict=True):
+        inner.set_default_type("message/rfc822" if kind == "multipart/digest" else "text/plain")
+        _parse_part(inner, text, [] if is_message else parts, depth + 1)
+    return parts
 
 
 # -------------------------------------------------------------------------------------- violations
@@ -1066,13 +1311,9 @@ _ENCODINGS = {
     "quoted-printable": ("bad-quoted-printable", _NOT_QUOTED),
 }
 
-_TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
 _ADDRESS_HEADERS = ("from", "sender", "reply-to", "to", "cc")
 _SINGULAR_HEADERS = (*_ADDRESS_HEADERS, "date", "bcc", "message-id", "in-reply-to", "references", "subject")
 _BOUNDARY_DEFECTS = ("NoBoundaryInMultipartDefect", "StartBoundaryNotFoundDefect", "CloseBoundaryNotFoundDefect")
-_NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
-_ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
-_COMMENT = r"\([^()]*\)"
 _MESSAGE_ID = r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*"
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -1080,8 +1321,6 @@ _DATE = (
     r"(?i)\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{4})\s+"
     r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{2}[0-5][0-9]\s*"
 )
-# Longer headers are not parsed, because the time that `email` takes grows with the square of their length.
-_HEADER_LIMIT, _MIME_HEADER_LIMIT = 2000, 1000
 
 
 def _find_line(code: str, pattern: bytes, data: bytes) -> _Findings:
@@ -1109,26 +1348,6 @@ def _check_content(content: bytes, client: _ClientState, is_counted: bool) -> _F
         yield from _find_line(code, _NOT_ASCII, body)
 
 
-@functools.cache
-def _make_email_policy() -> Any:
-    from email.errors import InvalidHeaderDefect
-    from email.policy import EmailPolicy
-
-    class Policy(EmailPolicy):
-        def header_fetch_parse(self, name: str, value: str) -> Any:
-            try:
-                if name.lower().startswith("content-") and len(value) > _MIME_HEADER_LIMIT:
-                    raise ValueError("it is too long")
-                return super().header_fetch_parse(name, value)
-            except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
-                text = "".join(value[:_HEADER_LIMIT].splitlines()).replace("=?", "= ?")
-                header: Any = self.header_factory("unstructured", text)
-                header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
-                return header
-
-    return Policy()
-
-
 @functools.lru_cache(maxsize=64)  # addresses are parsed twice
 def _parse_header(name: str, value: str) -> tuple[Any, bool]:
     """The header as `email` parses it, without encoded words, and whether it is malformed."""
@@ -1136,15 +1355,10 @@ def _parse_header(name: str, value: str) -> tuple[Any, bool]:
 
     if len(value) > _HEADER_LIMIT:
         return None, False
-    text = re.sub(_ENCODED_WORD, "x", value)  # encoded words have a check of their own
+    # Encoded words have a check of their own, but for one in place of a parameter's value that is not quoted.
+    text = re.sub(rf"(?<!=)(?<!= ){_ENCODED_WORD}", "x", value)
     header = _make_email_policy().header_fetch_parse(name, text.rstrip("; \t\r\n") if name == _TYPE else text)
     return header, any(isinstance(defect, InvalidHeaderDefect) for defect in header.defects)
-
-
-def _strip_comments(value: str) -> str:
-    for _ in range(4):  # they may be nested; with no limit, the time could grow with the square of the length
-        value = re.sub(_COMMENT, " ", value)
-    return value
 
 
 def _is_bad_date(value: str) -> bool:
@@ -1169,16 +1383,15 @@ def _has_no_address(value: str) -> bool:
 def _can_decode(data: bytes, encoding: str, charset: str | None = None) -> bool:
     import base64
     import binascii
-    import codecs
 
     try:
         if encoding == "base64":
             data = base64.b64decode(b"".join(data.split()), validate=True)
         elif encoding == "quoted-printable":
             data = binascii.a2b_qp(data)
-        if charset is not None:
-            data.decode(charset)
-        return charset is None or codecs.lookup(charset).name not in _NOT_CHARSETS
+        codec = "latin-1" if charset is None else _find_codec(charset)
+        data.decode(codec or "latin-1")
+        return codec != ""
     except (LookupError, ValueError):
         return False
 
@@ -1226,7 +1439,9 @@ def _check_header_set(first: dict[str, str], client: _ClientState) -> _Findings:
         yield "no-message-id", ""
     if "mime-version" not in first:
         yield from [("no-mime-version", f"{name}: {first[name]}") for name in _MIME if name in first][:1]
-    hidden = re.findall(r"[^\s<>(),:;\"]+@[^\s<>(),:;\"]+", f"{first.get('bcc')} {first.get('resent-bcc')}".lower())
+    hidden = re.findall(
+        r"(?<![^\s<>(),:;\"])[^\s<>(),:;\"@]+@[^\s<>(),:;\"]+", f"{first.get('bcc')} {first.get('resent-bcc')}".lower()
+    )
     if not set(hidden).issuperset(client.recipients):  # else this is the copy for the hidden ones
         yield from (("bcc-disclosed", address) for address in hidden)
 
@@ -1343,23 +1558,6 @@ class Attachment(NamedTuple):
     content: bytes
 
 
-def _decode_part(part: Any) -> bytes:
-    if not part.is_multipart():
-        return bytes(part.get_payload(decode=True))
-    # A mail within the mail, or the blocks of a delivery report. The generator cannot write all of them.
-    policy, data = part.policy.clone(linesep="\r\n", refold_source="none"), b""
-    with contextlib.suppress(Exception):
-        data = b"".join(inner.as_bytes(policy=policy) for inner in part.get_payload())
-    return data
-
-
-def _decode_text(part: Any) -> str:
-    data = _decode_part(part).replace(b"\r\n", b"\n")
-    with contextlib.suppress(LookupError, ValueError):
-        return data.decode(part.get_content_charset("utf-8"))
-    return data.decode("utf-8", "replace")
-
-
 def _jsonify_bytes(data: bytes) -> dict[str, str]:
     import base64
 
@@ -1440,7 +1638,7 @@ class Message:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the record, without what was parsed from it and cached."""
-        cached = ("transcript", "received_header", "email", "_parts", "_findings")
+        cached = ("transcript", "received_header", "_mail", "_parts", "_findings")
         values = vars(self).copy()  # at once: another thread may cache something meanwhile
         return {name: value for name, value in values.items() if name not in cached}
 
@@ -1558,24 +1756,28 @@ class Message:
         return head.encode("utf-8", "surrogateescape") + self.content
 
     @functools.cached_property
+    def _mail(self) -> _Parts:
+        """What all attributes of the mail are read from."""
+        from email.message import EmailMessage
+
+        text = self.as_bytes().decode("ascii", "surrogateescape")
+        start = len(text) - len(self.content) - 2 * (self.content[:1] in (b" ", b"\t"))
+        mail: EmailMessage = EmailMessage(_make_email_policy())
+        _read_header(mail, text[:start])
+        return _parse_part(mail, text[start:], [])
+
+    @property
     def email(self) -> EmailMessage:
         """as_bytes() parsed. Faults are in the `defects` of its parts; they raise nothing."""
-        from email.errors import MessageDefect
-        from email.parser import BytesParser
-
-        parser: BytesParser[EmailMessage] = BytesParser(policy=_make_email_policy())
-        try:
-            return parser.parsebytes(self.as_bytes())
-        except RecursionError:
-            mail = parser.parsebytes(self.as_bytes(), headersonly=True)
-            mail.defects.append(MessageDefect("parts are nested too deeply"))
-            return mail
+        mail: EmailMessage = self._mail[0][0]
+        return mail
 
     @property
     def subject(self) -> str | None:
         """The decoded subject; None without one."""
-        subject = self.email["subject"]
-        return None if subject is None else str(subject)
+        header = re.split(rb"(?<![^\n])\r?\n|\A[ \t]", self.content, maxsplit=1)[0].decode("ascii", "surrogateescape")
+        subjects = (field[2] for field in re.finditer(_FIELD, header) if field[1].lower() == "subject")
+        return next((_decode_words(_unfold(subject)) for subject in subjects), None)
 
     @property
     def text(self) -> str | None:
@@ -1597,19 +1799,16 @@ class Message:
         """The first text of each type, and all other parts."""
         texts: dict[str, str] = {}
         attachments: list[Attachment] = []
-        parts: list[Any] = [self.email]
-        while parts:
-            part = parts.pop()
-            kind, name = part.get_content_type(), part.get_filename()
-            if part.get_content_maintype() == "multipart":
-                if part.is_multipart():
-                    parts.extend(reversed(part.get_payload()))
-                    continue
-                kind = "text/plain"  # because its boundary never appeared
-            if kind in ("text/plain", "text/html") and kind not in texts and name is None and not part.is_attachment():
-                texts[kind] = _decode_text(part)
+        for part, kind, parameters, content in self._mail if self.content else ():
+            if content is None:
+                continue
+            disposition, names = _read_mime(part, _DISPOSITION)
+            name = names.get("filename") or parameters.get("name") or None
+            is_body = disposition != "attachment" and (name is None or part is self.email)
+            if is_body and kind in ("text/plain", "text/html") and kind not in texts:
+                texts[kind] = _decode_charset(content, parameters.get("charset", "")).replace("\r\n", "\n")
             else:
-                attachments.append(Attachment(name, kind, _decode_part(part)))
+                attachments.append(Attachment(name, kind, content))
         return texts, attachments
 
     @property
@@ -1632,8 +1831,8 @@ class Message:
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
         values["rcptto_request_response"] = self.rcptto_request_response
         values["exchanges"] = [said._asdict() | {"at": said.at.isoformat()} for said in self.exchanges]
-        values["headers"] = [(name, str(value)) for name, value in self.email.items()]
-        values["defects"] = [f"{type(fault).__name__}: {fault}" for part in self.email.walk() for fault in part.defects]
+        values["headers"] = _show_headers(self.email)
+        values["defects"] = [f"{type(fault).__name__}: {fault}" for part, *_ in self._mail for fault in part.defects]
         values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
         return dict(_jsonify(values | _jsonify_bytes(self.content)))
 
@@ -2741,6 +2940,7 @@ class _Mail:
         self.is_complete = False  # only RSET, NOOP and QUIT belong to it any more
         self.number = 0  # of its message; 0 if it has none yet
         self.delivered: Message | None = None  # what was accepted, or given to on_unaccepted
+        self.has_ended = False  # whether on_end was called
         self.entry: _Entry | None = None  # its place in the mailbox
 
     def lasting(self) -> list[_Exchange]:
@@ -2804,7 +3004,7 @@ class _Mail:
         return [recipient.value.address for recipient in self.recipients if recipient.accepted]
 
 
-def _ignore(message: Message) -> None:
+def _ignore(*arguments: object) -> None:
     pass
 
 
@@ -2817,8 +3017,10 @@ class _Context(NamedTuple):
     log: _Log
     rules: _Rules
     on_message: Callable[[Message], object] = _ignore  # called with each accepted message, before the reply to it
-    on_unaccepted: Callable[[Message], object] = _ignore  # called with each other message at the end of its session
+    on_unaccepted: Callable[[Message], object] = _ignore  # called with each other message when it is complete
+    on_refusal: Callable[[_Request, str], object] = _ignore  # called with each refused request and the reply
     on_erase: Callable[[Message], object] = _ignore  # called with a message before a refused mail is erased from it
+    on_end: Callable[[Message], object] = _ignore  # called with each message that its session changes no more
     early_ends: deque[str] = deque(maxlen=10)  # connections that ended before any command, and why
 
 
@@ -2913,6 +3115,8 @@ class _Session:
         while position < end:
             position, reply = self._take(self, data, position)
             if reply is not None:
+                if reply.refuses and self.context.on_refusal is not _ignore:
+                    self._call(self.context.on_refusal, self.request, reply.text)
                 yield reply
                 if reply.next is not None:  # drop the rest; what came in clear must have no effect within TLS
                     return
@@ -2940,6 +3144,7 @@ class _Session:
         if self.request is not None and (mail.entry is None or body is not None or is_noted):
             self._publish(complete=True, follows_mail=body is None)
         self._report_unaccepted()
+        self._report_end()
 
     def _report_unaccepted(self) -> None:
         """Give on_unaccepted a message that was not given to on_message."""
@@ -2947,6 +3152,12 @@ class _Session:
         if mail.entry is not None and mail.delivered is None:
             mail.delivered = mail.entry.message
             self._call(self.context.on_unaccepted, mail.delivered)
+
+    def _report_end(self) -> None:
+        mail = self.mail
+        if mail.entry is not None and not mail.has_ended:
+            mail.has_ended = True
+            self._call(self.context.on_end, mail.entry.message)
 
     # The states.
 
@@ -3052,6 +3263,7 @@ class _Session:
             if not kind.follows_mail:
                 self._publish(complete=True)
         if self._keeps_messages and mail.is_complete and not kind.follows_mail:
+            self._report_end()
             self.mail = mail.make_next()
         if kind is _VERBS["MAIL"]:
             self.mail.has_begun = True
@@ -3151,9 +3363,9 @@ class _Session:
             mail.delivered = None
         return mail.delivered is not None
 
-    def _call(self, function: Callable[[Message], object], message: Message) -> bool:
+    def _call(self, function: Callable[..., object], *arguments: object) -> bool:
         try:
-            function(message)
+            function(*arguments)
         except BaseException:  # noqa: BLE001 - pytest.fail() is not an Exception
             self.context.log.failure("on_message failed")
             return False
@@ -3385,7 +3597,7 @@ class _Log:
             if not self._has_failed:
                 self._has_failed = True
                 with contextlib.suppress(Exception):
-                    print(f"smtpmock: the log is incomplete, its logger raised {error!r}", file=sys.stderr)
+                    sys.stderr.write(f"smtpmock: the log is incomplete, its logger raised {error!r}\n")
 
     def failure(self, what: str) -> None:
         """Show the user the exception that is being handled: in the log or, without one, as that of a thread."""
@@ -3396,7 +3608,8 @@ class _Log:
         self.failures.append(f"{what}: {text}")
         if isinstance(error, SMTPMockError):  # of an output of the command line; a traceback would say nothing more
             with contextlib.suppress(Exception):
-                print(f"smtpmock: {error}", file=sys.stderr, flush=True)
+                sys.stderr.write(f"smtpmock: {error}\n")
+                sys.stderr.flush()
         elif self._logger is None and not self._prints:
             with contextlib.suppress(BaseException):
                 threading.excepthook(threading.ExceptHookArgs((kind, error, trace, threading.current_thread())))
@@ -4513,7 +4726,7 @@ _BODY_LIMIT, _IMAGES_LIMIT, _TEXT_LIMIT, _LIST_LIMIT = 2**20, 2**25, 200000, 200
 _HTTP_HEADERS = {"Cache-Control": "no-store", "Connection": "close", "Referrer-Policy": "no-referrer"}
 _HTTP_HEADERS |= {"X-Content-Type-Options": "nosniff", "X-DNS-Prefetch-Control": "off"}
 _HTTP_HEADERS |= dict.fromkeys(("Cross-Origin-Opener-Policy", "Cross-Origin-Resource-Policy"), "same-origin")
-_HTML = {"content_type": "text/html; charset=utf-8"}
+_HTML = "text/html; charset=utf-8"
 _POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors"
 _DATA_POLICY = f"{_POLICY} 'none'; sandbox"
 _PAGE_POLICY = f"{_POLICY} 'none'; frame-src 'self'; style-src 'unsafe-inline'"
@@ -4559,13 +4772,15 @@ iframe { width: 100%; height: 30rem; border: 1px solid #8886; background: #fff; 
 class _HttpAnswer(Exception):  # noqa: N818 - most are no errors
     """What a request gets: bytes, a value as JSON or, as a str, what is wrong with it. It can be raised."""
 
-    def __init__(self, content: object, status: int = 200, **headers: str) -> None:
+    def __init__(
+        self, content: object, status: int = 200, kind: str = "application/json", policy: str = "", **headers: str
+    ) -> None:
         import json
 
         value = {"event": "error", "error": content} if isinstance(content, str) else content
         self.body = value if isinstance(value, bytes) else json.dumps(value).encode() + b"\n"
         self.status = status
-        self.headers = {"content_type": "application/json", "content_security_policy": _DATA_POLICY} | headers
+        self.headers = {"content_type": kind, "content_security_policy": policy or _DATA_POLICY} | headers
 
 
 def _read_query(query: str, known: Mapping[str, _OptionType]) -> dict[str, Any]:
@@ -4632,7 +4847,7 @@ def _offer(content: bytes, kind: str, name: str) -> _HttpAnswer:
     from urllib.parse import quote
 
     disposition = f"attachment; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
-    return _HttpAnswer(content, content_type=kind, content_disposition=disposition)
+    return _HttpAnswer(content, kind=kind, content_disposition=disposition)
 
 
 def _get_attachment(message: Message, index: str) -> _HttpAnswer:
@@ -4649,7 +4864,7 @@ def _make_page(title: str, body: str, refresh: int = 0) -> _HttpAnswer:
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 {more}<title>{escape(title)}</title><style>{_STYLE}</style><h1><a href="/">smtpmock</a></h1><main>{body}</main></html>
 """
-    return _HttpAnswer(page.encode("utf-8", "backslashreplace"), **_HTML, content_security_policy=_PAGE_POLICY)
+    return _HttpAnswer(page.encode("utf-8", "backslashreplace"), kind=_HTML, policy=_PAGE_POLICY)
 
 
 def _list_mails(server: Server, *, refresh: int = 5) -> _HttpAnswer:
@@ -4677,9 +4892,9 @@ def _show_mail(message: Message) -> _HttpAnswer:
         return f"<pre>{escape(text[:_TEXT_LIMIT])}</pre>{rest}"
 
     path = f"/messages/{message.id}"
-    headers = [item for item in message.email.items() if item[0].lower() in _READ_HEADERS]
-    headers += [("MAIL FROM", message.mail_from), ("RCPT TO", ", ".join(message.rcpt_tos))]
-    body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value or '')}</bdi>" for name, value in headers)
+    headers = [item for item in _show_headers(message.email) if item[0].lower() in _READ_HEADERS]
+    headers += [("MAIL FROM", message.mail_from or ""), ("RCPT TO", ", ".join(message.rcpt_tos))]
+    body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value)}</bdi>" for name, value in headers)
     violations = [
         f'<p><b class="{found.severity}">{found.code}</b>: {escape(found.text)} <code>{escape(found.line)}</code>'
         f' <a href="https://www.rfc-editor.org/rfc/rfc{found.rfc.replace(" ", "#section-")}">RFC {found.rfc}</a>'
@@ -4711,10 +4926,10 @@ def _show_html(message: Message) -> _HttpAnswer:
     from urllib.parse import unquote
 
     urls = dict[str, str]()
-    for part in message.email.walk():
-        if re.fullmatch("image/(png|jpeg|gif|webp)", part.get_content_type()):
-            data = base64.b64encode(_decode_part(part)).decode()
-            urls[str(part["content-id"]).strip(" <>")] = f"data:{part.get_content_type()};base64,{data}"
+    for part, kind, _, content in message._mail:
+        if content is not None and re.fullmatch("image/(png|jpeg|gif|webp)", kind):
+            data = base64.b64encode(content).decode()
+            urls[str(part["content-id"]).strip(" <>")] = f"data:{kind};base64,{data}"
 
     def inline(match: re.Match[str]) -> str:
         return match[1] + urls.get(unquote(html.unescape(match[3])), match[2] + match[3])
@@ -4723,7 +4938,7 @@ def _show_html(message: Message) -> _HttpAnswer:
     page = re.sub(r"(?i)<(/?)(?=link|i?frame|fencedframe|portal|base|meta)", r"<\1x-", message.html or "")
     most = _IMAGES_LIMIT // max(map(len, urls.values()), default=1) or 1
     page = re.sub(r"""(?i)(["'(=]\s*)(cid:)([^"'\s<>)]+)""", inline, page, count=most)
-    return _HttpAnswer(page.encode("utf-8", "replace"), **_HTML, content_security_policy=_MAIL_POLICY)
+    return _HttpAnswer(page.encode("utf-8", "replace"), kind=_HTML, policy=_MAIL_POLICY)
 
 
 _ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number; those with one get a message
@@ -4735,7 +4950,7 @@ _ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number; t
     "/messages/ID/eml": lambda message: _offer(message.as_bytes(), "message/rfc822", f"{message.id}.eml"),
     "/messages/ID/attachments/ID": _get_attachment,
     "/violations": lambda server: _HttpAnswer({"violations": [_jsonify(fault) for fault in server.violations()]}),
-    "/ca.pem": lambda server: _HttpAnswer(_ca_pem().encode(), content_type="application/x-pem-file"),
+    "/ca.pem": lambda server: _HttpAnswer(_ca_pem().encode(), kind="application/x-pem-file"),
 }
 
 
@@ -4843,8 +5058,9 @@ _CONDITIONS = {"skip": _COUNT, "times": _TIMES, "probability": _PROBABILITY, "af
 # The flags that are no options of a server.
 _OWN_FLAGS: dict[str, _Option] = {
     "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
-    "quiet": _option(False, _FLAG, "print no line for each mail and each session without one"),
-    "lint": _option(False, _FLAG, "print what clients do wrong on stderr; status 3 after an error"),
+    "quiet": _option(False, _FLAG, "print no line for each mail and session"),
+    "show": _option(False, _FLAG, "print each mail as a person reads it"),
+    "lint": _option(False, _FLAG, "print violations on stderr; status 3 after an error"),
     "json": _option(False, _FLAG, "print mails, sessions without one, and errors as lines of JSON; log to stderr"),
     "control": _option(False, _FLAG, "like -json, and obey commands from stdin; its end stops the server"),
     "http": _option(None, _PORT, "port for HTTP: an API and a page; turns on keep_all"),
@@ -4871,7 +5087,7 @@ _DEV_FLAGS = {"show": True, "http": 0}
 _GROUPS = {
     "Listening": "host|port|session_timeout|shutdown_timeout|http",
     "Recording": "keep_all|multiple_|msg_size_limit|lenient_|save_dir|maildir",
-    "Output": "dev|log|quiet|json|control|lint",
+    "Output": "dev|log|quiet|show|json|control|lint",
     "Failing": "fail_fast|strict|blacklisted_|not_registered_|response_delay_|seed|rule",
     "Extensions, login and TLS": "extensions|auth_|implicit_tls|tls_|save_ca",
     "Other": "(?!msg_)",
@@ -4913,40 +5129,76 @@ Exit status:
 
 _Undo = Callable[[], object]  # removes a mail from an output again
 _Output = Callable[[Message], _Undo | None]  # takes an accepted mail
+_STALL_SECONDS = 0.1  # after which a reader that has taken nothing is not waited for
+_DRAIN_SECONDS = 0.5  # the same at the end
+_PIECE = getattr(select, "PIPE_BUF", 4096)  # bytes that a pipe takes without blocking if it is ready
+
+
+class _Line:
+    """What is printed in one piece."""
+
+    def __init__(self, printer: _Printer, text: str) -> None:
+        self.printer = printer
+        self.left: Any = text  # encoded when it is its turn
+        self.error: Exception | None = None
 
 
 class _Printer:
-    """Prints whole lines to what is stdout now, from any thread. It keeps no line that it could not write."""
+    """Takes the place of stdout or stderr, in any thread. It keeps nothing that could not be written."""
 
-    def __init__(self, *, has_events: bool = False) -> None:
-        self.has_events = has_events
-        self._out = sys.stdout
-        self._lock = threading.Lock()  # guards the stream
-        self._is_torn = False  # whether a part of the last line was written
-
-    def __call__(self, line: str) -> None:
-        with self._lock:
-            try:
-                self._write("\n" * self._is_torn + line + "\n")
-                self._is_torn = False
-            except (OSError, ValueError, AttributeError) as error:  # full, closed by us, and closed from the start
-                reason = getattr(error, "strerror", None) or "it is closed"
-                raise SMTPMockError(f"cannot write to stdout: {reason}") from error
-
-    def _write(self, text: str) -> None:
+    def __init__(self, writer: _Writer, stream: Any, name: str) -> None:
         import io
 
-        self._out.flush()
-        raw = getattr(getattr(self._out, "buffer", None), "raw", getattr(self._out, "buffer", None))
-        if not isinstance(raw, io.RawIOBase):  # of a test
-            self._out.write(text)
-            self._out.flush()
-            return
-        data = text.encode(self._out.encoding, "backslashreplace")
-        while data:  # a full disk may take a part
-            written = raw.write(data) or 0
-            self._is_torn = True
-            data = data[written:]
+        self.has_events = False
+        self.encoding: Any = getattr(stream, "encoding", None)
+        self._writer = writer
+        self._stream = stream
+        self._name = name
+        self._is_torn = False  # whether only a part of the last line was written
+        raw = getattr(getattr(stream, "buffer", None), "raw", getattr(stream, "buffer", None))
+        self._raw: Any = raw if isinstance(raw, io.RawIOBase) else None  # else it is of a test
+        self._poll: Any = None  # of a terminal, it would promise too much
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or has no descriptor
+            if self._raw is not None and hasattr(select, "poll") and not stream.isatty():
+                self._poll = select.poll()
+                self._poll.register(self._raw, select.POLLOUT)
+
+    def __getattr__(self, name: str) -> Any:  # such as isatty()
+        return getattr(self._stream, name)
+
+    def explain(self, error: Exception) -> str:
+        return f"cannot write to {self._name}: {getattr(error, 'strerror', None) or 'it is closed'}"
+
+    def encode(self, text: Any) -> Any:
+        if self._raw is None or not isinstance(text, str):
+            return text
+        return memoryview(("\n" * self._is_torn + text).encode(self.encoding, "backslashreplace"))
+
+    def is_ready(self) -> bool:
+        """Whether write_piece() cannot block."""
+        return self._raw is None or (self._poll is not None and bool(self._poll.poll(0)))
+
+    def write_piece(self, data: Any) -> Any:
+        """Write the beginning, and return the rest."""
+        if self._raw is None:
+            self._stream.write(data)
+            return self._stream.flush() or ""
+        written = self._raw.write(data[:_PIECE])  # a full disk may take a part of it
+        if written is None:  # somebody else has set it to non-blocking
+            select.select((), (self._raw,), ())
+        self._is_torn = (written or 0) < len(data)
+        return data[written or 0 :]
+
+    def write(self, text: str) -> None:
+        self._writer.write(_Line(self, text))
+
+    def flush(self) -> None: ...
+
+    def __call__(self, line: str) -> None:
+        try:
+            self.write(line + "\n")
+        except Exception as error:
+            raise SMTPMockError(self.explain(error)) from error
 
     def event(self, event: str, /, **values: object) -> None:
         """Print it as JSON, if a program is to read it."""
@@ -4954,6 +5206,75 @@ class _Printer:
             import json
 
             self(json.dumps({"event": event, **values}))
+
+
+class _Writer:
+    """Writes to stdout and stderr. What a reader could hold up is left to a thread.
+
+    The queue has no limit, as the mailbox has none. A mail that nobody reads takes up to three times its size there. A
+    limit would have to stop the mail or to drop events, and a test that reads them late would miss them.
+    """
+
+    def __init__(self) -> None:
+        self.out: Any = _Printer(self, sys.stdout, "stdout")
+        self.err: Any = _Printer(self, sys.stderr, "stderr")
+        self.deadline = float("inf")  # nobody waits after it
+        self._changed = threading.Condition()  # guards what follows; notified when a line is done
+        self._queue: deque[_Line] = deque()  # unless it is empty, a thread writes the first one
+        self._writes_since = float("inf")  # when that thread began to write a piece
+        self._skipped: _Line | None = None  # the last one that was not waited for; until it is done, there is a backlog
+        self._failure = ""  # the first one
+        self._lost = 0  # lines
+
+    def write(self, line: _Line) -> None:
+        """Return when it is written, or nobody reads. Raises what the write raised."""
+        with self._changed:
+            if not self._queue:
+                self._try(line, waits=False)
+            if line.left:
+                if not self._queue:
+                    threading.Thread(target=self._write_queue, name="smtpmock writer", daemon=True).start()
+                self._queue.append(line)
+                if self._skipped is None or not self._skipped.left:
+                    self._wait(lambda: not line.left, _STALL_SECONDS)
+                self._skipped = line if line.left else self._skipped
+        if line.error is not None:
+            raise line.error
+
+    def _wait(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait for it until the reader has taken nothing for this time, or the deadline is this long ago."""
+        while not condition() and time.monotonic() < min(self.deadline, self._writes_since) + seconds:
+            self._changed.wait(_STALL_SECONDS / 4)
+
+    def close(self) -> str:
+        """Wait until the rest is written. Returns what failed."""
+        with self._changed:
+            self._wait(lambda: not self._queue, _DRAIN_SECONDS)
+            lost = self._lost + len(self._queue)
+        return f"{self._failure or 'not all output was read'}; lines lost: {lost}" if lost else ""
+
+    def _write_queue(self) -> None:
+        with self._changed:
+            while self._queue:
+                line = self._queue[0]
+                self._changed.release()
+                self._try(line, waits=True)
+                self._changed.acquire()
+                self._queue.popleft()
+                self._changed.notify_all()
+
+    def _try(self, line: _Line, *, waits: bool) -> None:
+        """Write it or, without waiting, as much of it as cannot block."""
+        try:
+            line.left = line.printer.encode(line.left)
+            while line.left and (waits or line.printer.is_ready()):
+                self._writes_since = time.monotonic() if waits else float("inf")
+                line.left = line.printer.write_piece(line.left)
+        except (OSError, ValueError, AttributeError) as error:  # full, closed by us, and closed from the start
+            line.error, line.left = error, ""
+            self._failure = self._failure or line.printer.explain(error)
+            self._lost += 1
+        self._writes_since = float("inf")
 
 
 def _make_folder(path: str) -> None:
@@ -5087,30 +5408,101 @@ def _describe(error: Exception) -> str:
     return text
 
 
-class _Narrator:
-    """Prints a line for each mail and for each session without one."""
+_ITEM_LIMIT, _RECIPIENT_LIMIT = 100, 5  # characters of an item, and recipients, in a line
+_LINE_COUNT, _TEXT_LIMIT = 100, 10_000  # lines and characters of a mail: a few screens
+_HTML_LIMIT = 100_000  # characters
+# What shows no text, and each < that begins no proper tag, because html.parser takes very long to find that out.
+_TAG = r"""/?[a-z][^<>"']*(?:"[^"<>]*"[^<>"']*|'[^'<>]*'[^<>"']*)*>"""
+_NO_TEXT = rf"(?is)<!--.*?(?:-->|\Z)|<(script|style|title)\b.*?(?:</\1\b[^<>]*>?|\Z)|<[!?][^>]*>?|<(?!{_TAG})"
+_BLOCKS = "blockquote", "div", "h1", "h2", "h3", "h4", "hr", "ol", "p", "pre", "section", "table", "ul"
+_LINES = "br", "dd", "dt", "li", "tr"
 
-    def __init__(self, printer: _Printer, options: dict[str, Any]) -> None:
+
+def _cut(text: str) -> str:
+    return _printable(text if len(text) <= _ITEM_LIMIT else f"{text[: _ITEM_LIMIT - 3]}...")
+
+
+def _format_size(size: int) -> str:
+    return f"{size / 1000:.1f} kB" if size >= 1000 else f"{size} byte{'s' * (size != 1)}"
+
+
+def _read_html(html: str) -> str:
+    """The text of HTML, with the address of each link behind it."""
+    from html.parser import HTMLParser
+
+    class Reader(HTMLParser):
+        address: str | None = None
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            values = dict(attrs)
+            self.address = values.get("href") if tag == "a" else self.address
+            found.append("\n" * (tag in _BLOCKS + _LINES) + "- " * (tag == "li") + (values.get("alt") or ""))
+
+        def handle_endtag(self, tag: str) -> None:
+            is_link = tag == "a" and self.address and self.address != found[-1].strip()
+            found.append("\n" * (tag in _BLOCKS) + " " * (tag == "td") + (f" <{self.address}>" if is_link else ""))
+
+        def handle_data(self, data: str) -> None:
+            found.append(re.sub(r"\s+", " ", data))
+
+    found = [""]
+    reader = Reader()
+    html = re.sub(_NO_TEXT, lambda match: "&lt;" * (match[0] == "<"), html[: 10 * _HTML_LIMIT])  # styles may be long
+    reader.feed(html[:_HTML_LIMIT])
+    reader.close()
+    lines = [" ".join(line.split()) for line in "".join(found).split("\n")]
+    return re.sub("\n{3,}", "\n\n", "\n".join(lines))
+
+
+def _format_mail(message: Message) -> str:
+    """The mail as a person reads it, or its beginning. The indentation is for it not to pass for a line of ours."""
+    shown = ("From", "To", "Cc", "Date", "Subject")
+    lines = [f"{name}: {value}" for name in shown for value in message.email.get_all(name, ())]
+    for name, kind, content in message.attachments:
+        lines.append(f"Attachment: {name or 'without a name'} ({kind}, {_format_size(len(content))})")
+    text = message.text or ""
+    if message.html and not text.strip():
+        text = message.html
+        with contextlib.suppress(Exception):  # html.parser raises some for broken HTML
+            text = _read_html(text)
+    text = "\n".join([*lines, "", text.strip()])
+    lines = text[:_TEXT_LIMIT].split("\n")[:_LINE_COUNT]
+    lines += ["..."] * (len("\n".join(lines)) < len(text))
+    return "".join(f"\n  {_printable(line.rstrip().expandtabs())}".rstrip(" ") for line in lines)
+
+
+class _Narrator:
+    """Prints a line for each mail, for each refusal, and for each session with neither."""
+
+    def __init__(self, printer: _Printer, options: dict[str, Any], *, shows_mail: bool) -> None:
         self._printer = printer
         self._options = options
+        self._shows_mail = shows_mail
         self._warned: set[str] = set()  # options that keep what was discarded; at worst, two sessions tell of one
         self._colours = "NO_COLOR" not in os.environ and hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
 
-    def __call__(self, message: Message) -> None:
-        with contextlib.suppress(SMTPMockError, OSError):  # that nobody reads this is no reason to refuse the mail
-            word, colour, text = "ended", 0, "without a mail"
-            if message.msg:
-                route = f"{message.mail_from or '<>'} -> {', '.join(message.rcpt_tos)}"
-                text = f'{route} "{message.subject or ""}" {len(message.content) / 1000:.1f} kB'
-                word, colour = "accepted", 32
-            elif message.refusals:
-                word, colour, text = "refused", 31, message.refusals[0][1]
-            word = f"\x1b[{colour}m{word}\x1b[0m" if self._colours else word
-            self._printer(f"{time.strftime('%H:%M:%S')} {word} {_printable(text)}")
-            for option, discarded in message._find_discards():
-                if self._options.keys().isdisjoint(("keep_all", option)) and option not in self._warned:
-                    self._warned.add(option)
-                    print(f"smtpmock: {discarded}; -keepAll keeps them all", file=sys.stderr, flush=True)
+    def _print(self, word: str, colour: int, text: str) -> None:
+        word = f"\x1b[{colour}m{word}\x1b[0m" if self._colours else word
+        with contextlib.suppress(SMTPMockError):  # a closed stdout must not refuse the mail
+            self._printer(f"{time.strftime('%H:%M:%S')} {word} {text}")
+
+    def accept(self, message: Message) -> None:
+        names, more = map(_cut, message.rcpt_tos[:_RECIPIENT_LIMIT]), len(message.rcpt_tos) - _RECIPIENT_LIMIT
+        route = f"{_cut(message.mail_from or '<>')} -> {', '.join(names)}" + f" and {more} more" * (more > 0)
+        text = f'{route} "{_cut(message.subject or "")}" {_format_size(len(message.content))}'
+        self._print("accepted", 32, text + (_format_mail(message) if self._shows_mail else ""))
+        for option, discarded in message._find_discards():
+            if self._options.keys().isdisjoint(("keep_all", option)) and option not in self._warned:
+                self._warned.add(option)
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # nor a closed stderr
+                    sys.stderr.write(f"smtpmock: {discarded}; -keepAll keeps them all\n")
+
+    def refuse(self, request: _Request, response: str) -> None:
+        self._print("refused", 31, f"{_printable(response)} ({_cut(request.line)})")
+
+    def end(self, message: Message) -> None:
+        if not message.refusals:
+            self._print("ended", 0, "without a mail")
 
 
 class _Linter:
@@ -5118,15 +5510,20 @@ class _Linter:
 
     def __init__(self) -> None:
         self.has_found_error = False
-        self._printed: set[tuple[int, Violation]] = set()
+        self._printed: dict[int, set[Violation]] = {}  # by the numbers of messages that may still change
 
     def __call__(self, message: Message) -> None:
+        printed = self._printed.setdefault(message.id, set())
         for found in (*message.violations, *message.warnings):
-            if (message.id, found) not in self._printed:
-                self._printed.add((message.id, found))
+            if found not in printed:
+                printed.add(found)
                 self.has_found_error = self.has_found_error or found.severity == "error"
                 with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody has to read it
                     sys.stderr.write(f"smtpmock: message {message.id}: {found.severity}: {found}\n")
+
+    def end(self, message: Message) -> None:
+        self(message)
+        del self._printed[message.id]
 
 
 def _open_files(paths: Mapping[str, Any]) -> list[_Output]:
@@ -5159,12 +5556,17 @@ def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) ->
     try:
         with contextlib.ExitStack() as undo:
             for output in outputs:
-                undo.callback(output(message) or (lambda: None))
+                undo.callback(output(message) or _ignore)
             undo.pop_all()
     except OSError as error:
         text = f"a mail was refused, because it cannot be saved: {error}"
         printer.event("error", error=text)
         raise SMTPMockError(text) from error
+
+
+def _call_all(functions: Iterable[Callable[..., object]], *arguments: object) -> None:
+    for function in functions:
+        function(*arguments)
 
 
 def _format_flag(name: str, option: _Option) -> str:
@@ -5363,8 +5765,10 @@ def _catch_signals(*, owns_process: bool) -> Iterator[tuple[socket.socket, socke
                 signal.signal(number, handler)
 
 
-def _run(server: Server, announce: Callable[[str, int], None], control: Any, *, owns_process: bool) -> None:
-    """Run the server until a signal comes or control() returns; a signal after that aborts the sessions."""
+def _run(
+    server: Server, announce: Any, control: Any, stop: Callable[[], object], writer: _Writer, *, owns_process: bool
+) -> None:
+    """Run the server until a signal comes or control() returns, and then stop(); another signal aborts that."""
     with _catch_signals(owns_process=owns_process) as (wakened, waker):
 
         def call(function: Callable[[], None], byte: bytes) -> None:
@@ -5376,16 +5780,18 @@ def _run(server: Server, announce: Callable[[str, int], None], control: Any, *, 
                     waker.send(byte)
 
         controller = threading.Thread(target=call, args=(control, b"\xff"), daemon=True)
-        stopper = threading.Thread(target=call, args=(server.stop, b"\0"))
+        stopper = threading.Thread(target=call, args=(stop, b"\0"))
         try:
             server._start_and_announce(announce)
             listener = server._listener
             if control is not None:
                 controller.start()
             wakened.recv(1)
+            writer.deadline = time.monotonic() + server._options.shutdown_timeout
             stopper.start()
             while (byte := wakened.recv(1)) != b"\0":
                 if byte != b"\xff" and listener is not None:
+                    writer.deadline = time.monotonic()
                     listener.abort()
             stopper.join()
         finally:
@@ -5393,21 +5799,33 @@ def _run(server: Server, announce: Callable[[str, int], None], control: Any, *, 
                 server.stop()
 
 
-def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns_process: bool) -> int:
+def _make_callbacks(printer: _Printer, linter: _Linter, options: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Who gets what: the callbacks of a _Context, each with the functions that it calls, in their order."""
+    lints, tells = own.get("lint", False), printer.has_events
+    narrates = not tells and (own.get("show") or not (own.get("quiet") or own.get("log")))
+    narrator = _Narrator(printer, options, shows_mail=own.get("show", False))
+
+    def tell(message: Message) -> None:
+        printer.event("message", **message.to_dict())
+
+    def call(*functions: Any) -> Any:
+        return functools.partial(_call_all, functions) if functions else _ignore
+
+    outputs: list[Any] = [*_open_files(own), *[tell] * tells, *[narrator.accept] * narrates, *[linter] * lints]
+    return {
+        "on_message": functools.partial(_deliver, outputs, printer),
+        "on_unaccepted": call(*[tell] * tells, *[narrator.end] * narrates, *[linter] * lints),
+        "on_refusal": call(*[narrator.refuse] * narrates),
+        "on_erase": call(*[linter] * lints),
+        "on_end": call(*[linter.end] * lints),
+    }
+
+
+def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], writer: _Writer, *, owns_process: bool) -> int:
     """Run the server until something stops it, and return the exit status. With JSON, what it logs goes to stderr."""
-    printer = _Printer(has_events=own.get("json", False) or own.get("control", False))
-    linter, reporters = _Linter(), list[Callable[[Message], None]]()
-    if printer.has_events:
-        reporters.append(lambda message: printer.event("message", **message.to_dict()))
-    elif not (own.get("quiet") or own.get("log")):
-        reporters.append(_Narrator(printer, options))
-    if own.get("lint"):
-        reporters.append(linter)
-    server._context = server._context._replace(
-        on_message=functools.partial(_deliver, [*_open_files(own), *reporters], printer),
-        on_unaccepted=lambda message: [tell(message) for tell in reporters],
-        on_erase=linter if own.get("lint") else _ignore,
-    )
+    printer, linter = writer.out, _Linter()
+    printer.has_events = own.get("json", False) or own.get("control", False)
+    server._context = server._context._replace(**_make_callbacks(printer, linter, options, own))
     control = functools.partial(_obey_lines, server, printer, _open_stdin()) if own.get("control") else None
 
     def announce(host: str, port: int) -> None:
@@ -5417,22 +5835,24 @@ def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns
             if page:
                 printer(f"smtpmock: the mail is at {page}/")
 
+    def stop() -> None:
+        server.stop()
+        with contextlib.suppress(SMTPMockError):  # its reader may have gone first
+            printer.event("done", command="stop", messages=len(server._mailbox.messages(purge=False)))
+        writer.close()
+
     stdout = contextlib.redirect_stdout(sys.stderr if printer.has_events else sys.stdout)
     with stdout, _serve_http(server, own) as page:
-        _run(server, announce, control, owns_process=owns_process)
-    for message in server._mailbox.messages(purge=False) if own.get("lint") else ():  # and what came after the mail
-        linter(message)
-    with contextlib.suppress(SMTPMockError):  # its reader may have gone first
-        printer.event("done", command="stop", messages=len(server._mailbox.messages(purge=False)))
+        _run(server, announce, control, stop, writer, owns_process=owns_process)
     return 3 if linter.has_found_error else 0
 
 
-def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
+def _run_command(argv: Sequence[str], writer: _Writer, *, owns_process: bool) -> int:
     own = _parse_arguments(argv)
     if own.get("version"):
-        _Printer()(f"smtpmock: {__version__}\npython: {sys.version}")
+        writer.out(f"smtpmock: {__version__}\npython: {sys.version}")
     elif own.get("help") or own.get("help_all"):
-        _Printer()(_format_help(everything=own.get("help_all", False)))
+        writer.out(_format_help(everything=own.get("help_all", False)))
     else:
         options = _take_options(own)
         if own.get("dev"):
@@ -5448,29 +5868,31 @@ def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
             _save_ca(path)
         for rule in own.get("rule", ()):
             _add_rule(server, rule)
-        return _serve(server, options, own, owns_process=owns_process)
+        return _serve(server, options, own, writer, owns_process=owns_process)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, or that of the process if argv is None. Returns the exit status."""
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments, writer = sys.argv[1:] if argv is None else argv, _Writer()
     try:
-        return _run_command(arguments, owns_process=argv is None)
+        with contextlib.redirect_stdout(writer.out), contextlib.redirect_stderr(writer.err):
+            status = _run_command(arguments, writer, owns_process=argv is None)
     except SMTPMockError as error:
         text = _printable(_describe(error))
-        with contextlib.suppress(OSError, AttributeError):
-            sys.stderr.write(f"smtpmock: {text}\n")
+        status = 2 if isinstance(error, ConfigurationError) else 1
+        writer.out.has_events = any(re.fullmatch("--?(json|control)(=(?i:true)|=1)?", flag) for flag in arguments)
         with contextlib.suppress(SMTPMockError):
-            has_events = any(re.fullmatch("--?(json|control)(=(?i:true)|=1)?", argument) for argument in arguments)
-            _Printer(has_events=has_events).event("error", error=text)
-        return 2 if isinstance(error, ConfigurationError) else 1
-    finally:
-        if argv is None and sys.stdout is not None:  # it is None if it was closed before Python started
-            try:
-                sys.stdout.flush()
-            except OSError:  # at exit, Python would try again and print a traceback
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            writer.err(f"smtpmock: {text}")
+        with contextlib.suppress(SMTPMockError):
+            writer.out.event("error", error=text)
+    failure = writer.close()
+    if failure and status != 1:  # of which the reason was said
+        writer = _Writer()  # because the thread of the other one may be held up
+        writer.deadline = time.monotonic()
+        with contextlib.suppress(SMTPMockError):
+            writer.err(f"smtpmock: {failure}")
+    return status or int(failure != "")
 
 
 if __name__ == "__main__":
