@@ -71,25 +71,9 @@ else:
 
 __version__ = "3.0.0"
 
-__all__ = [
-    "Action",
-    "Attachment",
-    "Configuration",
-    "ConfigurationError",
-    "Exchange",
-    "Handler",
-    "Logger",
-    "Message",
-    "Rule",
-    "SMTPMockError",
-    "SMTPMockWarning",
-    "Server",
-    "ServerStartError",
-    "ServerStateError",
-    "Violation",
-    "WaitTimeoutError",
-    "main",
-]
+__all__ = ["Action", "Attachment", "Configuration", "ConfigurationError", "Exchange", "Handler", "Logger", "Message"]
+__all__ += ["Rule", "SMTPMockError", "SMTPMockWarning", "Server", "ServerStartError", "ServerStateError", "Violation"]
+__all__ += ["WaitTimeoutError", "main"]
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -222,8 +206,7 @@ class _Option(NamedTuple):
     about: str
 
 
-def _option(default: Any, kind: _OptionType, about: str) -> Any:
-    return _Option(default, kind, about)  # type checkers take this for the default
+_option: Callable[[Any, _OptionType, str], Any] = _Option  # type checkers take what it returns for the default
 
 
 def _reply(default: str, to: str) -> Any:
@@ -4735,7 +4718,6 @@ _NUMBER = "(?<=/)[0-9]+(?![^/])"
 _LOCAL_NAME = r"[\w-]+|([\w-]+\.)+(localhost|local|internal|test)"
 
 _READ_HEADERS = ("from", "to", "cc", "reply-to", "date", "subject")
-_Execute = Callable[[str], tuple[dict[str, Any], int]]  # obeys a command; the event that answers it, and a status
 _ADDRESS = _OptionType("a string", _is_text, lambda text: text.lower().replace(" ", "+"))  # a bare + means a space
 _WAIT = _OptionType("a number of seconds from 0 to 60", _number(0, 60, int, float), float)
 _QUERIES: dict[str, dict[str, _OptionType]] = {
@@ -4905,12 +4887,12 @@ def _show_mail(message: Message) -> _HttpAnswer:
         f" <small>{len(item.content)} bytes</small>"
         for index, item in enumerate(message.attachments)
     ]
-    frame = f'<iframe sandbox title="The HTML of the mail" src="/view/{message.id}/html"></iframe>'
     source = f'<a href="{path}/eml">Download</a><details><summary>Show</summary>{show(message.msg_request)}</details>'
     sections = {
         "Violations": "".join(violations),
         "Text": message.text and show(message.text),
-        "HTML": message.html and frame,
+        "HTML": message.html
+        and f'<iframe sandbox title="The HTML of the mail" src="/view/{message.id}/html"></iframe>',
         "Attachments": "".join(attachments),
         "Dialogue": show(message.transcript),
         "Source": message.content and source,
@@ -4954,7 +4936,7 @@ _ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number; t
 }
 
 
-def _route(server: Server, execute: _Execute, commands: Collection[str], method: str, target: str, body: str) -> Any:
+def _route(server: Server, execute: Any, commands: Collection[str], method: str, target: str, body: str) -> Any:
     path, _, query = target.partition("?")
     route = "" if "ID" in path else re.sub(_NUMBER, "ID", path)
     methods = ["POST"] * (path[1:] in commands) or ["GET", "HEAD"] * (route in _ROUTES)
@@ -5599,22 +5581,15 @@ def _spell(name: str) -> tuple[str, ...]:
     return _name_flag(name), "-" + _name_flag(name), "--" + name.replace("_", "-"), *short
 
 
-def _find_flag(spelling: str, names: Collection[str]) -> str:
-    """The name of the option that the flag sets."""
-    name = re.sub("-|(?=[A-Z])", "_", spelling.lstrip("-")).lower()
-    name = {"-h": "help", "-v": "version"}.get(spelling, name)
-    if name in names and spelling in _spell(name):
-        return name
-    known = [flag for name in names for flag in _spell(name)]  # made only now, because it takes a while
-    raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, known)}")
-
-
 def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
     """The values of the flags, by the names of their options."""
     flags, given, words = _list_flags(), dict[str, Any](), deque(argv)
+    names = {spelling: name for name in flags for spelling in _spell(name)}
     while words:
         spelling, has_value, text = words.popleft().partition("=")
-        name = _find_flag(spelling, flags)
+        if spelling not in names:
+            raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, names)}")
+        name = names[spelling]
         kind = flags[name].kind
         if not has_value and words and not re.match("--?[a-zA-Z]", words[0]):
             text = words.popleft()
