@@ -3248,12 +3248,9 @@ class ConfigurationTest(ServerCase):
                     first, *parameters = parameters
                     self.assertEqual((first.name, first.kind.name), ("configuration", "POSITIONAL_OR_KEYWORD"))
                 self.assertEqual({parameter.kind.name for parameter in parameters}, {"KEYWORD_ONLY"})
-                self.assertEqual(
-                    [(parameter.name, parameter.default, parameter.annotation) for parameter in parameters][
-                        : len(fields)
-                    ],
-                    [(field.name, field.default, field.type) for field in fields],
-                )
+                expected = [(field.name, field.default, field.type) for field in fields]
+                found = [(parameter.name, parameter.default, parameter.annotation) for parameter in parameters]
+                self.assertEqual(found[: len(fields)], expected)
                 self.assertEqual(tuple(parameter.name for parameter in parameters[len(fields) :]), own)
 
     def test_other_signatures(self) -> None:
@@ -5933,14 +5930,11 @@ class HelpTest(unittest.TestCase):
         }
 
     def test_it_is_a_page(self) -> None:
-        for flag in ("-h", "-help", "--help"):
-            self.assertEqual(self.read(flag), self.read("-h"))
         self.assertLessEqual(len(self.read("-h").splitlines()), 120)
-        for flag in ("-h", "-helpAll"):
-            lines = self.read(flag).splitlines()
-            self.assertEqual([line for line in lines if len(line) > 80 or line != line.rstrip()], [])
-            python = r"(?i:python)|\(\)|\b(None|True|False|str|int|bool|exception|function)\b"
-            self.assertNotRegex(self.read(flag), python)
+        self.assertEqual([self.read("-help"), self.read("--help")], [self.read("-h")] * 2)
+        for text in (self.read("-h"), self.read("-helpAll")):
+            self.assertEqual([line for line in text.splitlines() if len(line) > 80 or line != line.rstrip()], [])
+            self.assertNotRegex(text, r"(?i:python)|\(\)|\b(None|True|False|str|int|bool|exception|function)\b")
 
     def test_groups(self) -> None:
         groups = self.read_groups("-h")
@@ -5975,14 +5969,12 @@ class HelpTest(unittest.TestCase):
     def test_no_flag_has_left_its_group(self) -> None:
         """The last groups take what no other has, so a flag may be there by mistake."""
         texts = [name for name in Configuration._declared if re.match("msg_(?!size_limit)", name)]
-        for title, flag, known in (
-            ("Other", "-h", "-tolerated -version -help -helpAll"),
-            ("Reply texts", "-helpAll", " ".join(flags(name)[0] for name in texts)),
+        for title, known in (
+            ("Other", ["-tolerated", "-version", "-help", "-helpAll"]),
+            ("Reply texts", [flags(name)[0] for name in texts]),
         ):
-            self.assertEqual(
-                re.findall(r"(?m)^  (-\w+)", self.read(flag).partition(f"{title}:\n")[2].partition("\n\n")[0]),
-                known.split(),
-            )
+            group = self.read("-helpAll").partition(f"{title}:\n")[2].partition("\n\n")[0]
+            self.assertEqual(re.findall(r"(?m)^  (-\w+)", group), known)
 
     def test_an_option_of_no_group_is_there(self) -> None:
         option = Configuration._declared["fail_fast"]
@@ -7812,18 +7804,12 @@ class ReadmeTest(ProcessCase):
         self.assertIn(smtpmock.__version__, self.text)
 
 
-# The start of each code of README's "Coming from ...", in its order, and what is true after it: `value` is that of an
-# expression, and `three` what happens to three mails in three connections, as in "ok", "451" or "550 bob".
+# The start of each code of README's "Coming from ...", a line for a line, and what is true after each: `value` is that of
+# an expression, and `three` what happens to three mails in three connections, as in "ok", "451" or "550 bob".
 COMING_FROM = read_rows(r"""
-s = smtpmock.Server(host= => three() == "ok ok ok"
-s.host => value == "127.0.0.1"
-s.port => value > 0
-m = s.message() => value.subject == "hi"
-m.mail_from => value == "alice@example.com"
-m.rcpt_tos => value == ["bob@example.com", "b@b.com", "eve@reject.org"]
-m.content => value.startswith(b"Subject: hi")
-m.email => value["subject"] == "hi"
-m.peer => value[0] == "127.0.0.1"
+s = smtpmock.Server(host= | s.host | s.port => three() == "ok ok ok" | value == "127.0.0.1" | value > 0
+m = s.message() | m.mail_from | m.rcpt_tos | m.content => value.subject == "hi" | value == "alice@example.com" | value == ["bob@example.com", "b@b.com", "eve@reject.org"] | value.startswith(b"Subject: hi")
+m.email | m.peer => value["subject"] == "hi" | value[0] == "127.0.0.1"
 email.message_from_bytes => value["subject"] == "hi"
 s.on("RCPT", "bob => three() == "550 bob 550 bob 550 bob"
 s.on("RCPT", lambda => three() == "550 b,eve 550 b,eve 550 b,eve"
@@ -7841,28 +7827,20 @@ s = smtpmock.Server(tls_req => three() == "530 530 530"
 s = smtpmock.Server(ssl_con => s.url.startswith("smtps://")
 s = smtpmock.Server(msg_siz => "SIZE 1000" in ehlo() and "SMTPUTF8" in ehlo()
 m = await asyncio.to_thread => value.subject == "hi"
-s.host => value == "127.0.0.1"
-(s.host, s.port) => value == (s.host, s.port)
+s.host | (s.host, s.port) => value == "127.0.0.1" | value == (s.host, s.port)
 s.configure(ssl_context= => s.url.startswith("smtps://")
 s.configure(auth_users= => three() == "530 530 530"
-len(s.outbox) => value == 1
-s.outbox[0].mail_from => value == "alice@example.com"
+len(s.outbox) | s.outbox[0].mail_from => value == 1 | value == "alice@example.com"
 s.messages_and_purge() => len(value) == 1 and s.outbox == []
 s.message(lambda => value.subject == "hi"
-m.auth_user => value is None
-m.tls => value is None
-m.text => value == "hello\n"
-m.html => value is None
+m.auth_user | m.tls => value is None | value is None
+m.text | m.html => value == "hello\n" | value is None
 len(s.wait_for_messages(1)) => value
 s.on("connect", times=1) => three() == "421 ok ok"
-s.on("MAIL").drop() => three() == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
-s.stop() => three() == "ConnectionRefusedError " * 2 + "ConnectionRefusedError"
-s.on("MAIL").silence() => three(timeout=0.1) == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
+s.on("MAIL").drop() | s.stop() | s.on("MAIL").silence() => three() == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected" | three() == "ConnectionRefusedError " * 2 + "ConnectionRefusedError" | three(timeout=0.1) == "SMTPServerDisconnected " * 2 + "SMTPServerDisconnected"
 s.on("AUTH").reply => three("alice") == "535 535 535"
-n = s.on("connect").reply => three() == "ok ok ok" and n.hits == 3
-n.hits => value == 3
-connect = socket.create => True
-monkeypatch.setattr( => three(host="smtp.example.invalid") == "ok ok ok"
+n = s.on("connect").reply | n.hits => three() == "ok ok ok" and n.hits == 3 | value == 3
+connect = socket.create | monkeypatch.setattr( => True | three(host="smtp.example.invalid") == "ok ok ok"
 monkeypatch.setenv( => trusts()
 """)
 
@@ -7947,7 +7925,7 @@ class ComingFromTest(unittest.TestCase):
         text = (HERE / "README.md").read_text(encoding="utf-8").partition("<summary>Coming from aiosmtpd")[2]
         cells = re.findall(r"^\| .* \| (`.*) \|$", text.partition("</details>")[0], re.MULTILINE)
         groups = [group for cell in cells for group in re.split("(?<=`); (?=`)", cell)]  # each with a server of its own
-        expected = [(*row.given, row.expected) for row in COMING_FROM]
+        expected = [pair for row in COMING_FROM for pair in zip(row.given, row.expected.split(" | "), strict=True)]
         for group in groups:
             with contextlib.ExitStack() as self.stack:
                 self.serve()
