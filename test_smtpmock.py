@@ -1291,7 +1291,7 @@ ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (CST) | From: =?utf-8?q?J=C3=BC
     Message-ID: |  <1@example.com> | Subject: =?utf-8?b?w7w=?= | {SP}=?utf-8?q?=C3=BC_x?= and 1=?2 | | END => clean
 LHLO a.example.com | NOOP | HELP | HELLO | VRFY b | NOOP what | ehlo a.example.com | mail from:<a@example.com> |
     rcpt to:<b@example.com> | QUIT => clean
-ENVELOPE | From: a@example | R:.com\nX => clean
+ENVELOPE | From: a@example | R:.com\nX => unstuffed-dot, bare-lf
 ENVELOPE | HEAD | MIME | Content-Type: multipart/digest; boundary="a'()+_,-./:=? 9" | | --a'()+_,-./:=? 9 | |
     Subject: Hi | | Hello | --a'()+_,-./:=? 9-- | END => clean
 R:EHLO a.example.com\n | R:NOOP a\rb\r\n | R:NOOP\r\r\n | R:NOOP a\0b\r\n | NOOP {x*506} | R: NOOP\r\n | R:QUIT \r\n
@@ -1325,13 +1325,13 @@ ENVELOPE | HEAD | MIXED | | --x | Content-Type : text/plain | | Hello | --x-- | 
 ENVELOPE | HEAD | X: Grüße | Subject: a | subject: b | TO: c@example.com | Comments: a | Comments: b | | END
     => header-raw, header-duplicate x2
 ENVELOPE | Date: Ven, 21 nov 1997 09:55:06 GMT | FROM | Message-ID: <1> | | END => bad-date, bad-message-id
-ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 GMT | FROM | ID | | END => bad-date
+ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 GMT | FROM | ID | | END => obsolete-syntax
 ENVELOPE | DATE | From: =?utf-8?q?J=C3=BCrgen_=3Ca=40example=2Ecom=3E?= | Sender: Doe, John <a@example.com> |
     Reply-To: bob | To: | Cc: <a@example.com | ID | | END => bad-address x5
 ENVELOPE | HEAD | Content-Type: text/plain; charset=utf-8 | CTE: 7bit | | END => no-mime-version
 ENVELOPE | DATE | From: =?utf-8?q?J?=<a@example.com> | ID | X-1: =?utf-8?q??= | X-2: =?utf-8?b?w7w?= |
     X-3: =?utf-8?q?=C3?= | X-4: =?utf-8?q?a b?= | X-5: =?nothing?q?ab?= | X-6: a=?utf-8?q?ab?= | X-7: =?utf-8?x?ab?= |
-    X-8: =?utf-8?q?caf=?= | X-9: =?utf-8?q?{x*65}?= | | END => encoded-word x9, encoded-word-long
+    X-8: =?utf-8?q?caf=?= | X-9: =?utf-8?q?{x*65}?= | | END => encoded-word x8, encoded-word-long
 ENVELOPE | HEAD | MIME | Content-Type: text/plain | Content-Disposition: attachment; filename="=?utf-8?q?=C3=BC?=" | |
     END => encoded-parameter
 ENVELOPE | HEAD | MIME | Content-Type: text | | END => bad-content-type
@@ -1349,7 +1349,7 @@ ENVELOPE | HEAD | MIXED | | --x | CTE: quoted-printable | | 1 = 1 | --x | CTE: q
     CTE: quoted-printable | | {x*79} | --x | CTE: quoted-printable | | trailing{SP} | | --x-- | END
     => 8bit-unannounced, bad-quoted-printable x4
 ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 | CTE: quoted-printable | | =FC | --x |
-    Content-Type: text/html; charset=nothing | | Hello | --x | CTE: base64 | | w7w= | --x-- | END => wrong-charset x3
+    Content-Type: text/html; charset=nothing | | Hello | --x | CTE: base64 | | w7w= | --x-- | END => wrong-charset x2
 ENVELOPE | Date: (c) fri, 21 nov 1997 09:55 -0600 (a (b) c) | FROM | Message-ID: (c) <a@b.c> (c (d)) (e) | | END
     => clean
 ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/global-headers | CTE: base64 | | YQ== | --x-- | END => clean
@@ -1409,9 +1409,9 @@ HELLO | STARTTLS now | MAIL | RCPT | DATA BODY=8BITMIME | RSET all | QUIT please
 HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | RSET | MAIL | RCPT |
     RCPT TO:<c@example.com> | DATA | HEAD | | END => clean
 == AUTH  -- auth_users={"u": "p"}
-HELLO | AUTH PLAIN | * | AUTH XOAUTH2 | {YWJj*900} | AUTH LOGIN | dQ== | cA== |
+HELLO | AUTH PLAIN | * | AUTH XOAUTH2 | dXNlcj11AWF1dGg9QmVhcmVy{ICAg*900}cAEB | | AUTH LOGIN | dQ== | cA== |
     MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT => clean
-HELLO | AUTH XOAUTH2 {YWJj*900} | AUTH NTLM AAAA | RCPT | MAIL | AUTH PLAIN AHUAcA== | RSET | QUIT
+HELLO | AUTH XOAUTH2 dXNlcj11AWF1dGg9QmVhcmVy{ICAg*900}cAEB | | AUTH NTLM AAAA | RCPT | MAIL | AUTH PLAIN AHUAcA== | RSET | QUIT
     => long-command, unannounced-mechanism, bad-sequence x2
 == SMTPUTF8, 8BITMIME, DSN, DELIVERBY, FUTURERELEASE and XCLIENT
 -- extensions=["SMTPUTF8", "8BITMIME", "DSN", "DELIVERBY", "FUTURERELEASE 100 100", "XCLIENT"]
@@ -1436,7 +1436,7 @@ HELLO | QUIT => after-421
 ENVELOPE | HEAD | QUIT | | R:Hello\n | . | QUIT => data-after-refusal
 ENVELOPE | + DATE | +  | + . | QUIT => pipelining-order, data-after-refusal
 == AUTH where STARTTLS is offered  -- auth_users={"u": "p"}, ssl_context=True
-HELLO | AUTH PLAIN AHUAcAA= | auth login | dQ== | cA== | QUIT => auth-in-clear x2
+HELLO | AUTH PLAIN AHUAeA== | auth login | dQ== | cA== | QUIT => auth-in-clear x2
 == BINARYMIME  -- extensions=["CHUNKING", "BINARYMIME", "8BITMIME"]
 HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | R:BDAT 164 LAST\r\n | + DATE | + FROM | + ID | + MIME |
     + CTE: binary | +  | + R:\0\n\xff\r\n | QUIT => clean
@@ -1445,6 +1445,338 @@ HELLO | MAIL | RCPT | R:BDAT 3\r\nabc | DATA | QUIT => bad-sequence
 == no recipient, and a lone dot  -- not_registered_emails=["b@b.com"]  -- rule: DATA: reply 354 Go on
 HELLO | MAIL | RCPT | DATA | END => no-recipient
 """)
+
+# The same for what a mail has wrong, and for what is right though it looks wrong.
+MAIL_FAULTS = read_table(r"""
+== the header
+ENVELOPE | HEAD | MIME | MIME | Content-Type: text/plain | content-type: text/html | | END => header-duplicate x2
+ENVELOPE | HEAD | MIXED | | --x | CTE: base64 | Content-Type: application/pdf | CTE: base64 |
+    Content-ID: <1@example.com> | Content-ID: <2@example.com> | | eHh4 | --x-- | END => header-duplicate x2
+ENVELOPE | HEAD | MIXED | | --x | Content-Disposition: inline | Content-Disposition: attachment | | hi | --x-- |
+    END => header-duplicate
+ENVELOPE | DATE | From: a@example.com, C <c@example.com> | ID | | END => header-missing
+ENVELOPE | DATE | From: g: a@example.com, C <c@example.com>; | Sender: a@example.com, b@example.com | ID | |
+    END => group-in-from, bad-address
+ENVELOPE | DATE | From: undisclosed:; | ID | | END => group-in-from
+ENVELOPE | HEAD | Resent-From: b@example.com | | END => header-missing
+ENVELOPE | HEAD | Resent-To: b@example.com | | END => header-missing x2
+ENVELOPE | DATE | From: a@example.com, "C, d" <c@example.com> | Sender: a@example.com | ID |
+    Resent-From: b@example.com | Resent-Date: Fri, 21 Nov 1997 09:55:06 -0600 | | END => clean
+ENVELOPE | DATE | From: "a@b, c@d" <a@example.com> | ID | | END => clean
+ENVELOPE | HEAD | X: a | {SP} |  b | | END => header-syntax
+ENVELOPE | HEAD | X: a | R:\t\r\n |  b | | END => header-syntax
+ENVELOPE | HEAD | R:X: a\x07b\r\n | | END => header-syntax
+ENVELOPE | HEAD | MIXED | | --x | R:X: a\x1bb\r\n | X-2: a | {SP} | | hi | --x-- | END => header-syntax x2
+ENVELOPE | HEAD | R:X: a\tb\r\n | X-2: |  c | | END => clean
+ENVELOPE | DATE | FROM | Message-ID: <a..b@example.com> | In-Reply-To: 1@example.com |
+    References: <1@example.com>, <2@example.com> | Content-ID: logo | | END => bad-message-id x4
+ENVELOPE | DATE | FROM | Message-ID: <a:b@example.com> | | END => bad-message-id
+ENVELOPE | DATE | FROM | Message-ID: <a@b@example.com> | | END => bad-message-id
+ENVELOPE | DATE | FROM | Message-ID: <a b@example.com> | | END => bad-message-id
+ENVELOPE | DATE | FROM | Message-ID: <a@example.com> <b@example.com> | | END => bad-message-id
+ENVELOPE | DATE | FROM | Message-ID: <@example.com> | | END => bad-message-id
+ENVELOPE | DATE | FROM | Message-ID: <a$b=c/d+e%f.g@[127.0.0.1]> | In-Reply-To: <1@example.com> (c) |
+    References: <1@example.com> |  <2@[IPv6:::1]><3@localhost> | | END => clean
+ENVELOPE | DATE | FROM | Message-ID: <"a b"@example.com> | In-Reply-To: Your mail of "today" <1@example.com> | |
+    END => obsolete-syntax x2
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=My File.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=a/b.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=a(1).pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=a[1].pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename="a"b.pdf" | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename="a.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment filename=a.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: filename=a.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; =a.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename= | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*="utf-8''a" | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=a%20b.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=utf-8''a%2.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=utf-8''a%FC.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*0="a"; filename*2="b.pdf" | |
+    END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*1="a" | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*0="a"; filename*1*=%20b | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; name*=utf-8'a | | END => bad-content-type
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=nothing''a%FC.pdf | | END => unknown-charset
+ENVELOPE | HEAD | MIME |
+    Content-Disposition: attachment; filename="My (\"1\") File.pdf"; size=3 (three); filename*=utf-8'de'%C3%BC | |
+    END => clean
+ENVELOPE | HEAD | MIME | Content-Disposition: inline; filename*1=b; filename*0*=''%20; filename*2*=%20; | |
+    END => clean
+ENVELOPE | HEAD | MIME | Content-Disposition: inline; filename*0*=utf-8''%C3; filename*1*=%BC; a=b; a*=''c | |
+    END => clean
+ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller,_J?= <a@example.com> | ID | | END => encoded-word
+ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller_(J)?= <a@example.com> | ID | | END => encoded-word
+ENVELOPE | DATE | From: "=?utf-8?Q?M=C3=BCller?=" <a@example.com> | ID | | END => encoded-word
+ENVELOPE | DATE | From: "x =?utf-8?Q?M=C3=BCller?= y" <a@example.com> | ID | | END => encoded-word
+ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller?=@example.com | ID | | END => encoded-word
+ENVELOPE | DATE | From: M <a@=?utf-8?Q?M=C3=BCller?=> | ID | | END => encoded-word
+ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller=2C_J?= (=?utf-8?q?a,b?=) <a@example.com> | ID |
+    Subject: "x =?utf-8?Q?M=C3=BCller,_(J)?= y" | | END => clean
+ENVELOPE | HEAD | Subject: =?utf-8?Q?a=C3?= =?utf-8?Q?=BC?= | | END => encoded-word
+ENVELOPE | HEAD | Subject: =?utf-8?B?YcM=?= =?utf-8?B?vA==?= | | END => encoded-word
+ENVELOPE | HEAD | Subject: =?utf-8?Q?a?==?utf-8?Q?b?= | | END => encoded-word
+ENVELOPE | HEAD | Subject: =?nothing?Q?a=FC?= | X: =?nothing?Q?b=FC?= | | END => unknown-charset
+ENVELOPE | HEAD | Subject: =?windows-31j?Q?=82=A0?= =?VISCII?Q?=FC?= =?ISO-8859-8-I?q?=E0?= =?nothing?q?a?= | | END
+    => clean
+ENVELOPE | HEAD | Cc: , b@example.com | | END => bad-address
+ENVELOPE | HEAD | Cc: a@example.com,, b@example.com | | END => bad-address
+ENVELOPE | HEAD | Cc: a@example.com, | | END => bad-address
+ENVELOPE | HEAD | Cc: a@example.com; b@example.com | | END => bad-address
+ENVELOPE | HEAD | Cc: Doe, J. <a@example.com> | | END => bad-address
+ENVELOPE | HEAD | Cc: Sales: J <a@example.com> | | END => bad-address
+ENVELOPE | HEAD | Cc: a@b.com <a@example.com> | | END => bad-address
+ENVELOPE | HEAD | Cc: [x] <a@example.com> | | END => bad-address
+ENVELOPE | HEAD | Cc: a@example.com b@example.com | | END => bad-address
+ENVELOPE | HEAD | Cc: a@example..com | | END => bad-address
+ENVELOPE | HEAD | Cc: <a@example.com>, <> | | END => bad-address
+ENVELOPE | HEAD | Cc: "a <a@example.com> | | END => bad-address
+ENVELOPE | HEAD | Cc: g: a@example.com,; | | END => bad-address
+ENVELOPE | HEAD | Cc: John Q. Public <a@example.com> | | END => obsolete-syntax
+ENVELOPE | HEAD | Cc: <@x.org,@y.org:a@example.com>, b @ c . org | | END => obsolete-syntax
+ENVELOPE | HEAD | Cc: undisclosed-recipients:; |
+    Reply-To: g: a@example.com, B <b@example.com>; , (c) c@[192.0.2.1] (c, d), "q \"r"@example.com | | END => clean
+ENVELOPE | HEAD | Cc: unlisted-recipients:; (no To-header on input) |
+    Reply-To: a(b)@(c)example.com, "a" "b" c <d@e> (f), <a@b> | | END => clean
+ENVELOPE | Date: Fri, 21 Nov 97 09:55:06 GMT | FROM | ID | | END => obsolete-syntax
+ENVELOPE | Date: 1 Jan 25 09:55 EST | FROM | ID | | END => obsolete-syntax
+ENVELOPE | Date: Mon, 21 Nov 97 09:55:06 GMT | FROM | ID | | END => bad-date
+ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 CET | FROM | ID | | END => bad-date
+ENVELOPE | Date: 2024-05-01T10:00:00Z | FROM | ID | | END => bad-date
+ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (a | FROM | ID | | END => bad-date
+ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (a \) b "c) | FROM | ID | | END => clean
+ENVELOPE | HEAD | MIME-Version: 2.0 | | END => bad-mime-version
+ENVELOPE | HEAD | MIME-Version: | | END => bad-mime-version
+ENVELOPE | HEAD | MIME-Version: 1 | | END => bad-mime-version
+ENVELOPE | HEAD | MIME-Version: (a) 1.(b)0 (c) | | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary="" | | -- | | hi | ---- | END => bad-boundary
+ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary={1} | | --{1} | | hi | --{1}-- | END => bad-boundary
+ENVELOPE | HEAD | MIXED | | --x | Content-Type: multipart/alternative; boundary=xy | | --xy | | hi | --xy-- | --x-- |
+    END => bad-boundary
+ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/delivery-status | CTE: quoted-printable | |
+    Reporting-MTA: dns; a | --x | Content-Type: message/disposition-notification | CTE: base64 | | YTog | --x-- |
+    END => bad-encoding x2
+ENVELOPE | HEAD | MIXED | CTE: 7bit | | --x | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | ä | --x-- |
+    END => 8bit-unannounced, 8bit-in-7bit
+ENVELOPE | HEAD | MIXED | CTE: 7bit | | ä | --x | | a | --x-- | END => 8bit-unannounced, 8bit-in-7bit
+ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | ä | --x-- |
+    END => 8bit-unannounced
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: quoted-printable | | =c3=bc |
+    END => bad-quoted-printable
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=nothing | CTE: quoted-printable | | =FC |
+    END => unknown-charset
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: base64 | | w7zD | END => wrong-charset
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=windows-31j | CTE: quoted-printable | | =82=A0 | END => clean
+ENVELOPE | HEAD | Grüße: x | | END => header-syntax
+== PIPELINING, SIZE, DSN, CHUNKING and AUTH
+-- extensions=["PIPELINING", "SIZE", "8BITMIME", "DSN", "CHUNKING", "SMTPUTF8"], auth_users={"u": "p"}
+HELLO | MAIL FROM:<a@example.com> BODY=8BIT | RSET | MAIL FROM:<a@example.com> SIZE=-1 | RSET |
+    MAIL FROM:<a@example.com> SIZE=1 size=1 | RSET | MAIL FROM:<a@example.com> SIZE | RSET |
+    MAIL FROM:<a@example.com> RET=BODY | RSET | MAIL FROM:<a@example.com> NOTIFY=NEVER | RSET |
+    MAIL FROM:<a@example.com> SMTPUTF8=1 | QUIT => bad-parameter x7
+HELLO | MAIL | RCPT TO:<b@example.com> NOTIFY=NEVER,FAILURE | RCPT TO:<b@example.com> ORCPT=b@example.com |
+    RCPT TO:<b@example.com> SIZE=1 | RCPT TO:<b@example.com> c@example.com | BDAT abc LAST | BDAT |
+    QUIT => bad-parameter x4, bad-parameter, no-recipient, bad-parameter, no-recipient
+HELLO | MAIL FROM:<a@example.com> SIZE=1 BODY=8BITMIME RET=FULL ENVID=a+2Bb |
+    RCPT TO:<b@example.com> NOTIFY=FAILURE,DELAY ORCPT=rfc822;b | RSET | QUIT => clean
+HELLO | MAIL | RCPT | R:BDAT 4\r\nabcdefgh\r\nij\n | BDAT 0 LAST |
+    QUIT => bad-parameter, header-syntax, header-missing x2, no-message-id
+HELLO | AUTH PLAIN u:p | AUTH PLAIN dSBw | AUTH LOGIN | u | p | QUIT => bad-auth x2
+HELLO | AUTH XOAUTH2 {dXNl*19} | {YWJj*4} | QUIT => bad-auth x2
+HELLO | AUTH PLAIN AHUAcA== | AUTH PLAIN AHUAcA== | QUIT => bad-sequence
+HELLO | AUTH PLAIN | AHUAcA== | AUTH PLAIN AHUAeA== | QUIT => bad-sequence
+HELLO | AUTH PLAIN AHUAeA== | AUTH PLAIN AHUAcA== | QUIT => clean
+HELLO | R:\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\n\r\n.\n\0 => tls-on-plain-port
+R:\x16\x03\x01\x02\0\x01 => tls-on-plain-port
+== a body that does not end
+ENVELOPE | HEAD | | Hi | R:.\n => false-end, bare-lf
+ENVELOPE | HEAD | | R:Hi\n.\n => bare-lf, false-end
+ENVELOPE | HEAD | | R:Hi\n.\r\n => bare-lf, false-end
+ENVELOPE | HEAD | | R:Hi\r\n.\r => clean
+ENVELOPE | HEAD | | Hi => clean
+== DATA refused, and the mail comes all the same  -- msg_data_received="554 No"
+ENVELOPE | DATE | + FROM | + ID | +  | + . | QUIT => data-after-refusal
+== SMTPUTF8  -- extensions=["SMTPUTF8", "8BITMIME"]
+HELLO | MAIL FROM:<a@example.com> SMTPUTF8 | RCPT | DATA | HEAD | R:X: a\xfcb\r\n | Subject: Grüße | |
+    END => header-raw
+HELLO | MAIL | RCPT TO:<b@example.com>,<c@example.com> | RCPT TO:b@example.com, c@example.com | RSET |
+    QUIT => path-syntax x2, bad-parameter
+# In the manner of the samples of RFC 5322 appendix A, RFC 2046, RFC 2049, RFC 2231, RFC 3464 and RFC 8098.
+== samples
+ENVELOPE | From: John Doe <jdoe@machine.example> | To: Mary Smith <mary@example.net> | Subject: Saying hello | DATE |
+    Message-ID: <1234@local.machine.example> | | This is a message. | END => clean
+ENVELOPE | From: "Joe Q. Public" <john.q.public@example.com> |
+    To: Mary Smith <mary@x.test>, jdoe@example.org, Who? <one@y.test> |
+    Cc: <boss@nil.test>, "Giant; \"Big\" Box" <sysservices@example.net> | Date: Tue, 1 Jul 2003 10:52:37 +0200 |
+    Message-ID: <5678.21-Nov-1997@example.com> | | Hi everyone. | END => clean
+ENVELOPE | From: Pete <pete@silly.example> | To: A Group:Ed Jones <c@a.test>,joe@where.test,John <jdoe@one.test>; |
+    Cc: Undisclosed recipients:; | Date: Thu, 13 Feb 1969 23:32:54 -0330 | Message-ID: <testabcd.1234@silly.example> |
+    | Testing. | END => clean
+ENVELOPE | From: John Doe <jdoe@machine.example> | Sender: Michael Jones <mjones@machine.example> |
+    Reply-To: "Mary Smith: Personal Account" <smith@home.example> | Subject: Re: Saying hello | DATE |
+    Message-ID: <abcd.1234@local.test> | In-Reply-To: <3456@example.net> |
+    References: <1234@local.machine.example> <3456@example.net> | | A reply. | END => clean
+ENVELOPE | Resent-From: Mary Smith <mary@example.net> | Resent-To: Jane Brown <j-brown@other.example> |
+    Resent-Date: Mon, 24 Nov 1997 14:22:01 -0800 | Resent-Message-ID: <78910@example.net> | HEAD | | Forwarded. |
+    END => clean
+ENVELOPE | Received: from x.y.test by example.net via TCP for <mary@example.net>; 21 Nov 1997 10:05:43 -0600 | HEAD |
+    | Traced. | END => clean
+ENVELOPE | From: Pete(A nice \) chap) <pete(his account)@silly.test(his host)> |
+    To:A Group(Some people):Chris Jones <c@(Chris's host.)public.example>, John <jdoe@one.test> (my friend); (the end) |
+    Cc:(Empty list)(start)Hidden recipients  :(nobody(that I know))  ; | Date: Thu, |       13 |         Feb |
+              1969 |       23:32 |                -0330 (Newfoundland Time) |
+    Message-ID:              <testabcd.1234@silly.test> | | Testing. | END => clean
+ENVELOPE | HEAD | MIME | Content-type: multipart/mixed; boundary="simple boundary" | | A preamble, to be ignored. | |
+    --simple boundary | | Implicitly plain text. | --simple boundary | Content-type: text/plain; charset=us-ascii | |
+    Explicitly plain text. | | --simple boundary-- | | An epilogue, to be ignored. | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: multipart/digest; boundary="---- next ----" | | ------ next ---- | |
+    From: x@example.com | Subject: my opinion | | One | ------ next ---- | | From: y@example.com | | Two |
+    ------ next ------ | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: message/partial; id="ABC@host.com"; number=1; total=2 | | X-Weird: 1 |
+    Message-ID: <2@host.com> | | First half | END => clean
+ENVELOPE | HEAD | MIME |
+    Content-Type: message/external-body; name="BodyFormats.ps"; site="thumper.example.com"; mode="image";
+    access-type=ANON-FTP; directory="pub"; expiration="Fri, 14 Jun 1991 19:13:14 -0400 (EDT)" |
+    | Content-type: application/postscript | Content-ID: <id42@guppylake.example.com> | | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary=unique-boundary-1 | | A preamble. | |
+    --unique-boundary-1 | | Text with blank lines | | | --unique-boundary-1 |
+    Content-type: text/plain; charset=US-ASCII | | typed | | --unique-boundary-1 |
+    Content-Type: multipart/parallel; boundary=unique-boundary-2 | | --unique-boundary-2 | Content-Type: audio/basic |
+    Content-Transfer-Encoding: base64 | | AAAA | | --unique-boundary-2 | Content-Type: image/jpeg |
+    Content-Transfer-Encoding: base64 | | AAAA | | --unique-boundary-2-- | | --unique-boundary-1 |
+    Content-type: text/enriched | | This is <bold>enriched</bold> | | --unique-boundary-1 |
+    Content-Type: message/rfc822 | | From: (mailbox in US-ASCII) | Content-Type: Text/plain; charset=ISO-8859-1 |
+    Content-Transfer-Encoding: Quoted-printable | | inner | | --unique-boundary-1-- | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: application/x-stuff; title*=us-ascii'en-us'This%20is%20%2A%2A%2Afun%2A%2A%2A |
+    | x | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: application/x-stuff; |
+    R:\ttitle*0*=us-ascii'en'This%20is%20even%20more%20; title*1*=%2A%2A%2Afun%2A%2A%2A%20;\r\n |
+     title*2="isn't it!" | | x | END => clean
+ENVELOPE | HEAD | MIME |
+    Content-Type: message/external-body; access-type=URL; URL*0="ftp://"; URL*1="cs.utk.example/pub/x.txt" | |
+    Content-Type: text/plain | | END => clean
+ENVELOPE | HEAD | Subject: =?US-ASCII*EN?Q?Keith_Moore?= | | END => clean
+ENVELOPE | HEAD | MIME |
+    Content-Type: multipart/report; report-type=delivery-status; boundary="RAA14128.773615765/CS.UTK.EXAMPLE" | |
+    --RAA14128.773615765/CS.UTK.EXAMPLE | | It could not be delivered. | | --RAA14128.773615765/CS.UTK.EXAMPLE |
+    content-type: message/delivery-status | | Reporting-MTA: dns; cs.utk.example | |
+    Original-Recipient: rfc822;louisl@larry.slip.example | Final-Recipient: rfc822;louisl@larry.slip.example |
+    Action: failed | Status: 4.0.0 | Diagnostic-Code: smtp; 426 connection timed out | |
+    --RAA14128.773615765/CS.UTK.EXAMPLE | content-type: message/rfc822 | | Subject: the original | | gone |
+    --RAA14128.773615765/CS.UTK.EXAMPLE-- | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: multipart/report; report-type=disposition-notification; |
+     boundary="RAA14128.773615765/EXAMPLE.COM" | | --RAA14128.773615765/EXAMPLE.COM | Content-type: text/plain | |
+    It was displayed. | | --RAA14128.773615765/EXAMPLE.COM | Content-type: message/disposition-notification | |
+    Reporting-UA: joes-pc.cs.example.com; Foomail 97.1 | Final-Recipient: rfc822;Joe_Recipient@example.com |
+    Disposition: manual-action/MDN-sent-manually; displayed | | --RAA14128.773615765/EXAMPLE.COM |
+    Content-type: message/rfc822 | | Subject: x | | y | --RAA14128.773615765/EXAMPLE.COM-- | END => clean
+""")
+
+HEADERS = ("From", "To", "Sender", "Message-ID", "References", "Date", "Subject", "Bcc", "MIME-Version")
+MIME_HEADERS = ("Content-Type", "Content-Disposition", "Content-Transfer-Encoding")
+# What a header may have many of.
+UNITS = (
+    *(
+        "a",
+        "(",
+        ")",
+        '"',
+        "\\",
+        '\\"',
+        "<",
+        ">",
+        "@",
+        ",",
+        ";",
+        ":",
+        ".",
+        "=",
+        "[",
+        "]",
+        " ",
+        "\t",
+        "=?",
+        "?=",
+        "a ",
+        "a@b,",
+    ),
+    *("<a@b> ", "a;", "=?utf-8?q?x?= ", "x*0=a;", ";a=b", "; x*1*=%41", "a b=", "\r\n ", "(a)", '"a"', "a@", "a:b;"),
+)
+
+# What a client sends, and the text of a violation that its messages then have.
+FAULT_TEXTS = read_table(r"""
+== the default options
+ENVELOPE | HEAD | Subject: =?utf-8?q?a=C3?= =?utf-8?q?=BC?= | | END
+    => a character is split or cut off: encode it as a whole
+ENVELOPE | HEAD | Subject: =?utf-8?q?a?==?utf-8?q?b?= | | END => an encoded word needs white space around it
+ENVELOPE | HEAD | Cc: "=?utf-8?q?a?=" <a@a.com> | | END => an encoded word in quotes is not decoded
+ENVELOPE | HEAD | Cc: =?utf-8?q?a?=@a.com | | END => an address must not have an encoded word
+ENVELOPE | HEAD | Cc: =?utf-8?q?a,b?= <a@a.com> | | END => a Q word in a name must have letters, digits and !*+-/=_ only
+ENVELOPE | HEAD | Cc: Doe, J. <a@a.com> | | END => quote a name that has , . : @ [ or ]
+ENVELOPE | HEAD | Cc: a@a.com, | | END => leave out an empty element of a list, or a header without an address
+ENVELOPE | HEAD | Sender: a@a.com, b@b.com | | END => a Sender must have one address only
+ENVELOPE | HEAD | References: <a@a.com>, <b@a.com> | | END => separate ids by white space and not by commas
+ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | | END => this date is on another day of the week
+ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | a | --x-- | END
+    => a multipart or a mail in it must be 7bit, 8bit or binary
+ENVELOPE | HEAD | MIME | CTE: binary | | a | END => binary needs BODY=BINARYMIME
+ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed | | a | END => there is no boundary parameter
+ENVELOPE | HEAD | MIXED | | a | END => no line opens the first part
+ENVELOPE | HEAD | MIXED | | --x | | a | END => no line closes the last part
+ENVELOPE | HEAD | MIME | CTE: quoted-printable | | =c3 | END => write =C3 and not =c3
+ENVELOPE | HEAD | MIME | CTE: quoted-printable | | =C3 | END => a text that is not ASCII needs a charset, such as utf-8
+HELLO | MAIL FROM: <a@a.com> | QUIT => there must be no space after the colon
+HELLO | MAIL FROM:a@a.com | QUIT => write FROM:<address>, one address and nothing else
+HELLO | MAIL | RCPT TO:<a@a.com>,<b@b.com> | QUIT => write TO:<address>, one address and nothing else
+HELLO | MAIL | RCPT TO:<a@my_host.example.com> | QUIT => the domain of the address is wrong
+HELLO | MAIL | RCPT TO:<root> | QUIT => the address has no domain
+HELLO | MAIL | RCPT TO:<a b@a.com> | QUIT => the part before the @ of the address is wrong
+HELLO | RCPT | QUIT => RCPT needs an accepted MAIL
+== AUTH and CHUNKING  -- auth_users={"u": "p"}, extensions=["CHUNKING", "BINARYMIME", "SIZE"]
+HELLO | AUTH PLAIN AHUAeA== | cA== | QUIT => AUTH has failed, and this belongs to it
+HELLO | AUTH PLAIN AHUAcA== | AUTH PLAIN AHUAcA== | QUIT => AUTH has succeeded already
+HELLO | MAIL | AUTH PLAIN AHUAcA== | QUIT => AUTH is not allowed within a mail
+HELLO | MAIL | RCPT | R:BDAT 1\r\na | DATA | QUIT => after BDAT comes BDAT LAST
+HELLO | MAIL FROM:<a@a.com> BODY=BINARYMIME | RCPT | DATA | QUIT => BINARYMIME needs BDAT
+HELLO | MAIL FROM:<a@a.com> SIZE=1 SIZE=1 | QUIT => SIZE is given twice
+HELLO | MAIL FROM:<a@a.com> NOTIFY=NEVER | QUIT => NOTIFY belongs to RCPT
+HELLO | MAIL FROM:<a@a.com> SIZE=-1 | QUIT => this is no value of SIZE
+""")
+CURES = {
+    "bare-lf": "CRLF",
+    "bare-cr": "CRLF",
+    "early-talker": "wait",
+    "data-before-354": "wait",
+    "pipelining": "wait",
+    "no-hello": "send EHLO first",
+    "hello-invalid": "[192.0.2.1]",
+    "hello-not-fqdn": "host.example.com",
+    "nested-mail": "RSET",
+    "no-recipient": "RSET",
+    "data-after-refusal": "RSET",
+    "unstuffed-dot": "doubled",
+    "long-line": "quoted-printable or base64",
+    "8bit-unannounced": "quoted-printable or base64",
+    "8bit-undeclared": "BODY=8BITMIME",
+    "8bit-in-7bit": "quoted-printable or base64",
+    "undeclared-utf8": "SMTPUTF8",
+    "header-raw": "encoded words",
+    "bad-message-id": "<left@right>",
+    "bad-date": "-0600",
+    "bad-address": "user@example.com",
+    "bcc-disclosed": "leave it out",
+    "no-mime-version": "MIME-Version: 1.0",
+    "bad-mime-version": "1.0",
+    "encoded-word-long": "split it",
+    "encoded-parameter": "utf-8''a%20b",
+    "bad-content-type": "text/plain; charset=utf-8",
+    "bad-disposition": 'filename="a b.pdf"',
+    "unknown-charset": "use utf-8",
+    "false-end": "smuggling",
+    "path-syntax": "<address>",
+}
 
 
 def list_codes(messages: Iterable[Message]) -> list[str]:
@@ -1455,7 +1787,7 @@ def list_codes(messages: Iterable[Message]) -> list[str]:
 class ViolationTest(ServerCase):
     def rows(self) -> Iterator[tuple[Row, dict[str, Any], list[str], list[bytes]]]:
         """A row, its options, the expected codes, and what the client sends."""
-        for entry in VIOLATIONS.values():
+        for entry in (*VIOLATIONS.values(), *MAIL_FAULTS.values()):
             for row in entry.rows:
                 counted = [f"{code} x1".split(" x")[:2] for code in row.expected.split(", ") if code != "clean"]
                 codes = [code for code, count in counted for _ in range(int(count))]
@@ -1477,6 +1809,58 @@ class ViolationTest(ServerCase):
         rows = [expected for _, _, expected, _ in self.rows()]
         self.assertEqual({code for codes in rows for code in codes} | {"early-talker"}, set(Memory.CODES))
         self.assertGreater(rows.count([]), 20)
+
+    def test_what_each_text_says(self) -> None:
+        """What is wrong, and what to change."""
+        for entry in FAULT_TEXTS.values():
+            for row in entry.rows:
+                memory = Memory(**entry.options)
+                memory.greet()
+                memory.converse(read_pieces(row.given), sys.maxsize)
+                with self.subTest(row):
+                    texts = [found.text for message in memory.messages() for found in Memory.findings(message)]
+                    self.assertIn(row.expected, texts)
+        for code, cure in CURES.items():
+            self.assertIn(cure, Memory.CODES[code][0])
+
+    def test_charsets(self) -> None:
+        """Those that IANA registers are known, even if Python cannot decode them."""
+        registered = "VISCII csVIQR IBM01141 ISO-2022-CN-EXT iso-ir-99 ISO646-DE ISO_5428:1980 NATS-DANO JIS_C6226-1983"
+        registered += " EBCDIC-CP-FR OSD_EBCDIC_DF04_1 hp-legal T.61-8bit x0212 KSC5636 nf_z_62-010_(1973) Windows-31J"
+        registered += (
+            " Adobe-Symbol-Encoding Amiga-1251 CESU-8 greek7-old pt2 us-dk unknown-8bit CCSID00924 latin-greek"
+        )
+        unknown = "nothing utf-9 iso-8859-99 windows-1259 cp9999 x-unknown latin-99 utf8mb4 punycode hex"
+        for charset in (*registered.split(), *unknown.split()):
+            memory = Memory(*ENVELOPE, "DATA", f"Subject: =?{charset}?q?=FC?=", "", ".")
+            with self.subTest(charset):
+                self.assertEqual("unknown-charset" in list_codes(memory.messages()), charset in unknown.split())
+
+    def test_who_refuses_it(self) -> None:
+        memory = Memory(*ENVELOPE, "DATA")
+        memory.feed(
+            b"Date: a\r\nFrom: a@a.com, b@b.com\r\nX: a\r\n \r\nSubject: a\r\nSubject: b\r\n\r\nHello\n\r\n.\r\n"
+        )
+        found = [(violation.code, violation.refused_by) for violation in Memory.findings(memory.message())]
+        expected = [("bare-lf", "Postfix"), ("header-missing", "Gmail"), ("no-message-id", "Gmail"), ("bad-date", "")]
+        expected += [("header-syntax", "amavis"), ("header-duplicate", "Gmail, Amazon SES")]
+        self.assertEqual(found, expected)
+
+    def test_linear_time(self) -> None:
+        """Eight times as much of anything takes about eight times as long."""
+        for name in (*HEADERS, *MIME_HEADERS):
+            for unit in UNITS:
+                begin = "text/plain; " if name in MIME_HEADERS else ""
+
+                def measure(size: int, name: str = name, unit: str = unit, begin: str = begin) -> float:
+                    value, client = begin + unit * (size // len(unit)), smtpmock._ClientState()
+                    start = time.process_time()
+                    list(smtpmock._check_headers([(name, value)], client))
+                    list(smtpmock._check_header_set({name.lower(): value}, client))
+                    return time.process_time() - start
+
+                with self.subTest(name, unit=unit):
+                    self.assertTrue(any(measure(40_000) < max(24 * measure(5000), 0.1) for _ in range(3)))
 
     def test_what_a_violation_says(self) -> None:
         memory = Memory(*ENVELOPE, "DATA")
@@ -1941,6 +2325,14 @@ class ExchangeTest(unittest.TestCase):
         at = "2020-09-13T12:26:43.750000+00:00"
         self.assertEqual(shown, {"request": None, "response": "421 bye", "accepted": False, "at": at})
 
+    def test_what_is_in_force_stays_in_its_order(self) -> None:
+        memory = Memory(auth_users={"bob": "pw"}, multiple_message_receiving=True)
+        memory.greet()
+        wrong, right = (f"AUTH PLAIN {b64(chr(0).join(['', 'bob', secret]))}" for secret in ("", "pw"))
+        memory.say("EHLO a.com", wrong, "EHLO a.com", right, "EHLO b.com", *SEND, *SEND)
+        requests = [said.request for said in memory.messages()[-1].exchanges]
+        self.assertEqual(requests[:4], [None, "AUTH PLAIN ***", "EHLO b.com", SEND[0]])
+
     def test_the_clock_of_a_server(self) -> None:
         with Server() as server, Client(server) as client:
             before = datetime.datetime.now(datetime.timezone.utc)
@@ -2005,6 +2397,7 @@ class ExchangeTest(unittest.TestCase):
         self.assertEqual(lines[0], "S: 220 Welcome")
         self.assertEqual(lines.count(f"C: {SEND[0]}"), 100)
         begin = lines.index("C: <truncated>")
+        self.assertEqual(len({said.at for said in message.exchanges}), 1)
         self.assertEqual(lines[begin + 1 : begin + 4], ["C: EHLO a.com", f"S: {RECEIVED}", f"C: {SEND[0]}"])
         self.assertNotIn("bad-sequence", list_codes([message]))
 
@@ -2037,10 +2430,15 @@ class ExchangeTest(unittest.TestCase):
             self.assertIn(memory.greet()[0][:3], ("554", "421"))
             self.assertEqual({line: memory.say(line)[0][:3] for line in expected}, expected, options)
         self.assertEqual(Memory(msg_greeting="554 no", fail_fast=True).greet(), ["554 no", "<closed>"])
-        secret = Memory(msg_greeting="554 no", auth_users={})
+        secret = Memory(msg_greeting="554 no", auth_users={}, handlers=[make_handler("XKEY", has_secret=True)])
         secret.greet()
-        secret.say("AUTH PLAIN c2VjcmV0")
+        secret.say("AUTH PLAIN c2VjcmV0", "XKEY c2VjcmV0")
         self.assertNotIn("c2VjcmV0", secret.message().transcript)
+        ruled = Memory(msg_greeting="554 no", rules=["EHLO: reply 250 ok", "MAIL a@a.com: reply 250 a"])
+        ruled.greet()
+        self.assertEqual(ruled.say("EHLO a.com", SEND[0], SEND[1])[:2], ["250 ok", "250 a"])
+        message = ruled.message()
+        self.assertEqual((message.helo, message.mail_from, message.rcptto), (True, "a@a.com", False))
 
     def test_rules_look_at_the_line(self) -> None:
         seen: list[str] = []
@@ -2057,6 +2455,34 @@ class ExchangeTest(unittest.TestCase):
         chunk.on("message", re.compile("hi")).delay(3)
         self.assertEqual(chunk.say("BDAT 4 LAST", "hi"), ["451 last"])
         self.assertEqual(chunk.delays[-1], 3)
+
+    def test_no_secret_is_kept_out_of_sight(self) -> None:
+        for options, lines in (
+            ({}, ["AUTH LOGIN", "S3CRET"]),
+            ({}, ["AUTH=S3CRET"]),
+            ({"rules": ["FOO: reply 250 ok"]}, ["AUTH LOGIN", "S3CRET more"]),
+            ({"auth_users": {}}, ["AUTH s3Cret", "AUTH PLAIN", "S3CRET"]),
+            ({"handlers": [make_handler("XKEY", has_secret=True, parse=staticmethod(str))]}, ["XKEY S3CRET"]),
+        ):
+            memory = Memory(ENVELOPE[0], *lines, **dict[str, Any](options))
+            self.assertNotIn(b"S3CRET", pickle.dumps(memory.message()).upper(), lines)
+        memory = Memory(
+            "AUTH LOGIN", "FOO", "AUTH LOGIN", "MAIL a@a.com", rules=["FOO: reply 250 f", "MAIL: reply 250 m"]
+        )
+        self.assertEqual([reply for _, reply, *_ in memory.message().exchanges][1::2], ["250 f", "250 m"])
+
+    def test_a_pickle_has_what_the_message_has(self) -> None:
+        memory = Memory(ENVELOPE[0], *SEND, handlers=[make_handler("XFOO", parse=re.compile("(x*)").fullmatch)])
+        (message,) = memory.messages()
+        memory.say("XFOO xxx", "NOOP later", "RCPT TO:<later@b.com>")
+        self.assertNotIn(b"later", pickle.dumps(message))
+        self.assertEqual(pickle.loads(pickle.dumps(memory.message())).to_dict(), memory.message().to_dict())
+
+    def test_a_refused_login_is_not_in_the_mails_after_it(self) -> None:
+        memory = Memory(ENVELOPE[0], auth_users={}, multiple_message_receiving=True)
+        memory.say(f"AUTH PLAIN {b64(chr(0) + 'u' + chr(0))}", *SEND, *SEND)
+        self.assertEqual([len(message.refusals) for message in memory.messages()], [1, 0])
+        self.assertEqual([message.auth_user for message in memory.messages()], ["u", None])
 
     def test_a_match_that_fails_during_a_login(self) -> None:
         memory = Memory(ENVELOPE[0], auth_users={"bob": "pw"})
@@ -2843,13 +3269,13 @@ class ReadingTest(unittest.TestCase):
     def test_a_charset_that_is_read_is_no_violation(self) -> None:
         right = "iso-8859-8-i ISO-8859-6-E Windows-31J x-sjis windows-874 IBM00858 ks_c_5601-1987 cswindows1252 latin-9"
         for charset in (*right.split(), "punycode", "klingon", "unicode_escape", "zlib"):
-            for text in (b"a", b""):
-                message = receive_content(
-                    b"Content-Type: text/plain; charset=" + charset.encode() + b"\r\n\r\n" + text + b"\r\n"
-                )
-                found = "wrong-charset" in [violation.code for violation in message.violations]
-                with self.subTest(charset):
-                    self.assertEqual(found, charset not in right)
+            for text, is_unknown in (("a", False), ("", False), ("=A0", charset not in right)):
+                header = f"Content-Type: text/plain; charset={charset}\r\nContent-Transfer-Encoding: quoted-printable"
+                message = receive_content(f"{header}\r\n\r\n{text}\r\n".encode())
+                found = [violation.code for violation in Memory.findings(message)]
+                with self.subTest(charset, text=text):
+                    self.assertEqual("unknown-charset" in found, is_unknown)
+                    self.assertTrue(text == "=A0" or "wrong-charset" not in found)
 
     def test_a_message_without_a_body(self) -> None:
         message = Memory(*ENVELOPE).message()
@@ -7344,11 +7770,30 @@ class TellingTest(unittest.TestCase):
             ended = "ended early: 127.0.0.1:"
             self.assertTrue(wait_until(lambda: report(server).count(ended) == 10), report(server))
             self.assertIn("left before any command", report(server))
+            self.assertEqual((report(server).count("ended early"), server.messages()), (10, []))
+
+    def test_a_tls_handshake_on_a_plain_port(self) -> None:
+        """It is one request, and the connection closes."""
+        with Server() as server:
             with Client(server) as client:
                 client.send(b"\x16\x03\x01\x02\x00\x01")
-            text = "the client began TLS, but this port begins in plain text"
-            self.assertTrue(wait_until(lambda: text in report(server)), report(server))
-            self.assertEqual((report(server).count("ended early"), server.messages()), (10, []))
+                self.assertEqual(client.read_all(), ["<closed>"])
+            (message,) = server.wait_for_messages(1, TIMEOUT)
+            self.assertEqual(message.transcript.splitlines()[1:], ["C: <TLS handshake>", "S: <closed>"])
+            self.assertEqual(list_codes([message]), ["tls-on-plain-port"])
+            self.assertIn("tls-on-plain-port: the client began TLS on a port", report(server))
+
+    def test_a_body_that_ends_in_a_bare_lf(self) -> None:
+        for end in (b"\n.\n", b"\n.\r\n", b"\r\n.\n"):
+            with self.subTest(end), Server() as server, Client(server) as client:
+                for line in (*ENVELOPE, "DATA"):
+                    client.ask(line)
+                client.send(b"Subject: x\r\n\r\nhi" + end)
+                self.assertTrue(wait_until(lambda: "a dot alone with a bare LF" in report(server)), report(server))
+                client.__exit__()
+                self.assertTrue(
+                    wait_until(lambda: "false-end: at a dot with a bare LF" in report(server)), report(server)
+                )
 
     def test_a_wait_in_a_coroutine(self) -> None:
         async def wait(server: Server) -> None:
