@@ -357,11 +357,11 @@ class Smtp(smtplib.SMTP):
         super().__init__(host, port, timeout=TIMEOUT)
 
 
-def send(server: Server | int, *contents: bytes | str) -> None:
+def send(server: Server | int, *contents: bytes | str, to: Sequence[str] = ("b@b.com",)) -> None:
     """Send mails in one session."""
     with Smtp(server) as client:
         for content in contents:
-            client.sendmail("a@a.com", ["b@b.com"], content)
+            client.sendmail("a@a.com", to, content)
 
 
 def wait_until(condition: Callable[..., object], *arguments: object) -> bool:
@@ -3950,9 +3950,8 @@ class OutboxTest(ServerCase):
             with self.subTest(given), warnings.catch_warnings():
                 warnings.simplefilter("error", smtpmock.SMTPMockWarning)
                 for server in (Server(**given), Server(Configuration(**given)), undone):
-                    with server, Smtp(server) as client:
-                        for content in ("one", "two"):
-                            client.sendmail("a@a.com", ["b@b.com", "c@b.com"], content)
+                    with server:
+                        send(server, "one", "two", to=["b@b.com", "c@b.com"])
                         if len(given) == 1:  # else the other option may warn
                             self.assertEqual(len(server.messages()), int(kept[0]))
                     self.assertEqual(f"{len(server.outbox)} {len(server.outbox[-1].rcpt_tos)}", kept)
@@ -4757,16 +4756,6 @@ class CertificateTest(ProcessCase):
         dates = ("Jan  1 00:00:00 2000 GMT", "Jan  1 00:00:00 2100 GMT")
         self.assertEqual((found["notBefore"], found["notAfter"]), dates)
         self.assertNotRegex((HERE / "smtpmock.py").read_text(encoding="utf-8"), "BEGIN [A-Z]|MI[IGH][A-Za-z0-9+/]{20}")
-
-    def test_implicit_tls_and_a_change(self) -> None:
-        with Server(ssl_context="test", implicit_tls=True) as server:
-            with smtplib.SMTP_SSL(server.host, server.port, timeout=TIMEOUT, context=server.client_context()) as client:
-                self.assertEqual(client.noop()[0], 250)
-            server.configure(ssl_context="expired", implicit_tls=False)
-            with self.assertRaisesRegex(ssl.SSLCertVerificationError, "expired"):
-                self.connect(server, "localhost")
-            server.reset()
-            self.assertEqual(server.url[:5], "smtps")
 
     def test_another_context_or_none(self) -> None:
         for server in (Server(), Server(ssl_context=Memory.load_test_context("test"))):
@@ -7467,8 +7456,9 @@ class HttpTest(HttpCase):
             self.assertRaises(smtplib.SMTPServerDisconnected, client.noop)
         self.assertEqual([self.post("/check")[0], self.post("/rule", "RSET: close")[0]], [200, 200])
         status, event = self.post("/check")
-        self.assertEqual((status, event["event"], event["command"]), (409, "error", "check"))
-        self.assertRegex(event["error"], "^<Rule for RSET: 0 hits> was never hit")
+        self.assertEqual(
+            (status, event["event"], event["error"][:31]), (409, "error", "<Rule for RSET: 0 hits> was nev")
+        )
         self.assertEqual([self.post("/clear")[0], self.post("/check")[0]], [200, 200])
         self.assertEqual(self.post("/configure", "-failFast\n-msgGreeting='220-a\n220 b'")[0], 200)
         with Client(self.server) as other:
@@ -7488,12 +7478,12 @@ class HttpTest(HttpCase):
                     opened.assert_not_called()
 
     def test_the_certificate_for_tests(self) -> None:
+        _, headers, content = self.ask("GET /ca.pem")
+        self.assertEqual((headers["Content-Type"], content), ("application/x-pem-file", Memory.test_ca()))
         for name in ("expired", "'wrong host'", "test"):
             self.assertEqual(self.post("/configure", f"-tlsCert={name}")[0], 200)
-        _, headers, content = self.ask("GET /ca.pem")
-        self.assertEqual(headers["Content-Type"], "application/x-pem-file")
-        with smtplib.SMTP("localhost", self.server.port, timeout=TIMEOUT) as client:
-            client.starttls(context=ssl.create_default_context(cadata=content.decode()))
+            with Smtp(self.server) as client:
+                self.assertEqual(client.starttls()[0], 220)
 
     def test_pages(self) -> None:
         _, headers, content = self.ask("GET /")
@@ -7597,9 +7587,7 @@ class HttpFlagTest(ProcessCase):
                 else:
                     port = int(said.rpartition(":")[2])
                     url = process.stdout.readline().removeprefix("smtpmock: the mail is at ").removesuffix("/\n")
-                with Smtp(port) as client:
-                    for _ in range(2):
-                        client.sendmail("a@a.com", ["b@b.com", "c@c.com"], "hi")
+                send(port, "one", "two", to=["b@b.com", "c@c.com"])
                 with urllib.request.urlopen(f"{url}/messages", timeout=TIMEOUT) as answer:
                     self.assertEqual([record["rcpt_tos"] for record in json.load(answer)["messages"]], kept)
                 process.send_signal(signal.SIGTERM)
