@@ -4940,12 +4940,12 @@ def pytest_configure(config: Any) -> None:
 
 # Any page on the web can have a browser send requests to this machine. So a request must name this server and come from
 # its own pages, and an answer loads nothing.
-_HTTP_SECONDS, _HTTP_STOP_TIMEOUT = 20.0, 0.5  # for a request and its answer each; for the last answers in a stop
+_HTTP_SECONDS, _HTTP_STOP_TIMEOUT = 20.0, 0.5  # of silence; for the last answers in a stop
 _BODY_LIMIT, _IMAGES_LIMIT, _TEXT_LIMIT, _LIST_LIMIT = 2**20, 2**25, 200000, 200
 _HTTP_HEADERS = {"Cache-Control": "no-store", "Connection": "close", "Referrer-Policy": "no-referrer"}
 _HTTP_HEADERS |= {"X-Content-Type-Options": "nosniff", "X-DNS-Prefetch-Control": "off"}
 _HTTP_HEADERS |= dict.fromkeys(("Cross-Origin-Opener-Policy", "Cross-Origin-Resource-Policy"), "same-origin")
-_HTML = "text/html; charset=utf-8"
+_HTML, _JSON = "text/html; charset=utf-8", "application/json"
 _POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors"
 _DATA_POLICY = f"{_POLICY} 'none'; sandbox"
 _PAGE_POLICY = f"{_POLICY} 'none'; frame-src 'self'; style-src 'unsafe-inline'"
@@ -4990,9 +4990,7 @@ iframe { width: 100%; height: 30rem; border: 1px solid #8886; background: #fff; 
 class _HttpAnswer(Exception):  # noqa: N818 - most are no errors
     """What a request gets: bytes, a value as JSON or, as a str, what is wrong with it. It can be raised."""
 
-    def __init__(
-        self, content: object, status: int = 200, kind: str = "application/json", policy: str = "", **headers: str
-    ) -> None:
+    def __init__(self, content: object, status: int = 200, kind: str = _JSON, policy: str = "", **headers: str) -> None:
         import json
 
         value = {"event": "error", "error": content} if isinstance(content, str) else content
@@ -5207,7 +5205,7 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
         """One request and its answer."""
 
         protocol_version = "HTTP/1.1"  # else a client that sends Expect: 100-continue waits for a second
-        timeout = _HTTP_SECONDS  # of silence
+        timeout = _HTTP_SECONDS
         is_idle, leaves_at = True, 0.0  # a stop interrupts it at once
         server: Any
 
@@ -5612,8 +5610,8 @@ def _name_flag(option: str) -> str:
 
 def _list_flags() -> dict[str, _Option]:
     """The declaration of each flag, by the name of its option."""
-    options = {name: option for name, option in Configuration._declared.items() if name not in _LOG_OPTIONS}
-    return {name: option for name, option in options.items() if option.kind is not _CONTEXT} | _OWN_FLAGS
+    names = Configuration._declared.keys() - {*_LOG_OPTIONS, "ssl_context"}
+    return {name: option for name, option in Configuration._declared.items() if name in names} | _OWN_FLAGS
 
 
 def _describe(error: Exception) -> str:
