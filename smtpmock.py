@@ -751,7 +751,6 @@ class _Path(NamedTuple):
 
 
 def _split_path(text: str) -> tuple[str, Sequence[str]]:
-    """The path, and the parameters behind it."""
     match = _PATH_END.match(text)
     end = match.end() if match and text[match.end() : match.end() + 1] in ("", " ") else len(text)
     return text[:end], text[end:].split()
@@ -796,7 +795,6 @@ def _decode(data: bytes) -> str:
 
 
 _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 section 4
-
 # The command, the extension and the pattern of each parameter. Any other is the extension of its name, with any value.
 _PARAMETERS = {
     "SIZE": ("MAIL", "SIZE", "[0-9]{1,20}"),  # RFC 1870
@@ -874,28 +872,22 @@ def _encode(text: str) -> bytes:
 class _Reply:
     """What the server says next, for the connection to carry out. Nothing changes it, because it is said again."""
 
-    def __init__(
-        self,
-        text: str,
-        data: bytes | None = None,
-        delay: float = 0.0,
-        next: _Next | None = None,
-        accepts: bool = False,
-        trickle: float = 0.0,
-    ) -> None:
+    def __init__(self, text: str, data: bytes | None = None, next: _Next | None = None, accepts: bool = False) -> None:
         self.text = text
         self.data = _encode(text) if data is None else data  # what is sent; empty if the server says nothing
-        self.delay = delay  # seconds before it
+        self.delay = 0.0  # seconds before it
         self.next = next
         self.accepts = accepts  # whether the command takes effect
-        self.trickle = trickle  # seconds between the bytes
+        self.trickle = 0.0  # seconds between the bytes
         self.refuses = bool(self.data) and text.startswith(("4", "5"))
         self.ends = next is not None and next is not _Next.TLS
 
     def replace(self, **changes: Any) -> _Reply:
         """A reply with these changes; data=None encodes its text."""
-        names = ("text", "data", "delay", "next", "accepts", "trickle")
-        return _Reply(**{**{name: getattr(self, name) for name in names}, **changes})
+        reply = _Reply(*[changes.get(name, getattr(self, name)) for name in ("text", "data", "next", "accepts")])
+        reply.delay = changes.get("delay", self.delay)
+        reply.trickle = changes.get("trickle", self.trickle)
+        return reply
 
 
 class _Exchange(NamedTuple):
@@ -2268,9 +2260,6 @@ class Action(_Options, kw_only=False):
     then: Literal["close", "drop", "reset", "silence"] | None = _option(None, _ENDING, "close; others send no reply")
 
 
-_ACTIONS = {name: option.kind for name, option in Action._declared.items()}
-
-
 class _Conditions(_Options):
     skip: int = _option(0, _COUNT, "matches that it lets pass")
     times: int | None = _option(None, _TIMES, "uses; without end by default")
@@ -2343,7 +2332,7 @@ class Rule:
         if not (match is None or isinstance(match, str) or is_pattern or callable(match)):
             raise ConfigurationError("must be an address, a domain, a pattern of str or a function", "match", match)
         if isinstance(match, str):
-            _check_match(match, self._stage, is_lenient=rules.is_lenient)
+            _check_match(match, self._stage, is_lenient=rules.options.lenient_addresses)
         self._match = _fold(match) if isinstance(match, str) else match
         self._when = when = _Conditions(**conditions)
         if when.after is not None and self._stage != "message":
@@ -2418,7 +2407,7 @@ class Rule:
         self._rules.remove(self)
 
     def _add(self, name: str, value: Any) -> Rule:
-        _check(name, value, _ACTIONS[name])
+        _check(name, value, Action._declared[name].kind)
         self._uses = tuple(use | {name: value} for use in self._uses)
         return self
 
@@ -2432,7 +2421,7 @@ class Rule:
         return match is None or any(match in (name, name.rpartition("@")[2].lower()) for name in folded)
 
     def _use(
-        self, wanted: Collection[str], newer: Rule | None, *, counts: bool
+        self, wanted: Collection[str], newer: Rule | None, counts: bool
     ) -> tuple[dict[str, Any], _Function | None]:
         """The aspects that are wanted; counts a use if there are any. Called with the lock of the rules."""
         if self._skipped < self._when.skip:  # whether newer rules have decided everything or not
@@ -2467,24 +2456,23 @@ class Rule:
 
 
 class _Rules:
-    def __init__(self, seed: int | None, verbs: Collection[str] = (), *, is_lenient: bool = False) -> None:
+    def __init__(self, options: Configuration, verbs: Collection[str] = ()) -> None:
+        self.options = options
         self.verbs = verbs  # of the server's handlers
-        self.is_lenient = is_lenient  # whether an address may be a single word
         self.newest_first: tuple[Rule, ...] = ()  # replaced, never changed; so it can be read without the lock
-        self.seed = seed
         self._seeded = 0  # how many rules have a generator of random numbers
         self.scripts: tuple[_Script, ...] = ()  # for the next sessions; replaced likewise
-        self._lock = threading.Lock()  # guards all but verbs and seed, and of rules hits and _skipped
+        self._lock = threading.Lock()  # guards all but verbs and options, and of rules hits and _skipped
 
     def add(self, rule: Rule) -> Rule:
-        """Have the rule apply from now on."""
         with self._lock:
             if rule._when.probability < 1:
                 from random import Random
 
                 # For this rule alone, so that its numbers do not depend on what other rules meet.
+                seed = self.options.seed
                 self._seeded += 1
-                rule._random = Random(None if self.seed is None else f"{self.seed} {self._seeded}")
+                rule._random = Random(None if seed is None else f"{seed} {self._seeded}")
             self.newest_first = (rule, *self.newest_first)
         return rule
 
@@ -2520,10 +2508,7 @@ class _Rules:
         after: int | None = None,
         wanted: Collection[str] = _ASPECTS,
     ) -> dict[str, Any]:
-        """Each wanted aspect of a reply, from the newest rule that sets it. Raises what the user's functions raise.
-
-        The texts are what the rules of each stage look at, and the names the addresses or domains.
-        """
+        """Each wanted aspect of a reply, from the newest rule that sets it. Raises what the user's functions raise."""
         found: dict[str, Any] = {}
         counts = "reply" in wanted  # a challenge of AUTH is no use of its own
         newer: Rule | None = None
@@ -2534,7 +2519,7 @@ class _Rules:
                 missing = [aspect for aspect in wanted if aspect not in found]
                 with self._lock:
                     is_there = rule in self.newest_first
-                    aspects, function = rule._use(missing, newer, counts=counts) if is_there else ({}, None)
+                    aspects, function = rule._use(missing, newer, counts) if is_there else ({}, None)
                 if function is not None:  # called without the lock, like every function of the user
                     result = function(text, message())
                     action = Action(result) if result is None or isinstance(result, str) else result
@@ -2751,7 +2736,6 @@ class Handler:
         # Limited, because refuse() may return any number of texts.
         self._find_reply = functools.lru_cache(maxsize=64)(self._make_reply)
         self._accepting = self._make_reply(self.received)
-        self.needs = tuple(self.needs)
         if options.auth_required and not self._before_auth:
             self.needs = ("auth", *self.needs)
         if options.tls_required and not self._before_tls:
@@ -2765,8 +2749,9 @@ class Handler:
         """The reply whose text is in this option, or is this text."""
         text = self._fill(getattr(self.options, option, option))
         accepts = option == self.received and not text.startswith(("4", "5"))
-        delay = getattr(self.options, f"response_delay_{self._delay or self._step}", 0.0)
-        return _Reply(text, delay=delay, next=self._choose_next(accepts), accepts=accepts)
+        reply = _Reply(text, next=self._choose_next(accepts), accepts=accepts)
+        reply.delay = getattr(self.options, f"response_delay_{self._delay or self._step}", 0.0)
+        return reply
 
     def _fill(self, text: str) -> str:
         return text.replace("{msg_size_limit}", str(self.options.msg_size_limit))
@@ -2815,7 +2800,6 @@ class Handler:
         return self._accepting if refusal is None else self._find_reply(refusal)
 
     def _decide(self, session: _Session, request: _Request | None, argument: Any, value: Any) -> dict[str, Any]:
-        """The aspects of the reply that rules set."""
         return session.decide(self._texts(session, request, argument), self._names(session, argument, value))
 
     def _texts(self, session: _Session, request: _Request | None, argument: Any) -> dict[str, str]:
@@ -2886,8 +2870,6 @@ class _Helo(Handler):
 
 
 class _PathHandler(Handler):
-    """What MAIL and RCPT have in common: an address with parameters."""
-
     _allowed = ""  # the path that needs no mailbox
     _before_auth = False
 
@@ -3134,7 +3116,6 @@ _MECHANISMS = {
 
 # What Google sends for a token that it does not accept. The client answers with an empty line.
 _BAD_TOKEN = b'{"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"}\n'
-
 # Mechanisms that clients name (RFC 4422 section 3.1). Any other word after AUTH may be a secret.
 _MECHANISM_NAME = "[A-Z0-9_-]{1,20}|(?i:PLAIN|LOGIN|CRAM-MD5|XOAUTH2|OAUTHBEARER|EXTERNAL|NTLM|GSSAPI|SCRAM-SHA-[0-9]+)"
 
@@ -3321,7 +3302,6 @@ _BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Vrfy, _Expn, _Help, _Starttls,
 
 
 def _check_handler(handler: Any) -> None:
-    """Raise ConfigurationError unless this is a subclass of Handler with all that it needs."""
     if not (isinstance(handler, type) and issubclass(handler, Handler)):
         raise ConfigurationError(f"handlers: {handler!r} must be a subclass of Handler")
     name = handler.__name__
@@ -3340,8 +3320,8 @@ def _check_handler(handler: Any) -> None:
         text = getattr(handler, attribute)
         if not (_is_text(text) and (text in known or re.match("[0-9]{3}", text))):
             hint = _suggest(text, known) if isinstance(text, str) else ""
-            allowed = f"a text that begins with three digits, or an option{hint}"
-            raise ConfigurationError(f"{name}.{attribute}={text!r}: must be {allowed}")
+            allowed = f"must be a text that begins with three digits, or an option{hint}"
+            raise ConfigurationError(allowed, f"{name}.{attribute}", text)
 
 
 class _ParsedLines(dict[str, tuple[Handler, _Request]]):
@@ -3351,7 +3331,6 @@ class _ParsedLines(dict[str, tuple[Handler, _Request]]):
     # dict for any other key than a str, and for get().
 
     def __init__(self, handlers: _Handlers) -> None:
-        super().__init__()
         self._handlers = handlers
 
     def __missing__(self, line: str) -> tuple[Handler, _Request]:
@@ -3399,7 +3378,6 @@ class _Handlers(dict[str, Handler]):
 
 _LINE_LIMIT = 4096  # bytes of a command line with its end; RFC 5321 section 4.5.3.1.4 asks for 512 or more
 _AUTH_LINE_LIMIT = 12288  # where lines may hold tokens; RFC 4954 section 4
-
 # Only CRLF ends a line: if a bare LF did, a mail could smuggle in another one (RFC 5321 section 4.1.1.4).
 _END_OF_DATA = b"\r\n.\r\n"
 _DOT_FAULTS = {"unstuffed-dot": rb"\r\n(\.[^.\r\n][^\r\n]{0,199})", "false-end": rb"\r\n(\.)(?:\n|\r(?!\Z))"}
@@ -3493,11 +3471,7 @@ class _Body:
 
 
 class _Mail:
-    """What belongs to the mail in progress. The next mail of the session gets another one of these.
-
-    Only the session's thread changes it. Messages and reports read the lists from other threads: these only grow,
-    or are replaced.
-    """
+    """What belongs to one mail. Only its session changes it. Others read the lists, which only grow or are replaced."""
 
     def __init__(self) -> None:
         self.steps: dict[str, _Exchange] = {}
@@ -3789,7 +3763,6 @@ class _Session:
         self._take = functools.partial(_Session._take_answer, run=run)
 
     def expect_body(self) -> None:
-        """Have the body come next, up to its end marker."""
         self.mail.body = _Body(self.context.options.msg_size_limit, self.rules.body_thresholds(), is_counted=False)
         self.mail.body.finish = self.finish_body
         self._take = _Session._take_body
@@ -3852,7 +3825,6 @@ class _Session:
         return reply
 
     def _complete(self, request: _Request | None, reply: _Reply) -> None:
-        """Record what this reply completes."""
         if reply.next is not None:
             self._take = _Session._ignore_input
         if request is None:
@@ -3922,8 +3894,7 @@ class _Session:
         mail = self.mail
         mail.number = 0
         mail.delivered = self._make_message()
-        on_message = self.context.on_message
-        if on_message is not _ignore and not self._call(on_message, mail.delivered):
+        if self.context.on_message is not _ignore and not self._call(self.context.on_message, mail.delivered):
             mail.delivered = None
         return mail.delivered is not None
 
@@ -3984,8 +3955,6 @@ _Where = Callable[[Message], object] | None
 
 
 class _Entry:
-    __slots__ = ("is_purged", "message", "number")
-
     def __init__(self, message: Message) -> None:
         self.message = message  # replaced with the lock of the mailbox, and read without it
         self.number = 0  # in the order of recording; set with the lock, before others see the entry
@@ -4075,7 +4044,6 @@ class _Mailbox:
             return self._recorded, {entry.number: entry.message for entry in self._entries}
 
     def end_waits(self) -> None:
-        """End all waits, also those to come."""
         with self._lock:
             self._waits = False
             self._changed.notify_all()
@@ -4323,11 +4291,10 @@ class _Connection(socketserver.BaseRequestHandler):
         self.is_over = False  # nothing follows its last reply, after which the client may connect again
         self.is_recorded = False  # has ended, and its messages are complete
         self.is_aborting = False  # must end at once
-        self.ending: _Next | None  # CLOSE or RESET if disconnect() ends it
         self.thread = threading.get_ident()
         self.server.connections[self] = None
         with self.server.accepting:
-            self.ending = self.server.starting.pop(self.plain)
+            self.ending = self.server.starting.pop(self.plain)  # CLOSE or RESET if disconnect() ends it
             self.is_aborting = self.must_linger = self.ending is not None
         if self.server.aborting.is_set():  # read after the add(); abort() does the reverse
             self.is_aborting = True
@@ -4509,8 +4476,7 @@ class _Connection(socketserver.BaseRequestHandler):
                     break
                 self.ignores_input = self.ignores_input or self.server.stopping
         if self.ignores_input:
-            with contextlib.suppress(OSError):
-                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
+            self._reset()
 
     def _flush(self) -> None:
         while self.unsent and _MUST_POLL:
@@ -4893,7 +4859,7 @@ class Server:
         self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
         self._host, self._port = given.host, given.port  # set by start(), which runs in one thread only
         handlers, log = _Handlers(given, given.handlers), _Log(given.logger, given, deque(maxlen=100))
-        self._mailbox, self._rules = _Mailbox(), _Rules(given.seed, handlers, is_lenient=given.lenient_addresses)
+        self._mailbox, self._rules = _Mailbox(), _Rules(given, handlers)
         shared = (given, handlers, self._mailbox, log, self._rules, given.on_message or _ignore)
         self._context = _Context(*shared, early_ends=deque(maxlen=_REPORT_LIMIT))  # replaced, never changed
         self._warned: set[int] = set()  # the messages about which a warning was given; two threads may both warn of one
@@ -4944,8 +4910,8 @@ class Server:
                 on_message = self._context.on_message
                 if options.on_message is not base.on_message:
                     on_message = options.on_message or _ignore
-                self._options, self._rules.seed, self._rules.verbs = options, options.seed, table
-                self._rules.is_lenient = options.lenient_addresses
+                self._options = self._rules.options = options
+                self._rules.verbs = table
                 self._context = self._context._replace(options=options, handlers=table, log=log, on_message=on_message)
                 if self._listener is not None:
                     self._listener.context = self._context
@@ -5221,7 +5187,6 @@ class Server:
         return messages
 
     def _report(self) -> Iterator[str]:
-        """What helps someone whose wait timed out."""
         connections = [connection for connection in self._list_connections() if not connection.has_left()]
         messages, asyncio = self._mailbox.messages(purge=False), sys.modules.get("asyncio")
         if asyncio is not None and asyncio._get_running_loop() is not None:
@@ -5261,8 +5226,6 @@ def _shared_smtp_server() -> Iterator[Server]:
 
 
 class _PytestPlugin:
-    """The fixture, the hooks, and the state of the current test."""
-
     server: Server
 
     def __init__(self) -> None:
@@ -5338,12 +5301,10 @@ class _PytestPlugin:
         count = f"{len(sessions)} messages or sessions, the last {_REPORT_LIMIT}:"
         parts = [count] if len(sessions) > _REPORT_LIMIT else []
         for item in sessions[-_REPORT_LIMIT:]:
-            lines = (
-                []
-                if isinstance(item, str)
-                else [item.transcript, *item._find_hints(), *map(str, item.violations + item.warnings)]
-            )
-            parts.append("\n".join([str(item), *lines]))
+            lines = [str(item)]
+            if isinstance(item, Message):
+                lines += [item.transcript, *item._find_hints(), *map(str, item.violations + item.warnings)]
+            parts.append("\n".join(lines))
         return "\n\n".join(parts) or "no session"
 
 
@@ -6002,14 +5963,14 @@ def _open_maildir(path: str) -> Callable[[Message], _Undo]:
 
 def _read_action(name: str, argument: str) -> tuple[str, list[Any]]:
     """The name of a method of Rule, and its arguments."""
-    allowed = [action for action in (*_ACTIONS, *_THEN) if action != "then"]
+    allowed = [action for action in (*Action._declared, *_THEN) if action != "then"]
     if name not in allowed:
         raise ConfigurationError(f"{name!r} must be {' or '.join([*allowed, *_Conditions._declared])}")
     if name in _THEN and argument:
         raise ConfigurationError(f"{argument!r} must not follow {name}")
     if name == "reply":
         return name, [text.strip() or None for text in argument.split("|")] if argument else []
-    return name, [] if name in _THEN else [_read(_ACTIONS[name], argument)]
+    return name, [] if name in _THEN else [_read(Action._declared[name].kind, argument)]
 
 
 def _add_rule(server: Any, text: str) -> None:

@@ -112,7 +112,7 @@ class Memory:
         self.delays: list[float] = []  # before each reply
         self.recorded: list[int] = []  # how many messages there were when each reply was about to be sent
         self._mailbox = smtpmock._Mailbox()
-        self._rules = smtpmock._Rules(configuration.seed, is_lenient=configuration.lenient_addresses)
+        self._rules = smtpmock._Rules(configuration)
         self._context = smtpmock._Context(
             configuration,
             smtpmock._Handlers(configuration, handlers),

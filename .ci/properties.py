@@ -50,7 +50,7 @@ streams = st.lists(st.tuples(lines, endings).map(b"".join), max_size=25)
 def make_session(chosen: dict[str, bool | int]) -> smtpmock._Session:
     configuration = smtpmock.Configuration(**chosen)  # type: ignore[arg-type]
     handlers, mailbox = smtpmock._Handlers(configuration), smtpmock._Mailbox()
-    log, rules = smtpmock._Log(None, configuration, deque()), smtpmock._Rules(0)
+    log, rules = smtpmock._Log(None, configuration, deque()), smtpmock._Rules(configuration)
     context = smtpmock._Context(configuration, handlers, mailbox, log, rules)
     session = smtpmock._Session(context, ("127.0.0.1", 25))
     session.greet()
