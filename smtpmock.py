@@ -840,7 +840,9 @@ _PARAMETER = rf'(?s);{_SPACE}([^\s;=()]+){_SPACE}={_SPACE}(?:"([^"\\]*(?:\\.[^"\
 _FIELD = r"(?<![^\n])([!-9;-~]+)[ \t]*:[ \t]*([^\n]*(?:\n[ \t][^\n]*)*)\n?"
 # Longer headers are not given to `email`, because the time that it takes grows with the square of their length.
 _HEADER_LIMIT, _DEPTH_LIMIT, _PART_LIMIT = 2000, 30, 10_000
-_Parts = list[tuple[Any, str, dict[str, str], bytes | None]]  # each with its type, parameters, and content if it is one
+_Parts = list[
+    tuple["EmailMessage", str, dict[str, str], bytes | None]
+]  # each with its type, parameters, and content if it is one
 
 _NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
 # Names of charsets, by IANA and by old programs and without x- or cs, that Python knows under another name.
@@ -938,10 +940,8 @@ def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
     """
     from urllib.parse import unquote_to_bytes
 
-    text = next((value for name, value in part.raw_items() if name.lower() == header), None)
-    if text is None:
-        return "", {}
-    text = _unfold(text[:100_000])  # `re` needs up to 300 bytes for each character
+    raw_value = next((value for name, value in part.raw_items() if name.lower() == header), "")
+    text = _unfold(raw_value[:100_000])  # `re` needs up to 300 bytes for each character
     end = len(re.split(rf"\A({_UNQUOTED})", text)[1])
     values: dict[str, str] = {}
     sections: dict[str, dict[int, tuple[str, str]]] = {}
@@ -963,15 +963,13 @@ def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
 
 @functools.cache
 def _make_email_policy() -> Any:
-    import base64
+    from email.charset import Charset
     from email.errors import InvalidHeaderDefect
     from email.headerregistry import BaseHeader, HeaderRegistry, UnstructuredHeader
     from email.policy import EmailPolicy
 
-    def encode(text: str) -> str:
-        """`email` knows fewer charsets, and up to Python 3.13 it puts a blank between the encoded words of a name."""
-        return f"=?utf-8?b?{base64.b64encode(text.encode('utf-8', 'replace')).decode()}?="
-
+    # `email` knows fewer charsets, and up to Python 3.13 it puts a blank between the encoded words of a name.
+    encode = Charset("utf-8").header_encode
     # It has what is asked of a Content- header, too.
     attributes = {"value_parser": staticmethod(_decode_words), "params": {}, "content_disposition": None, "cte": "7bit"}
     unstructured: Any = type("Text", (UnstructuredHeader,), attributes)
@@ -1537,25 +1535,20 @@ def _shorten(value: object) -> str:
 
 
 class _StepField(Generic[_T]):
-    """An attribute of Message that is read from the exchange of one step; the default if the step is missing."""
+    """An attribute of Message that is read from the exchange of one step; the default if that is missing."""
 
-    def __init__(self, step: str, read: Callable[[_Exchange], _T | None], default: _T) -> None:
-        self.step, self.read, self.default = step, read, default
+    def __init__(self, step: str, path: str, default: _T) -> None:
+        self.step, self.path, self.default = step, path.split("."), default
 
     def __get__(self, message: Message, owner: type[Message]) -> _T:
-        exchange = message._steps.get(self.step)
-        value = None if exchange is None else self.read(exchange)
+        value: Any = message._steps.get(self.step)
+        for name in self.path:
+            value = getattr(value, name, None)
         return self.default if value is None else value
 
 
-_read_line: Callable[[_Exchange], str] = operator.attrgetter("line")
-_read_response: Callable[[_Exchange], str] = operator.attrgetter("response")
-_read_accepted: Callable[[_Exchange], bool] = operator.attrgetter("accepted")
-
-
 def _make_fields(step: str) -> tuple[_StepField[str], _StepField[str], _StepField[bool]]:
-    fields = _StepField(step, _read_line, ""), _StepField(step, _read_response, "")
-    return *fields, _StepField(step, _read_accepted, False)
+    return _StepField(step, "line", ""), _StepField(step, "response", ""), _StepField(step, "accepted", False)
 
 
 class Attachment(NamedTuple):
@@ -1577,12 +1570,13 @@ def _jsonify_bytes(data: bytes) -> dict[str, str]:
 
 def _jsonify(value: Any) -> Any:
     """The value for JSON, with escapes in place of the surrogates that stand for bytes: few readers accept those."""
-    if isinstance(value, Violation):
-        value = value._asdict()
+    value = value._asdict() if isinstance(value, (Violation, Exchange)) else value
     if isinstance(value, dict):
         return {_jsonify(name): _jsonify(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_jsonify(item) for item in value]
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
@@ -1596,26 +1590,18 @@ class Message:
 
     helo_request, helo_response, helo = _make_fields("helo")
     mailfrom_request, mailfrom_response, mailfrom = _make_fields("mailfrom")
-    mail_from = _StepField[str | None](
-        "mailfrom", lambda exchange: exchange.value and exchange.value.address, None
-    )  #: the sender, "" for <>; None if none was valid
+    mail_from = _StepField[str | None]("mailfrom", "value.address", None)  #: "" for <>; None if none was valid
     data_request, data_response, data = _make_fields("data")
-    content = _StepField[bytes](
-        "msg", operator.attrgetter("value"), b""
-    )  #: the body, dots unstuffed, CRLF kept; partial if the client left
-    msg_response = _StepField("msg", _read_response, "")
-    msg = _StepField("msg", _read_accepted, False)
+    content = _StepField("msg", "value", b"")  #: the body, dots unstuffed, CRLF kept; partial if the client left
+    msg_response = _StepField("msg", "response", "")
+    msg = _StepField("msg", "accepted", False)
     rset_request, rset_response, rset = _make_fields("rset")
-    noop = _StepField("noop", _read_accepted, False)
-    quit_sent = _StepField("quit", _read_accepted, False)
+    noop = _StepField("noop", "accepted", False)
+    quit_sent = _StepField("quit", "accepted", False)
     auth_request, auth_response, auth = _make_fields("auth")  #: the request is without the secret
-    auth_mechanism = _StepField[str | None](
-        "auth", operator.attrgetter("value.mechanism"), None
-    )  #: also if the login failed
-    auth_user = _StepField[str | None]("auth", operator.attrgetter("value.user"), None)
-    tls = _StepField[tuple[str, str] | None](
-        "tls", operator.attrgetter("value"), None
-    )  #: (version, cipher); None without TLS
+    auth_mechanism = _StepField[str | None]("auth", "value.mechanism", None)  #: also if the login failed
+    auth_user = _StepField[str | None]("auth", "value.user", None)
+    tls = _StepField[tuple[str, str] | None]("tls", "value", None)  #: (version, cipher); None without TLS
     id: int  #: unique among the messages of the server
     peer: tuple[str, int]  #: the client's address and port
 
@@ -1630,16 +1616,11 @@ class Message:
 
     def __init__(self, mail: _Mail, peer: tuple[str, int], id: int, tolerated: Collection[str]) -> None:
         # The session goes on appending to the lists, so their present lengths are kept with them.
-        fields = self.__dict__  # because __setattr__() allows nothing
-        fields["id"] = id
-        fields["peer"] = peer
-        fields["_tolerated"] = tolerated
-        fields["_steps"] = mail.steps.copy()
-        fields["_recipients"] = mail.recipients
-        fields["_count"] = len(mail.recipients)
-        fields["_exchanges"] = mail.exchanges
-        fields["_length"] = len(mail.exchanges)
-        fields["_discarded"] = mail.discarded
+        vars(self).update(  # because __setattr__() allows nothing
+            id=id, peer=peer, _tolerated=tolerated, _discarded=mail.discarded, _steps=mail.steps.copy(),
+            _recipients=mail.recipients, _count=len(mail.recipients),
+            _exchanges=mail.exchanges, _length=len(mail.exchanges),
+        )  # fmt: skip
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
@@ -1770,15 +1751,14 @@ class Message:
 
         text = self.as_bytes().decode("ascii", "surrogateescape")
         start = len(text) - len(self.content) - 2 * (self.content[:1] in (b" ", b"\t"))
-        mail: EmailMessage = EmailMessage(_make_email_policy())
+        mail = EmailMessage(_make_email_policy())
         _read_header(mail, text[:start])
         return _parse_part(mail, text[start:], [])
 
     @property
     def email(self) -> EmailMessage:
         """as_bytes() parsed. Faults are in the `defects` of its parts; they raise nothing."""
-        mail: EmailMessage = self._mail[0][0]
-        return mail
+        return self._mail[0][0]
 
     @property
     def subject(self) -> str | None:
@@ -1831,14 +1811,9 @@ class Message:
 
     def to_dict(self) -> dict[str, Any]:
         """Every attribute as values for JSON. `content` is text if it is UTF-8, else base64: see `content_encoding`."""
-        names = [name for name, field in vars(Message).items() if isinstance(field, _StepField) and name != "content"]
-        names += ["id", "esmtp", "rcpt_tos", "rcptto", "is_consistent", "received_header"]
-        names += ["mailfrom_parameters", "rcptto_parameters", "subject", "text", "html", "transcript"]
-        names += ["refusals", "violations", "warnings", "peer"]
-        values = {name: getattr(self, name) for name in names}
-        values["received_at"] = self.received_at.isoformat() if self.received_at else None
-        values["rcptto_request_response"] = self.rcptto_request_response
-        values["exchanges"] = [said._asdict() | {"at": said.at.isoformat()} for said in self.exchanges]
+        others = ("content", "msg_request", "as_bytes", "email", "to_dict")
+        names = [name for name in vars(Message) if not name.startswith("_") and name not in others]
+        values = {name: getattr(self, name) for name in ("id", "peer", *names)}
         values["headers"] = _show_headers(self.email)
         values["defects"] = [f"{type(fault).__name__}: {fault}" for part, *_ in self._mail for fault in part.defects]
         values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
@@ -5326,28 +5301,27 @@ class _Folder:
     """Saves mails, each in a file of its own with its record beside it. A file is complete, or does not exist."""
 
     def __init__(self, path: str) -> None:
+        import itertools
+
         _make_folder(path)
         self._path = path
-        self._lock = threading.Lock()  # guards the number
         names = [re.match(r"\.?(\d{6,})\.", name) for name in os.listdir(path)]
-        self._number = max((int(name[1]) for name in names if name), default=0)
+        self._numbers = itertools.count(1 + max((int(name[1]) for name in names if name), default=0))
 
     def __call__(self, message: Message) -> _Undo:
         import json
 
         name = self._reserve()
-
-        def undo() -> None:
-            for path in (*self._paths(f"{name}.eml"), *self._paths(f"{name}.json")):
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(undo)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._remove, name)
             self._write(f"{name}.json", json.dumps(message.to_dict(), indent=1).encode())
             self._write(f"{name}.eml", message.as_bytes())  # last: whoever sees it finds the record as well
-            on_error.pop_all()
-        return undo
+            return undo.pop_all().close
+
+    def _remove(self, name: str) -> None:
+        for path in (*self._paths(f"{name}.eml"), *self._paths(f"{name}.json")):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     def _paths(self, name: str) -> tuple[str, str]:
         """Of the file, and of its beginning, which *.eml and *.json do not match, even if they match hidden files."""
@@ -5355,15 +5329,14 @@ class _Folder:
 
     def _reserve(self) -> str:
         """A name that no other thread or process takes."""
-        with self._lock:
-            while True:
-                self._number += 1
-                path, part = self._paths(f"{self._number:06d}.eml")
-                with contextlib.suppress(FileExistsError):
-                    os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o666))
-                    if not os.path.exists(path):
-                        return f"{self._number:06d}"
-                    os.unlink(part)
+        while True:
+            name = f"{next(self._numbers):06d}"
+            path, part = self._paths(f"{name}.eml")
+            with contextlib.suppress(FileExistsError):
+                open(part, "x").close()
+                if not os.path.exists(path):
+                    return name
+                os.unlink(part)
 
     def _write(self, name: str, data: bytes) -> None:
         path, part = self._paths(name)
@@ -5379,14 +5352,12 @@ def _open_maildir(path: str) -> Callable[[Message], _Undo]:
         _make_folder(os.path.join(path, name))
     maildir, lock = mailbox.Maildir(path), threading.Lock()  # a Maildir is not made for threads
 
-    def remove(key: str) -> None:
-        with lock:
-            maildir.discard(key)
-
     def add(message: Message) -> _Undo:
+        # add() replaces each LF by what ends a line on this system.
+        content = message.as_bytes().replace(os.linesep.encode(), b"\n")
         with lock:
-            # add() replaces each LF by what ends a line on this system.
-            return functools.partial(remove, maildir.add(message.as_bytes().replace(os.linesep.encode(), b"\n")))
+            key = maildir.add(content)
+        return lambda: mailbox.Maildir(path).discard(key)
 
     return add
 
