@@ -5470,9 +5470,7 @@ def _format_mail(message: Message) -> str:
         lines.append(f"Attachment: {name or 'without a name'} ({kind}, {_format_size(len(content))})")
     text = message.text or ""
     if message.html and not text.strip():
-        text = message.html
-        with contextlib.suppress(Exception):  # html.parser raises some for broken HTML
-            text = _read_html(text)
+        text = _read_html(message.html)
     text = "\n".join([*lines, "", text.strip()])
     lines = text[:_TEXT_LIMIT].split("\n")[:_LINE_COUNT]
     lines += ["..."] * (len("\n".join(lines)) < len(text))
@@ -5570,11 +5568,6 @@ def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) ->
         text = f"a mail was refused, because it cannot be saved: {error}"
         printer.event("error", error=text)
         raise SMTPMockError(text) from error
-
-
-def _call_all(functions: Iterable[Callable[..., object]], *arguments: object) -> None:
-    for function in functions:
-        function(*arguments)
 
 
 def _format_flag(name: str, option: _Option) -> str:
@@ -5823,7 +5816,7 @@ def _make_callbacks(printer: _Printer, linter: _Linter, options: dict[str, Any],
         printer.event("message", **message.to_dict())
 
     def call(*functions: Any) -> Any:
-        return functools.partial(_call_all, functions) if functions else _ignore
+        return (lambda *arguments: [function(*arguments) for function in functions]) if functions else _ignore
 
     outputs: list[Any] = [*_open_files(own), *[tell] * tells, *[narrator.accept] * narrates, *[linter] * lints]
     return {
