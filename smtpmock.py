@@ -5311,11 +5311,16 @@ class _Folder:
     def __call__(self, message: Message) -> _Undo:
         import json
 
+        record = json.dumps(message.to_dict(), indent=1).encode()
         name = self._reserve()
         with contextlib.ExitStack() as undo:
             undo.callback(self._remove, name)
-            self._write(f"{name}.json", json.dumps(message.to_dict(), indent=1).encode())
-            self._write(f"{name}.eml", message.as_bytes())  # last: whoever sees it finds the record as well
+            # The mail is the last: whoever sees it finds the record as well.
+            for kind, data in (("json", record), ("eml", message.as_bytes())):
+                path, part = self._paths(f"{name}.{kind}")
+                with open(part, "wb") as file:
+                    file.write(data)
+                os.replace(part, path)
             return undo.pop_all().close
 
     def _remove(self, name: str) -> None:
@@ -5337,12 +5342,6 @@ class _Folder:
                 if not os.path.exists(path):
                     return name
                 os.unlink(part)
-
-    def _write(self, name: str, data: bytes) -> None:
-        path, part = self._paths(name)
-        with open(part, "wb") as file:
-            file.write(data)
-        os.replace(part, path)
 
 
 def _open_maildir(path: str) -> Callable[[Message], _Undo]:
