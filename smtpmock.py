@@ -959,9 +959,7 @@ _PARAMETER = rf'(?s);{_SPACE}([^\s;=()]+){_SPACE}={_SPACE}(?:"([^"\\]*(?:\\.[^"\
 _FIELD = r"(?<![^\n])([!-9;-~]+)[ \t]*:[ \t]*([^\n]*(?:\n[ \t][^\n]*)*)\n?"
 # Longer headers are not given to `email`, because the time that it takes grows with the square of their length.
 _HEADER_LIMIT, _DEPTH_LIMIT, _PART_LIMIT = 2000, 30, 10_000
-_Parts = list[
-    tuple["EmailMessage", str, dict[str, str], bytes | None]
-]  # each with its type, parameters, and content if it is one
+_Parts = list[tuple["EmailMessage", str, dict[str, str], bytes | None]]  # each with type, parameters, and any content
 
 _NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
 # Names of charsets, by IANA and by old programs and without x- or cs, that Python knows under another name.
@@ -5737,11 +5735,6 @@ class _Printer:
         self._is_torn = False  # whether only a part of the last line was written
         raw = getattr(getattr(stream, "buffer", None), "raw", getattr(stream, "buffer", None))
         self._raw: Any = raw if isinstance(raw, io.RawIOBase) else None  # else it is of a test
-        self._poll: Any = None  # of a terminal, it would promise too much
-        with contextlib.suppress(OSError, ValueError):  # it is closed, or has no descriptor
-            if self._raw is not None and hasattr(select, "poll") and not stream.isatty():
-                self._poll = select.poll()
-                self._poll.register(self._raw, select.POLLOUT)
 
     def __getattr__(self, name: str) -> Any:  # such as isatty()
         return getattr(self._stream, name)
@@ -5756,7 +5749,10 @@ class _Printer:
 
     def is_ready(self) -> bool:
         """Whether write_piece() cannot block."""
-        return self._raw is None or (self._poll is not None and bool(self._poll.poll(0)))
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or select() does not know such files
+            # Of a terminal, select() would promise too much.
+            return self._raw is None or (not self._raw.isatty() and bool(select.select((), (self._raw,), (), 0)[1]))
+        return False
 
     def write_piece(self, data: Any) -> Any:
         """Write the beginning, and return the rest."""
