@@ -4819,9 +4819,17 @@ class ProcessCase(unittest.TestCase):
 
     def port(self, process: Any) -> int:
         """The port that it says it listens on."""
-        match = re.fullmatch(r"smtpmock: listening on 127\.0\.0\.1:(\d+)\n", process.stdout.readline())
+        pattern = r'smtpmock: listening on 127\.0\.0\.1:(\d+)\n|\{"event": "listening", .*"port": (\d+), .*\n'
+        match = re.fullmatch(pattern, process.stdout.readline())
         assert match is not None
-        return int(match[1])
+        return int(match[1] or match[2])
+
+    def stop(self, process: Any, status: int = 0) -> Any:
+        """Stop a process; what is left of what it prints, on stdout and on stderr."""
+        process.terminate()
+        said = process.communicate(timeout=TIMEOUT)
+        self.assertEqual(process.returncode, status)
+        return said
 
     def finish(self, process: Any, said: str | None = None) -> str:
         """What is left of what a process prints, which ends well and says nothing on its stderr."""
@@ -6768,7 +6776,7 @@ class ProcessTest(ProcessCase):
     def test_the_end_of_stdin_is_no_second_signal(self) -> None:
         flags = ("-control", "-log", "-responseDelayNoop=0.15", f"-shutdownTimeout={10 * TIMEOUT}")
         process = self.start(*flags, stdin=subprocess.PIPE)
-        with contextlib.closing(Smtp(json.loads(process.stdout.readline())["port"])) as client:
+        with contextlib.closing(Smtp(self.port(process))) as client:
             client.putcmd("noop")
             self.wait_for(process.stderr, "request: noop")
             process.send_signal(signal.SIGTERM)
@@ -6809,7 +6817,7 @@ class OutputTest(ProcessCase):
     def test_a_mail_that_one_output_cannot_take_is_in_none(self) -> None:
         maildir = self.folder.parent / "maildir"
         process = self.start(f"-saveDir={self.folder}", f"-maildir={maildir}", "-json")
-        port = json.loads(process.stdout.readline())["port"]
+        port = self.port(process)
         shutil.rmtree(maildir / "tmp")
         self.refuse(port)
         error = json.loads(process.stdout.readline())
@@ -6826,9 +6834,7 @@ class OutputTest(ProcessCase):
             """It is full after six bytes, until it is emptied."""
 
             data, left = b"", 6
-
-            def writable(self) -> bool:
-                return True
+            writable = lambda self: True  # noqa: E731
 
             def write(self, data: Any) -> int:
                 if not self.left:
@@ -6859,19 +6865,16 @@ class OutputTest(ProcessCase):
     def test_json(self) -> None:
         process = self.start("-json", "-log")
         listening = json.loads(process.stdout.readline())
-        url = f"smtp://127.0.0.1:{listening['port']}"
-        expected = {"event": "listening", "host": "127.0.0.1", "port": listening["port"], "url": url}
-        self.assertEqual(listening, expected)
-        send(listening["port"], b"Subject: one\r\n\r\n\xff", b"Subject: two")
-        with Smtp(listening["port"]) as client:
+        port, url = listening["port"], f"smtp://127.0.0.1:{listening['port']}"
+        self.assertEqual(listening, {"event": "listening", "host": "127.0.0.1", "port": port, "url": url})
+        send(port, b"Subject: one\r\n\r\n\xff", b"Subject: two")
+        with Smtp(port) as client:
             client.ehlo("a.com")
             client.mail("nobody")
-        Smtp(listening["port"]).close()  # a probe is no session
+        Smtp(port).close()  # a probe is no session
         lines = [json.loads(process.stdout.readline()) for _ in range(3)]
-        process.terminate()
-        out, err = process.communicate(timeout=TIMEOUT)
+        out, err = self.stop(process)
         self.assertEqual(json.loads(out), {"event": "done", "command": "stop", "messages": 2})
-        self.assertEqual(process.returncode, 0)
         self.assertIn("SMTP request: message binary data portion", err)
         self.assertNotIn("Subject", err)
         seen = [(line["event"], line["subject"], line["is_consistent"], line["id"]) for line in lines]
@@ -6889,7 +6892,7 @@ class OutputTest(ProcessCase):
         for flag, start in (("-json", '{"event": "message"'), ("-multipleMessageReceiving", "")):
             folder, maildir = self.folder / flag, self.folder / f"{flag}-maildir"
             process = self.start(f"-saveDir={folder}", f"-maildir={maildir}", flag)
-            port = int(re.search("[0-9]{4,}", process.stdout.readline())[0])  # type: ignore[index]
+            port = self.port(process)
             lines: list[str] = []
             reader = threading.Thread(target=lines.extend, args=(process.stdout,))
             reader.start()
@@ -6940,8 +6943,7 @@ class OutputTest(ProcessCase):
         self.assertEqual(self.names(), ["mail"])
         send(port, b"Subject: small")
         self.assertEqual(self.names(), [*self.pairs(2), "mail"])
-        process.terminate()
-        self.assertRegex(process.communicate(timeout=TIMEOUT)[1], r"(?s)\A\Z|File too large")
+        self.assertRegex(self.stop(process)[1], r"(?s)\A\Z|File too large")
 
     def test_maildir(self) -> None:
         import mailbox
@@ -6995,8 +6997,7 @@ class BacklogTest(ProcessCase):
         process = self.start("-shutdownTimeout=0.1", *argv, stdin=subprocess.PIPE)
         if hasattr(fcntl, "F_SETPIPE_SZ"):
             fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
-        line = process.stdout.readline()
-        return process, int(json.loads(line)["port"] if line.startswith("{") else line.rpartition(":")[2])
+        return process, self.port(process)
 
     def send_much(self, port: int) -> None:
         """Three mails and many refusals, more than a pipe takes in any mode."""
@@ -7024,16 +7025,7 @@ class BacklogTest(ProcessCase):
             return argv, status, re.sub(r"\d+", "N", last_line)
 
         # A long shutdown timeout is no time for a reader that does not read.
-        modes = [
-            "",
-            "-show",
-            "-log",
-            "-lint",
-            "-json",
-            "-json -log",
-            "-control",
-            f"-json -shutdownTimeout={10 * TIMEOUT}",
-        ]
+        modes = f"|-show|-log|-lint|-json|-json -log|-control|-json -shutdownTimeout={10 * TIMEOUT}".split("|")
         ways = [*((mode, "SIGTERM") for mode in modes), ("-control", "stop"), ("-control", "end of stdin")]
         results = in_threads(*(lambda way=way: stop(*way) for way in ways))
         error = "smtpmock: not all output was read; lines lost: N"
@@ -7058,9 +7050,7 @@ class BacklogTest(ProcessCase):
         send(port, "Subject: 3")
         subjects = [json.loads(process.stdout.readline())["subject"] for _ in range(5)]
         self.assertEqual((subjects[:3], {*subjects[3:]}), (["0", "1", "2"], {"3", None}))  # None: what was refused
-        process.terminate()
-        out, _ = process.communicate(timeout=TIMEOUT)
-        self.assertEqual((json.loads(out)["event"], process.returncode), ("done", 3))
+        self.assertEqual(json.loads(self.stop(process, 3)[0])["event"], "done")
 
     def send_while_it_is_read(self, process: Any, port: int, content: str, pause: float) -> bytearray:
         """What is read, in small pieces, until the mail has got its reply, and what could be read then."""
@@ -7101,13 +7091,9 @@ class BacklogTest(ProcessCase):
         with contextlib.suppress(smtplib.SMTPDataError):  # the thread that writes may not have seen it yet
             send(port, "hi")
         self.assertEqual(catch(smtplib.SMTPDataError, send, port, "hi").smtp_code, 451)
-        process.terminate()
-        _, errors = process.communicate(timeout=TIMEOUT)
-        lost = re.fullmatch(
-            r"smtpmock: cannot write to stdout: Broken pipe; lines lost: (\d+)", errors.splitlines()[-1]
-        )
+        last_line = self.stop(process, 1)[1].splitlines()[-1]
+        lost = re.fullmatch(r"smtpmock: cannot write to stdout: Broken pipe; lines lost: (\d+)", last_line)
         self.assertGreaterEqual(int(lost[1]) if lost else 0, 3 + 1 + 2 + 1)  # mails, refusals, a refused mail, the end
-        self.assertEqual(process.returncode, 1)
 
     @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
     def test_a_stdout_of_another_kind(self) -> None:
@@ -7162,9 +7148,7 @@ class ShowTest(ProcessCase):
         """The lines that are printed until a stop, without their times."""
         process = self.start(*argv)
         use(self.port(process))
-        process.terminate()
-        out, _ = process.communicate(timeout=TIMEOUT)
-        self.assertEqual(process.returncode, 0)
+        out, _ = self.stop(process)
         out = re.sub("(?<=rcpt )TO|(?<=mail )FROM", lambda match: match[0].lower(), out)  # as of Python 3.13
         self.assertNotRegex(out, "(?m)^(accepted|refused|ended)")
         return re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", out).splitlines()
