@@ -1106,16 +1106,13 @@ def _make_email_policy() -> Any:
     return Policy(refold_source="none")
 
 
-def _show_headers(mail: Any) -> list[tuple[str, str]]:
+def _show_headers(mail: Any) -> Iterator[tuple[str, str]]:
     """Addresses and other structured values are shown as `email` does, but only the first of a name: it is slow."""
     structured = mail.policy.header_factory.registry.keys() - {"subject"}
-    values = []
     for name, value in mail.raw_items():
         is_structured = name.lower() in structured
         structured.discard(name.lower())
-        text = str(mail.policy.header_fetch_parse(name, value)) if is_structured else _decode_words(_unfold(value))
-        values.append((name, text))
-    return values
+        yield name, str(mail.policy.header_fetch_parse(name, value)) if is_structured else _decode_words(_unfold(value))
 
 
 def _read_header(part: Any, text: str) -> str:
@@ -2135,7 +2132,7 @@ class Message:
         others = ("content", "msg_request", "as_bytes", "email", "to_dict")
         names = [name for name in vars(Message) if not name.startswith("_") and name not in others]
         values = {name: getattr(self, name) for name in ("id", "peer", *names)}
-        values["headers"] = _show_headers(self.email)
+        values["headers"] = list(_show_headers(self.email))
         values["defects"] = [f"{type(fault).__name__}: {fault}" for part, *_ in self._mail for fault in part.defects]
         values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
         return dict(_jsonify(values | _jsonify_bytes(self.content)))

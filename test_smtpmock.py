@@ -6658,9 +6658,8 @@ class HelpTest(unittest.TestCase):
 
     def read_groups(self, flag: str) -> dict[str, str]:
         """The text of each group, by its title."""
-        return {
-            title: " ".join(text.split()) for title, text in re.findall(r"(?m)^(\S.*):\n((?:  .*\n)+)", self.read(flag))
-        }
+        groups = re.findall(r"(?m)^(\S.*):\n((?:  .*\n)+)", self.read(flag))
+        return {title: " ".join(text.split()) for title, text in groups}
 
     def test_it_is_a_page(self) -> None:
         for flag in ("-h", "-help", "--help"):
@@ -6709,10 +6708,8 @@ class HelpTest(unittest.TestCase):
             ("Other", "-h", "-tolerated -version -help -helpAll"),
             ("Reply texts", "-helpAll", " ".join(flags(name)[0] for name in texts)),
         ):
-            self.assertEqual(
-                re.findall(r"(?m)^  (-\w+)", self.read(flag).partition(f"{title}:\n")[2].partition("\n\n")[0]),
-                known.split(),
-            )
+            group = self.read(flag).partition(f"{title}:\n")[2].partition("\n\n")[0]
+            self.assertEqual(re.findall(r"(?m)^  (-\w+)", group), known.split())
 
     def test_an_option_of_no_group_is_there(self) -> None:
         option = Configuration._declared["fail_fast"]
