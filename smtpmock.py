@@ -1050,11 +1050,8 @@ def _strip_comments(value: str) -> str:
 
 
 def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
-    """The value of a header such as Content-Type, and its parameters.
-
-    `email` takes comments for a part of the value, raises on some parameters, and stops within an unquoted one that
-    needs quotes; mail readers take it whole.
-    """
+    """The value of a header such as Content-Type, and its parameters."""
+    # `email` takes comments for a part of the value, raises on some parameters, and cuts one that lacks its quotes.
     from urllib.parse import unquote_to_bytes
 
     raw_value = next((value for name, value in part.raw_items() if name.lower() == header), "")
@@ -1116,10 +1113,8 @@ def _show_headers(mail: Any) -> Iterator[tuple[str, str]]:
 
 
 def _read_header(part: Any, text: str) -> str:
-    """Add the fields to the part, and return its body.
-
-    A line that is neither a field nor its continuation is skipped, as mail readers do; `email` ends the header there.
-    """
+    """Add the fields to the part, and return its body."""
+    # A line that is neither a field nor its continuation is skipped, as mail readers do; `email` ends the header there.
     from email.errors import MissingHeaderBodySeparatorDefect
 
     head, *rest = re.split(r"(?<![^\n])\r?\n", text, maxsplit=1)
@@ -1153,11 +1148,8 @@ def _split_multipart(part: Any, body: str, boundary: str) -> list[str]:
 
 
 def _parse_part(part: Any, text: str, parts: _Parts, depth: int = 0) -> _Parts:
-    """Fill the EmailMessage, and add it and its parts to the list, but for those of a mail within the mail.
-
-    The parser of `email` rewrites a mail within the mail, is limited by the stack alone, and compares each line with
-    the boundaries of all parts around it.
-    """
+    """Fill the EmailMessage, and add it and its parts to the list, but for those of a mail within the mail."""
+    # `email` rewrites a mail within the mail, has no limit but the stack, and compares each line with all boundaries.
     from email.errors import MessageDefect
     from email.message import EmailMessage
 
@@ -5782,11 +5774,9 @@ class _Printer:
 
 
 class _Writer:
-    """Writes to stdout and stderr. What a reader could hold up is left to a thread.
+    """Writes to stdout and stderr. What a reader could hold up is left to a thread."""
 
-    The queue has no limit, as the mailbox has none. A mail that nobody reads takes up to three times its size there. A
-    limit would have to stop the mail or to drop events, and a test that reads them late would miss them.
-    """
+    # The queue has no limit, because that would have to stop the mail, or to drop events which are to be read later.
 
     def __init__(self) -> None:
         self.out: Any = _Printer(self, sys.stdout, "stdout")
@@ -5862,12 +5852,10 @@ class _Folder:
     """Saves mails, each in a file of its own with its record beside it. A file is complete, or does not exist."""
 
     def __init__(self, path: str) -> None:
-        import itertools
-
         _make_folder(path)
         self._path = path
         names = [re.match(r"\.?(\d{6,})\.", name) for name in os.listdir(path)]
-        self._numbers = itertools.count(1 + max((int(name[1]) for name in names if name), default=0))
+        self._numbers = iter(range(1 + max((int(name[1]) for name in names if name), default=0), sys.maxsize))
 
     def __call__(self, message: Message) -> _Undo:
         import json
