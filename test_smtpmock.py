@@ -2622,6 +2622,7 @@ BODIES = r"""
 \r\nContent-Transfer-Encoding: (a) quoted-printable                 | a \r\nb=20\r\nc= \r\nd=ZZ =c3=bc => a\nb \ncd=ZZ ü
 \r\nContent-Transfer-Encoding: x-uuencode                           | begin 644 a\r\n%:&5L;&\\ \r\n`\r\nend => hello
 \r\nContent-Transfer-Encoding: x-uuencode                           | begin 644 a\r\nM\x80\xff\r\nend => begin 644 a\nM\ufffd\ufffd\nend
+\r\nContent-Transfer-Encoding: 7bit                                 | begin 644 a\r\n%:&5L;&\\ \r\n`\r\nend => begin 644 a\n%:&5L;&\\ \n`\nend
 (plain words; a=b); charset=iso-8859-1                              | \xfc               => ü
 ; charset=iso-8859-1 (Latin)                                        | \xfc               => ü
 \x20; CHARSET = "ISO-8859-1"                                        | \xfc               => ü
