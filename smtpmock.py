@@ -5506,7 +5506,6 @@ _POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancest
 _DATA_POLICY = f"{_POLICY} 'none'; sandbox"
 _PAGE_POLICY = f"{_POLICY} 'none'; frame-src 'self'; style-src 'unsafe-inline'"
 _MAIL_POLICY = f"{_POLICY} 'self'; img-src data:; style-src 'unsafe-inline'; sandbox"
-_NUMBER = "(?<=/)[0-9]+(?![^/])"
 _LOCAL_NAME = r"[\w-]+|([\w-]+\.)+(localhost|local|internal|test)"
 
 _READ_HEADERS = ("from", "to", "cc", "reply-to", "date", "subject")
@@ -5728,7 +5727,7 @@ _ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number; t
 
 def _route(server: Server, execute: Any, commands: Collection[str], method: str, target: str, body: str) -> Any:
     path, _, query = target.partition("?")
-    route = "" if "ID" in path else re.sub(_NUMBER, "ID", path)
+    route = "" if "ID" in path else re.sub("[0-9]+", "ID", path)
     methods = ["POST"] * (path[1:] in commands) or ["GET", "HEAD"] * (route in _ROUTES)
     if not methods:
         raise _HttpAnswer(f"there is no {path}{_suggest(route, [*_ROUTES, *(f'/{name}' for name in commands)])}", 404)
@@ -5737,7 +5736,7 @@ def _route(server: Server, execute: Any, commands: Collection[str], method: str,
     parameters = _read_query(query, _QUERIES.get(route, {}))
     if method == "POST":
         return _HttpAnswer(*execute(f"{path[1:]} {body}".strip()))
-    number, *others = re.findall(_NUMBER, path) or [""]
+    number, *others = re.findall("[0-9]+", path) or [""]
     return _ROUTES[route](_find(server, number) if number else server, *others, **parameters)
 
 
