@@ -5529,7 +5529,8 @@ body { max-width: 60rem; margin: auto; padding: 0 1rem 2rem }
 a { color: light-dark(#0645ad, #8ab4f8) }
 :focus-visible { outline: 3px solid light-dark(#c60, #fb3) }
 h1, h2 { font-size: 1.2rem }
-.mail { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .5rem; border-top: 1px solid #8886; color: inherit }
+.mail { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1rem; padding: .5rem; color: inherit }
+.mail { border-top: 1px solid #8886; text-decoration: none }
 .mail span { flex: 1 0 100%; text-decoration: underline }
 .mail:hover, pre { background: #8882 }
 .accepted { color: light-dark(#176b34, #7bd88f) }
