@@ -5472,7 +5472,6 @@ _POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancest
 _DATA_POLICY = f"{_POLICY} 'none'; sandbox"
 _PAGE_POLICY = f"{_POLICY} 'none'; frame-src 'self'; style-src 'unsafe-inline'"
 _MAIL_POLICY = f"{_POLICY} 'self'; img-src data:; style-src 'unsafe-inline'; sandbox"
-_NUMBER = "(?<=/)[0-9]+(?![^/])"
 _LOCAL_NAME = r"[\w-]+|([\w-]+\.)+(localhost|local|internal|test)"
 
 _READ_HEADERS = ("from", "to", "cc", "reply-to", "date", "subject")
@@ -5496,7 +5495,8 @@ body { max-width: 60rem; margin: auto; padding: 0 1rem 2rem }
 a { color: light-dark(#0645ad, #8ab4f8) }
 :focus-visible { outline: 3px solid light-dark(#c60, #fb3) }
 h1, h2 { font-size: 1.2rem }
-.mail { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .5rem; border-top: 1px solid #8886; color: inherit }
+.mail { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1rem; padding: .5rem; color: inherit }
+.mail { border-top: 1px solid #8886; text-decoration: none }
 .mail span { flex: 1 0 100%; text-decoration: underline }
 .mail:hover, pre { background: #8882 }
 .accepted { color: light-dark(#176b34, #7bd88f) }
@@ -5694,7 +5694,7 @@ _ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number; t
 
 def _route(server: Server, execute: Any, commands: Collection[str], method: str, target: str, body: str) -> Any:
     path, _, query = target.partition("?")
-    route = "" if "ID" in path else re.sub(_NUMBER, "ID", path)
+    route = "" if "ID" in path else re.sub("[0-9]+", "ID", path)
     methods = ["POST"] * (path[1:] in commands) or ["GET", "HEAD"] * (route in _ROUTES)
     if not methods:
         raise _HttpAnswer(f"there is no {path}{_suggest(route, [*_ROUTES, *(f'/{name}' for name in commands)])}", 404)
@@ -5703,7 +5703,7 @@ def _route(server: Server, execute: Any, commands: Collection[str], method: str,
     parameters = _read_query(query, _QUERIES.get(route, {}))
     if method == "POST":
         return _HttpAnswer(*execute(f"{path[1:]} {body}".strip()))
-    number, *others = re.findall(_NUMBER, path) or [""]
+    number, *others = re.findall("[0-9]+", path) or [""]
     return _ROUTES[route](_find(server, number) if number else server, *others, **parameters)
 
 
