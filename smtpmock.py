@@ -1300,11 +1300,6 @@ _STRICT_MAILBOX = rf"<(?:@[^<>: ]+:)?(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_HO
 _STRICT_COMMAND = rf"(?i:MAIL FROM:(?:<>|{_STRICT_MAILBOX})|RCPT TO:(?:<postmaster>|{_STRICT_MAILBOX}))(?: .*)?"
 
 
-def _is_too_long(path: str) -> bool:
-    local = path.strip("<>").rpartition(":")[2].rpartition("@")[0]  # without a source route
-    return max(len(text.encode("utf-8", "surrogateescape")) - most for text, most in ((local, 64), (path, 256))) > 0
-
-
 class _ClientState:
     """One request, and the state of the client when it sent it."""
 
@@ -1324,6 +1319,8 @@ class _ClientState:
         self.verb, self.line, self.argument, self.kind = request.verb, request.line, request.argument, request.kind
         self.mechanism = request.argument.partition(" ")[0].upper() if self.verb == "AUTH" else ""
         self.path, self.words = _split_path(request.argument) if self.verb in _PATHS else ("", [])
+        local = self.path.strip("<>").rpartition(":")[2].rpartition("@")[0]  # without a source route
+        self.local_size, self.path_size = (len(text.encode("utf-8", "surrogateescape")) for text in (local, self.path))
         self.given = {name: value.upper() for name, value in _read_parameters(self.words).items()}
         self.chunk = self.line if self.verb == "BDAT" else self.chunk if self.verb == "message" else ""
         names = [name for name in self.given if re.fullmatch(_KEYWORD, name)]
@@ -1421,7 +1418,7 @@ _DIALOGUE_CHECKS: tuple[tuple[str, Collection[str], Callable[[_ClientState], obj
     ("bad-sequence", ("RCPT",), lambda it: not (it.is_in_mail or it.may_be_blind) and "RCPT needs an accepted MAIL"),
     ("nested-mail", ("MAIL",), lambda it: it.is_in_mail and not it.may_be_blind),
     ("path-syntax", _PATHS, lambda it: it.find_bad_path()),
-    ("path-too-long", _PATHS, lambda it: _is_too_long(it.path)),
+    ("path-too-long", _PATHS, lambda it: it.local_size > 64 or it.path_size > 256),
     ("unannounced-parameter", _PATHS, lambda it: it.needed.difference(it.announced)),
     ("bad-parameter", _PATHS, lambda it: it.find_bad_parameter()),
     ("bad-parameter", ("BDAT",), lambda it: _parse_chunk(it.argument) is None and "BDAT needs a size"),
@@ -1496,7 +1493,6 @@ _REGISTERED_CHARSETS = (
     r"ecma-|extended_|gost|iec_|invar|irv|katakana|koi[78]-|lap|mac|microsoft-|msz|naplps|ref|scsu|sen_|serbian|st_|tscii|"
     r"unicode-1|unknown-8|utf-7-|videotex|viqr|viscii)[\w.:()+-]*"
 )
-_NOT_IN_NAME = r"[^\w!*+/=-]"  # RFC 2047 section 5 (3)
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _DATE = (  # with the years and zones of RFC 5322 section 4.3
@@ -1619,8 +1615,8 @@ def _check_word(match: re.Match[str], line: str, place: str) -> _Findings:
     """The place is that in a list of addresses: " in a quoted string, x outside of it and of comments."""
     charset, kind, text = match.groups()
     around = match.string[max(match.start() - 1, 0) : match.start()], match.string[match.end() : match.end() + 1]
-    is_name = place == "x"
     is_q, encoding = kind in "Qq", {"b": "base64", "q": "quoted-printable"}.get(kind.lower(), "")
+    is_bad_name = is_q and place == "x" and re.search(r"[^\w!*+/=-]", text)  # RFC 2047 section 5 (3)
     raw = text.encode("utf-8", "surrogateescape")
     is_wrong = not encoding or re.search(_ENCODINGS[encoding][1], raw + b"x" * is_q)  # for a = at the end of a word
     faults = {
@@ -1628,9 +1624,7 @@ def _check_word(match: re.Match[str], line: str, place: str) -> _Findings:
         "an address must not have an encoded word": "@" in around or around == ("<", ">"),
         _NO_SPACE: "".join(around).strip("( \t\r\n)"),
         "an encoded word is empty or has white space in it": not re.fullmatch(r"[!-~]+", text),
-        "a Q word in a name must have letters, digits and !*+-/=_ only": is_q
-        and is_name
-        and re.search(_NOT_IN_NAME, text),
+        "a Q word in a name must have letters, digits and !*+-/=_ only": is_bad_name,
         "": is_wrong or _is_cut_off(raw, encoding),
     }
     found = _pick("encoded-word", line, faults)
@@ -1668,19 +1662,14 @@ def _check_grammar(name: str, value: str, line: str) -> _Findings:
         yield "group-in-from", line
 
 
-def _read_sections(value: str) -> list[tuple[str, str]]:
-    """The names in lower case; values may be in quotes."""
-    return [(match[1].lower(), value[slice(*match.span(2))]) for match in re.finditer(_STRICT_PARAMETER, _mask(value))]
-
-
 def _check_sections(code: str, value: str, line: str) -> _Findings:
     """Of parameters with a * in their names (RFC 2231)."""
     import urllib.parse
 
     sections: dict[str, list[tuple[str, str]]] = {}
-    for name, text in _read_sections(value):
-        base, star, number = name.partition("*")
-        sections.setdefault(base, []).extend([(number, text)] if star else [])
+    for match in re.finditer(_STRICT_PARAMETER, _mask(value)):
+        base, star, number = match[1].lower().partition("*")
+        sections.setdefault(base, []).extend([(number, value[match.start(2) : match.end(2)])] if star else [])
     for parts in sections.values():
         parts.sort(key=lambda part: (len(part[0].rstrip("*")), part[0]))
         numbers = [number.rstrip("*") for number, _ in parts if number]
@@ -1778,11 +1767,10 @@ def _check_body(part: Any, kind: str, encoding: str, charset: str | None) -> _Fi
     yield from found
     if encoding == "quoted-printable" and not found:
         yield from ((*lower, "write =C3 and not =c3") for lower in _find_line(code, _LOWER_HEX, data))
-    if found or not kind.startswith("text/") or (charset is None and kind != "text/plain"):
-        return
-    cure = ["a text that is not ASCII needs a charset, such as utf-8"] if charset is None else []
-    charset = charset or "us-ascii"
-    yield from _check_charset(_decode_content(data, encoding), charset, "wrong-charset", f"charset={charset}", *cure)
+    if not found and (kind == "text/plain" or (charset is not None and kind.startswith("text/"))):
+        cure = ["a text that is not ASCII needs a charset, such as utf-8"] if charset is None else []
+        data, charset = _decode_content(data, encoding), charset or "us-ascii"
+        yield from _check_charset(data, charset, "wrong-charset", f"charset={charset}", *cure)
 
 
 def _check_mail(message: Message, client: _ClientState) -> _Findings:

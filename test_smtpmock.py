@@ -703,19 +703,17 @@ C: HELO example.com            S: 250 Received
 C: RCPT TO:<b@example.com>     S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
 C: MAIL FROM:<a@example.com>   S: 250 Received
 C: DATA                        S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== RSET drops the envelope, not HELO  + envelope
+== RSET and another HELO drop the envelope, not HELO  + envelope
 C: RSET                       S: 250 Ok
 C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com> | HELO example.org  S: 250 Received
+C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: MAIL FROM:<a@example.com>  S: 250 Received
-== a repeated HELO drops the envelope  + envelope
-C: HELO example.org  S: 250 Received
-C: DATA              S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== a refused HELO takes the one before with it  + hello
+== a refused recipient or HELO takes the one before with it  + envelope
+C: RCPT TO:<bad>              S: 501 RCPT TO requires valid email address
+C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: HELO                       S: 501 HELO requires domain address or valid address literal
 C: MAIL FROM:<a@example.com>  S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
-== a refused recipient takes the one before with it  + envelope
-C: RCPT TO:<bad>  S: 501 RCPT TO requires valid email address
-C: DATA           S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 == a refused recipient among several  -- multiple_rcptto=True  + envelope
 C: RCPT TO:<bad>  S: 501 RCPT TO requires valid email address
 C: DATA           S: {READY}
@@ -768,8 +766,6 @@ C: HELO a..com  S: 501 HELO requires domain address or valid address literal  S:
 -- fail_fast=True, multiple_rcptto=True, not_registered_emails=["c@example.com"]
 + envelope
 C: RCPT TO:<c@example.com>  S: 550 User not found  S: <closed>
-== fail fast: a rule  -- fail_fast=True  -- rule: NOOP: reply 450 no
-C: NOOP  S: 450 no  S: <closed>
 
 # ---- Bodies and lines, and how long they may be
 == only CRLF around the dot ends a body, but a bare LF ends DATA  + in body
@@ -781,24 +777,22 @@ R: \r\n.\r\n  S: 250 Received
 C: NOOP       S: 250 Ok
 R: DATA\n     S: {READY}
 C: .          S: 250 Received
-== the size limit is inclusive, without stuffed dots and the last one  -- msg_size_limit=10  + in body
+== the size limit is inclusive, without stuffed dots, and a body is read to its end  -- msg_size_limit=10  + in body
 C: ..3456789
 C: .     S: 250 Received
 C: DATA  S: {READY}
 C: 123456789
 C: .     S: 552 Message exceeded max size of 10 bytes
-C: NOOP  S: 250 Ok
-== a long body is read to its end  -- msg_size_limit=10  + in body
+C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
+C: DATA  S: {READY}
 C: {x*5000}
 C: QUIT
 C: NOOP
 C: .     S: 552 Message exceeded max size of 10 bytes
 C: NOOP  S: 250 Ok
-== a line of 4096 bytes, its end included
-C: NOOP {x*4089}  S: 250 Ok
-C: NOOP {x*4090}  S: 500 Line too long
-C: NOOP           S: 250 Ok
-== a long line is answered before it ends
+== a line of 4096 bytes, and one that is answered before it ends
+C: NOOP {x*4089}      S: 250 Ok
+C: NOOP {x*4090}      S: 500 Line too long
 R: {x*4096}           S: 500 Line too long
 R: {y*5000}
 R: {z*9}\r\nNOOP\r\n  S: 250 Ok
@@ -836,10 +830,9 @@ C: EHLO a.com  S: 250-Received  S: 250-DSN  S: 250-STARTTLS  S: 250 AUTH PLAIN L
 == a parameter of an extension that is not announced  -- extensions=["8BITMIME"]
 C: EHLO a.com                           S: 250-Received  S: 250 8BITMIME
 C: MAIL FROM:<a@a.com> SIZE=1 | MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 555 Parameter not recognized or not implemented
-== a parameter after HELO  -- extensions=["SIZE"]
+== a declared size, after HELO and EHLO  -- extensions=["SIZE"], msg_size_limit=5
 C: HELO a.com                  S: 250 Received
 C: MAIL FROM:<a@a.com> SIZE=1  S: 555 Parameter not recognized or not implemented
-== a declared size  -- extensions=["SIZE"], msg_size_limit=5
 C: EHLO a.com                  S: 250-Received  S: 250 SIZE 5
 C: MAIL FROM:<a@a.com> SIZE=6  S: 552 Message exceeded max size of 5 bytes
 C: MAIL FROM:<a@a.com> SIZE=5  S: 250 Received
@@ -877,7 +870,6 @@ C: VRFY <bob@example.com>      S: 550 No  S: <closed>
 == a body in chunks  + chunking
 R: BDAT 4\r\nhi\r\n    S: 250 Received
 R: bdat 2 last\r\n.\n  S: 250 Received
-C: NOOP                S: 250 Ok
 == chunks in one piece, the last without a byte  + chunking
 R: BDAT 1\r\nhBDAT 1\r\niBDAT 0 LAST\r\nNOOP\r\n  S: 250 Received  S: 250 Received  S: 250 Received  S: 250 Ok
 == a chunk out of sequence is consumed  -- extensions=["CHUNKING"]
@@ -905,13 +897,11 @@ C: BDAT 0 LAST         S: 503 Bad sequence of commands. DATA should be used afte
 == PLAIN, without an initial response, for another identity  + login
 C: auth plain                    S: 334{SP}
 C: {b64 authzid\0alice\0sécret}  S: 235 Authentication succeeded
-== LOGIN  + login
+== LOGIN, which is possible once  + login
 C: AUTH LOGIN    S: 334 VXNlcm5hbWU6
 C: {b64 alice}   S: 334 UGFzc3dvcmQ6
 C: {b64 sécret}  S: 235 Authentication succeeded
-== XOAUTH2, without an initial response  + login
-C: AUTH xoauth2                              S: 334{SP}
-C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
+C: AUTH LOGIN    S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
 == a refused token is explained before the 535  + login
 C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer wrong\1\1}
 S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
@@ -920,14 +910,14 @@ C: AUTH XOAUTH2  S: 334{SP}
 C: {b64 user=alice\1auth=Bearer wrong\1\1}
 S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
 C: *             S: 501 Authentication cancelled
-C: NOOP          S: 250 Ok
+C: AUTH xoauth2  S: 334{SP}
+C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
 == a wrong secret, a wrong user, an unknown mechanism  + login
 C: AUTH GSSAPI | AUTH  S: 504 Unrecognized authentication type
 C: AUTH PLAIN {b64 \0alice\0wrong} | AUTH PLAIN {b64 \0nobody\0}  S: 535 Authentication credentials invalid
 C: AUTH LOGIN {b64 nobody}          S: 334 UGFzc3dvcmQ6
 C:                                  S: 535 Authentication credentials invalid
-C: NOOP                             S: 250 Ok
-== an AUTH that is cancelled, and responses that cannot be decoded  + login
+# an AUTH that is cancelled, and responses that cannot be decoded
 C: AUTH LOGIN                S: 334 VXNlcm5hbWU6
 C: *                         S: 501 Authentication cancelled
 C: AUTH PLAIN !!!            S: 501 Cannot decode response
@@ -935,9 +925,6 @@ C: AUTH PLAIN                S: 334{SP}
 C: é | AUTH PLAIN = | AUTH PLAIN {b64 alice} | AUTH XOAUTH2 {b64 alice}  S: 501 Cannot decode response
 C: AUTH CRAM-MD5 abcd        S: 501 Cannot decode response
 C: NOOP                      S: 250 Ok
-== AUTH twice  + login
-C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
-C: AUTH LOGIN               S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
 == AUTH after MAIL, and the parameter AUTH, which is announced with it  + login
 C: MAIL FROM:<a@a.com> AUTH=<>  S: 250 Received
 C: AUTH LOGIN               S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
@@ -1081,7 +1068,7 @@ C: VRFY carol              S: 250 Carol
 C: VRFY dave               S: {UNRECOGNIZED}
 == rule: too busy to talk  -- rule: connect: reply 421 Too busy; close
 S: 421 Too busy  S: <closed>
-== rule: the order of actions does not matter  -- rule: NOOP: drop; reply 450 no
+== rule: a drop takes the reply away, whatever the order of actions  -- rule: NOOP: drop; reply 450 no
 C: NOOP  S: <closed>
 == rule: the last end counts, and a close comes after the normal reply  -- rule: NOOP: drop; close
 C: NOOP  S: 250 Ok  S: <closed>
@@ -1096,10 +1083,11 @@ C: DATA  S: 354 go  S: <closed>
 == rule: bytes that are no reply  -- rule: NOOP: raw \x21 garbage\r\n250 and more\r\n; times=1
 C: NOOP  S: ! garbage  S: 250 and more
 C: NOOP  S: 250 Ok
-== rule: a delay and a trickle change no reply  -- rule: NOOP: delay 0.001  -- rule: NOOP: trickle 0.0001  + envelope
-C: NOOP  S: 250 Ok
-== rule: a delay leaves a text without a code as it is  -- msg_mailfrom_received="nonsense"  -- rule: MAIL: delay 0.001
+== rule: a delay and a trickle change no reply  -- rule: NOOP: delay 0.001  -- rule: NOOP: trickle 0.0001
+-- rule: MAIL: delay 0.001
+-- msg_mailfrom_received="nonsense"
 + hello
+C: NOOP                       S: 250 Ok
 C: MAIL FROM:<a@example.com>  S: nonsense
 C: RCPT TO:<b@example.com>    S: 250 Received
 == rule: a line that is too long is in *  -- rule: *: reply 450 no; times=2
@@ -1127,10 +1115,10 @@ for entry in DIALOGUES.values():
 # What only a socket shows: pieces, pipelining, lines of several replies, bodies, and each way to end.
 THROUGH_A_SOCKET = """
 a mail | HELO, lower case, white space, bare LF | pipelining | nothing is answered after QUIT |
-every text can be another | a long body is read to its end | a long line is answered before it ends |
-fail fast: a bad argument | a body in chunks | rule: too busy to talk | rule: an answer, then a close |
-rule: a body shorter than that is not cut | rule: bytes that are no reply |
-rule: a delay and a trickle change no reply | rule: silence
+every text can be another | the size limit is inclusive, without stuffed dots, and a body is read to its end |
+a line of 4096 bytes, and one that is answered before it ends | fail fast: a bad argument | a body in chunks |
+rule: too busy to talk | rule: an answer, then a close | rule: a body shorter than that is not cut |
+rule: bytes that are no reply | rule: a delay and a trickle change no reply | rule: silence
 """
 
 # The lines whose last reply is the text of an option. An on_message of None is one that cannot be called.
@@ -1845,10 +1833,6 @@ class ViolationTest(ServerCase):
             nested,
             b"".join(b"X-%d: =?utf-8?q?x?=\r\n" % i for i in range(10_000)),
             b"Content-Type: text/plain" + b"; a=b" * 100_000,
-            b"To: " + b"a@example.com, " * 25_000,
-            b"Bcc: " + b"(" * 2000,
-            b"Bcc: " + b"a:b," * 2000,
-            b"From: " + b'"' * 9999,
             b"Subject: " + b"=?a?q?" * 100_000,
             b"\r\n" + b"=\n" * 250_000,
         ):
