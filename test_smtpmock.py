@@ -1417,10 +1417,6 @@ HELLO | STARTTLS | MAIL | QUIT => no-hello-after-tls
 HELLO | STARTTLS | + EHLO b.example.com | HELLO | QUIT => pipelining
 HELLO | STARTTLS | HELLO | STARTTLS | QUIT => unannounced-command
 HELLO | STARTTLS now | MAIL | RCPT | DATA BODY=8BITMIME | RSET all | QUIT please | QUIT => superfluous-argument x4
-== STARTTLS and AUTH, several mails  -- ssl_context=True, auth_users={"u": "p"}, auth_requires_tls=True
--- multiple_message_receiving=True, multiple_rcptto=True
-HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | RSET | MAIL | RCPT |
-    RCPT TO:<c@example.com> | DATA | HEAD | | END => clean
 == AUTH  -- auth_users={"u": "p"}
 HELLO | AUTH PLAIN | * | AUTH XOAUTH2 | dXNlcj11AWF1dGg9QmVhcmVy{ICAg*900}cAEB | | AUTH LOGIN | dQ== | cA== |
     MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT => clean
@@ -1467,8 +1463,6 @@ MAIL_FAULTS = read_table(r"""
 ENVELOPE | HEAD | MIME | MIME | Content-Type: text/plain | content-type: text/html | | END => header-duplicate x2
 ENVELOPE | PARTS | CTE: base64 | Content-Type: application/pdf | CTE: base64 | Content-ID: <1@example.com> |
     Content-ID: <2@example.com> | | eHh4 | LAST => header-duplicate x2
-ENVELOPE | DATE | From: g: a@example.com, C <c@example.com>; | Sender: a@example.com, b@example.com | ID | | END
-    => group-in-from + bad-address
 ENVELOPE | DATE | From: a@example.com, "C, d" <c@example.com> | Sender: a@example.com | ID |
     Resent-From: b@example.com | Resent-Date: Fri, 21 Nov 1997 09:55:06 -0600 | | END => clean
 ENVELOPE | HEAD | X: a | {SP} |  b | | END => header-syntax
@@ -1601,9 +1595,16 @@ Your mail of "today" <1@example.com> => write only <left@right>
 =?utf-8?q??= | =?utf-8?q?a b?= => an encoded word is empty or has white space in it
 =?utf-8?b?w7w?= | =?utf-8?x?ab?= | =?utf-8?q?caf=?= => encoded-word
 =?utf-8?q?{x*65}?= => encoded-word-long
-=?nothing?Q?a=FC?= => unknown-charset
-== Resent-From
-b@example.com => header-missing
+# charsets that IANA registers, though Python cannot decode most of them, and others
+=?VISCII?q?=FC?= =?csVIQR?q?=FC?= =?IBM01141?q?=FC?= =?ISO-2022-CN-EXT?q?=FC?= =?iso-ir-99?q?=FC?=
+    =?ISO646-DE?q?=FC?= =?ISO_5428:1980?q?=FC?= =?NATS-DANO?q?=FC?= =?JIS_C6226-1983?q?=FC?= =?EBCDIC-CP-FR?q?=FC?=
+    =?OSD_EBCDIC_DF04_1?q?=FC?= =?hp-legal?q?=FC?= =?T.61-8bit?q?=FC?= =?x0212?q?=FC?= =?KSC5636?q?=FC?=
+    =?nf_z_62-010_(1973)?q?=FC?= =?Windows-31J?q?=FC?= =?CESU-8?q?=FC?= =?pt2?q?=FC?= =?Adobe-Symbol-Encoding?q?=FC?=
+    =?Amiga-1251?q?=FC?= =?greek7-old?q?=FC?= =?us-dk?q?=FC?= =?unknown-8bit?q?=FC?= =?CCSID00924?q?=FC?=
+    =?latin-greek?q?=FC?= => clean
+=?nothing?q?=FC?= | =?utf-9?q?=FC?= | =?iso-8859-99?q?=FC?= | =?windows-1259?q?=FC?= | =?cp9999?q?=FC?= |
+    =?x-unknown?q?=FC?= | =?latin-99?q?=FC?= | =?utf8mb4?q?=FC?= | =?punycode?q?=FC?= | =?hex?q?=FC?=
+    => unknown-charset
 == Resent-To
 b@example.com => header-missing x2
 == MIME-Version
@@ -1701,17 +1702,6 @@ class ViolationTest(ServerCase):
         for code, cure in (item.split(" ", 1) for item in read_items(CURES)):
             self.assertIn(cure, Memory.CODES[code][0])
 
-    def test_charsets(self) -> None:
-        """Those that IANA registers are known, even if Python cannot decode them."""
-        registered = """VISCII csVIQR IBM01141 ISO-2022-CN-EXT iso-ir-99 ISO646-DE ISO_5428:1980 NATS-DANO JIS_C6226-1983
-            EBCDIC-CP-FR OSD_EBCDIC_DF04_1 hp-legal T.61-8bit x0212 KSC5636 nf_z_62-010_(1973) Windows-31J CESU-8 pt2
-            Adobe-Symbol-Encoding Amiga-1251 greek7-old us-dk unknown-8bit CCSID00924 latin-greek"""
-        unknown = "nothing utf-9 iso-8859-99 windows-1259 cp9999 x-unknown latin-99 utf8mb4 punycode hex"
-        for charset in (*registered.split(), *unknown.split()):
-            memory = Memory(*ENVELOPE, "DATA", f"Subject: =?{charset}?q?=FC?=", "", ".")
-            with self.subTest(charset):
-                self.assertEqual("unknown-charset" in list_codes(memory.messages()), charset in unknown.split())
-
     def test_who_refuses_it(self) -> None:
         memory = Memory(*ENVELOPE, "DATA")
         memory.say("Date: a", "From: a@a.com, b@b.com", "X: a", " ", "Subject: a", "Subject: b", "", "Hello\n", ".")
@@ -1774,13 +1764,9 @@ class ViolationTest(ServerCase):
         """So that a correct mail after a wrong one is accepted, and the time does not grow with each mail."""
         for several in (False, True):
             memory = Memory("EHLO a.com", strict=True, multiple_message_receiving=several)
-            for sender, line, code in (
-                ("<a@a.com>", b"..", "250"),
-                ("<a@a.com>", b".a", "550"),
-                (" <a@a.com>", b"", "550"),
-            ):
+            for sender, line, code in (("<a@a.com>", b"..", 250), ("<a@a.com>", b".a", 550), (" <a@a.com>", b"", 550)):
                 memory.say(f"MAIL FROM:{sender}", "RCPT TO:<b@b.com>", "DATA")
-                self.assertEqual(memory.feed(self.MAIL % line)[0][:3], code)
+                self.assertEqual(int(memory.feed(self.MAIL % line)[0][:3]), code)
             memory.say("EHLO a_b", "MAIL FROM:<a@a.com>", "HELO vm", "EHLO a.com", *ENVELOPE[1:], "DATA")
             self.assertEqual(memory.feed(self.MAIL % b"")[0][:3], "250")
 
@@ -3231,6 +3217,15 @@ user | @ | user@ | @example.com | user@invalid | a@a.com@b.com | user@example..c
     a@x.com. | a(b)@x.com | <> | < | ><a@x.com> | <@a.com> | <@:b@x.com> | a@-x.com | a\x00@x.com | PostMaster |
     "John Doe" <john@x.com> | john@y.com <john@x.com> | < john@x.com> | John <john@x.com> Doe | a b@x.com |  |
     a@x.com x | <a@x.com> x =>
+== a lenient domain  -- lenient_addresses=True
+123456789012 | web_1.proj_default | _x | a.com. => 250
+a b |  | a..b | .a | a@b | [1.2.3] | a\x80 => 501
+== a lenient recipient  -- lenient_addresses=True
+root | root@web1 | <a@srv_1.example.com> | a@example.com. | <a@example.com.> | "a b" | <"a b"> | a@1234 | <a.b@_> |
+    <Postmaster> | <a@[127.0.0.1]> => =
+Jo <root> => root
+Jo <a.b@_> => a.b@_
+<root | root> | a b |  | a@ | @a | a@b@c | a@b..c | a..b@c | a@[1.2.3] | <a\x80> | <> | <a@> | <a@b@c> | <a@b..c> | < =>
 == parameters of MAIL FROM:<a@a.com>
 SIZE=5 | size=10485760 | BODY=8BITMIME | Body=7bit | SMTPUTF8 | RET=HDRS | RET=full | XFOO | XFOO=1 | ENVID=a+3Db |
     SIZE=1 BODY=7BIT  SMTPUTF8 RET=FULL => 250
@@ -3248,8 +3243,8 @@ HELO [IPv6:{:*}] | MAIL FROM:{a *} | MAIL FROM:{a*} | MAIL FROM:{a.*} | MAIL FRO
 MAIL FROM:{<*} | MAIL FROM:{>*} | MAIL FROM:{=*} | MAIL FROM:a <{a.*}@x.com | MAIL FROM:{ *}<a@x.com |
 MAIL FROM:{a *}<a@x.com> b | MAIL FROM:<a@{a-*}> | MAIL FROM:<a@{a.*}com!> | MAIL FROM:"{\\*} | MAIL FROM:{"*}@x.com |
 MAIL FROM:"{a*}"@x | MAIL FROM:a@[{1.*} | MAIL FROM:<{a@*} | MAIL FROM:<{"*} | MAIL FROM:<{"\*} | MAIL FROM:<"{"\*} |
-MAIL FROM:<"{ *} | MAIL FROM:<a@a.com> {a*} | MAIL FROM:<a@a.com> {"*} | MAIL FROM:<a@a.com> {SIZE=1 *} | { 	*}. |
-a{ *}b
+MAIL FROM:<"{ *} | MAIL FROM:<{a_*}!@> | MAIL FROM:<a@{1_*}..> | MAIL FROM:<a@a.com> {a*} | MAIL FROM:<a@a.com> {"*} | MAIL FROM:<a@a.com> {SIZE=1 *} | { 	*}. |
+a{ *}b | MAIL FROM:<{a.*}@>
 """
 
 
@@ -3259,20 +3254,18 @@ class GrammarTest(unittest.TestCase):
     EXTENSIONS = ("SIZE", "8BITMIME", "SMTPUTF8", "PIPELINING", "DSN", "CHUNKING", "ENHANCEDSTATUSCODES", "XFOO")
 
     def test_domains(self) -> None:
-        memory = Memory()
-        for domains, code, _ in ARGUMENTS["a domain"].rows:
-            for domain, verb in itertools.product(domains, ("HELO", "EHLO")):
-                self.assertEqual(memory.say(f"{verb} {domain}")[0][:3], code, domain)
-
-    def recipient(self, path: str) -> list[str]:
-        """The recipient that this path is."""
-        return Memory(*ENVELOPE[:2], f"RCPT TO:{path}").message().rcpt_tos
+        for entry in (ARGUMENTS["a domain"], ARGUMENTS["a lenient domain"]):
+            memory = Memory(**entry.options)
+            for domains, code, _ in entry.rows:
+                for domain, verb in itertools.product(domains, ("HELO", "EHLO")):
+                    self.assertEqual(memory.say(f"{verb} {domain}")[0][:3], code, domain)
 
     def test_addresses(self) -> None:
-        for addresses, expected, _ in ARGUMENTS["a recipient"].rows:
-            for address in addresses:
+        for entry in (ARGUMENTS["a recipient"], ARGUMENTS["a lenient recipient"]):
+            for address, expected in ((address, row.expected) for row in entry.rows for address in row.given):
                 kept = re.sub("^<(.*)>$", r"\1", address) if expected == "=" else expected
-                self.assertEqual(self.recipient(address), [kept] * bool(kept), address)
+                message = Memory(*ENVELOPE[:2], f"RCPT TO:{address}", **entry.options).message()
+                self.assertEqual(message.rcpt_tos, [kept] * bool(kept), address)
 
     def parameters(self) -> Memory:
         return Memory("EHLO a.com", extensions=self.EXTENSIONS, multiple_rcptto=True)
@@ -3299,47 +3292,19 @@ class GrammarTest(unittest.TestCase):
         for row in read_items(HOSTILE):
             unit = re.findall(r"\{(.*)\*\}", row)[0]
             line = read_line(row.replace("*}", f"*{100_000 // len(unit)}}}")).encode() + b"\r\n"
-            for extensions in ((), ("SIZE",)):
-                with self.subTest(row, extensions=extensions):
-                    memory = Memory("EHLO a.com", line_limit=400_000, extensions=extensions)
+            for extensions, lenient in (((), False), (("SIZE",), False), ((), True)):
+                with self.subTest(row, extensions=extensions, lenient=lenient):
+                    options: dict[str, Any] = {"extensions": extensions, "lenient_addresses": lenient}
+                    memory = Memory("EHLO a.com", line_limit=400_000, **options)
                     began = time.thread_time()
                     memory.feed(line)
                     self.assertLess(time.thread_time() - began, 2)
 
-    # Names that are in use and that the grammar of SMTP does not have: lenient_addresses.
-
-    HOSTS = ("123456789012", "web_1.proj_default", "_x", "a.com.")
-    ADDRESSES = ("root", "root@web1", "a@srv_1.example.com", "a@example.com.", '"a b"', "a@1234", "a.b@_")
-    BAD_HOSTS = ("", "a b", "a..b", ".a", "a@b", "[1.2.3]", "a\u0080")
-    BAD_ADDRESSES = ("", "<root", "root>", "a b", "a@", "@a", "a@b@c", "a@b..c", "a..b@c", "a@[1.2.3]", "<a\u0080>")
-    LONG_ADDRESSES = ("a_" * 2000 + "!@", "a@" + "1_" * 1900 + "..", "a." * 2000 + "@", '"' + "a" * 4000)
-
-    def test_lenient_addresses_are_accepted_only_with_the_option(self) -> None:
-        for lenient, code in ((True, "250"), (False, "501")):
-            for line in (f"{verb} {host}" for host in self.HOSTS for verb in ("HELO", "EHLO")):
-                self.assertEqual(Memory(lenient_addresses=lenient).say(line)[0][:3], code, line)
-            for address, form in itertools.product(self.ADDRESSES, ("{}", "<{}>", "Jo <{}>")):
-                with self.subTest(address, lenient=lenient, form=form):
-                    memory = Memory("EHLO a.com", lenient_addresses=lenient)
-                    path = form.format(address)
-                    replies = memory.say(f"MAIL FROM:{path}", "MAIL FROM:<a@a.com>", f"RCPT TO:{path}")
-                    self.assertEqual([reply[:3] for reply in replies], [code, "250", code])
-                    self.assertEqual(memory.message().rcpt_tos, [address] * lenient)
-
-    def test_what_is_not_even_lenient_is_refused(self) -> None:
-        """And takes no long time."""
-        memory = Memory(lenient_addresses=True)
-        for host in self.BAD_HOSTS:
-            self.assertIn("501", memory.say(f"EHLO {host}")[0], host)
-        memory.say("EHLO a.com")
-        for path in (*self.BAD_ADDRESSES, *(f"<{path}>" for path in self.LONG_ADDRESSES)):
-            self.assertIn("501", memory.say(f"MAIL FROM:{path}")[0], path)
-        replies = memory.say("MAIL FROM:<>", "RCPT TO:<Postmaster>", "RCPT TO:<a@[127.0.0.1]>", "RCPT TO:<>")
-        self.assertEqual(replies, [RECEIVED] * 3 + ["501 RCPT TO requires valid email address"])
-
     def test_lenient_addresses_with_parameters_lists_and_rules(self) -> None:
         options: dict[str, Any] = {"extensions": ["SIZE"], "blacklisted_rcptto_emails": ["root"]}
-        memory = Memory("EHLO web_1", lenient_addresses=True, rules=["RCPT a_1.com: reply 450 later"], **options)
+        memory = Memory(
+            "EHLO web_1", "MAIL FROM:<>", lenient_addresses=True, rules=["RCPT a_1.com: reply 450 later"], **options
+        )
         replies = memory.say("MAIL FROM:root SIZE=5", "RCPT TO:<ROOT>", "RCPT TO:<b@a_1.com>", "RCPT TO:<b@a.com>")
         self.assertEqual(replies, [RECEIVED, "421 Service not available", "450 later", RECEIVED])
         message = memory.message()
