@@ -1599,7 +1599,7 @@ Your mail of "today" <1@example.com> => write only <left@right>
 =?VISCII?q?=FC?= =?csVIQR?q?=FC?= =?IBM01141?q?=FC?= =?ISO-2022-CN-EXT?q?=FC?= =?iso-ir-99?q?=FC?=
     =?ISO646-DE?q?=FC?= =?ISO_5428:1980?q?=FC?= =?NATS-DANO?q?=FC?= =?JIS_C6226-1983?q?=FC?= =?EBCDIC-CP-FR?q?=FC?=
     =?OSD_EBCDIC_DF04_1?q?=FC?= =?hp-legal?q?=FC?= =?T.61-8bit?q?=FC?= =?x0212?q?=FC?= =?KSC5636?q?=FC?=
-    =?nf_z_62-010_(1973)?q?=FC?= =?Windows-31J?q?=FC?= =?CESU-8?q?=FC?= =?pt2?q?=FC?= =?Adobe-Symbol-Encoding?q?=FC?=
+    =?nf_z_62-010_(1973)?q?=FC?= =?CESU-8?q?=FC?= =?pt2?q?=FC?= =?Adobe-Symbol-Encoding?q?=FC?=
     =?Amiga-1251?q?=FC?= =?greek7-old?q?=FC?= =?us-dk?q?=FC?= =?unknown-8bit?q?=FC?= =?CCSID00924?q?=FC?=
     =?latin-greek?q?=FC?= => clean
 =?nothing?q?=FC?= | =?utf-9?q?=FC?= | =?iso-8859-99?q?=FC?= | =?windows-1259?q?=FC?= | =?cp9999?q?=FC?= |
@@ -3302,11 +3302,11 @@ class GrammarTest(unittest.TestCase):
 
     def test_lenient_addresses_with_parameters_lists_and_rules(self) -> None:
         options: dict[str, Any] = {"extensions": ["SIZE"], "blacklisted_rcptto_emails": ["root"]}
-        memory = Memory(
-            "EHLO web_1", "MAIL FROM:<>", lenient_addresses=True, rules=["RCPT a_1.com: reply 450 later"], **options
+        memory = Memory("EHLO web_1", lenient_addresses=True, rules=["RCPT a_1.com: reply 450 later"], **options)
+        replies = memory.say(
+            "MAIL FROM:<>", "MAIL FROM:root SIZE=5", "RCPT TO:<ROOT>", "RCPT TO:b@a_1.com", "RCPT TO:b"
         )
-        replies = memory.say("MAIL FROM:root SIZE=5", "RCPT TO:<ROOT>", "RCPT TO:<b@a_1.com>", "RCPT TO:<b@a.com>")
-        self.assertEqual(replies, [RECEIVED, "421 Service not available", "450 later", RECEIVED])
+        self.assertEqual(replies, [RECEIVED] * 2 + ["421 Service not available", "450 later", RECEIVED])
         message = memory.message()
         self.assertEqual((message.mail_from, message.mailfrom_parameters), ("root", {"SIZE": "5"}))
         self.assertTrue(message.as_bytes().startswith(b"Return-Path: <root>\r\n"))
