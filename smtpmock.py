@@ -1303,9 +1303,7 @@ _STRICT_COMMAND = rf"(?i:MAIL FROM:(?:<>|{_STRICT_MAILBOX})|RCPT TO:(?:<postmast
 class _ClientState:
     """One request, and the state of the client when it sent it."""
 
-    line = reply = verb = argument = path = mechanism = chunk = ""
-    kind = _UNKNOWN_VERB
-    given: dict[str, str] = {}  # parameters of this request
+    chunk = ""  # the line of the BDAT that this may belong to
     parameters: dict[str, str] = {}  # of the last MAIL
     recipients: list[str] = []  # accepted since
     announced: dict[str, list[str]] = {}  # extensions, each with its words
@@ -1321,7 +1319,7 @@ class _ClientState:
         self.path, self.words = _split_path(request.argument) if self.verb in _PATHS else ("", [])
         local = self.path.strip("<>").rpartition(":")[2].rpartition("@")[0]  # without a source route
         self.local_size, self.path_size = (len(text.encode("utf-8", "surrogateescape")) for text in (local, self.path))
-        self.given = {name: value.upper() for name, value in _read_parameters(self.words).items()}
+        self.given = {name: value.upper() for name, value in _read_parameters(self.words).items()}  # parameters
         self.chunk = self.line if self.verb == "BDAT" else self.chunk if self.verb == "message" else ""
         names = [name for name in self.given if re.fullmatch(_KEYWORD, name)]
         self.needed = {_PARAMETERS.get(name, ("", name))[1] for name in names}  # the extensions of those
