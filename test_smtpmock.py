@@ -623,13 +623,14 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
     # a heading                   for the reader only
     given | given => expected     a row, which goes on in lines that are indented by 4
 
-    or else a line of a dialogue or of a mail. Options, rules and a prefix can stand beside the title, and options
-    beside a row. Empty lines at the end of an entry do not count.
+    or else a line of a dialogue or of a mail. Options, rules and a prefix can stand beside the title and each other,
+    and options beside a row. Empty lines at the end of an entry do not count.
     """
     table: dict[str, Entry] = {}
     for part in re.split("^== ", text, flags=re.MULTILINE)[1:]:
         head, *lines = re.sub("^# .*\n?", "", part, flags=re.MULTILINE).rstrip().split("\n")
         title, *beside = re.split("  (?=-- |[+] )", head)
+        lines = [part for line in lines for part in (re.split("  (?=-- |[+] )", line) if line[:3] == "-- " else [line])]
         assert title not in table, title
         entry = table[title] = Entry({}, [])
         options = []
@@ -772,8 +773,7 @@ C: RCPT TO:<somebody@a.com>        S: 250 Received
 == fail fast: a bad argument  -- fail_fast=True
 C: HELO a..com  S: 501 HELO requires domain address or valid address literal  S: <closed>
 == fail fast: an unknown recipient among several
--- fail_fast=True, multiple_rcptto=True, not_registered_emails=["c@example.com"]
-+ envelope
+-- fail_fast=True, multiple_rcptto=True, not_registered_emails=["c@example.com"]  + envelope
 C: RCPT TO:<c@example.com>  S: 550 User not found  S: <closed>
 
 # ---- Bodies and lines, and how long they may be
@@ -817,8 +817,7 @@ C: RCPT TO:<b@example.com>    S:
 C: DATA                       S: send it
 C: .                          S: 299 got it
 == a text that begins with 4 or 5 refuses
--- msg_mailfrom_received="450 later", msg_invalid_cmd_rcptto_sequence="250 fine"
-+ hello
+-- msg_mailfrom_received="450 later", msg_invalid_cmd_rcptto_sequence="250 fine"  + hello
 C: MAIL FROM:<a@example.com>  S: 450 later
 C: RCPT TO:<b@example.com>    S: 250 fine
 C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
@@ -982,8 +981,7 @@ C: STARTTLS  S: {UNRECOGNIZED}
 
 # ---- Rules
 == rule: a refusal for an address, whatever its case, a literal and a domain, and with a colon in it
--- rule: RCPT a@[IPv6:::1]: reply 550 no: never
--- rule: RCPT bob@Example.com: reply 550 5.1.1 No such user
+-- rule: RCPT a@[IPv6:::1]: reply 550 no: never  -- rule: RCPT bob@Example.com: reply 550 5.1.1 No such user
 -- rule: rcpt to a.com: reply 551 not here
 C: EHLO example.com | MAIL FROM:<bob@example.com>  S: 250 Received
 C: RCPT TO:<bob@EXAMPLE.com>    S: 550 5.1.1 No such user
@@ -992,8 +990,7 @@ C: RCPT TO:<x@A.com>            S: 551 not here
 C: RCPT TO:<x@b.a.com>          S: 250 Received
 C: RCPT TO:<a@[IPv6:::1]>       S: 550 no: never
 == rule: a recipient, at DATA and at the end of the body  -- multiple_rcptto=True
--- rule: DATA c@example.com: reply 450 c
--- rule: message d@example.com: reply 450 d
+-- rule: DATA c@example.com: reply 450 c  -- rule: message d@example.com: reply 450 d
 C: EHLO example.com | MAIL FROM:<c@example.com> | RCPT TO:<b@example.com>  S: 250 Received
 C: DATA                       S: {READY}
 C: . | RCPT TO:<d@example.com>  S: 250 Received
@@ -1028,8 +1025,7 @@ C: RCPT TO:<b@b.com>  S: 451 second
 C: NOOP  S: 451 new
 C: NOOP  S: 250 Ok
 C: NOOP  S: 450 old
-== rule: of all, the greeting and EHLO pass  -- rule: *: reply 450 no; skip=2
-+ hello
+== rule: of all, the greeting and EHLO pass  -- rule: *: reply 450 no; skip=2  + hello
 C: NOOP | RSET  S: 450 no
 == rule: a login is one match  -- auth_users={}  -- rule: AUTH: reply 454 no; skip=1
 C: EHLO a.com  S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
@@ -1039,8 +1035,7 @@ C: YQ==        S: 535 Authentication credentials invalid
 C: AUTH LOGIN  S: 334 VXNlcm5hbWU6
 C: YQ==        S: 334 UGFzc3dvcmQ6
 C: YQ==        S: 454 no
-== rule: the second body is cut off  -- rule: message: drop; after=1; skip=1
-+ in body
+== rule: the second body is cut off  -- rule: message: drop; after=1; skip=1  + in body
 C: hi
 C: .     S: 250 Received
 C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
@@ -1052,10 +1047,7 @@ C: NOOP  S: 250 Ok
 C: RSET | RSET  S: 450 no
 C: RSET  S: 503 Bad sequence of commands. HELO should be the first
 == rule: 2xx and 3xx take effect, even where the usual is a refusal  -- rule: RCPT: reply 299 fine
--- rule: DATA: reply 399 go
--- rule: message: reply 298 got it
--- rule: MAIL: reply 200 ok
-+ hello
+-- rule: DATA: reply 399 go  -- rule: message: reply 298 got it  -- rule: MAIL: reply 200 ok  + hello
 C: MAIL FROM:nobody   S: 200 ok
 C: RCPT TO:<nowhere>  S: 299 fine
 C: DATA               S: 399 go
@@ -1082,8 +1074,7 @@ C: NOOP  S: <closed>
 == rule: the last end counts, and a close comes after the normal reply  -- rule: NOOP: drop; close
 C: NOOP  S: 250 Ok  S: <closed>
 == rule: aspects of several rules add up, and the newest has each  -- rule: NOOP: reply 450 first; close
--- rule: NOOP: reply 451 second
--- rule: *: delay 0
+-- rule: NOOP: reply 451 second  -- rule: *: delay 0
 C: NOOP  S: 451 second  S: <closed>
 == rule: a drop takes the reply of an older one away  -- rule: NOOP: reply 450 first  -- rule: NOOP: drop
 C: NOOP  S: <closed>
@@ -1093,9 +1084,7 @@ C: DATA  S: 354 go  S: <closed>
 C: NOOP  S: ! garbage  S: 250 and more
 C: NOOP  S: 250 Ok
 == rule: a delay and a trickle change no reply  -- rule: NOOP: delay 0.001  -- rule: NOOP: trickle 0.0001
--- rule: MAIL: delay 0.001
--- msg_mailfrom_received="nonsense"
-+ hello
+-- rule: MAIL: delay 0.001  -- msg_mailfrom_received="nonsense"  + hello
 C: NOOP                       S: 250 Ok
 C: MAIL FROM:<a@example.com>  S: nonsense
 C: RCPT TO:<b@example.com>    S: 250 Received
@@ -1108,8 +1097,7 @@ C: RCPT TO:<b@example.com>  S: <silence>
 == rule: the body is cut at its first byte  -- rule: message: reset ;after=0  + in body
 R: x  S: <reset>
 == rule: a body shorter than that is not cut  -- rule: message: reset; after=6
--- rule: message nobody@example.com: drop; after=1
-+ in body
+-- rule: message nobody@example.com: drop; after=1  + in body
 R: x\r\n.\r\n  S: 250 Received
 C: DATA        S: {READY}
 R: x\r\n.
