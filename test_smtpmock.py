@@ -2534,125 +2534,110 @@ class GrammarTest(unittest.TestCase):
 
 # Options that are refused, and their errors.
 BAD_OPTIONS = read_rows("""
-prot=25                           => prot=25: there is no such option; did you mean port?
-qqqqqqqq=None                     => qqqqqqqq=None: there is no such option
-port=65536                        => port=65536: must be an integer from 0 to 65535
-port=-1                           => port=-1:{MORE}
-port="25"                         => port='25':{MORE}
-port=True                         => port=True:{MORE}
-port=25.0                         => port=25.0:{MORE}
-host=None                         => host=None: must be a string without lone surrogates
-fail_fast=1                       => fail_fast=1: must be true or false
-msg_greeting="220 \\ud800"        => msg_greeting={MORE}: must be a string without lone surrogates
-msg_size_limit=-1                 => msg_size_limit=-1: must be an integer from 0 up
-session_timeout=0                 => session_timeout=0: must be a number of seconds from 0.001 to 1000000
-response_delay_quit=-1            => response_delay_quit=-1: must be a number of seconds from 0 to {MORE}
-shutdown_timeout=1e999            => shutdown_timeout=inf:{MORE}
-shutdown_timeout=1e999-1e999      => shutdown_timeout=nan:{MORE}
-shutdown_timeout=None             => shutdown_timeout=None:{MORE}
-not_registered_emails="a@a.com"   => not_registered_emails='a@a.com': must be a list{MORE}
-not_registered_emails=[1]         => not_registered_emails=[1]: must be a list of strings
-auth_users="a:b"                  => auth_users='a:b': must be a mapping of users{MORE}
-auth_users=["a"]                  => auth_users=['a']: must be a mapping of users{MORE}
-auth_users={"a": 1}               => auth_users={'a': 1}: must be a mapping of users{MORE}
-auth_users={1: "a"}               => auth_users={1: 'a'}: must be a mapping of users{MORE}
-auth_required=True                => auth_required=True: needs auth_users
-auth_requires_tls=True            => auth_requires_tls=True: needs ssl_context
-implicit_tls=True                 => implicit_tls=True: needs ssl_context
-tls_required=True                 => tls_required=True: needs ssl_context
-ssl_context=1                     => ssl_context=1: must be an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) with a certificate, or 'test', 'expired' or 'wrong host'
-ssl_context="tset"                => ssl_context='tset': must be{MORE}'test'{MORE}
-auth_users="**"                   => auth_users='**': must be a mapping of users{MORE} or * for anybody
-ssl_context=ssl.create_default_context() => {MORE}must be an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER){MORE}
+prot=25 => prot=25: there is no such option; did you mean port?
+qqqqqqqq=None => qqqqqqqq=None: there is no such option
+port=65536 => port=65536: must be an integer from 0 to 65535
+port=-1 | port="25" | port=True | port=25.0 => port={MORE}: must be an integer from 0 to 65535
+host=None => host=None: must be a string without lone surrogates
+msg_greeting="220 \\ud800" => msg_greeting={MORE}: must be a string without lone surrogates
+fail_fast=1 => fail_fast=1: must be true or false
+msg_size_limit=-1 => msg_size_limit=-1: must be an integer from 0 up
+session_timeout=0 => session_timeout=0: must be a number of seconds from 0.001 to 1000000
+response_delay_quit=-1 => response_delay_quit=-1: must be a number of seconds from 0 to {MORE}
+shutdown_timeout=1e999 | shutdown_timeout=1e999-1e999 | shutdown_timeout=None => shutdown_timeout={MORE}: must be{MORE}
+not_registered_emails="a@a.com" | not_registered_emails=[1] => not_registered_emails={MORE}: must be a list of strings
+auth_users="a:b" | auth_users=["a"] | auth_users={"a": 1} | auth_users={1: "a"} | auth_users="**" =>
+    auth_users={MORE}: must be a mapping of users{MORE} or * for anybody
+auth_required=True => auth_required=True: needs auth_users
+auth_requires_tls=True | implicit_tls=True | tls_required=True => {MORE}=True: needs ssl_context
+ssl_context=1 | ssl_context="tset" | ssl_context=ssl.create_default_context() => ssl_context={MORE}
+    must be an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) with a certificate, or 'test', 'expired' or 'wrong host'
 auth_mechanisms=["PLAIN","plian"] => auth_mechanisms: plian is unknown; did you mean PLAIN?
-auth_mechanisms="PLAIN"           => auth_mechanisms='PLAIN': must be a list of words
-tolerated=["bare-fl"]             => tolerated: bare-fl is unknown; did you mean bare-lf?
-extensions=["SIEZ"]               => extensions: SIEZ is unknown; did you mean SIZE{MORE}
-extensions=["STARTTLS"]           => extensions: STARTTLS is announced with the option ssl_context
-extensions=["auth"]               => extensions: AUTH is announced with the option auth_users
+auth_mechanisms="PLAIN" => auth_mechanisms='PLAIN': must be a list of words
+tolerated=["bare-fl"] => tolerated: bare-fl is unknown; did you mean bare-lf?
+extensions=["SIEZ"] => extensions: SIEZ is unknown; did you mean SIZE{MORE}
+extensions=["STARTTLS"] => extensions: STARTTLS is announced with the option ssl_context
+extensions=["auth"] => extensions: AUTH is announced with the option auth_users
 """)
 
 # Other calls that are refused, where vrfy() makes a Handler with these attributes, and server has a session.
 BAD_CALLS = read_rows(r"""
-Server(configuration="x")                      => configuration='x': must be a Configuration
-Server(logger=object())                        => logger={MORE}must be a logger with methods info(), warning() and error()
-Server(on_message=1)                           => on_message=1: must be callable
-Server(on_mesage=1)                            => on_mesage=1: there is no such option; did you mean on_message?
-Server(handlers=1)                             => handlers=1: must be a list of subclasses of Handler
-Server(handlers=[object])                      => handlers{MORE} subclass of Handler
-Server(handlers=[vrfy()(Configuration())])     => handlers{MORE} subclass of Handler
-Server(handlers=[vrfy(verbs="VRFY")])          => Vrfy.verbs{MORE}must be a tuple of strings, as{MORE}
-Server(handlers=[vrfy(verbs=())])              => Vrfy.verbs{MORE}must be a tuple of strings, as{MORE}
-Server(handlers=[vrfy(verbs=("V R",))])        => Vrfy.verbs{MORE}'V R' is no verb
-Server(handlers=[vrfy(needs="helo")])          => Vrfy.needs{MORE}must be a tuple of strings, as{MORE}
-Server(handlers=[vrfy(needs=("hello",))])      => Vrfy.needs{MORE}'hello' is no step of a session
-Server(handlers=[vrfy(received="")])           => Vrfy.received{MORE}must be a text that begins with three digits, or an option
-Server(handlers=[vrfy(received="msg_noop_recieved")]) => Vrfy.received{MORE}or an option; did you mean msg_noop_received{MORE}
-Server(handlers=[vrfy(bad_argument="what?")])  => Vrfy.bad_argument{MORE}must be a text that begins with three digits{MORE}
-Server(handlers=[vrfy(parse=None)])            => Vrfy.parse{MORE}must be callable
-server.wait_for_messages(-1)                   => count=-1: must be an integer from 0 up
-server.wait_for_messages(1, -1)                => timeout=-1: must be a number of seconds from 0 to 1000000
-server.wait_for_messages(1, 1, "x")            => where='x': must be a function of a Message; timeout is the argument after it
-server.wait_for_messages_and_purge(1, 1, "x")  => where='x': must be a function of a Message; timeout is the argument after it
-server.disconnect(1)                           => reset=1: must be true or false
-configure(host="::1")                          => host='::1': cannot be changed by configure()
-configure(fail_fsat=True)                      => fail_fsat=True: there is no such option; did you mean fail_fast?
+Server(configuration="x") | configure(configuration="x") => configuration='x': must be a Configuration
+Server(logger=object()) => logger={MORE}must be a logger with methods info(), warning() and error()
+Server(on_message=1) => on_message=1: must be callable
+Server(on_mesage=1) => on_mesage=1: there is no such option; did you mean on_message?
+Server(handlers=1) => handlers=1: must be a list of subclasses of Handler
+Server(handlers=[object]) | Server(handlers=[vrfy()(Configuration())]) => handlers{MORE} subclass of Handler
+Server(handlers=[vrfy(verbs="VRFY")]) | Server(handlers=[vrfy(verbs=())]) => Vrfy.verbs{MORE}must be a tuple of {MORE}
+Server(handlers=[vrfy(verbs=("V R",))]) => Vrfy.verbs{MORE}'V R' is no verb
+Server(handlers=[vrfy(needs="helo")]) => Vrfy.needs{MORE}must be a tuple of strings, as{MORE}
+Server(handlers=[vrfy(needs=("hello",))]) => Vrfy.needs{MORE}'hello' is no step of a session
+Server(handlers=[vrfy(received="")]) => Vrfy.received{MORE}must be a text that begins with three digits, or an option
+Server(handlers=[vrfy(received="msg_noop_recieved")]) => Vrfy.received{MORE}did you mean msg_noop_received{MORE}
+Server(handlers=[vrfy(bad_argument="what?")]) => Vrfy.bad_argument{MORE}must be a text that begins with three digits{MORE}
+Server(handlers=[vrfy(parse=None)]) => Vrfy.parse{MORE}must be callable
+server.wait_for_messages(-1) => count=-1: must be an integer from 0 up
+server.wait_for_messages(1, -1) => timeout=-1: must be a number of seconds from 0 to 1000000
+server.wait_for_messages(1, 1, "x") | server.wait_for_messages_and_purge(1, 1, "x") =>
+    where='x': must be a function of a Message; timeout is the argument after it
+server.disconnect(1) => reset=1: must be true or false
+configure(host="::1") => host='::1': cannot be changed by configure()
 configure(configuration=Configuration(port=1)) => port=1: cannot be changed by configure()
-configure(configuration="x")                   => configuration='x': must be a Configuration
-server.on("")                                  => stage='': must be connect, message, * or a verb{MORE}
-server.on("MAIL TWICE")                        => stage='MAIL TWICE': {MORE}
-server.on("RCTP")                              => stage='RCTP': {MORE}did you mean RCPT?
-server.on("MAILFROM")                          => stage='MAILFROM': {MORE}did you mean MAIL?
-server.on("BODY")                              => stage='BODY': {MORE}did you mean message?
-server.on("END")                               => stage='END': {MORE}did you mean message?
-server.on("MAIL", 1)                           => match=1: must be an address, a domain, a pattern of str or a function
-server.on("MAIL", re.compile(b"x"))            => {MORE}must be an address, a domain, a pattern of str or a function
-server.on("RCPT", "")                          => match='': must be an address or a domain
-server.on("RCPT", "bob@")                      => match='bob@': must be an address or a domain
-server.on("RCPT", "<bob@example.com>")         => {MORE}did you mean 'bob@example.com'?
-server.on("RCPT", "Bob <bob@example.com>")     => {MORE}did you mean 'bob@example.com'?
-server.on("QUIT", "bob@example.com")           => {MORE}there is no address or domain at QUIT
-server.on("connect", "example.com")            => {MORE}there is no address or domain at connect
-server.on("RCPT", "@example.com")              => {MORE}did you mean 'example.com'?
-server.on("RCPT", r".*@example\.com")          => {MORE}looks like a pattern; did you mean re.compile({MORE}
-server.on("RCPT", r"bob@example\.com")         => {MORE}looks like a pattern; did you mean re.compile({MORE}
-server.on("RCPT", r"\w@x.com")                 => {MORE}looks like a pattern; did you mean re.compile({MORE}
-server.on("RCPT", "^bob@x.com")                => {MORE}looks like a pattern; did you mean re.compile({MORE}
-server.on("RCPT", "bob@x.com$")                => {MORE}looks like a pattern; did you mean re.compile({MORE}
-server.on("RCPT", "*@x.com")                   => {MORE}did you mean 'x.com'?
-server.on("MAIL", skip=-1)                     => skip=-1: must be an integer from 0 up
-server.on("MAIL", skip=None)                   => skip=None: must be an integer from 0 up
-server.on("MAIL", skpi=1)                      => skpi=1: on() has no such argument; did you mean skip?
-server.on("MAIL", times=0)                     => times=0: must be an integer from 1 up
-server.on("MAIL", probability=2)               => probability=2: must be a number from 0 to 1
-server.on("MAIL", time=2)                      => time=2: on() has no such argument; did you mean times?
-server.on("MAIL", q=2)                         => q=2: on() has no such argument; there are stage, match, skip, times, {MORE}
-server.on("MAIL", after=1)                     => after=1: is for the stage message, not for MAIL
-server.on("message", after=-1)                 => after=-1: must be an integer from 0 up
-server.on("MAIL").reply()                      => reply=(): must be one string or more
-server.on("MAIL").reply(450)                   => reply=450: {MORE}
-server.on("MAIL").reply("\ud800")              => reply='{MORE}ud800': must be one string or more
-server.on("MAIL").delay(-1)                    => delay=-1: must be a number of seconds{MORE}
-server.on("MAIL").trickle("x")                 => trickle='x': must be a number of seconds{MORE}
-server.on("MAIL").raw("x")                     => raw='x': must be bytes
-server.on("MAIL")(1)                           => rule=1: must be callable
-Action(time=2)                                 => time=2: there is no such option; there are reply, raw, delay, tri{MORE}
-Action(then="closed")                          => then='closed': must be one of close, drop, reset, silence
+configure(fail_fsat=True) => fail_fsat=True: there is no such option; did you mean fail_fast?
+server.on("") | server.on("MAIL TWICE") => stage={MORE}: must be connect, message, * or a verb{MORE}
+server.on("RCTP") => stage='RCTP': {MORE}did you mean RCPT?
+server.on("MAILFROM") => stage='MAILFROM': {MORE}did you mean MAIL?
+server.on("BODY") | server.on("END") => stage={MORE}did you mean message?
+server.on("MAIL", 1) => match=1: must be an address, a domain, a pattern of str or a function
+server.on("MAIL", re.compile(b"x")) => match={MORE}: must be an address, a domain, a pattern of str or a function
+server.on("RCPT", "") | server.on("RCPT", "bob@") => match={MORE}: must be an address or a domain
+server.on("RCPT", "<bob@b.com>") | server.on("RCPT", "Bob <bob@b.com>") => match={MORE}: did you mean 'bob@b.com'?
+server.on("QUIT", "bob@example.com") => match={MORE}there is no address or domain at QUIT
+server.on("connect", "example.com") => match={MORE}there is no address or domain at connect
+server.on("RCPT", "@x.com") | server.on("RCPT", "*@x.com") => match={MORE}did you mean 'x.com'?
+server.on("RCPT", r".*@example\.com") | server.on("RCPT", r"bob@x\.com") | server.on("RCPT", r"\w@x.com") |
+    server.on("RCPT", "^bob@x.com") | server.on("RCPT", "bob@x.com$") =>
+    match={MORE}looks like a pattern; did you mean re.compile({MORE}
+server.on("MAIL", skip=-1) | server.on("MAIL", skip=None) => skip={MORE}: must be an integer from 0 up
+server.on("MAIL", skpi=1) => skpi=1: on() has no such argument; did you mean skip?
+server.on("MAIL", time=2) => time=2: on() has no such argument; did you mean times?
+server.on("MAIL", q=2) => q=2: on() has no such argument; there are stage, match, skip, times, {MORE}
+server.on("MAIL", times=0) => times=0: must be an integer from 1 up
+server.on("MAIL", probability=2) => probability=2: must be a number from 0 to 1
+server.on("MAIL", after=1) => after=1: is for the stage message, not for MAIL
+server.on("message", after=-1) => after=-1: must be an integer from 0 up
+server.on("MAIL").reply() => reply=(): must be one string or more
+server.on("MAIL").reply(450) | server.on("MAIL").reply("\ud800") => reply={MORE}: must be one string or more
+server.on("MAIL").delay(-1) => delay=-1: must be a number of seconds{MORE}
+server.on("MAIL").trickle("x") => trickle='x': must be a number of seconds{MORE}
+server.on("MAIL").raw("x") => raw='x': must be bytes
+server.on("MAIL")(1) => rule=1: must be callable
+Action(time=2) => time=2: there is no such option; there are reply, raw, delay, tri{MORE}
+Action(then="closed") => then='closed': must be one of close, drop, reset, silence
 """)
 GOOD_CALLS = r"""
-Server(extensions=["XSIZE", "FOO", "size 5"]) |
-server.on("VRFY"), server.on("HELP"), server.on("XCLIENT"), server.on("Mail From"), server.on("rcpt") |
-server.on("RCPT", "a.b+c@example.com"), server.on("RCPT", "example.com"), server.on("RCPT", '"a b"@x.com') |
-server.on("RCPT", r'"a\"b"@x.com'), server.on("RCPT", "a@[1.2.3.4]")
+Server(extensions=["XSIZE", "FOO", "size 5"]) | server.on("VRFY") | server.on("HELP") | server.on("XCLIENT") |
+server.on("Mail From") | server.on("rcpt") | server.on("RCPT", "a.b+c@example.com") | server.on("RCPT", "example.com") |
+server.on("RCPT", '"a b"@x.com') | server.on("RCPT", r'"a\"b"@x.com') | server.on("RCPT", "a@[1.2.3.4]")
 """
 
 
 class ConfigurationTest(ServerCase):
+    def assert_refused(self, call: str, names: dict[str, Any], pattern: str) -> None:
+        """The error has the name of the option, also after it was pickled."""
+        error = catch(ConfigurationError, eval, call, names)
+        self.assertRegex(str(error), pattern)
+        option = re.match(r"([\w.]+)=(?!.*three digits)|(tolerated|extensions|auth_mechanisms): ", str(error))
+        needed = re.search(r"(?:: needs|the option) (\w+)$", str(error))
+        expected = (str(error), option[1] or option[2] if option else "", needed[1] if needed else "")
+        for found in (error, pickle.loads(pickle.dumps(error))):
+            self.assertEqual((str(found), found.option, found.needed), expected)
+
     def test_bad_options(self) -> None:
         for row in BAD_OPTIONS:
-            for make in ("Configuration", "Server"):
-                with self.subTest(row.given), self.assertRaisesRegex(ConfigurationError, row.pattern):
-                    eval(f"smtpmock.{make}({row.given[0]})")
+            for given, make in itertools.product(row.given, ("Configuration", "Server")):
+                with self.subTest(given):
+                    self.assert_refused(f"smtpmock.{make}({given})", globals(), row.pattern)
 
     def test_bad_calls(self) -> None:
         """They have no effect."""
@@ -2665,11 +2650,11 @@ class ConfigurationTest(ServerCase):
             "vrfy": lambda **attributes: make_handler("VRFY", "252 maybe", **attributes),
         }
         for row in BAD_CALLS:
-            with self.subTest(row.given):
-                with self.assertRaisesRegex(ConfigurationError, row.pattern):
-                    eval(row.given[0], names)
-                with Client(server) as other:
-                    self.assertEqual(other.greeting, "220 old")
+            for call in row.given:
+                with self.subTest(call):
+                    self.assert_refused(call, names, row.pattern)
+                    with Client(server) as other:
+                        self.assertEqual(other.greeting, "220 old")
         self.assertEqual(client.ask(*ENVELOPE, *SEND[2:]), [*[RECEIVED] * 3, READY, RECEIVED])
         for call in read_items(GOOD_CALLS):
             eval(call, names)
@@ -2678,26 +2663,6 @@ class ConfigurationTest(ServerCase):
         errors = (ConfigurationError, ServerStateError, ServerStartError, WaitTimeoutError)
         for error, builtin in zip(errors, (ValueError, RuntimeError, OSError, TimeoutError), strict=True):
             self.assertTrue(issubclass(error, builtin) and issubclass(error, smtpmock.SMTPMockError))
-
-    def test_errors_have_the_name_of_the_option(self) -> None:
-        for call, option, needed in (
-            ("Configuration(prot=25)", "prot", ""),
-            ("Configuration(port='25')", "port", ""),
-            ("Server(tolerated=['x'])", "tolerated", ""),
-            ("Server(implicit_tls=True)", "implicit_tls", "ssl_context"),
-            ("Server(extensions=['AUTH'])", "extensions", "auth_users"),
-            ("Server().configure(host='::1')", "host", ""),
-            ("Server().on('RCTP')", "stage", ""),
-            ("Server().on('RCPT', '.*')", "match", ""),
-            ("Server().on('RCPT', time=1)", "time", ""),
-            ("Server().on('RCPT').delay('1')", "delay", ""),
-            ("Server(handlers=[int])", "", ""),
-        ):
-            with self.subTest(call):
-                error = catch(ConfigurationError, eval, f"smtpmock.{call}", {"smtpmock": smtpmock})
-                for found in (error, pickle.loads(pickle.dumps(error))):
-                    self.assertEqual((found.option, found.needed, str(found)), (option, needed, str(error)))
-                self.assertTrue(str(error).startswith(option) and str(error).endswith(needed))
 
     def test_it_cannot_be_changed(self) -> None:
         names = ["a@a.com"]
@@ -2712,7 +2677,7 @@ class ConfigurationTest(ServerCase):
     OWN = ("logger", "on_message", "handlers")  # the keywords of a Server that are no options
 
     def test_signatures(self) -> None:
-        fields = dataclasses.fields(Configuration)
+        fields = [(field.name, field.default, field.type) for field in dataclasses.fields(Configuration)]
         for shown, own in ((Configuration, ()), (Server, self.OWN), (type("Mine", (Server,), {}), self.OWN)):
             with self.subTest(shown):
                 parameters = list(inspect.signature(shown).parameters.values())
@@ -2720,15 +2685,10 @@ class ConfigurationTest(ServerCase):
                     first, *parameters = parameters
                     self.assertEqual((first.name, first.kind.name), ("configuration", "POSITIONAL_OR_KEYWORD"))
                 self.assertEqual({parameter.kind.name for parameter in parameters}, {"KEYWORD_ONLY"})
-                self.assertEqual(
-                    [(parameter.name, parameter.default, parameter.annotation) for parameter in parameters][
-                        : len(fields)
-                    ],
-                    [(field.name, field.default, field.type) for field in fields],
-                )
-                self.assertEqual(tuple(parameter.name for parameter in parameters[len(fields) :]), own)
+                found = [(parameter.name, parameter.default, parameter.annotation) for parameter in parameters]
+                self.assertEqual(found[: len(fields)], fields)
+                self.assertEqual(tuple(name for name, *_ in found[len(fields) :]), own)
 
-    def test_other_signatures(self) -> None:
         class Mine(Server):
             def __init__(self, size: int) -> None:
                 super().__init__(msg_size_limit=size)
@@ -2752,32 +2712,25 @@ class ConfigurationTest(ServerCase):
         self.assertNotRegex(pydoc.plain(pydoc.render_doc(Server.configure)), "host:|port:|500 Line")
 
     def test_repr_shows_what_differs(self) -> None:
-        expected = "Configuration(host='::1', fail_fast=True)"
-        self.assertEqual(repr(Configuration()), "Configuration()")
-        self.assertEqual(repr(Configuration(fail_fast=True, host="::1", seed=None)), expected)
-        self.assertEqual(repr(smtpmock.Action("450 later", then="close")), "Action(reply='450 later', then='close')")
+        for made, expected in (
+            (Configuration(), "Configuration()"),
+            (Configuration(fail_fast=True, host="::1", seed=None), "Configuration(host='::1', fail_fast=True)"),
+            (smtpmock.Action("450 later", then="close"), "Action(reply='450 later', then='close')"),
+        ):
+            self.assertEqual(repr(made), expected)
 
     def test_equality(self) -> None:
         make = functools.partial(Configuration, auth_users={"u": "s"}, extensions=["SIZE"], ssl_context="test")
-        same = [make(), make(port=0), make(extensions=("SIZE",), auth_users={"u": "s"}), dataclasses.replace(make())]
-        self.assertEqual(same, [make()] * 4)
-        self.assertEqual(len(set(same)), 1)
+        same = [make(port=0), make(extensions=("SIZE",), auth_users={"u": "s"}), dataclasses.replace(make())]
+        same += [copy.copy(make()), copy.deepcopy(make()), pickle.loads(pickle.dumps(make()))]
+        self.assertEqual((same, len(set(same))), ([make()] * 6, 1))
         others = [make(port=1), make(auth_users={"u": "t"}), Configuration(), Configuration(host="Server"), None]
         for other in [*others, smtpmock.Action(), "Configuration()"]:
             self.assertNotEqual(make(), other)
         self.assertNotEqual(smtpmock.Action(), Configuration())
         self.assertEqual(smtpmock.Action(delay=1), smtpmock.Action(delay=1.0))
-
-    def test_copies(self) -> None:
-        original = Configuration(port=25, not_registered_emails=["a@A.com"], ssl_context="test")
-        for made in (copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
-            self.assertEqual((made, made.port, made.not_registered_emails), (original, 25, {"a@a.com"}))
-        self.assertEqual(dataclasses.asdict(original)["msg_greeting"], "220 Welcome")
         for replace in (dataclasses.replace, getattr(copy, "replace", dataclasses.replace)):  # new in 3.13
-            self.assertEqual(
-                replace(original, port=26),
-                Configuration(port=26, not_registered_emails=["a@a.com"], ssl_context="test"),
-            )
+            self.assertEqual(replace(make(), port=26), make(port=26))
 
     def test_it_is_a_dataclass(self) -> None:
         """So that users can extend it, match it, and have pprint and pytest show it."""
@@ -2789,6 +2742,7 @@ class ConfigurationTest(ServerCase):
         self.assertTrue(dataclasses.is_dataclass(Configuration) and dataclasses.is_dataclass(smtpmock.Action()))
         self.assertEqual((Mine(port=25).ours, inspect.signature(Mine).parameters["ours"].default), ("x", "x"))
         self.assertEqual(smtpmock.Action.__match_args__, ("reply", "raw", "delay", "trickle", "then"))
+        self.assertEqual(dataclasses.asdict(Configuration())["msg_greeting"], "220 Welcome")
         self.assertIn("msg_greeting", pprint.pformat(Configuration(msg_greeting="220 " + 100 * "x"), width=20))
 
     def test_positional_arguments(self) -> None:
