@@ -772,6 +772,21 @@ C: MAIL FROM:<a@example.com>  S: 450 later
 C: RCPT TO:<b@example.com>    S: 250 fine
 C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 
+== a greeting that refuses, after which QUIT alone is answered as usual  -- msg_greeting="554 no"
+S: 554 no
+C: EHLO a.com | NOOP | FOO | MAIL FROM:<a@a.com>  S: 503 Bad sequence of commands. HELO should be the first
+C: QUIT  S: 221 Closing connection  S: <closed>
+== fail fast: a greeting that refuses  -- msg_greeting="554 no", fail_fast=True
+S: 554 no  S: <closed>
+== a greeting that is 421 refuses nothing  -- msg_greeting="421 busy"
+S: 421 busy
+C: EHLO a.com  S: 250 Received
+C: FOO         S: {UNRECOGNIZED}
+== rule: a greeting that refuses, and a rule after it  -- rule: connect: reply 554 no  -- rule: NOOP: reply 250 fine
+S: 554 no
+C: EHLO a.com  S: 503 Bad sequence of commands. HELO should be the first
+C: NOOP        S: 250 fine
+
 # ---- Extensions: what is announced, and parameters
 == extensions are announced to EHLO, not to HELO
 -- extensions=["SIZE", "8BITMIME", "dsn", "LIMITS X=1"], msg_size_limit=99
@@ -1681,6 +1696,7 @@ HELLO | MAIL FROM: John <j@x.com> => mail_from="j@x.com"
 HELLO | MAIL FROM:j => mail_from=None
 HELLO | MAIL | RCPT TO:nobody => received_at=None, received_header=""
 HELO a.com | SEND => esmtp=False
+HELLO | MAIL | RCPT | DATA | R:half\r\n..a => content=b"half\r\n.a", msg=False
 == what only a rule accepted is taken apart  -- extensions=["SIZE"]
 -- rule: MAIL: reply 250 ok
 -- rule: RCPT: reply 250 ok
@@ -1766,24 +1782,14 @@ class RecordTest(unittest.TestCase):
                     self.assertEqual({name: getattr(message, name) for name in expected}, expected)
                     self.assertNotRegex(str(message.to_dict()), "sécret|c8OpY3JldA")
 
-    def test_a_client_that_leaves_in_the_body(self) -> None:
-        memory = Memory(*ENVELOPE, "DATA", "half")
-        memory.feed(b"..a")
-        message = memory.message()
-        self.assertEqual((message.content, message.msg), (b"half\r\n.a", False))
-        self.assertEqual(message.transcript.splitlines()[-1], "C: <9 bytes>")
-
     def test_the_body_is_kept_as_it_is(self) -> None:
         for body in b"|\r\n|\n\r\x00\xff\r\n|no header\r\n|.\n\r\n|..\r\n.a\r\n|\r\n\r\n.\r.\r\n".split(b"|"):
             with self.subTest(body=body):
                 memory = Memory(*ENVELOPE, "DATA")
                 memory.feed(re.sub(rb"(^|(?<=\r\n))\.", b"..", body) + b".\r\n")
                 message = memory.message()
-                self.assertEqual(message.content, body)
+                self.assertEqual((message.content, message.is_consistent), (body, True))
                 self.assertEqual(message.msg_request.encode("utf-8", "surrogateescape"), body)
-                self.assertTrue(message.is_consistent)
-
-    # When it is in the mailbox.
 
     def test_what_was_handed_out_does_not_change(self) -> None:
         memory = receive_mail(multiple_rcptto=True)
@@ -1793,8 +1799,8 @@ class RecordTest(unittest.TestCase):
         memory.say("RCPT TO:<c@c.com>", "QUIT")
         self.assertEqual(summarize(message), keep("HELLO | SEND"))
         self.assertEqual(message.transcript.splitlines()[-1], f"S: {RECEIVED}")
-        self.assertEqual(memory.messages()[0].rcpt_tos, ["b@b.com", "c@c.com"])
-        self.assertEqual(memory.messages()[0].transcript.splitlines()[-1], "S: <closed>")
+        (changed,) = memory.messages()
+        self.assertEqual((changed.rcpt_tos, changed.quit_sent), (["b@b.com", "c@c.com"], True))
         with self.assertRaisesRegex(AttributeError, "read-only: helo"):
             message.helo = False
 
@@ -1804,31 +1810,27 @@ class RecordTest(unittest.TestCase):
 
     def test_after_a_purge(self) -> None:
         """What is not new does not come again, and what is new comes when it is complete; the dialogue is the same."""
-        new = ["HELLO | MAIL | RCPT | DATA | new 250"]
-        for lines, replies, before, after in (
-            (["RSET", "NOOP", "QUIT"], 4, [], []),
-            (["DATA", "new", "."], 2, new, new),
-            (["NOOP", *SEND[:3]], 4, [], ["HELLO | MAIL | RCPT | DATA"]),
+        new = [keep("HELLO | MAIL | RCPT | DATA | new 250")]
+        for lines, before, after in (
+            (["RSET", "NOOP", "QUIT"], [], []),
+            (["DATA", "new", "."], new, new),
+            (["NOOP", *SEND[:3]], [], [keep("HELLO | MAIL | RCPT | DATA")]),
         ):
             memory = receive_mail()
             (purged,) = memory.messages(purge=True)
-            self.assertEqual(len(memory.say(*lines)), replies)
-            self.assertEqual(list(map(summarize, memory.messages())), list(map(keep, before)))
+            memory.say(*lines)
+            self.assertEqual(list(map(summarize, memory.messages())), before)
             memory.end()
-            self.assertEqual(list(map(summarize, memory.messages())), list(map(keep, after)))
+            self.assertEqual(list(map(summarize, memory.messages())), after)
             self.assertNotIn(purged.id, ids(memory.messages()))
 
     def test_a_purge_at_any_moment_loses_nothing(self) -> None:
         """The second mail of a session, and a purge in the middle of each of its commands."""
-
-        def purge(request: str, message: Message) -> None:
-            purged.extend(memory.messages(purge=True))
-
         lines = [*SEND[:3], "new\r\n.", "NOOP", "QUIT"]
         for moment, line in enumerate(lines):
             memory, purged = receive_mail(), list[Message]()
             memory.say(*lines[:moment])
-            rule = memory.on("*")(purge)
+            rule = memory.on("*")(lambda *_, memory=memory, to=purged: to.extend(memory.messages(purge=True)))
             memory.say(line)
             rule.remove()
             memory.say(*lines[moment + 1 :])
@@ -1844,42 +1846,31 @@ class RecordTest(unittest.TestCase):
         memory = Memory("NOOP", rules=["NOOP: drop"])
         self.assertEqual(repr(memory.message()), "<Message 1 from None to []: 0 bytes, no reply>")
 
-    # The dialogue as text.
-
     def test_a_body_is_one_line_of_a_transcript(self) -> None:
-        ends = "S: 221 Closing connection | S: <closed>"
         for lines, end in (
-            (["DATA", "hi", "..", ".", "QUIT"], f"S: {READY} | C: <8 bytes> | S: {RECEIVED} | C: QUIT | {ends}"),
-            (["BDAT 4 LAST", "hi", "BDAT 4", "hi", "BDAT 10 LAST", "half"], "C: BDAT 10 LAST | C: <10 bytes>"),
-            (["DATA", "hi"], f"S: {READY} | C: <4 bytes>"),
-            (["BDAT 4 LAST", "hi"], "C: BDAT 4 LAST | C: <4 bytes> | S: 250 Received"),
+            ("DATA | hi | .. | .", f"S: {READY} | C: <8 bytes> | S: {RECEIVED}"),
+            ("DATA | hi", f"S: {READY} | C: <4 bytes>"),
+            ("BDAT 4 LAST | hi | BDAT 4 | hi | BDAT 10 LAST | half", "C: BDAT 10 LAST | C: <10 bytes>"),
+            ("BDAT 4 LAST | hi", "C: BDAT 4 LAST | C: <4 bytes> | S: 250 Received"),
         ):
-            transcript = Memory(*ENVELOPE, *lines, extensions=["CHUNKING"]).message().transcript
-            self.assertEqual(transcript.splitlines()[-len(read_items(end)) :], read_items(end))
+            transcript = Memory(*ENVELOPE, *read_items(lines), extensions=["CHUNKING"]).message().transcript
+            self.assertTrue(transcript.endswith("\n".join(read_items(end))), transcript)
 
     def test_the_transcript_of_each_mail_of_a_session(self) -> None:
         memory = Memory(multiple_message_receiving=True)
         memory.greet()
-        memory.say("NOOP", "EHLO a.com", *SEND, "RSET", "MAIL FROM:nobody", *SEND, "QUIT")
-        first, abandoned, second = (message.transcript.splitlines() for message in memory.messages())
-        self.assertEqual(first[:5], ["S: 220 Welcome", "C: NOOP", "S: 250 Ok", "C: EHLO a.com", "S: 250 Received"])
-        self.assertEqual(first[-2:], ["C: RSET", "S: 250 Ok"])
-        start = ["S: 220 Welcome", "C: EHLO a.com", "S: 250 Received"]
-        refused = ["C: MAIL FROM:nobody", "S: 501 MAIL FROM requires valid email address"]
-        self.assertEqual(abandoned, [*start, *refused])
-        self.assertEqual((second[:4], second[-1]), ([*start, "C: MAIL FROM:<a@a.com>"], "S: <closed>"))
-
-    def test_of_an_endless_session_only_the_greeting_is_kept(self) -> None:
-        memory = Memory(multiple_message_receiving=True)
-        memory.greet()
-        memory.say(ENVELOPE[0])
+        memory.say("NOOP", "EHLO a.com", *SEND, "RSET", "MAIL FROM:nobody")
         for _ in range(30):
             memory.feed(b"NOOP\r\n" * 1000)
-        memory.say(*SEND, *SEND)
-        first, second = (message.transcript for message in memory.messages())
-        self.assertLess(len(first.splitlines()), 30000)
-        self.assertTrue(first.startswith("S: 220 Welcome\n"))
-        self.assertTrue(second.startswith("S: 220 Welcome\nC: EHLO a.com\nS: 250 Received\nC: MAIL"))
+        memory.say(*SEND, "QUIT")
+        first, abandoned, second = (message.transcript.splitlines() for message in memory.messages())
+        hello = ["C: EHLO a.com", f"S: {RECEIVED}"]
+        start = ["S: 220 Welcome", *hello]
+        self.assertEqual(first[:5], ["S: 220 Welcome", "C: NOOP", "S: 250 Ok", *hello])
+        self.assertEqual(first[-2:], ["C: RSET", "S: 250 Ok"])
+        self.assertEqual(abandoned[:5], ["S: 220 Welcome", "C: <truncated>", *hello, "C: MAIL FROM:nobody"])
+        self.assertLess(len(abandoned), 30000)
+        self.assertEqual((second[:4], second[-1]), ([*start, f"C: {SEND[0]}"], "S: <closed>"))
 
 
 class ExchangeTest(unittest.TestCase):
@@ -1888,35 +1879,29 @@ class ExchangeTest(unittest.TestCase):
     def test_requests_and_responses(self) -> None:
         memory = Memory(auth_users={"bob": "pw"}, extensions=["CHUNKING"])
         memory.greet()
-        memory.say("EHLO a.com", "AUTH LOGIN", b64("bob"), b64("pw"), *SEND[:2], "BDAT 4 LAST", "hi", "QUIT")
-        expected = [
-            (None, "220 Welcome"),
-            ("EHLO a.com", "250-Received\n250-CHUNKING\n250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2"),
-            ("AUTH LOGIN", "334 VXNlcm5hbWU6"),
-            ("***", "334 UGFzc3dvcmQ6"),
-            ("***", "235 Authentication succeeded"),
-            *((line, RECEIVED) for line in SEND[:2]),
-            ("BDAT 4 LAST", None),
-            ("<4 bytes>", RECEIVED),
-            ("QUIT", "221 Closing connection"),
-        ]
+        memory.say("FOO", "EHLO a.com", "AUTH LOGIN", b64("bob"), b64("pw"), *SEND[:2], "BDAT 4 LAST", "hi", "QUIT")
         (message,) = memory.messages()
-        self.assertEqual([said[:2] for said in message.exchanges], expected)
-        self.assertEqual({said.accepted for said in message.exchanges}, {True})
-        self.assertEqual(message.auth_request, "AUTH LOGIN")
-        refused = Memory(*ENVELOPE[:1], "FOO").message().exchanges[-1]
-        self.assertEqual((refused.request, refused.response, refused.accepted), ("FOO", UNRECOGNIZED, False))
+        expected = [
+            (None, "220 Welcome", True),
+            ("FOO", UNRECOGNIZED, False),
+            ("EHLO a.com", "250-Received\n250-CHUNKING\n250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2", True),
+            ("AUTH LOGIN", "334 VXNlcm5hbWU6", True),
+            ("***", "334 UGFzc3dvcmQ6", True),
+            ("***", "235 Authentication succeeded", True),
+            *((line, RECEIVED, True) for line in SEND[:2]),
+            ("BDAT 4 LAST", None, True),
+            ("<4 bytes>", RECEIVED, True),
+            ("QUIT", "221 Closing connection", True),
+        ]
+        self.assertEqual([said[:3] for said in message.exchanges], expected)
 
     def test_times(self) -> None:
         """Of the read that a request came with."""
         memory = Memory(multiple_message_receiving=True)
         memory.greet()
-        memory.clock += 1
-        memory.say(*ENVELOPE)
-        memory.clock += 0.5
-        memory.feed(b"DATA\r\nhi\r\n")
-        memory.clock += 1
-        memory.feed(b".\r\n")
+        for seconds, data in ((1, "\r\n".join([*ENVELOPE, ""])), (0.5, "DATA\r\nhi\r\n"), (1, ".\r\n")):
+            memory.clock += seconds
+            memory.feed(data.encode())
         memory.clock += 1
         memory.end("421 bye")
         (message,) = memory.messages()
@@ -1925,15 +1910,13 @@ class ExchangeTest(unittest.TestCase):
         times = [(said.at - base).total_seconds() for said in message.exchanges]
         self.assertEqual(times, [0, 1, 1, 1, 1.5, 2.5, 3.5])
         self.assertEqual(message.received_at, message.exchanges[-2].at)
-        shown = message.to_dict()["exchanges"][-1]
-        at = "2020-09-13T12:26:43.750000+00:00"
-        self.assertEqual(shown, {"request": None, "response": "421 bye", "accepted": False, "at": at})
+        shown = {"request": None, "response": "421 bye", "accepted": False, "at": "2020-09-13T12:26:43.750000+00:00"}
+        self.assertEqual(message.to_dict()["exchanges"][-1], shown)
 
     def test_the_clock_of_a_server(self) -> None:
         with Server() as server, Client(server) as client:
             before = datetime.datetime.now(datetime.timezone.utc)
-            client.ask("NOOP")
-            client.ask("QUIT")
+            client.ask("NOOP", "QUIT")
             after = datetime.datetime.now(datetime.timezone.utc)
             at = [said.at for said in server.messages()[0].exchanges]
             self.assertEqual(at, sorted(at))
@@ -1941,34 +1924,27 @@ class ExchangeTest(unittest.TestCase):
             self.assertTrue(before - slack <= at[-1] <= after + slack)
 
     def test_each_mail_covers_what_came_since_the_one_before(self) -> None:
-        for several in (False, True):
+        start = ["S: 220 Welcome", "C: EHLO a.com", f"S: {RECEIVED}"]
+        for several, noted in ((False, ["C: RSET", "S: 250 Ok", "C: NOOP", "S: 250 Ok"]), (True, [])):
             with self.subTest(several=several):
-                shown: list[str] = []
-                options: dict[str, Any] = {"on_message": lambda message, to=shown: to.append(message.transcript)}
-                memory = Memory(multiple_message_receiving=several, **options)
+                seen: list[Message] = []
+                memory = Memory(multiple_message_receiving=several, on_message=seen.append)
                 memory.greet()
-                memory.say(ENVELOPE[0], *SEND, "RSET", "NOOP")
-                for _ in range(100):
-                    memory.say(*SEND)
-                start = ["S: 220 Welcome", "C: EHLO a.com", f"S: {RECEIVED}"]
-                mail = [*start, f"C: {SEND[0]}"]
-                noted = [] if several else ["C: RSET", "S: 250 Ok", "C: NOOP", "S: 250 Ok"]
-                self.assertEqual(shown[1].splitlines()[: 4 + len(noted)], [*start, *noted, f"C: {SEND[0]}"])
-                self.assertEqual(shown[2].splitlines()[:4], mail)
-                self.assertEqual(shown[2:], shown[2:3] * 99)
+                memory.say(ENVELOPE[0], *SEND, "RSET", "NOOP", *SEND * 100)
+                _, second, *others = [message.transcript.splitlines() for message in seen]
+                self.assertEqual(second[: 4 + len(noted)], [*start, *noted, f"C: {SEND[0]}"])
+                self.assertEqual(others[0][:4], [*start, f"C: {SEND[0]}"])
+                self.assertEqual(others, others[:1] * 99)
 
     def test_abandoned_mails_are_recorded_before_the_reply(self) -> None:
-        accepted: list[Message] = []
-        others: list[Message] = []
-        options: dict[str, Any] = {"multiple_message_receiving": True}
-        options |= {"on_message": accepted.append, "on_unaccepted": others.append}
+        accepted, others = list[Message](), list[Message]()
+        options: dict[str, Any] = {"on_message": accepted.append, "on_unaccepted": others.append}
+        options["multiple_message_receiving"] = True
         for line in ("RSET", "RSET x", "QUIT", "QUIT x", "STARTTLS", "MAIL", "HELO b.com", "EHLO", "ehlo b.com"):
             with self.subTest(line):
                 others.clear()
-                memory = Memory(*ENVELOPE, **options)
-                self.assertEqual(memory.messages(), [])
-                memory.say(line)
-                self.assertEqual(memory.recorded[-1], 1)
+                memory = Memory(*ENVELOPE, line, **options)
+                self.assertEqual(memory.recorded[-2:], [0, 1])
                 self.assertEqual([message.rcpt_tos for message in others], [["b@b.com"]])
                 is_noted = line[:4] in ("RSET", "QUIT")
                 self.assertEqual(f"C: {line}" in memory.messages()[0].transcript.splitlines(), is_noted)
@@ -2013,22 +1989,9 @@ class ExchangeTest(unittest.TestCase):
         codes = list_codes([memory.message()])
         self.assertEqual(len(codes), len(set(codes)))
 
-    def test_a_greeting_that_refuses(self) -> None:
-        codes = {"EHLO a.com": "503", "NOOP": "503", "FOO": "503", "MAIL FROM:<a@a.com>": "503", "QUIT": "221"}
-        for options, expected in (
-            ({"msg_greeting": "554 no"}, codes),
-            ({"rules": ["connect: reply 554 no"]}, codes),
-            ({"msg_greeting": "554 no", "rules": ["NOOP: reply 250 fine"]}, {**codes, "NOOP": "250"}),
-            ({"msg_greeting": "421 busy"}, {"EHLO a.com": "250", "FOO": "502", "QUIT": "221"}),
-        ):
-            memory = Memory(**dict[str, Any](options))
-            self.assertIn(memory.greet()[0][:3], ("554", "421"))
-            self.assertEqual({line: memory.say(line)[0][:3] for line in expected}, expected, options)
-        self.assertEqual(Memory(msg_greeting="554 no", fail_fast=True).greet(), ["554 no", "<closed>"])
-        secret = Memory(msg_greeting="554 no", auth_users={})
-        secret.greet()
-        secret.say("AUTH PLAIN c2VjcmV0")
-        self.assertNotIn("c2VjcmV0", secret.message().transcript)
+    def test_a_secret_after_a_greeting_that_refuses(self) -> None:
+        memory = Memory("AUTH PLAIN c2VjcmV0", msg_greeting="554 no", auth_users={})
+        self.assertNotIn("c2VjcmV0", memory.message().transcript)
 
     def test_rules_look_at_the_line(self) -> None:
         seen: list[str] = []
@@ -2058,12 +2021,9 @@ class ExchangeTest(unittest.TestCase):
         memory.feed(b"BDAT 3\r\nabcQUIT\r\n")
         (before,) = memory.messages()
         memory.end()
-        (after,) = memory.messages()
-        self.assertEqual(before.to_dict(), after.to_dict())
+        self.assertEqual(before.to_dict(), memory.messages()[0].to_dict())
         self.assertEqual(before.content, b"abc")
-        self.assertEqual(
-            before.transcript.splitlines()[-4:], ["C: <3 bytes>", "C: QUIT", "S: 221 Closing connection", "S: <closed>"]
-        )
+        self.assertTrue(before.transcript.endswith("C: <3 bytes>\nC: QUIT\nS: 221 Closing connection\nS: <closed>"))
 
     def test_what_came_early(self) -> None:
         """It stays so if on_message fails, and in each mail that has the same HELO."""
@@ -2072,13 +2032,10 @@ class ExchangeTest(unittest.TestCase):
             memory.feed(b"hi\r\n.\r\nQUIT\r\n")
             self.assertIn("pipelining", list_codes(memory.messages()))
         memory = Memory(multiple_message_receiving=True)
-        memory.greet()
         memory.feed(b"EHLO a.com \r\nMAIL FROM:<a@a.com>\r\n")
         memory.say(*SEND[1:], *SEND)
-        codes = [
-            [code for code in list_codes([m]) if code in ("pipelining", "command-space")] for m in memory.messages()
-        ]
-        self.assertEqual(codes, [["command-space", "pipelining"]] * 2)
+        for message in memory.messages():
+            self.assertLessEqual({"command-space", "pipelining"}, set(list_codes([message])))
 
     def test_what_is_no_discarded_mail_or_recipient(self) -> None:
         interrupted = Memory(*ENVELOPE, "DATA", rules=["message: reply 250 fine; after=3"])
