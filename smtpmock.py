@@ -12,6 +12,7 @@ One module, standard library only, one thread per connection. It reads from top 
     options         Configuration: every option with its default and its meaning
     grammar         the verbs, the patterns of RFC 5321, and the parsers of a command line
     dialogue        a request, a reply, and the exchange of the two
+    mail            how a mail is read: its charsets, encodings, headers and parts
     violations      what a client can do wrong: the checks, each with its RFC
     records         what the server records of a session
     rules           when the server deviates from its normal replies, and how
@@ -382,7 +383,7 @@ class _SessionOptions(_Options):
     blacklisted_mailfrom_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that MAIL FROM refuses")
     blacklisted_rcptto_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that RCPT TO refuses")
     not_registered_emails: Collection[str] = _option(frozenset(), _NAMES, "addresses that RCPT TO refuses as unknown")
-    lenient_addresses: bool = _option(False, _FLAG, "also accept names such as root, a@srv_1.example.com, 0123456789")
+    lenient_addresses: bool = _option(False, _FLAG, "also accept names such as root or a@srv_1.example.com")
     response_delay_helo: float = _option(0, _SECONDS, "seconds before the reply to HELO and EHLO")
     response_delay_mailfrom: float = _option(0, _SECONDS, "seconds before the reply to MAIL FROM")
     response_delay_rcptto: float = _option(0, _SECONDS, "seconds before the reply to RCPT TO")
@@ -710,9 +711,9 @@ class _Request:
         self.faults = faults  # what the line does not show: codes of violations, each with the line for it
         self.kind = _VERBS.get(verb, _UNKNOWN_VERB)
 
-    def hide(self, line: str, argument: str = "") -> _Request:
-        """The request with this line, because its own may hold a secret."""
-        return _Request(self.verb, line, argument, tuple((code, line) for code, _ in self.faults))
+    def hide(self, line: str, argument: str = "", verb: str = "") -> _Request:
+        """The request with this line, because its own may hold a secret, as may its verb."""
+        return _Request(verb or self.verb, line, argument, tuple((code, line) for code, _ in self.faults))
 
 
 def _find_faults(line: bytes, shown: str) -> tuple[tuple[str, str], ...]:
@@ -810,8 +811,10 @@ class _Exchange(NamedTuple):
 
 
 def _printable(text: str) -> str:
-    """The text as one line, with escapes in place of control characters, which a terminal would obey."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+    """The text as one line, with escapes in place of the characters that a terminal would obey or not show."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def _format_exchanges(exchanges: Iterable[_Exchange]) -> Iterator[str]:
@@ -823,6 +826,248 @@ def _format_exchanges(exchanges: Iterable[_Exchange]) -> Iterator[str]:
             yield from (f"S: {_printable(line)}" for line in reply.text.replace("\r\n", "\n").split("\n"))
         if reply is not None and reply.next is not None and reply.ends:
             yield f"S: {reply.next.value}"
+
+
+# -------------------------------------------------------------------------------------------- mail
+
+_TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
+_ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
+_WORD = _ENCODED_WORD.replace("A-Za-z", "BbQq")
+_COMMENT = r"\([^()]*\)"
+_SPACE, _TOKEN = rf"\s*(?:{_COMMENT}\s*)*", r"[!#$%&'*+.0-9A-Z^_`a-z{|}~-]+"
+_UNQUOTED = r"[^;(]*(?:\((?:[^()]*\))?[^;(]*)*"
+_PARAMETER = rf'(?s);{_SPACE}([^\s;=()]+){_SPACE}={_SPACE}(?:"([^"\\]*(?:\\.[^"\\]*)*)"?|({_UNQUOTED}))'
+_FIELD = r"(?<![^\n])([!-9;-~]+)[ \t]*:[ \t]*([^\n]*(?:\n[ \t][^\n]*)*)\n?"
+# Longer headers are not given to `email`, because the time that it takes grows with the square of their length.
+_HEADER_LIMIT, _DEPTH_LIMIT, _PART_LIMIT = 2000, 30, 10_000
+_Parts = list[tuple[Any, str, dict[str, str], bytes | None]]  # each with its type, parameters, and content if it is one
+
+_NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
+# Names of charsets, by IANA and by old programs and without x- or cs, that Python knows under another name.
+_CHARSETS = {
+    "(?:windows|ibm|ccsid|dos|ms)?-?(?:cp)?-?0*([0-9]+)": r"cp\1", "windows-?31j": "cp932", "hproman8": "hp-roman8",
+    "iso-8859-1-windows.*": "cp1252", "iso-8859-2-windows.*": "cp1250", "iso-8859-9-windows.*": "cp1254",
+    "iso-?8859-?([0-9]+)(?:-?[ie])?": r"iso8859-\1",  # RFC 1556: -i and -e are about the direction of the text
+    "(?:unicode-?1-?1-?)?utf-?([0-9]+)-?([bl]e)?": r"utf-\1\2", "iso-10646-ucs-2|unicode": "utf-16-be",
+    "iso-10646-ucs-4|ucs4": "utf-32-be", "ksc?-?c?-?5601.*|iso-ir-149": "euc_kr", "koi8([ru])": r"koi8-\1",
+    "eucpkdfmtjapanese|extended-unix-code-packed.*": "euc_jp", "jis-?encoding": "iso2022_jp", "gb-2312-80": "gb2312",
+    "iso2022jp2": "iso2022_jp_2", "(?:iso)?-?latin-?9": "iso8859-15", "pc-multilingual-850.*": "cp858",
+}  # fmt: skip
+# Mail programs often name the first charset and use the second, which has all its characters and more.
+_SUPERSETS = {
+    "ascii": "utf-8", "gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "euc_kr": "cp949",
+    "shift_jis": "cp932", "euc_jp": "euc_jis_2004", "iso2022_jp": "iso2022_jp_ext iso2022_jp_3",
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _find_codec(charset: str) -> str:
+    """Python's name of a charset; "" if Python does not know it."""
+    import codecs
+
+    name = re.sub("[^a-z0-9.+]+", "-", charset[:60].lower()).strip("-")
+    plain = re.sub("^(?:x-|cs)", "", name)
+    for known in (name, *(re.sub(f"^(?:{names})$", codec, plain) for names, codec in _CHARSETS.items())):
+        with contextlib.suppress(LookupError):
+            codec = codecs.lookup(known).name
+            if codec not in _NOT_CHARSETS:
+                return codec
+    return ""
+
+
+def _decode_charset(data: bytes, charset: str) -> str:
+    """The text, with a replacement character for each wrong one; a charset that is unknown counts as UTF-8."""
+    codec = _find_codec(charset) or "utf-8"
+    names = ["cp1252"] if codec == "iso8859-1" else [codec, *_SUPERSETS.get(codec, "").split()]
+    for name, errors in (*((name, "strict") for name in names), (names[-1], "replace")):
+        # Windows adds characters to JIS X 0208 that Python knows in JIS X 0213 alone.
+        text = data.replace(b"\x1b$B", b"\x1b$(O") if name == "iso2022_jp_3" else data
+        with contextlib.suppress(Exception):  # a codec may raise anything, and that of UTF-7 makes lone surrogates
+            return re.sub("[\ud800-\udfff]", "\ufffd", text.decode(name, errors).removeprefix("\ufeff"))
+    return data.decode("utf-8", "replace")
+
+
+def _decode_content(data: bytes, encoding: str) -> bytes:
+    import binascii
+    import codecs
+
+    if encoding == "quoted-printable":
+        return binascii.a2b_qp(re.sub(rb"(?<![ \t])[ \t]+(?=\r?\n|\Z)", b"", data))
+    if encoding == "base64":  # `email` stops at the first padding, and at a stray character decodes nothing
+        blocks = re.findall(b"[^=]+", re.sub(b"[^A-Za-z0-9+/=]+", b"", data))
+        return b"".join(binascii.a2b_base64(block[: len(block) - (len(block) % 4 == 1)] + b"==") for block in blocks)
+    with contextlib.suppress(Exception):
+        if encoding in ("x-uuencode", "uuencode", "x-uue", "uue"):
+            return codecs.decode(data[data.index(b"begin ") :].replace(b"\r\n", b"\n"), "uu")
+    return data
+
+
+def _decode_words(text: str, write: Callable[[str], str] = str) -> str:
+    """Decode the encoded words, without the white space between two; those of one charset may share a character."""
+
+    def decode(match: re.Match[str]) -> str:
+        runs: list[tuple[str, list[bytes]]] = []
+        for charset, kind, word in re.findall(_WORD, match[0]):
+            if not runs or runs[-1][0] != charset:
+                runs.append((charset, []))
+            encoding, text = ("base64", word) if kind in "Bb" else ("quoted-printable", word.replace("_", "=20"))
+            runs[-1][1].append(_decode_content(text.encode(), encoding))
+        return write("".join(_decode_charset(b"".join(data), charset.partition("*")[0]) for charset, data in runs))
+
+    word = _WORD.replace("(", "(?:")
+    return re.sub(rf"{word}(?:\s*{word})*", decode, text)
+
+
+def _unfold(value: str) -> str:
+    """The value in one line, with raw bytes read as UTF-8; it may be folded right after the colon."""
+    text = value.rstrip("\r\n").replace("\r\n", "").replace("\n", "").replace("\r", " ").lstrip(" \t")
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _strip_comments(value: str) -> str:
+    for _ in range(4):  # they may be nested; with no limit, the time could grow with the square of the length
+        value = re.sub(_COMMENT, " ", value)
+    return value
+
+
+def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
+    """The value of a header such as Content-Type, and its parameters.
+
+    `email` takes comments for a part of the value, raises on some parameters, and stops within an unquoted one that
+    needs quotes; mail readers take it whole.
+    """
+    from urllib.parse import unquote_to_bytes
+
+    text = next((value for name, value in part.raw_items() if name.lower() == header), None)
+    if text is None:
+        return "", {}
+    text = _unfold(text[:100_000])  # `re` needs up to 300 bytes for each character
+    end = len(re.split(rf"\A({_UNQUOTED})", text)[1])
+    values: dict[str, str] = {}
+    sections: dict[str, dict[int, tuple[str, str]]] = {}
+    for name, quoted, raw in re.findall(_PARAMETER, text[end:]):
+        bare = _strip_comments(raw).strip()
+        value = (bare if re.fullmatch(_TOKEN, bare) else raw.strip()) or re.sub(r"(?s)\\(.)", r"\1", quoted)
+        base, number, star = re.split(r"(?:\*([0-9]{1,4}))?(\*?)\Z", name.lower(), maxsplit=1)[:3]
+        if number or star:
+            sections.setdefault(base, {}).setdefault(int(number or 0), (value, star))
+        elif base not in values:
+            values[base] = value if base == "boundary" else _decode_words(value)
+    for name, found in sections.items():  # RFC 2231: with a star, a section is percent-encoded
+        ordered = [section for _, section in sorted(found.items())]
+        data = b"".join(unquote_to_bytes(value) if star else value.encode() for value, star in ordered)
+        charset, _, data = data.split(b"'", 2) if ordered[0][1] and data.count(b"'") > 1 else (b"", b"", data)
+        values[name] = _decode_charset(data, charset.decode("latin-1"))
+    return "".join(_strip_comments(text[:end]).lower().split()), values
+
+
+@functools.cache
+def _make_email_policy() -> Any:
+    import base64
+    from email.errors import InvalidHeaderDefect
+    from email.headerregistry import BaseHeader, HeaderRegistry, UnstructuredHeader
+    from email.policy import EmailPolicy
+
+    def encode(text: str) -> str:
+        """`email` knows fewer charsets, and up to Python 3.13 it puts a blank between the encoded words of a name."""
+        return f"=?utf-8?b?{base64.b64encode(text.encode('utf-8', 'replace')).decode()}?="
+
+    # It has what is asked of a Content- header, too.
+    attributes = {"value_parser": staticmethod(_decode_words), "params": {}, "content_disposition": None, "cte": "7bit"}
+    unstructured: Any = type("Text", (UnstructuredHeader,), attributes)
+
+    class Policy(EmailPolicy):
+        def header_fetch_parse(self, name: str, value: str) -> Any:
+            text = _unfold(value)
+            try:
+                if len(text) > _HEADER_LIMIT:
+                    raise ValueError("it is too long")
+                return self.header_factory(name, _decode_words(text, encode))
+            except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
+                header: Any = HeaderRegistry(BaseHeader, unstructured, False)(name, text)
+                header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
+                return header
+
+    return Policy(refold_source="none")
+
+
+def _show_headers(mail: Any) -> list[tuple[str, str]]:
+    """Addresses and other structured values are shown as `email` does, but only the first of a name: it is slow."""
+    structured = mail.policy.header_factory.registry.keys() - {"subject"}
+    values = []
+    for name, value in mail.raw_items():
+        is_structured = name.lower() in structured
+        structured.discard(name.lower())
+        text = str(mail.policy.header_fetch_parse(name, value)) if is_structured else _decode_words(_unfold(value))
+        values.append((name, text))
+    return values
+
+
+def _read_header(part: Any, text: str) -> str:
+    """Add the fields to the part, and return its body.
+
+    A line that is neither a field nor its continuation is skipped, as mail readers do; `email` ends the header there.
+    """
+    from email.errors import MissingHeaderBodySeparatorDefect
+
+    head, *rest = re.split(r"(?<![^\n])\r?\n", text, maxsplit=1)
+    fields = list(re.finditer(_FIELD, head))
+    for field in fields:
+        part.set_raw(field[1], field[2].rstrip("\r\n"))
+    if sum(len(field[0]) for field in fields if field[0][len(field[1])] == ":") != len(head):
+        part.defects.append(MissingHeaderBodySeparatorDefect())
+    if rest and (fields or not head):
+        return rest[0]
+    return text[fields[-1].end() if fields else 0 :]
+
+
+def _split_multipart(part: Any, body: str, boundary: str) -> list[str]:
+    from email import errors
+
+    delimiter = "--" + re.escape(boundary.rstrip().encode().decode("ascii", "surrogateescape"))
+    line = rf"{delimiter}(?<![^\n]{delimiter})(--)?[ \t]*(?:\r?\n|\Z)"
+    preamble, *found = re.split(line, body, maxsplit=_PART_LIMIT) if 0 < len(boundary) < _HEADER_LIMIT else [body]
+    ends, texts = found[::2], [text.removesuffix("\n").removesuffix("\r") for text in (preamble, *found[1::2])]
+    count = ends.index("--") if "--" in ends else len(ends)
+    if count == 0:
+        part.defects.append(errors.StartBoundaryNotFoundDefect() if boundary else errors.NoBoundaryInMultipartDefect())
+        return []
+    part.preamble = texts[0] if preamble else None
+    if count == len(ends):
+        part.defects.append(errors.CloseBoundaryNotFoundDefect())
+    else:
+        part.epilogue = found[2 * count + 1] or ("" if body.endswith("\n") else None)
+    return texts[1 : count + 1]
+
+
+def _parse_part(part: Any, text: str, parts: _Parts, depth: int = 0) -> _Parts:
+    """Fill the EmailMessage, and add it and its parts to the list, but for those of a mail within the mail.
+
+    The parser of `email` rewrites a mail within the mail, is limited by the stack alone, and compares each line with
+    the boundaries of all parts around it.
+    """
+    from email.errors import MessageDefect
+    from email.message import EmailMessage
+
+    body = _read_header(part, text)
+    (kind, parameters), encoding = _read_mime(part, _TYPE), _read_mime(part, _ENCODING)[0]
+    if kind.count("/") != 1:  # RFC 2045 section 5.2
+        kind = "text/plain" if kind else part.get_default_type()
+    is_multipart, is_message = kind.startswith("multipart/"), kind.startswith("message/")
+    if depth == _DEPTH_LIMIT and (is_multipart or is_message):
+        (parts[0][0] if parts else part).defects.append(MessageDefect("parts are nested too deeply"))
+        is_multipart = is_message = False
+    texts = _split_multipart(part, body, parameters.get("boundary", "")) if is_multipart else []
+    content = None if texts else _decode_content(body.encode("ascii", "surrogateescape"), encoding)
+    if is_message and content is not None:
+        blocks = r"(?:[^\r\n][^\n]*(?:\n|\Z))+" if kind == "message/delivery-status" else r"(?s).+|\A\Z"
+        texts = re.findall(blocks, content.decode("ascii", "surrogateescape"))[:_PART_LIMIT]
+    parts.append((part, re.sub("^multipart/.*", "text/plain", kind), parameters, content))
+    part.set_payload([EmailMessage(part.policy) for _ in texts] or body)
+    for inner, text in zip(part.get_payload() if texts else (), texts, strict=True):
+        inner.set_default_type("message/rfc822" if kind == "multipart/digest" else "text/plain")
+        _parse_part(inner, text, [] if is_message else parts, depth + 1)
+    return parts
 
 
 # -------------------------------------------------------------------------------------- violations
@@ -944,7 +1189,7 @@ class _ClientState:
         is_long = self.line != "***" if self.verb == "answer" else not self.given or len(self.line) > 1010
         self.faults = [fault for fault in request.faults if fault[0] != "long-command" or is_long]
         self.sends_mail_early = self.has_more and self.verb == "DATA" and not self.is_refused
-        self.is_unknown = self.verb not in _VERBS and not self.was_refused_data
+        self.is_unknown = self.reply[:1] == "5" and self.verb not in (*_VERBS, *self.announced)
         # A mechanism of one round trip may be followed by more (RFC 4954 section 4).
         self.may_go_on = self.sends_mail_early or (self.mechanism in ("PLAIN", "EXTERNAL") and self.line[-3:] == "***")
 
@@ -956,11 +1201,8 @@ class _ClientState:
         self.has_begun_tls = accepted == "STARTTLS"
         self.ignores_refusal = self.was_refused_data and self.verb not in _VERBS and self.line != "."
         self.was_refused_data = self.verb == "DATA" and self.is_refused
-        self.is_in_mail &= self.verb not in ("message", "partial message") and accepted not in (
-            *_HELLO,
-            "STARTTLS",
-            "RSET",
-        )
+        begins_again = self.verb in ("message", "partial message") or accepted in (*_HELLO, "STARTTLS", "RSET")
+        self.is_in_mail = self.is_in_mail and not begins_again
         if accepted in (*_HELLO, "STARTTLS"):
             self.is_greeted, self.announced = accepted in _HELLO, {}
             for line in self.reply.upper().replace("AUTH=", "AUTH ").splitlines()[1:]:
@@ -985,17 +1227,9 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], obj
         (),
         lambda client: client.kind.ends_group and client.has_more and client.may_pipeline and not client.may_go_on,
     ),
-    (
-        "unknown-command",
-        (),
-        lambda client: client.is_unknown and client.reply[:1] == "5" and client.verb not in client.announced,
-    ),
+    ("unknown-command", (), lambda client: client.is_unknown and not client.was_refused_data),
     ("no-hello", ("MAIL",), lambda client: not (client.is_greeted or client.has_begun_tls or client.may_be_blind)),
-    (
-        "hello-invalid",
-        _HELLO,
-        lambda client: not re.fullmatch(_STRICT_NAME, client.argument) and not client.has_literal,
-    ),
+    ("hello-invalid", _HELLO, lambda client: not (client.has_literal or re.fullmatch(_STRICT_NAME, client.argument))),
     ("hello-not-fqdn", _HELLO, lambda client: re.fullmatch(_LABEL, client.argument)),
     ("unannounced-command", (), lambda client: client.kind.extension not in ("", *client.announced)),
     (
@@ -1010,11 +1244,8 @@ _DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], obj
     ),
     ("superfluous-argument", (), lambda client: client.argument and not client.kind.argument),
     ("bad-sequence", ("AUTH",), lambda client: client.is_in_mail),
-    (
-        "bad-sequence",
-        ("DATA",),
-        lambda client: client.has_chunks or client.parameters.get("BODY") == "BINARYMIME",
-    ),  # RFC 3030
+    # RFC 3030
+    ("bad-sequence", ("DATA",), lambda client: client.has_chunks or client.parameters.get("BODY") == "BINARYMIME"),
     ("bad-sequence", ("RCPT",), lambda client: not (client.is_in_mail or client.may_be_blind)),
     ("nested-mail", ("MAIL",), lambda client: client.is_in_mail and not client.may_be_blind),
     (
@@ -1074,13 +1305,9 @@ _ENCODINGS = {
     "quoted-printable": ("bad-quoted-printable", _NOT_QUOTED),
 }
 
-_TYPE, _ENCODING, _DISPOSITION = _MIME = ("content-type", "content-transfer-encoding", "content-disposition")
 _ADDRESS_HEADERS = ("from", "sender", "reply-to", "to", "cc")
 _SINGULAR_HEADERS = (*_ADDRESS_HEADERS, "date", "bcc", "message-id", "in-reply-to", "references", "subject")
 _BOUNDARY_DEFECTS = ("NoBoundaryInMultipartDefect", "StartBoundaryNotFoundDefect", "CloseBoundaryNotFoundDefect")
-_NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
-_ENCODED_WORD = r"=\?([^?\s]+)\?([A-Za-z])\?([^?]*)\?="
-_COMMENT = r"\([^()]*\)"
 _MESSAGE_ID = r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*"
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
@@ -1088,8 +1315,6 @@ _DATE = (
     r"(?i)\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{4})\s+"
     r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{2}[0-5][0-9]\s*"
 )
-# Longer headers are not parsed, because the time that `email` takes grows with the square of their length.
-_HEADER_LIMIT, _MIME_HEADER_LIMIT = 2000, 1000
 
 
 def _find_line(code: str, pattern: bytes, data: bytes) -> _Findings:
@@ -1117,26 +1342,6 @@ def _check_content(content: bytes, client: _ClientState, is_counted: bool) -> _F
         yield from _find_line(code, _NOT_ASCII, body)
 
 
-@functools.cache
-def _make_email_policy() -> Any:
-    from email.errors import InvalidHeaderDefect
-    from email.policy import EmailPolicy
-
-    class Policy(EmailPolicy):
-        def header_fetch_parse(self, name: str, value: str) -> Any:
-            try:
-                if name.lower().startswith("content-") and len(value) > _MIME_HEADER_LIMIT:
-                    raise ValueError("it is too long")
-                return super().header_fetch_parse(name, value)
-            except Exception as error:  # noqa: BLE001 - the parser raises many, such as an IndexError on "From: :"
-                text = "".join(value[:_HEADER_LIMIT].splitlines()).replace("=?", "= ?")
-                header: Any = self.header_factory("unstructured", text)
-                header._defects.append(InvalidHeaderDefect(f"{name} cannot be parsed: {error!r}"))
-                return header
-
-    return Policy()
-
-
 @functools.lru_cache(maxsize=64)  # addresses are parsed twice
 def _parse_header(name: str, value: str) -> tuple[Any, bool]:
     """The header as `email` parses it, without encoded words, and whether it is malformed."""
@@ -1144,15 +1349,10 @@ def _parse_header(name: str, value: str) -> tuple[Any, bool]:
 
     if len(value) > _HEADER_LIMIT:
         return None, False
-    text = re.sub(_ENCODED_WORD, "x", value)  # encoded words have a check of their own
+    # Encoded words have a check of their own, but for one in place of a parameter's value that is not quoted.
+    text = re.sub(rf"(?<!=)(?<!= ){_ENCODED_WORD}", "x", value)
     header = _make_email_policy().header_fetch_parse(name, text.rstrip("; \t\r\n") if name == _TYPE else text)
     return header, any(isinstance(defect, InvalidHeaderDefect) for defect in header.defects)
-
-
-def _strip_comments(value: str) -> str:
-    for _ in range(4):  # they may be nested; with no limit, the time could grow with the square of the length
-        value = re.sub(_COMMENT, " ", value)
-    return value
 
 
 def _is_bad_date(value: str) -> bool:
@@ -1177,16 +1377,15 @@ def _has_no_address(value: str) -> bool:
 def _can_decode(data: bytes, encoding: str, charset: str | None = None) -> bool:
     import base64
     import binascii
-    import codecs
 
     try:
         if encoding == "base64":
             data = base64.b64decode(b"".join(data.split()), validate=True)
         elif encoding == "quoted-printable":
             data = binascii.a2b_qp(data)
-        if charset is not None:
-            data.decode(charset)
-        return charset is None or codecs.lookup(charset).name not in _NOT_CHARSETS
+        codec = "latin-1" if charset is None else _find_codec(charset)
+        data.decode(codec or "latin-1")
+        return codec != ""
     except (LookupError, ValueError):
         return False
 
@@ -1234,7 +1433,9 @@ def _check_header_set(first: dict[str, str], client: _ClientState) -> _Findings:
         yield "no-message-id", ""
     if "mime-version" not in first:
         yield from [("no-mime-version", f"{name}: {first[name]}") for name in _MIME if name in first][:1]
-    hidden = re.findall(r"[^\s<>(),:;\"]+@[^\s<>(),:;\"]+", f"{first.get('bcc')} {first.get('resent-bcc')}".lower())
+    hidden = re.findall(
+        r"(?<![^\s<>(),:;\"])[^\s<>(),:;\"@]+@[^\s<>(),:;\"]+", f"{first.get('bcc')} {first.get('resent-bcc')}".lower()
+    )
     if not set(hidden).issuperset(client.recipients):  # else this is the copy for the hidden ones
         yield from (("bcc-disclosed", address) for address in hidden)
 
@@ -1351,23 +1552,6 @@ class Attachment(NamedTuple):
     content: bytes
 
 
-def _decode_part(part: Any) -> bytes:
-    if not part.is_multipart():
-        return bytes(part.get_payload(decode=True))
-    # A mail within the mail, or the blocks of a delivery report. The generator cannot write all of them.
-    policy, data = part.policy.clone(linesep="\r\n", refold_source="none"), b""
-    with contextlib.suppress(Exception):
-        data = b"".join(inner.as_bytes(policy=policy) for inner in part.get_payload())
-    return data
-
-
-def _decode_text(part: Any) -> str:
-    data = _decode_part(part).replace(b"\r\n", b"\n")
-    with contextlib.suppress(LookupError, ValueError):
-        return data.decode(part.get_content_charset("utf-8"))
-    return data.decode("utf-8", "replace")
-
-
 def _jsonify_bytes(data: bytes) -> dict[str, str]:
     import base64
 
@@ -1448,8 +1632,10 @@ class Message:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the record, without what was parsed from it and cached."""
-        cached = ("transcript", "received_header", "email", "_parts", "_findings")
+        cached = ("transcript", "received_header", "_mail", "_parts", "_findings")
         values = vars(self).copy()  # at once: another thread may cache something meanwhile
+        values["_recipients"] = self._recipients[: self._count]
+        values["_exchanges"] = self._exchanges[: self._length]
         return {name: value for name, value in values.items() if name not in cached}
 
     @property
@@ -1566,24 +1752,28 @@ class Message:
         return head.encode("utf-8", "surrogateescape") + self.content
 
     @functools.cached_property
+    def _mail(self) -> _Parts:
+        """What all attributes of the mail are read from."""
+        from email.message import EmailMessage
+
+        text = self.as_bytes().decode("ascii", "surrogateescape")
+        start = len(text) - len(self.content) - 2 * (self.content[:1] in (b" ", b"\t"))
+        mail: EmailMessage = EmailMessage(_make_email_policy())
+        _read_header(mail, text[:start])
+        return _parse_part(mail, text[start:], [])
+
+    @property
     def email(self) -> EmailMessage:
         """as_bytes() parsed. Faults are in the `defects` of its parts; they raise nothing."""
-        from email.errors import MessageDefect
-        from email.parser import BytesParser
-
-        parser: BytesParser[EmailMessage] = BytesParser(policy=_make_email_policy())
-        try:
-            return parser.parsebytes(self.as_bytes())
-        except RecursionError:
-            mail = parser.parsebytes(self.as_bytes(), headersonly=True)
-            mail.defects.append(MessageDefect("parts are nested too deeply"))
-            return mail
+        mail: EmailMessage = self._mail[0][0]
+        return mail
 
     @property
     def subject(self) -> str | None:
         """The decoded subject; None without one."""
-        subject = self.email["subject"]
-        return None if subject is None else str(subject)
+        header = re.split(rb"(?<![^\n])\r?\n|\A[ \t]", self.content, maxsplit=1)[0].decode("ascii", "surrogateescape")
+        subjects = (field[2] for field in re.finditer(_FIELD, header) if field[1].lower() == "subject")
+        return next((_decode_words(_unfold(subject)) for subject in subjects), None)
 
     @property
     def text(self) -> str | None:
@@ -1605,19 +1795,16 @@ class Message:
         """The first text of each type, and all other parts."""
         texts: dict[str, str] = {}
         attachments: list[Attachment] = []
-        parts: list[Any] = [self.email]
-        while parts:
-            part = parts.pop()
-            kind, name = part.get_content_type(), part.get_filename()
-            if part.get_content_maintype() == "multipart":
-                if part.is_multipart():
-                    parts.extend(reversed(part.get_payload()))
-                    continue
-                kind = "text/plain"  # because its boundary never appeared
-            if kind in ("text/plain", "text/html") and kind not in texts and name is None and not part.is_attachment():
-                texts[kind] = _decode_text(part)
+        for part, kind, parameters, content in self._mail if self.content else ():
+            if content is None:
+                continue
+            disposition, names = _read_mime(part, _DISPOSITION)
+            name = names.get("filename") or parameters.get("name") or None
+            is_body = disposition != "attachment" and (name is None or part is self.email)
+            if is_body and kind in ("text/plain", "text/html") and kind not in texts:
+                texts[kind] = _decode_charset(content, parameters.get("charset", "")).replace("\r\n", "\n")
             else:
-                attachments.append(Attachment(name, kind, _decode_part(part)))
+                attachments.append(Attachment(name, kind, content))
         return texts, attachments
 
     @property
@@ -1640,8 +1827,8 @@ class Message:
         values["received_at"] = self.received_at.isoformat() if self.received_at else None
         values["rcptto_request_response"] = self.rcptto_request_response
         values["exchanges"] = [said._asdict() | {"at": said.at.isoformat()} for said in self.exchanges]
-        values["headers"] = [(name, str(value)) for name, value in self.email.items()]
-        values["defects"] = [f"{type(fault).__name__}: {fault}" for part in self.email.walk() for fault in part.defects]
+        values["headers"] = _show_headers(self.email)
+        values["defects"] = [f"{type(fault).__name__}: {fault}" for part, *_ in self._mail for fault in part.defects]
         values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
         return dict(_jsonify(values | _jsonify_bytes(self.content)))
 
@@ -1933,8 +2120,11 @@ class _Rules:
 _STEPS = ("helo", "mailfrom", "rcptto", "data", "msg", "rset", "noop", "quit")
 _TRANSACTION = _STEPS[1:]
 
-# The replies to commands that come before a step which only some servers demand.
-_DEMANDS = {"tls": "msg_tls_required", "auth": "msg_auth_required"}
+# The steps that are in force beyond a mail.
+_LASTING = ("greeting", "tls", "helo", "auth")
+
+# The replies to commands that come before a step which only some servers demand, or after a greeting that refused.
+_DEMANDS = {"session": "msg_invalid_cmd_helo_sequence", "tls": "msg_tls_required", "auth": "msg_auth_required"}
 
 
 def _name_extensions(options: Configuration) -> set[str]:
@@ -2014,10 +2204,11 @@ class Handler:
             reply = self._apply(self._decide(session, request, argument, value), reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
         mail = session.mail
+        step = self._step  # without one nothing needs the value, which may be a secret
         # A call of _Exchange would run a Python function, and take twice as long.
-        exchange = tuple.__new__(_Exchange, (request, reply, value, session.at, session.has_more))
+        exchange = tuple.__new__(_Exchange, (request, reply, step and value, session.at, session.has_more))
         mail.exchanges.append(exchange)
-        if self._step:
+        if step:
             self._record(mail, exchange)
         return reply
 
@@ -2067,10 +2258,10 @@ class Handler:
         return reply.replace(next=aspects["then"]) if "then" in aspects else reply
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
-        mail.steps[self._step] = exchange
-        reply = exchange.reply
+        step, reply = self._step, exchange.reply
+        mail.steps[step] = exchange
         if reply is not None and reply.accepts:
-            mail.accepted_steps.add(self._step)
+            mail.accepted_steps.add(step)
 
 
 class _Greeting(Handler):
@@ -2181,10 +2372,6 @@ class _Rcptto(_PathHandler):
         mail.recipients.append(exchange)
 
 
-def _name_recipients(handler: Handler, session: _Session, argument: Any, value: Any) -> Sequence[str]:
-    return session.mail.accepted_recipients()
-
-
 class _Data(Handler):
     """DATA, which asks for permission to send the body."""
 
@@ -2201,7 +2388,9 @@ class _Data(Handler):
     def refuse(self, session: _Session, value: Any) -> str | None:
         return None if session.mail.body is None else self._bad_sequence  # after a chunk, RFC 3030 section 2
 
-    _names = _name_recipients
+    @staticmethod
+    def _names(session: _Session, argument: Any, value: Any) -> Sequence[str]:
+        return session.mail.accepted_recipients()
 
     def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         reply = super()._run(session, request, argument)
@@ -2255,7 +2444,7 @@ class _EndOfBody(Handler):
     received = "msg_msg_received"
     _delay = "response_delay_message"
     _step = "msg"
-    _names = _name_recipients
+    _names = staticmethod(_Data._names)
 
     def _decide(self, session: _Session, request: _Request | None, argument: Any, value: Any) -> dict[str, Any]:
         texts, names = self._texts(session, request, argument), self._names(session, argument, value)
@@ -2407,7 +2596,7 @@ class _Auth(Handler):
         words = (request.line.split(maxsplit=1)[0], shown, "***" if initial else "")
         mechanism = name if re.fullmatch(_MECHANISM_NAME, name) else "***"
         command = request.hide(" ".join(filter(None, words)), " ".join(filter(None, (mechanism, words[2]))))
-        return session.run(self, command, (self._log_in(session, name.upper(), initial), command, None))
+        return session.run(self, command, (self._log_in(session, mechanism.upper(), initial), command, None))
 
     def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         """The argument is the login in progress, its command, and the answer to the last challenge."""
@@ -2502,6 +2691,7 @@ class _Auth(Handler):
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
         if self.options.auth_users is not None and self._step not in mail.accepted_steps:
+            mail.steps.pop(self._step, None)  # so that the steps stay in their order
             super()._record(mail, exchange)
 
 
@@ -2546,10 +2736,11 @@ class _Unknown(Handler):
     def _begin(self, session: _Session, request: _Request) -> _Reply | None:
         # What follows an AUTH that was refused may be the answer to a challenge that was not sent.
         before = session.mail.exchanges[-1].request if session.mail.exchanges else None
+        is_told = request.verb in _VERBS or any(rule._stage == request.verb for rule in session.rules.newest_first)
         if request.verb.startswith("AUTH"):
-            request = request.hide(f"{request.line[:5]} ***")
+            request = request.hide(f"{request.line[:5]} ***", verb=request.verb[:5])
         elif before is not None and (before.verb.startswith("AUTH") or before.line == "***"):
-            request = request.hide("***")
+            request = request.hide("***", verb=request.verb if is_told else "***")
         return super()._begin(session, request)
 
 
@@ -2560,15 +2751,8 @@ class _TooLong(_Unknown):
     bad_argument = "msg_line_too_long"
 
 
-class _TurnedAway(_Unknown):
-    """Any command but QUIT, if the greeting has refused the session (RFC 5321 section 3.1)."""
-
-    verbs = ("turned away",)
-    bad_argument = "msg_invalid_cmd_helo_sequence"
-
-
 _BUILT_IN: tuple[type[Handler], ...] = (_Greeting, _Helo, _Ehlo, _Mailfrom, _Rcptto, _Data, _Bdat, _EndOfBody)
-_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Vrfy, _Expn, _Help, _Starttls, _Auth, _Unknown, _TooLong, _TurnedAway)
+_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Vrfy, _Expn, _Help, _Starttls, _Auth, _Unknown, _TooLong)
 
 
 def _check_handler(handler: Any) -> None:
@@ -2584,7 +2768,7 @@ def _check_handler(handler: Any) -> None:
         if not re.fullmatch("[A-Za-z0-9]+", verb):
             raise ConfigurationError(f"{name}.verbs: {verb!r} is no verb")
     for step in handler.needs:
-        if step not in (*_STEPS, *_DEMANDS):
+        if step not in (*_STEPS, "tls", "auth"):
             raise ConfigurationError(f"{name}.needs: {step!r} is no step of a session")
     known = [name for name in Configuration._declared if name.startswith("msg_")]
     for attribute in ("received", "bad_argument"):
@@ -2633,9 +2817,13 @@ class _Handlers(dict[str, Handler]):
         self.commands = _ParsedLines(self)
 
     def turn_away(self) -> _Handlers:
-        """Those of a session that the greeting has refused."""
-        others = _Handlers.__new__(_Handlers)
-        others.update({**dict.fromkeys(self, self["turned away"]), "QUIT": self["QUIT"]})
+        """Those of a session that the greeting has refused. Only QUIT is in sequence (RFC 5321 section 3.1)."""
+        import copy
+
+        others = copy.copy(self)
+        for verb in self.keys() - {"QUIT"}:
+            others[verb] = copy.copy(self[verb])
+            others[verb].needs = ("session", *self[verb].needs)
         others.commands = _ParsedLines(others)
         return others
 
@@ -2744,29 +2932,29 @@ class _Mail:
         self.recipients: list[_Exchange] = []
         self.exchanges: list[_Exchange] = []
         self.body: _Body | None = None
+        self.attempts = 0  # to send a mail, of which all is kept
+        self.refused: list[_Exchange] = []  # in older ones
+        self.begin = 0  # where in the exchanges all is kept from
         self.discarded = 0  # accepted mails that the message no longer shows
         self.has_begun = False  # MAIL came
         self.is_complete = False  # only RSET, NOOP and QUIT belong to it any more
         self.number = 0  # of its message; 0 if it has none yet
         self.delivered: Message | None = None  # what was accepted, or given to on_unaccepted
+        self.has_ended = False  # whether on_end was called
         self.entry: _Entry | None = None  # its place in the mailbox
 
-    def lasting(self) -> list[_Exchange]:
-        """What is in force beyond the mail."""
-        return [self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps]
+    def lasting(self) -> dict[str, _Exchange]:
+        """The steps that are in force beyond the mail, in the order in which they were taken."""
+        accepted = self.accepted_steps
+        return {step: said for step, said in self.steps.items() if step in _LASTING and step in accepted}
 
     def make_next(self) -> _Mail:
         """The mail after this one. It begins with what is in force."""
         mail = _Mail()
-        mail.steps = {step: self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps}
-        mail.exchanges = list(mail.steps.values())
-        mail.accepted_steps = self.accepted_steps.intersection(mail.steps)
+        mail.steps = self.lasting()
+        mail.exchanges = [*mail.steps.values()]
+        mail.accepted_steps = {*mail.steps}
         return mail
-
-    def find_last_mail(self) -> int:
-        """Where in the exchanges the last MAIL is; 0 if it is not there."""
-        exchanges = self.exchanges
-        return next((at for at in range(len(exchanges) - 1, 0, -1) if exchanges[at].verb == "MAIL"), 0)
 
     def replace_last(self, **changes: Any) -> None:
         """Change the last exchange, wherever it is kept, but not what messages show that are recorded already."""
@@ -2779,15 +2967,22 @@ class _Mail:
     def forget(self, body: _Exchange) -> None:
         """Forget an accepted mail, up to this exchange."""
         self.discarded += 1
-        if body in self.exchanges:  # else it was truncated
-            self.exchanges = self.lasting() + self.exchanges[self.exchanges.index(body) + 1 :]
+        at = len(self.exchanges)
+        while at and self.exchanges[at - 1] is not body:
+            at -= 1
+        if at:  # else the mail was truncated
+            self.exchanges = [*self.lasting().values(), *self.exchanges[at:]]
+            self.attempts = self.begin = 0
+            self.refused = []
 
-    def forget_attempts(self) -> None:
-        """Keep of all but the last attempts to send a mail only what was refused."""
-        attempts = [at for at, exchange in enumerate(self.exchanges) if exchange.verb == "MAIL"]
-        if len(attempts) >= _ATTEMPT_LIMIT:
-            at = attempts[1 - _ATTEMPT_LIMIT]
-            self._truncate([exchange for exchange in self.exchanges[:at] if exchange.is_refused], at)
+    def begin_attempt(self) -> None:
+        """Keep of the oldest attempt to send a mail only what was refused, if there are too many."""
+        self.attempts += 1
+        if self.attempts > _ATTEMPT_LIMIT:
+            found = (at for at in range(self.begin, len(self.exchanges)) if self.exchanges[at].verb == "MAIL")
+            next(found, 0)  # the oldest
+            if at := next(found, 0):
+                self._truncate(self.refused + [said for said in self.exchanges[self.begin : at] if said.is_refused], at)
 
     def limit_size(self) -> None:
         """Keep half of what is allowed if it has become more."""
@@ -2799,20 +2994,24 @@ class _Mail:
                 size -= sizes[at]
                 at += 1
             self._truncate([], at)
+            self.attempts = sum(said.verb == "MAIL" for said in self.exchanges[self.begin :])
 
     def _truncate(self, kept: list[_Exchange], at: int) -> None:
         """Keep these exchanges, and from this one on all that a reader needs to understand the rest."""
-        greeting = [self.steps["greeting"]] if "greeting" in self.steps else []
-        rest, recipient = self.exchanges[at:], next((said for said in self.recipients if said.accepted), None)
-        needed = [*self.lasting()[len(greeting) :], self.steps.get("mailfrom"), recipient]
-        missing = [said for said in needed if said is not None and not any(said is other for other in rest)]
-        self.exchanges = [*greeting, *kept, _TRUNCATION, *missing, *rest]
+        rest, lasting = self.exchanges[at:], self.lasting()
+        greeting = [lasting.pop("greeting")] if "greeting" in lasting else []
+        sender = [self.steps["mailfrom"]] if "mailfrom" in self.steps else []
+        needed = [*lasting.values(), *sender, *[said for said in self.recipients if said.accepted][:1]]
+        missing = [said for said in needed if not any(said is other for other in rest)]
+        truncation = _TRUNCATION._replace(at=self.exchanges[at - 1].at)
+        self.exchanges = [*greeting, *kept, truncation, *missing, *rest]
+        self.refused, self.begin = kept, len(self.exchanges) - len(rest)
 
     def accepted_recipients(self) -> list[str]:
         return [recipient.value.address for recipient in self.recipients if recipient.accepted]
 
 
-def _ignore(message: Message) -> None:
+def _ignore(*arguments: object) -> None:
     pass
 
 
@@ -2825,8 +3024,10 @@ class _Context(NamedTuple):
     log: _Log
     rules: _Rules
     on_message: Callable[[Message], object] = _ignore  # called with each accepted message, before the reply to it
-    on_unaccepted: Callable[[Message], object] = _ignore  # called with each other message at the end of its session
+    on_unaccepted: Callable[[Message], object] = _ignore  # called with each other message when it is complete
+    on_refusal: Callable[[_Request, str], object] = _ignore  # called with each refused request and the reply
     on_erase: Callable[[Message], object] = _ignore  # called with a message before a refused mail is erased from it
+    on_end: Callable[[Message], object] = _ignore  # called with each message that its session changes no more
     early_ends: deque[str] = deque(maxlen=10)  # connections that ended before any command, and why
 
 
@@ -2882,11 +3083,13 @@ class _Session:
         """The message with a body that is not accepted yet; perhaps without what was said between HELO and MAIL."""
         mail, message = self.mail, self.message()
         assert mail.body is not None
-        begin = mail.find_last_mail() if without_history else 0
-        exchanges = [*(mail.lasting() if begin else ()), *mail.exchanges[begin:]]
         exchange = _Exchange(mail.body.ending, None, content, self.at, self.has_more)
+        exchanges = [*mail.exchanges, exchange]
+        mails = [at for at, said in enumerate(exchanges) if at and said.verb == "MAIL"] if without_history else []
+        if mails:
+            exchanges[: mails[-1]] = mail.lasting().values()
         message._steps["msg"] = exchange
-        vars(message).update(_exchanges=[*exchanges, exchange], _length=len(exchanges) + 1)
+        vars(message).update(_exchanges=exchanges, _length=len(exchanges))
         return message
 
     def note(self, request: _Request | None, reply: _Reply | None, value: Any = None) -> _Exchange:
@@ -2904,6 +3107,7 @@ class _Session:
     def greet(self, at: float = 0.0) -> _Reply:
         self.at = at
         reply = self.run(self.handlers["connect"], None, "")
+        self.mail.accepted_steps.add("greeting")  # it lasts, whatever it says
         if reply.text.startswith("5"):
             self.handlers = self.handlers.turn_away()
             self.commands = self.handlers.commands
@@ -2921,6 +3125,8 @@ class _Session:
         while position < end:
             position, reply = self._take(self, data, position)
             if reply is not None:
+                if reply.refuses and self.context.on_refusal is not _ignore:
+                    self._call(self.context.on_refusal, self.request, reply.text)
                 yield reply
                 if reply.next is not None:  # drop the rest; what came in clear must have no effect within TLS
                     return
@@ -2948,6 +3154,7 @@ class _Session:
         if self.request is not None and (mail.entry is None or body is not None or is_noted):
             self._publish(complete=True, follows_mail=body is None)
         self._report_unaccepted()
+        self._report_end()
 
     def _report_unaccepted(self) -> None:
         """Give on_unaccepted a message that was not given to on_message."""
@@ -2955,6 +3162,12 @@ class _Session:
         if mail.entry is not None and mail.delivered is None:
             mail.delivered = mail.entry.message
             self._call(self.context.on_unaccepted, mail.delivered)
+
+    def _report_end(self) -> None:
+        mail = self.mail
+        if mail.entry is not None and not mail.has_ended:
+            mail.has_ended = True
+            self._call(self.context.on_end, mail.entry.message)
 
     # The states.
 
@@ -3047,12 +3260,8 @@ class _Session:
         if not self._keeps_messages:
             if mail.entry is not None and mail.entry.is_purged and not kind.follows_mail:
                 # The rest of the session is another message. A mail that it shows until it is erased was not discarded.
-                mail.number, mail.discarded, mail.delivered, mail.entry = (
-                    0,
-                    -int("msg" in mail.accepted_steps),
-                    None,
-                    None,
-                )
+                mail.discarded = -int("msg" in mail.accepted_steps)
+                mail.number, mail.delivered, mail.entry = 0, None, None
         elif mail.has_begun and kind.ends_mail and not mail.is_complete:
             mail.is_complete = True
             if mail.body is not None:
@@ -3060,11 +3269,11 @@ class _Session:
             if not kind.follows_mail:
                 self._publish(complete=True)
         if self._keeps_messages and mail.is_complete and not kind.follows_mail:
+            self._report_end()
             self.mail = mail.make_next()
         if kind is _VERBS["MAIL"]:
             self.mail.has_begun = True
-            if len(self.mail.exchanges) > _ATTEMPT_LIMIT:
-                self.mail.forget_attempts()
+            self.mail.begin_attempt()
 
     def run(self, handler: Handler, request: _Request | None, argument: Any) -> _Reply:
         """Run a command. What it completes is recorded before its reply is returned."""
@@ -3091,7 +3300,7 @@ class _Session:
         if request.verb == "message":
             complete = complete or reply.accepts or self._keeps_messages
         elif complete and mail.body is not None:  # chunks without LAST; the reply stays the last one
-            last = mail.exchanges.pop()
+            *mail.exchanges, last = mail.exchanges  # another list, because messages have this one
             self._leave_body(mail.body)
             mail.exchanges.append(last)
         if self._keeps_messages:
@@ -3159,9 +3368,9 @@ class _Session:
             mail.delivered = None
         return mail.delivered is not None
 
-    def _call(self, function: Callable[[Message], object], message: Message) -> bool:
+    def _call(self, function: Callable[..., object], *arguments: object) -> bool:
         try:
-            function(message)
+            function(*arguments)
         except BaseException:  # noqa: BLE001 - pytest.fail() is not an Exception
             self.context.log.failure("on_message failed")
             return False
@@ -3398,7 +3607,7 @@ class _Log:
             if not self._has_failed:
                 self._has_failed = True
                 with contextlib.suppress(Exception):
-                    print(f"smtpmock: the log is incomplete, its logger raised {error!r}", file=sys.stderr)
+                    sys.stderr.write(f"smtpmock: the log is incomplete, its logger raised {error!r}\n")
 
     def failure(self, what: str) -> None:
         """Show the user the exception that is being handled: in the log or, without one, as that of a thread."""
@@ -3409,7 +3618,8 @@ class _Log:
         self.failures.append(f"{what}: {text}")
         if isinstance(error, SMTPMockError):  # of an output of the command line; a traceback would say nothing more
             with contextlib.suppress(Exception):
-                print(f"smtpmock: {error}", file=sys.stderr, flush=True)
+                sys.stderr.write(f"smtpmock: {error}\n")
+                sys.stderr.flush()
         elif self._logger is None and not self._prints:
             with contextlib.suppress(BaseException):
                 threading.excepthook(threading.ExceptHookArgs((kind, error, trace, threading.current_thread())))
@@ -4697,9 +4907,9 @@ def _show_mail(server: Server, number: str) -> _HttpAnswer:
         return f"<pre>{escape(text[:_TEXT_LIMIT])}</pre>{rest}"
 
     message, path = _find(server, number), f"/messages/{number}"
-    headers = [item for item in message.email.items() if item[0].lower() in _READ_HEADERS]
-    headers += [("MAIL FROM", message.mail_from), ("RCPT TO", ", ".join(message.rcpt_tos))]
-    body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value or '')}</bdi>" for name, value in headers)
+    headers = [item for item in _show_headers(message.email) if item[0].lower() in _READ_HEADERS]
+    headers += [("MAIL FROM", message.mail_from or ""), ("RCPT TO", ", ".join(message.rcpt_tos))]
+    body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value)}</bdi>" for name, value in headers)
     violations = [
         f'<p><b class="{found.severity}">{found.code}</b>: {escape(found.text)} <code>{escape(found.line)}</code>'
         f' <a href="https://www.rfc-editor.org/rfc/rfc{found.rfc.replace(" ", "#section-")}">RFC {found.rfc}</a>'
@@ -4731,10 +4941,10 @@ def _show_html(server: Server, number: str) -> _HttpAnswer:
     from urllib.parse import unquote
 
     message, urls = _find(server, number), dict[str, str]()
-    for part in message.email.walk():
-        if re.fullmatch("image/(png|jpeg|gif|webp)", part.get_content_type()):
-            data = base64.b64encode(_decode_part(part)).decode()
-            urls[str(part["content-id"]).strip(" <>")] = f"data:{part.get_content_type()};base64,{data}"
+    for part, kind, _, content in message._mail:
+        if content is not None and re.fullmatch("image/(png|jpeg|gif|webp)", kind):
+            data = base64.b64encode(content).decode()
+            urls[str(part["content-id"]).strip(" <>")] = f"data:{kind};base64,{data}"
 
     def inline(match: re.Match[str]) -> str:
         return match[1] + urls.get(unquote(html.unescape(match[3])), match[2] + match[3])
@@ -4880,8 +5090,9 @@ _CONDITIONS = {"skip": _COUNT, "times": _TIMES, "probability": _PROBABILITY, "af
 # The flags that are no options of a server.
 _OWN_FLAGS: dict[str, _Option] = {
     "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
-    "quiet": _option(False, _FLAG, "print no line for each mail and each session without one"),
-    "lint": _option(False, _FLAG, "print what clients do wrong on stderr; status 3 after an error"),
+    "quiet": _option(False, _FLAG, "print no line for each mail and session"),
+    "show": _option(False, _FLAG, "print each mail as a person reads it"),
+    "lint": _option(False, _FLAG, "print violations on stderr; status 3 after an error"),
     "json": _option(
         False, _FLAG, "print each mail, each session without one, and errors as lines of JSON; log to stderr"
     ),
@@ -4910,7 +5121,7 @@ _DEV_FLAGS = {"show": True, "http": 0}
 _GROUPS = {
     "Listening": "host|port|session_timeout|shutdown_timeout|http",
     "Recording": "keep_all|multiple_|msg_size_limit|lenient_|save_dir|maildir",
-    "Output": "dev|log|quiet|json|control|lint",
+    "Output": "dev|log|quiet|show|json|control|lint",
     "Failing": "fail_fast|strict|blacklisted_|not_registered_|response_delay_|seed|rule",
     "Extensions, login and TLS": "extensions|auth_|implicit_tls|tls_|save_ca",
     "Other": "(?!msg_)",
@@ -4952,40 +5163,76 @@ Exit status:
 
 _Undo = Callable[[], object]  # removes a mail from an output again
 _Output = Callable[[Message], _Undo | None]  # takes an accepted mail
+_STALL_SECONDS = 0.1  # after which a reader that has taken nothing is not waited for
+_DRAIN_SECONDS = 0.5  # the same at the end
+_PIECE = getattr(select, "PIPE_BUF", 4096)  # bytes that a pipe takes without blocking if it is ready
+
+
+class _Line:
+    """What is printed in one piece."""
+
+    def __init__(self, printer: _Printer, text: str) -> None:
+        self.printer = printer
+        self.left: Any = text  # encoded when it is its turn
+        self.error: Exception | None = None
 
 
 class _Printer:
-    """Prints whole lines to what is stdout now, from any thread. It keeps no line that it could not write."""
+    """Takes the place of stdout or stderr, in any thread. It keeps nothing that could not be written."""
 
-    def __init__(self, *, has_events: bool = False) -> None:
-        self.has_events = has_events
-        self._out = sys.stdout
-        self._lock = threading.Lock()  # guards the stream
-        self._is_torn = False  # whether a part of the last line was written
-
-    def __call__(self, line: str) -> None:
-        with self._lock:
-            try:
-                self._write("\n" * self._is_torn + line + "\n")
-                self._is_torn = False
-            except (OSError, ValueError, AttributeError) as error:  # full, closed by us, and closed from the start
-                reason = getattr(error, "strerror", None) or "it is closed"
-                raise SMTPMockError(f"cannot write to stdout: {reason}") from error
-
-    def _write(self, text: str) -> None:
+    def __init__(self, writer: _Writer, stream: Any, name: str) -> None:
         import io
 
-        self._out.flush()
-        raw = getattr(getattr(self._out, "buffer", None), "raw", getattr(self._out, "buffer", None))
-        if not isinstance(raw, io.RawIOBase):  # of a test
-            self._out.write(text)
-            self._out.flush()
-            return
-        data = text.encode(self._out.encoding, "backslashreplace")
-        while data:  # a full disk may take a part
-            written = raw.write(data) or 0
-            self._is_torn = True
-            data = data[written:]
+        self.has_events = False
+        self.encoding: Any = getattr(stream, "encoding", None)
+        self._writer = writer
+        self._stream = stream
+        self._name = name
+        self._is_torn = False  # whether only a part of the last line was written
+        raw = getattr(getattr(stream, "buffer", None), "raw", getattr(stream, "buffer", None))
+        self._raw: Any = raw if isinstance(raw, io.RawIOBase) else None  # else it is of a test
+        self._poll: Any = None  # of a terminal, it would promise too much
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or has no descriptor
+            if self._raw is not None and hasattr(select, "poll") and not stream.isatty():
+                self._poll = select.poll()
+                self._poll.register(self._raw, select.POLLOUT)
+
+    def __getattr__(self, name: str) -> Any:  # such as isatty()
+        return getattr(self._stream, name)
+
+    def explain(self, error: Exception) -> str:
+        return f"cannot write to {self._name}: {getattr(error, 'strerror', None) or 'it is closed'}"
+
+    def encode(self, text: Any) -> Any:
+        if self._raw is None or not isinstance(text, str):
+            return text
+        return memoryview(("\n" * self._is_torn + text).encode(self.encoding, "backslashreplace"))
+
+    def is_ready(self) -> bool:
+        """Whether write_piece() cannot block."""
+        return self._raw is None or (self._poll is not None and bool(self._poll.poll(0)))
+
+    def write_piece(self, data: Any) -> Any:
+        """Write the beginning, and return the rest."""
+        if self._raw is None:
+            self._stream.write(data)
+            return self._stream.flush() or ""
+        written = self._raw.write(data[:_PIECE])  # a full disk may take a part of it
+        if written is None:  # somebody else has set it to non-blocking
+            select.select((), (self._raw,), ())
+        self._is_torn = (written or 0) < len(data)
+        return data[written or 0 :]
+
+    def write(self, text: str) -> None:
+        self._writer.write(_Line(self, text))
+
+    def flush(self) -> None: ...
+
+    def __call__(self, line: str) -> None:
+        try:
+            self.write(line + "\n")
+        except Exception as error:
+            raise SMTPMockError(self.explain(error)) from error
 
     def event(self, event: str, /, **values: object) -> None:
         """Print it as JSON, if a program is to read it."""
@@ -4993,6 +5240,75 @@ class _Printer:
             import json
 
             self(json.dumps({"event": event, **values}))
+
+
+class _Writer:
+    """Writes to stdout and stderr. What a reader could hold up is left to a thread.
+
+    The queue has no limit, as the mailbox has none. A mail that nobody reads takes up to three times its size there. A
+    limit would have to stop the mail or to drop events, and a test that reads them late would miss them.
+    """
+
+    def __init__(self) -> None:
+        self.out: Any = _Printer(self, sys.stdout, "stdout")
+        self.err: Any = _Printer(self, sys.stderr, "stderr")
+        self.deadline = float("inf")  # nobody waits after it
+        self._changed = threading.Condition()  # guards what follows; notified when a line is done
+        self._queue: deque[_Line] = deque()  # unless it is empty, a thread writes the first one
+        self._writes_since = float("inf")  # when that thread began to write a piece
+        self._skipped: _Line | None = None  # the last one that was not waited for; until it is done, there is a backlog
+        self._failure = ""  # the first one
+        self._lost = 0  # lines
+
+    def write(self, line: _Line) -> None:
+        """Return when it is written, or nobody reads. Raises what the write raised."""
+        with self._changed:
+            if not self._queue:
+                self._try(line, waits=False)
+            if line.left:
+                if not self._queue:
+                    threading.Thread(target=self._write_queue, name="smtpmock writer", daemon=True).start()
+                self._queue.append(line)
+                if self._skipped is None or not self._skipped.left:
+                    self._wait(lambda: not line.left, _STALL_SECONDS)
+                self._skipped = line if line.left else self._skipped
+        if line.error is not None:
+            raise line.error
+
+    def _wait(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait for it until the reader has taken nothing for this time, or the deadline is this long ago."""
+        while not condition() and time.monotonic() < min(self.deadline, self._writes_since) + seconds:
+            self._changed.wait(_STALL_SECONDS / 4)
+
+    def close(self) -> str:
+        """Wait until the rest is written. Returns what failed."""
+        with self._changed:
+            self._wait(lambda: not self._queue, _DRAIN_SECONDS)
+            lost = self._lost + len(self._queue)
+        return f"{self._failure or 'not all output was read'}; lines lost: {lost}" if lost else ""
+
+    def _write_queue(self) -> None:
+        with self._changed:
+            while self._queue:
+                line = self._queue[0]
+                self._changed.release()
+                self._try(line, waits=True)
+                self._changed.acquire()
+                self._queue.popleft()
+                self._changed.notify_all()
+
+    def _try(self, line: _Line, *, waits: bool) -> None:
+        """Write it or, without waiting, as much of it as cannot block."""
+        try:
+            line.left = line.printer.encode(line.left)
+            while line.left and (waits or line.printer.is_ready()):
+                self._writes_since = time.monotonic() if waits else float("inf")
+                line.left = line.printer.write_piece(line.left)
+        except (OSError, ValueError, AttributeError) as error:  # full, closed by us, and closed from the start
+            line.error, line.left = error, ""
+            self._failure = self._failure or line.printer.explain(error)
+            self._lost += 1
+        self._writes_since = float("inf")
 
 
 def _make_folder(path: str) -> None:
@@ -5126,30 +5442,101 @@ def _describe(error: Exception) -> str:
     return text
 
 
-class _Narrator:
-    """Prints a line for each mail and for each session without one."""
+_ITEM_LIMIT, _RECIPIENT_LIMIT = 100, 5  # characters of an item, and recipients, in a line
+_LINE_COUNT, _TEXT_LIMIT = 100, 10_000  # lines and characters of a mail: a few screens
+_HTML_LIMIT = 100_000  # characters
+# What shows no text, and each < that begins no proper tag, because html.parser takes very long to find that out.
+_TAG = r"""/?[a-z][^<>"']*(?:"[^"<>]*"[^<>"']*|'[^'<>]*'[^<>"']*)*>"""
+_NO_TEXT = rf"(?is)<!--.*?(?:-->|\Z)|<(script|style|title)\b.*?(?:</\1\b[^<>]*>?|\Z)|<[!?][^>]*>?|<(?!{_TAG})"
+_BLOCKS = "blockquote", "div", "h1", "h2", "h3", "h4", "hr", "ol", "p", "pre", "section", "table", "ul"
+_LINES = "br", "dd", "dt", "li", "tr"
 
-    def __init__(self, printer: _Printer, options: dict[str, Any]) -> None:
+
+def _cut(text: str) -> str:
+    return _printable(text if len(text) <= _ITEM_LIMIT else f"{text[: _ITEM_LIMIT - 3]}...")
+
+
+def _format_size(size: int) -> str:
+    return f"{size / 1000:.1f} kB" if size >= 1000 else f"{size} byte{'s' * (size != 1)}"
+
+
+def _read_html(html: str) -> str:
+    """The text of HTML, with the address of each link behind it."""
+    from html.parser import HTMLParser
+
+    class Reader(HTMLParser):
+        address: str | None = None
+
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            values = dict(attrs)
+            self.address = values.get("href") if tag == "a" else self.address
+            found.append("\n" * (tag in _BLOCKS + _LINES) + "- " * (tag == "li") + (values.get("alt") or ""))
+
+        def handle_endtag(self, tag: str) -> None:
+            is_link = tag == "a" and self.address and self.address != found[-1].strip()
+            found.append("\n" * (tag in _BLOCKS) + " " * (tag == "td") + (f" <{self.address}>" if is_link else ""))
+
+        def handle_data(self, data: str) -> None:
+            found.append(re.sub(r"\s+", " ", data))
+
+    found = [""]
+    reader = Reader()
+    html = re.sub(_NO_TEXT, lambda match: "&lt;" * (match[0] == "<"), html[: 10 * _HTML_LIMIT])  # styles may be long
+    reader.feed(html[:_HTML_LIMIT])
+    reader.close()
+    lines = [" ".join(line.split()) for line in "".join(found).split("\n")]
+    return re.sub("\n{3,}", "\n\n", "\n".join(lines))
+
+
+def _format_mail(message: Message) -> str:
+    """The mail as a person reads it, or its beginning. The indentation is for it not to pass for a line of ours."""
+    shown = ("From", "To", "Cc", "Date", "Subject")
+    lines = [f"{name}: {value}" for name in shown for value in message.email.get_all(name, ())]
+    for name, kind, content in message.attachments:
+        lines.append(f"Attachment: {name or 'without a name'} ({kind}, {_format_size(len(content))})")
+    text = message.text or ""
+    if message.html and not text.strip():
+        text = message.html
+        with contextlib.suppress(Exception):  # html.parser raises some for broken HTML
+            text = _read_html(text)
+    text = "\n".join([*lines, "", text.strip()])
+    lines = text[:_TEXT_LIMIT].split("\n")[:_LINE_COUNT]
+    lines += ["..."] * (len("\n".join(lines)) < len(text))
+    return "".join(f"\n  {_printable(line.rstrip().expandtabs())}".rstrip(" ") for line in lines)
+
+
+class _Narrator:
+    """Prints a line for each mail, for each refusal, and for each session with neither."""
+
+    def __init__(self, printer: _Printer, options: dict[str, Any], *, shows_mail: bool) -> None:
         self._printer = printer
         self._options = options
+        self._shows_mail = shows_mail
         self._warned: set[str] = set()  # options that keep what was discarded; at worst, two sessions tell of one
         self._colours = "NO_COLOR" not in os.environ and hasattr(sys.stdout, "isatty") and sys.stdout.isatty()
 
-    def __call__(self, message: Message) -> None:
-        with contextlib.suppress(SMTPMockError, OSError):  # that nobody reads this is no reason to refuse the mail
-            word, colour, text = "ended", 0, "without a mail"
-            if message.msg:
-                route = f"{message.mail_from or '<>'} -> {', '.join(message.rcpt_tos)}"
-                text = f'{route} "{message.subject or ""}" {len(message.content) / 1000:.1f} kB'
-                word, colour = "accepted", 32
-            elif message.refusals:
-                word, colour, text = "refused", 31, message.refusals[0][1]
-            word = f"\x1b[{colour}m{word}\x1b[0m" if self._colours else word
-            self._printer(f"{time.strftime('%H:%M:%S')} {word} {_printable(text)}")
-            for option, discarded in message._find_discards():
-                if self._options.keys().isdisjoint(("keep_all", option)) and option not in self._warned:
-                    self._warned.add(option)
-                    print(f"smtpmock: {discarded}; -keepAll keeps them all", file=sys.stderr, flush=True)
+    def _print(self, word: str, colour: int, text: str) -> None:
+        word = f"\x1b[{colour}m{word}\x1b[0m" if self._colours else word
+        with contextlib.suppress(SMTPMockError):  # a closed stdout must not refuse the mail
+            self._printer(f"{time.strftime('%H:%M:%S')} {word} {text}")
+
+    def accept(self, message: Message) -> None:
+        names, more = map(_cut, message.rcpt_tos[:_RECIPIENT_LIMIT]), len(message.rcpt_tos) - _RECIPIENT_LIMIT
+        route = f"{_cut(message.mail_from or '<>')} -> {', '.join(names)}" + f" and {more} more" * (more > 0)
+        text = f'{route} "{_cut(message.subject or "")}" {_format_size(len(message.content))}'
+        self._print("accepted", 32, text + (_format_mail(message) if self._shows_mail else ""))
+        for option, discarded in message._find_discards():
+            if self._options.keys().isdisjoint(("keep_all", option)) and option not in self._warned:
+                self._warned.add(option)
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # nor a closed stderr
+                    sys.stderr.write(f"smtpmock: {discarded}; -keepAll keeps them all\n")
+
+    def refuse(self, request: _Request, response: str) -> None:
+        self._print("refused", 31, f"{_printable(response)} ({_cut(request.line)})")
+
+    def end(self, message: Message) -> None:
+        if not message.refusals:
+            self._print("ended", 0, "without a mail")
 
 
 class _Linter:
@@ -5157,15 +5544,20 @@ class _Linter:
 
     def __init__(self) -> None:
         self.has_found_error = False
-        self._printed: set[tuple[int, Violation]] = set()
+        self._printed: dict[int, set[Violation]] = {}  # by the numbers of messages that may still change
 
     def __call__(self, message: Message) -> None:
+        printed = self._printed.setdefault(message.id, set())
         for found in (*message.violations, *message.warnings):
-            if (message.id, found) not in self._printed:
-                self._printed.add((message.id, found))
+            if found not in printed:
+                printed.add(found)
                 self.has_found_error = self.has_found_error or found.severity == "error"
                 with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody has to read it
                     sys.stderr.write(f"smtpmock: message {message.id}: {found.severity}: {found}\n")
+
+    def end(self, message: Message) -> None:
+        self(message)
+        del self._printed[message.id]
 
 
 def _open_files(paths: Mapping[str, Any]) -> list[_Output]:
@@ -5198,12 +5590,17 @@ def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) ->
     try:
         with contextlib.ExitStack() as undo:
             for output in outputs:
-                undo.callback(output(message) or (lambda: None))
+                undo.callback(output(message) or _ignore)
             undo.pop_all()
     except OSError as error:
         text = f"a mail was refused, because it cannot be saved: {error}"
         printer.event("error", error=text)
         raise SMTPMockError(text) from error
+
+
+def _call_all(functions: Iterable[Callable[..., object]], *arguments: object) -> None:
+    for function in functions:
+        function(*arguments)
 
 
 def _format_flag(name: str, option: _Option) -> str:
@@ -5258,6 +5655,7 @@ def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
             raise ConfigurationError(re.sub("unrecognized arguments: (.*)", r"\1: there is no such flag", message))
 
     flags, parser = _list_flags(), Parser(add_help=False, allow_abbrev=False)
+    parser.formatter_class = functools.partial(argparse.HelpFormatter, width=80)  # without a width, it imports shutil
     spellings = [argument.partition("=")[0] for argument in argv if re.match("--?[a-zA-Z]", argument)]
     for name in dict.fromkeys(_find_flag(spelling, flags) for spelling in spellings):
         kind = flags[name].kind
@@ -5407,8 +5805,10 @@ def _catch_signals(*, owns_process: bool) -> Iterator[tuple[socket.socket, socke
                 signal.signal(number, handler)
 
 
-def _run(server: Server, announce: Callable[[str, int], None], control: Any, *, owns_process: bool) -> None:
-    """Run the server until a signal comes or control() returns; a signal after that aborts the sessions."""
+def _run(
+    server: Server, announce: Any, control: Any, stop: Callable[[], object], writer: _Writer, *, owns_process: bool
+) -> None:
+    """Run the server until a signal comes or control() returns, and then stop(); another signal aborts that."""
     with _catch_signals(owns_process=owns_process) as (wakened, waker):
 
         def call(function: Callable[[], None], byte: bytes) -> None:
@@ -5420,16 +5820,18 @@ def _run(server: Server, announce: Callable[[str, int], None], control: Any, *, 
                     waker.send(byte)
 
         controller = threading.Thread(target=call, args=(control, b"\xff"), daemon=True)
-        stopper = threading.Thread(target=call, args=(server.stop, b"\0"))
+        stopper = threading.Thread(target=call, args=(stop, b"\0"))
         try:
             server._start_and_announce(announce)
             listener = server._listener
             if control is not None:
                 controller.start()
             wakened.recv(1)
+            writer.deadline = time.monotonic() + server._options.shutdown_timeout
             stopper.start()
             while (byte := wakened.recv(1)) != b"\0":
                 if byte != b"\xff" and listener is not None:
+                    writer.deadline = time.monotonic()
                     listener.abort()
             stopper.join()
         finally:
@@ -5437,21 +5839,33 @@ def _run(server: Server, announce: Callable[[str, int], None], control: Any, *, 
                 server.stop()
 
 
-def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns_process: bool) -> int:
+def _make_callbacks(printer: _Printer, linter: _Linter, options: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Who gets what: the callbacks of a _Context, each with the functions that it calls, in their order."""
+    lints, tells = own.get("lint", False), printer.has_events
+    narrates = not tells and (own.get("show") or not (own.get("quiet") or own.get("log")))
+    narrator = _Narrator(printer, options, shows_mail=own.get("show", False))
+
+    def tell(message: Message) -> None:
+        printer.event("message", **message.to_dict())
+
+    def call(*functions: Any) -> Any:
+        return functools.partial(_call_all, functions) if functions else _ignore
+
+    outputs: list[Any] = [*_open_files(own), *[tell] * tells, *[narrator.accept] * narrates, *[linter] * lints]
+    return {
+        "on_message": functools.partial(_deliver, outputs, printer),
+        "on_unaccepted": call(*[tell] * tells, *[narrator.end] * narrates, *[linter] * lints),
+        "on_refusal": call(*[narrator.refuse] * narrates),
+        "on_erase": call(*[linter] * lints),
+        "on_end": call(*[linter.end] * lints),
+    }
+
+
+def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], writer: _Writer, *, owns_process: bool) -> int:
     """Run the server until something stops it, and return the exit status. With JSON, what it logs goes to stderr."""
-    printer = _Printer(has_events=own.get("json", False) or own.get("control", False))
-    linter, reporters = _Linter(), list[Callable[[Message], None]]()
-    if printer.has_events:
-        reporters.append(lambda message: printer.event("message", **message.to_dict()))
-    elif not (own.get("quiet") or own.get("log")):
-        reporters.append(_Narrator(printer, options))
-    if own.get("lint"):
-        reporters.append(linter)
-    server._context = server._context._replace(
-        on_message=functools.partial(_deliver, [*_open_files(own), *reporters], printer),
-        on_unaccepted=lambda message: [tell(message) for tell in reporters],
-        on_erase=linter if own.get("lint") else _ignore,
-    )
+    printer, linter = writer.out, _Linter()
+    printer.has_events = own.get("json", False) or own.get("control", False)
+    server._context = server._context._replace(**_make_callbacks(printer, linter, options, own))
     control = functools.partial(_obey_lines, server, printer, _open_stdin()) if own.get("control") else None
 
     def announce(host: str, port: int) -> None:
@@ -5461,22 +5875,24 @@ def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], *, owns
             if page:
                 printer(f"smtpmock: the mail is at {page}/")
 
+    def stop() -> None:
+        server.stop()
+        with contextlib.suppress(SMTPMockError):  # its reader may have gone first
+            printer.event("done", command="stop", messages=len(server._mailbox.messages(purge=False)))
+        writer.close()
+
     stdout = contextlib.redirect_stdout(sys.stderr if printer.has_events else sys.stdout)
     with stdout, _serve_http(server, own) as page:
-        _run(server, announce, control, owns_process=owns_process)
-    for message in server._mailbox.messages(purge=False) if own.get("lint") else ():  # and what came after the mail
-        linter(message)
-    with contextlib.suppress(SMTPMockError):  # its reader may have gone first
-        printer.event("done", command="stop", messages=len(server._mailbox.messages(purge=False)))
+        _run(server, announce, control, stop, writer, owns_process=owns_process)
     return 3 if linter.has_found_error else 0
 
 
-def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
+def _run_command(argv: Sequence[str], writer: _Writer, *, owns_process: bool) -> int:
     own = _parse_arguments(argv)
     if own.get("version"):
-        _Printer()(f"smtpmock: {__version__}\npython: {sys.version}")
+        writer.out(f"smtpmock: {__version__}\npython: {sys.version}")
     elif own.get("help") or own.get("help_all"):
-        _Printer()(_format_help(everything=own.get("help_all", False)))
+        writer.out(_format_help(everything=own.get("help_all", False)))
     else:
         options = _take_options(own)
         if own.get("dev"):
@@ -5492,29 +5908,31 @@ def _run_command(argv: Sequence[str], *, owns_process: bool) -> int:
             _save_ca(path)
         for rule in own.get("rule", ()):
             _add_rule(server, rule)
-        return _serve(server, options, own, owns_process=owns_process)
+        return _serve(server, options, own, writer, owns_process=owns_process)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, or that of the process if argv is None. Returns the exit status."""
-    arguments = sys.argv[1:] if argv is None else argv
+    arguments, writer = sys.argv[1:] if argv is None else argv, _Writer()
     try:
-        return _run_command(arguments, owns_process=argv is None)
+        with contextlib.redirect_stdout(writer.out), contextlib.redirect_stderr(writer.err):
+            status = _run_command(arguments, writer, owns_process=argv is None)
     except SMTPMockError as error:
         text = _printable(_describe(error))
-        with contextlib.suppress(OSError, AttributeError):
-            sys.stderr.write(f"smtpmock: {text}\n")
+        status = 2 if isinstance(error, ConfigurationError) else 1
+        writer.out.has_events = any(re.fullmatch("--?(json|control)(=(?i:true)|=1)?", flag) for flag in arguments)
         with contextlib.suppress(SMTPMockError):
-            has_events = any(re.fullmatch("--?(json|control)(=(?i:true)|=1)?", argument) for argument in arguments)
-            _Printer(has_events=has_events).event("error", error=text)
-        return 2 if isinstance(error, ConfigurationError) else 1
-    finally:
-        if argv is None and sys.stdout is not None:  # it is None if it was closed before Python started
-            try:
-                sys.stdout.flush()
-            except OSError:  # at exit, Python would try again and print a traceback
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            writer.err(f"smtpmock: {text}")
+        with contextlib.suppress(SMTPMockError):
+            writer.out.event("error", error=text)
+    failure = writer.close()
+    if failure and status != 1:  # of which the reason was said
+        writer = _Writer()  # because the thread of the other one may be held up
+        writer.deadline = time.monotonic()
+        with contextlib.suppress(SMTPMockError):
+            writer.err(f"smtpmock: {failure}")
+    return status or int(failure != "")
 
 
 if __name__ == "__main__":

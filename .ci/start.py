@@ -1,4 +1,4 @@
-"""Measures how soon python -m smtpmock listens, compared to importing what such a command imports anyway.
+"""Measures how soon python -m smtpmock -port=0 listens, compared to importing what such a command imports anyway.
 
 python .ci/start.py [ROUNDS]: interleaved, best of the rounds, with bytecode in a folder that is removed again. The exit
 status is 1 if the ratio is over the limit.
@@ -11,8 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-LIMIT = 1.6
+LIMIT = 1.45  # 1.0 on Python 3.11, 1.35 on 3.13: typing is imported, because Logger is a Protocol
 FLOOR = "import socketserver, argparse"
+COMMAND = ("-m", "smtpmock", "-port=0")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,11 +34,11 @@ def main() -> int:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         environment["PYTHONPYCACHEPREFIX"] = folder
         times = [
-            (measure("-c", FLOOR, environment=environment), measure("-m", "smtpmock", environment=environment))
+            (measure("-c", FLOOR, environment=environment), measure(*COMMAND, environment=environment))
             for _ in range(rounds + 1)
         ][1:]  # the first one compiles
     floor, listening = (min(column) for column in zip(*times, strict=True))
-    print(f"Python {sys.version.split()[0]}: python -c '{FLOOR}' {floor:.1f} ms, python -m smtpmock {listening:.1f} ms")
+    print(f"Python {sys.version.split()[0]}: {FLOOR!r} {floor:.1f} ms, {' '.join(COMMAND)} {listening:.1f} ms")
     print(f"ratio {listening / floor:.2f}, at most {LIMIT}")
     return int(listening > floor * LIMIT)
 
