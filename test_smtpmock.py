@@ -1748,6 +1748,15 @@ HELLO | AUTH XOAUTH2 {b64 user=bob\1auth=Bearer wrong\1\1} | * => auth=False, au
 HELLO | AUTH LOGIN {b64 alice} | {b64 sécret} => auth_mechanism="LOGIN", auth_response="235 Authentication succeeded"
 HELLO | AUTH PLAIN {b64 \0mallory\0guess} => auth_user="mallory", auth_response="535 Authentication credentials invalid"
 HELLO | AUTH PLAIN {b64 \0bob\0} | AUTH LOGIN | HELLO | SEND => auth=True, auth_user="bob"
+== a login of several mails  -- auth_users={"bob": ""}, multiple_message_receiving=True
+HELLO | AUTH PLAIN {b64 \0bob\0} | SEND | SEND => id=2, auth_user="bob", auth_request="AUTH PLAIN ***"
+== any login  -- auth_users="*"
+HELLO | AUTH PLAIN {b64 \0bob\0x} => auth=True, auth_user="bob"
+HELLO | AUTH LOGIN | {b64 bob} | {b64 x} => auth=True, auth_user="bob"
+HELLO | AUTH CRAM-MD5 | {b64 bob 0123} => auth=True, auth_user="bob"
+HELLO | AUTH XOAUTH2 {b64 user=bob\1auth=Bearer x\1\1} => auth=True, auth_user="bob"
+HELLO | AUTH PLAIN x => auth=False, auth_response="501 Cannot decode response"
+HELLO | AUTH PLAIN {b64 bob} => auth=False, auth_response="501 Cannot decode response"
 """)
 
 
@@ -3622,6 +3631,7 @@ class RuleTest(ServerCase):
 
     def test_functions(self) -> None:
         memory = Memory("EHLO a.com")
+        failed = "451 Local error in processing"
         answers = iter([None, "450 later", smtpmock.Action("299 fine", delay=0.5), 1, smtpmock.Action(then="reset")])
         seen: list[tuple[str, bool]] = []
 
@@ -3630,11 +3640,9 @@ class RuleTest(ServerCase):
             seen.append((request, message.helo))
             return next(answers)
 
-        failed = "451 Local error in processing"
         self.assertEqual(memory.say(*[SEND[0]] * 5), [RECEIVED, "450 later", "299 fine", failed, "<reset>"])
         self.assertEqual((memory.delays[1:], seen, quota.hits), ([0, 0, 0.5, 0, 0], [(SEND[0], True)] * 5, 5))
         memory.recorder.wait_for("a rule returned 1: must be None, a reply or an Action")
-
         memory = Memory(*ENVELOPE)
         memory.on("NOOP")(lambda *_: 1 / 0)
         memory.on("message")(lambda _, message: f"554 {message.subject} {message.is_consistent}")
@@ -3709,16 +3717,6 @@ class RuleTest(ServerCase):
         nearest = "<Rule for NOOP: 0 hits, 600 of 600 skipped> was never hit; the nearest command was 'NOOP'"
         self.assertEqual(told(server), nearest)
 
-    def test_the_third_connection(self) -> None:
-        with Server() as server:
-            server.on("connect", skip=2, times=1).drop()
-            server.on("connect", times=1).reply("421 busy").delay(0).trickle(0).close()  # leaves nothing to decide
-            greetings = []
-            for _ in range(4):
-                with Client(server) as client:
-                    greetings.append(client.greeting)
-            self.assertEqual(greetings, ["421 busy", "220 Welcome", "<closed>", "220 Welcome"])
-
     def test_chance(self) -> None:
         def refusals(seed: int | None, others: int = 0, verb: str = "NOOP", conditions: str = "") -> list[int]:
             rules = [f"{verb}: reply 450 no; probability=0.3{conditions}" for verb in ("NOOP", "RSET")]
@@ -3763,7 +3761,7 @@ class RuleTest(ServerCase):
         self.assertEqual(client.read(), "<closed>")
         recorder.wait_for("SMTP session finished")
         self.assertNotIn("warning", [level for level, _ in recorder.seen])
-        self.assertTrue(server.wait_for_messages(1, TIMEOUT)[0].transcript.endswith("C: EHLO a.com\nS: <silence>"))
+        self.assertTrue(server.messages()[0].transcript.endswith("C: EHLO a.com\nS: <silence>"))
 
 
 class HandlerTest(unittest.TestCase):
@@ -3787,9 +3785,7 @@ class HandlerTest(unittest.TestCase):
         """Return any text from refuse(), read the message so far, raise, and have a secret."""
 
         class Login(smtpmock.Handler):
-            verbs = ("LOGIN",)
-            received = "msg_noop_received"
-            has_secret = True
+            verbs, received, has_secret = ("LOGIN",), "msg_noop_received", True
 
             def parse(self, argument: str) -> str:
                 return argument[:1] or str(1 / 0)
@@ -3824,68 +3820,45 @@ def b64(text: str) -> str:
 class AuthTest(ServerCase):
     """What the dialogues do not show: what is kept, and what is not."""
 
-    USERS = {"alice": "sécret", "bob": ""}
-    LOGIN = "AUTH PLAIN " + b64("\0bob\0")
     SUCCEEDED, FAILED = "235 Authentication succeeded", "535 Authentication credentials invalid"
 
-    def memory(self, *lines: str, users: Any = USERS, **options: Any) -> Memory:
-        return Memory("EHLO a.com", *lines, auth_users=users, **options)
+    def memory(self, users: Any) -> Memory:
+        return Memory("EHLO a.com", auth_users=users)
 
     def test_cram_md5(self) -> None:
         challenges = set()
         for secret, expected in (("sécret", self.SUCCEEDED), ("", self.FAILED), ("wrong", self.FAILED)):
-            memory = self.memory()
-            (reply,) = memory.say("AUTH CRAM-MD5")
-            challenge = base64.b64decode(reply.removeprefix("334 "))
+            memory = self.memory({"alice": "sécret"})
+            challenge = base64.b64decode(memory.say("AUTH CRAM-MD5")[0].removeprefix("334 "))
             challenges.add(challenge)
             digest = hmac.new(secret.encode(), challenge, "md5").hexdigest()
             self.assertEqual(memory.say(b64(f"alice {digest}")), [expected])
         self.assertEqual(len(challenges), 3)
         for answer in ("nobody x", "bob x"):
-            self.assertEqual(self.memory().say("AUTH CRAM-MD5", b64(answer))[1], self.FAILED)
-
-    def test_each_mail_has_it(self) -> None:
-        memory = self.memory(self.LOGIN, *SEND, *SEND, multiple_message_receiving=True)
-        self.assertEqual([message.auth_user for message in memory.messages()], ["bob", "bob"])
-        self.assertIn("C: AUTH PLAIN ***\nS: 235", memory.messages()[1].transcript)
-        self.assertIn(" with ESMTPA id ", memory.messages()[1].received_header)
+            self.assertEqual(self.memory({"bob": ""}).say("AUTH CRAM-MD5", b64(answer))[1], self.FAILED)
 
     def test_a_function(self) -> None:
-        seen: list[tuple[str, str, str]] = []
+        seen: list[tuple[str, ...]] = []
 
-        def check(mechanism: str, user: str, secret: str) -> bool:
-            seen.append((mechanism, user, secret))
-            return user == "alice"
+        def check(*asked: str) -> bool:
+            seen.append(asked)
+            return asked[1] == "alice"
 
-        self.assertEqual(self.memory(users=check).say("AUTH PLAIN " + b64("\0alice\0s")), [self.SUCCEEDED])
-        self.assertEqual(self.memory(users=check).say("AUTH LOGIN " + b64("bob"), b64("t"))[1], self.FAILED)
-        challenge, reply = self.memory(users=check).say("AUTH CRAM-MD5", b64("alice abc"))
+        self.assertEqual(self.memory(check).say("AUTH PLAIN " + b64("\0alice\0s")), [self.SUCCEEDED])
+        self.assertEqual(self.memory(check).say("AUTH LOGIN " + b64("bob"), b64("t"))[1], self.FAILED)
+        challenge, reply = self.memory(check).say("AUTH CRAM-MD5", b64("alice abc"))
         self.assertEqual(reply, self.SUCCEEDED)
         text = base64.b64decode(challenge[4:]).decode()
         self.assertEqual(seen, [("PLAIN", "alice", "s"), ("LOGIN", "bob", "t"), ("CRAM-MD5", "alice", f"{text} abc")])
 
-    def test_any_login(self) -> None:
-        for lines in (
-            ["AUTH PLAIN " + b64("\0bob\0x")],
-            ["AUTH LOGIN", b64("bob"), b64("")],
-            ["AUTH CRAM-MD5", b64("bob 0123")],
-            ["AUTH XOAUTH2 " + b64("user=bob\1auth=Bearer x\1\1")],
-        ):
-            memory = self.memory(*lines[:-1], users="*")
-            self.assertEqual(memory.say(lines[-1]), [self.SUCCEEDED])
-            self.assertEqual((memory.message().auth, memory.message().auth_user), (True, "bob"))
-        for line in ("AUTH PLAIN x", "AUTH PLAIN " + b64("bob")):
-            self.assertEqual(self.memory(users="*").say(line), ["501 Cannot decode response"])
-
     def test_an_exchange_that_fails_leaves_nothing(self) -> None:
         for lines, reply in (
-            ([self.LOGIN], "451 Local error in processing"),
+            (["AUTH PLAIN " + b64("\0bob\0")], "451 Local error in processing"),
             (["AUTH LOGIN", b64("a"), b64("b")], "451 Local error in processing"),
             (["AUTH LOGIN", "x" * 13000], "500 Line too long"),
         ):
-            memory = self.memory(users=lambda *_: 1 / 0)
-            self.assertEqual(memory.say(*lines)[-1], reply)
-            self.assertEqual(memory.say("AUTH CRAM-MD5", "*")[1], "501 Authentication cancelled")
+            replies = self.memory(lambda *_: 1 / 0).say(*lines, "AUTH CRAM-MD5", "*")
+            self.assertEqual((replies[-3], replies[-1]), (reply, "501 Authentication cancelled"))
 
     def test_a_secret_is_not_shown(self) -> None:
         """But the verb is, and a mechanism that is known."""
@@ -4007,11 +3980,11 @@ class TlsTest(ProcessCase):
                 client.login("u", "s")
                 client.sendmail("a@a.com", ["b@b.com"], b"Subject: x\r\n\r\n" + b"y" * 100_000)
             (message,) = server.messages()
-            self.assertRegex(str(message.tls), r"^\('TLSv1\.[23]', '[A-Z0-9_-]+'\)$")
-            self.assertEqual((len(message.content), message.auth_user, message.quit_sent), (100_016, "u", True))
-            self.assertIn("with ESMTPSA id", message.received_header)
-            self.assertEqual(message.to_dict()["tls"], list(message.tls or ()))
-            self.assertTrue(message.transcript.startswith("S: 220 Welcome\nC: ehlo"))
+        self.assertRegex(str(message.tls), r"^\('TLSv1\.[23]', '[A-Z0-9_-]+'\)$")
+        self.assertEqual((len(message.content), message.auth_user, message.quit_sent), (100_016, "u", True))
+        self.assertIn("with ESMTPSA id", message.received_header)
+        self.assertEqual(message.to_dict()["tls"], list(message.tls or ()))
+        self.assertTrue(message.transcript.startswith("S: 220 Welcome\nC: ehlo"))
 
     def test_what_was_said_before_it_is_forgotten(self) -> None:
         """The hello and the login. Each mail after it has its cipher."""
@@ -4030,8 +4003,8 @@ class TlsTest(ProcessCase):
         """It is sent as a whole, and the client is told that nothing follows."""
         with self.server(implicit_tls=True, msg_noop_received="250 " + "x" * 5_000_000) as server:
             with Client(server, greets=False) as plain:
-                context, name = self.trusting(), "localhost"
-                with context.wrap_socket(plain.socket, server_hostname=name, suppress_ragged_eofs=False) as client:
+                options: dict[str, Any] = {"server_hostname": "localhost", "suppress_ragged_eofs": False}
+                with self.trusting().wrap_socket(plain.socket, **options) as client:
                     client.sendall(b"NOOP\r\n")
                     self.recorder.wait_for("response: 250 x")
                     client.sendall(b"QUIT\r\n")
@@ -4053,18 +4026,15 @@ class TlsTest(ProcessCase):
 
     def test_a_disconnect(self) -> None:
         """Within TLS, and in the middle of a handshake."""
-        for reset in (False, True):
+        for reset, end in ((False, "<closed>"), (True, "<reset>")):
             with self.subTest(reset=reset), self.server(implicit_tls=True) as server:
                 with Client(server, greets=False) as begins, self.connect_ssl(server) as client:
                     client.ehlo()
                     self.assertFalse(client.has_extn("starttls"))
-                    self.assertEqual(server.url, f"smtps://127.0.0.1:{server.port}")
                     self.assertTrue(wait_until(lambda: "open sessions: 2" in report(server)))
                     server.disconnect(reset=reset)
-                    self.assertEqual([message.helo for message in server.messages()], [True])
-                    self.assertEqual(begins.read(), "<reset>" if reset else "<closed>")
-                    with self.assertRaises(smtplib.SMTPServerDisconnected if not reset else OSError):
-                        client.noop()
+                    self.assertEqual(([message.helo for message in server.messages()], begins.read()), ([True], end))
+                    catch(OSError if reset else smtplib.SMTPServerDisconnected, client.noop)
                 with self.connect_ssl(server) as client:
                     self.assertEqual(client.noop()[0], 250)
 
