@@ -598,9 +598,11 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
                 prefix = (prefixes or table)[line[2:]]
                 entry.options.update(prefix.options)
                 entry.lines.extend(prefix.lines)
-            elif line.startswith("C: "):
-                sent, *replies = re.split("  +(?=S:)", line)
-                entry.lines.extend(part for text in sent[3:].split(" | ") for part in (f"C: {text}", *replies))
+            elif line.startswith(("C: ", "R: ")):
+                for exchange in re.split("  +(?=[CR]: )", line):
+                    sent, *replies = re.split("  +(?=S:)", exchange)
+                    texts = sent[3:].split(" | ") if sent[0] == "C" else [sent[3:]]
+                    entry.lines.extend(part for text in texts for part in (f"{sent[:3]}{text}", *replies))
             else:
                 entry.lines.extend(re.split("  +(?=S:)", line))
         entry.options.update(read_options(", ".join(options)))
@@ -611,8 +613,8 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
 
 # C: is a line of the client, or several with | between them which are answered alike, R: bytes of the client with
 # Python's escapes, S: a line of the server, which can stand beside what it answers. The server has ended the
-# connection, or says nothing any more, where it says <closed>, <reset> or <silence>. A dialogue that begins with the
-# client has S: 220 Welcome before that.
+# connection, or says nothing any more, where it says <closed>, <reset> or <silence>. A line may have several exchanges.
+# A dialogue that begins with the client has S: 220 Welcome before that.
 
 PREFIXES = read_table(r"""
 == hello
@@ -977,94 +979,67 @@ C: STARTTLS  S: {UNRECOGNIZED}
 -- rule: rcpt to a.com: reply 551 not here
 C: EHLO example.com | MAIL FROM:<bob@example.com>  S: 250 Received
 C: RCPT TO:<bob@EXAMPLE.com>    S: 550 5.1.1 No such user
-C: RCPT TO:<Bob@example.com>    S: 250 Received
-C: RCPT TO:<x@A.com>            S: 551 not here
-C: RCPT TO:<x@b.a.com>          S: 250 Received
-C: RCPT TO:<a@[IPv6:::1]>       S: 550 no: never
+C: RCPT TO:<Bob@example.com>  S: 250 Received  C: RCPT TO:<x@A.com>  S: 551 not here
+C: RCPT TO:<x@b.a.com>  S: 250 Received  C: RCPT TO:<a@[IPv6:::1]>  S: 550 no: never
 == rule: a recipient, at DATA and at the end of the body  -- multiple_rcptto=True
 -- rule: DATA c@example.com: reply 450 c
 -- rule: message d@example.com: reply 450 d
 C: EHLO example.com | MAIL FROM:<c@example.com> | RCPT TO:<b@example.com>  S: 250 Received
 C: DATA                       S: {READY}
 C: . | RCPT TO:<d@example.com>  S: 250 Received
-C: DATA                       S: {READY}
-C: .                          S: 450 d
-C: RCPT TO:<c@example.com>    S: 250 Received
-C: DATA                       S: 450 c
+C: DATA  S: {READY}  C: .  S: 450 d  C: RCPT TO:<c@example.com>  S: 250 Received  C: DATA  S: 450 c
 == rule: a sequence, the last of which stays  -- rule: NOOP: reply 451 later | 452 again |
 -- rule: RSET: reply 250 one | 250 two
-C: NOOP  S: 451 later
-C: NOOP  S: 452 again
-C: NOOP | NOOP  S: 250 Ok
-C: RSET  S: 250 one
+C: NOOP  S: 451 later  C: NOOP  S: 452 again  C: NOOP | NOOP  S: 250 Ok  C: RSET  S: 250 one
 C: RSET | RSET  S: 250 two
 == rule: the newest wins, until it is spent  -- rule: NOOP: reply 450 old  -- rule: *: reply 451 all; times=1
 -- rule: NOOP: reply 452 new; times=1
 S: 451 all
-C: NOOP  S: 452 new
-C: NOOP  S: 450 old
+C: NOOP  S: 452 new  C: NOOP  S: 450 old
 C: RSET  S: 503 Bad sequence of commands. HELO should be the first
 == rule: the third, after which the normal replies come back  -- rule: NOOP: reply 450 third; skip=2; times=1
-C: NOOP | NOOP  S: 250 Ok
-C: NOOP         S: 450 third
-C: NOOP | NOOP  S: 250 Ok
+C: NOOP | NOOP  S: 250 Ok  C: NOOP  S: 450 third  C: NOOP | NOOP  S: 250 Ok
 == rule: only what matches is let pass  -- rule: RCPT b@b.com: reply 450 first | 451 second; skip=1
 C: EHLO a.com | MAIL FROM:<a@a.com> | RCPT TO:<c@b.com> | RCPT TO:<b@b.com>  S: 250 Received
-C: RCPT TO:<c@b.com>  S: 250 Received
-C: RCPT TO:<b@b.com>  S: 450 first
+C: RCPT TO:<c@b.com>  S: 250 Received  C: RCPT TO:<b@b.com>  S: 450 first
 C: RCPT TO:<b@b.com>  S: 451 second
 == rule: what a newer one answers is let pass, too  -- rule: NOOP: reply 450 old; skip=2
 -- rule: NOOP: reply 451 new; times=1
-C: NOOP  S: 451 new
-C: NOOP  S: 250 Ok
-C: NOOP  S: 450 old
+C: NOOP  S: 451 new  C: NOOP  S: 250 Ok  C: NOOP  S: 450 old
 == rule: of all, the greeting and EHLO pass  -- rule: *: reply 450 no; skip=2
 + hello
 C: NOOP | RSET  S: 450 no
 == rule: a login is one match  -- auth_users={}  -- rule: AUTH: reply 454 no; skip=1
 C: EHLO a.com  S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
-C: AUTH LOGIN  S: 334 VXNlcm5hbWU6
-C: YQ==        S: 334 UGFzc3dvcmQ6
+C: AUTH LOGIN  S: 334 VXNlcm5hbWU6  C: YQ==  S: 334 UGFzc3dvcmQ6
 C: YQ==        S: 535 Authentication credentials invalid
-C: AUTH LOGIN  S: 334 VXNlcm5hbWU6
-C: YQ==        S: 334 UGFzc3dvcmQ6
-C: YQ==        S: 454 no
+C: AUTH LOGIN  S: 334 VXNlcm5hbWU6  C: YQ==  S: 334 UGFzc3dvcmQ6  C: YQ==  S: 454 no
 == rule: the second body is cut off  -- rule: message: drop; after=1; skip=1
 + in body
-C: hi
-C: .     S: 250 Received
+C: hi  C: .  S: 250 Received
 C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
-C: DATA  S: {READY}
-C: hi    S: <closed>
+C: DATA  S: {READY}  C: hi  S: <closed>
 == rule: no chance, and every chance  -- rule: NOOP: reply 450 no; probability=0
 -- rule: RSET: reply 450 no; probability=1; times=2
-C: NOOP  S: 250 Ok
-C: RSET | RSET  S: 450 no
+C: NOOP  S: 250 Ok  C: RSET | RSET  S: 450 no
 C: RSET  S: 503 Bad sequence of commands. HELO should be the first
 == rule: 2xx and 3xx take effect, even where the usual is a refusal  -- rule: RCPT: reply 299 fine
 -- rule: DATA: reply 399 go
 -- rule: message: reply 298 got it
 -- rule: MAIL: reply 200 ok
 + hello
-C: MAIL FROM:nobody   S: 200 ok
-C: RCPT TO:<nowhere>  S: 299 fine
-C: DATA               S: 399 go
-C: hi
-C: .                  S: 298 got it
+C: MAIL FROM:nobody  S: 200 ok  C: RCPT TO:<nowhere>  S: 299 fine  C: DATA  S: 399 go  C: hi
+C: .  S: 298 got it
 == rule: a text refuses if it begins with 4 or 5  -- rule: MAIL: reply nonsense  -- rule: EHLO: reply 550 no; times=1
 -- rule: DATA: reply 552 too much
-C: EHLO example.com           S: 550 no
-C: MAIL FROM:<a@example.com>  S: nonsense
-C: EHLO example.com           S: 250 Received
-C: MAIL FROM:<a@example.com>  S: nonsense
-C: RCPT TO:<b@example.com>    S: 250 Received
-C: DATA                       S: 552 too much
-C: NOOP                       S: 250 Ok
+C: EHLO example.com  S: 550 no  C: MAIL FROM:<a@example.com>  S: nonsense
+C: EHLO example.com  S: 250 Received  C: MAIL FROM:<a@example.com>  S: nonsense
+C: RCPT TO:<b@example.com>  S: 250 Received  C: DATA  S: 552 too much
+C: NOOP  S: 250 Ok
 == rule: a verb the server does not know  -- rule: vrfy bob@example.com: reply 252 Maybe
 -- rule: VRFY Carol: reply 250 Carol
-C: vrfy <bob@example.com>  S: 252 Maybe
-C: VRFY carol              S: 250 Carol
-C: VRFY dave               S: {UNRECOGNIZED}
+C: vrfy <bob@example.com>  S: 252 Maybe  C: VRFY carol  S: 250 Carol
+C: VRFY dave  S: {UNRECOGNIZED}
 == rule: too busy to talk  -- rule: connect: reply 421 Too busy; close
 S: 421 Too busy  S: <closed>
 == rule: the order of actions does not matter  -- rule: NOOP: drop; reply 450 no
@@ -1080,18 +1055,15 @@ C: NOOP  S: <closed>
 == rule: an answer, then a close  -- rule: DATA: reply 354 go; close  + envelope
 C: DATA  S: 354 go  S: <closed>
 == rule: bytes that are no reply  -- rule: NOOP: raw \x21 garbage\r\n250 and more\r\n; times=1
-C: NOOP  S: ! garbage  S: 250 and more
-C: NOOP  S: 250 Ok
+C: NOOP  S: ! garbage  S: 250 and more  C: NOOP  S: 250 Ok
 == rule: a delay and a trickle change no reply  -- rule: NOOP: delay 0.001  -- rule: NOOP: trickle 0.0001  + envelope
 C: NOOP  S: 250 Ok
 == rule: a delay leaves a text without a code as it is  -- msg_mailfrom_received="nonsense"  -- rule: MAIL: delay 0.001
 + hello
-C: MAIL FROM:<a@example.com>  S: nonsense
-C: RCPT TO:<b@example.com>    S: 250 Received
+C: MAIL FROM:<a@example.com>  S: nonsense  C: RCPT TO:<b@example.com>  S: 250 Received
 == rule: a line that is too long is in *  -- rule: *: reply 450 no; times=2
 S: 450 no
-C: {x*5000}  S: 450 no
-C: {x*5000}  S: 500 Line too long
+C: {x*5000}  S: 450 no  C: {x*5000}  S: 500 Line too long
 == rule: silence  -- rule: RCPT TO b@example.com: silence  + sender
 C: RCPT TO:<b@example.com>  S: <silence>
 == rule: the body is cut at its first byte  -- rule: message: reset ;after=0  + in body
@@ -1099,10 +1071,7 @@ R: x  S: <reset>
 == rule: a body shorter than that is not cut  -- rule: message: reset; after=6
 -- rule: message nobody@example.com: drop; after=1
 + in body
-R: x\r\n.\r\n  S: 250 Received
-C: DATA        S: {READY}
-R: x\r\n.
-R: .\r\n.\r\n  S: <reset>
+R: x\r\n.\r\n  S: 250 Received  C: DATA  S: {READY}  R: x\r\n.  R: .\r\n.\r\n  S: <reset>
 """,
     PREFIXES,
 )
