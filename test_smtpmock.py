@@ -4774,34 +4774,32 @@ class ConfigureTest(ServerCase):
 
     def test_on_message(self) -> None:
         """An output of the command line stays."""
-        given: list[str] = []
-        taken: list[Message] = []
-        server = Server(on_message=lambda message: given.append("old"))
+        old, new, output = list[Message](), list[Message](), list[Message]()
+        server = Server(on_message=old.append)
         changes: Sequence[Callable[[], object]] = (
-            lambda: server.configure(on_message=lambda message: given.append("new")),
+            lambda: None,
+            lambda: server.configure(on_message=new.append),
             lambda: server.configure(fail_fast=True),
             lambda: server.configure(on_message=None),
             server.reset,
-            lambda: [Memory.set_output(server, taken.append), server.configure(fail_fast=False)],
+            lambda: [Memory.set_output(server, output.append), server.configure(fail_fast=False)],
             server.reset,
         )
         with server:
-            send(server, "hi")
             for change in changes:
                 change()
                 send(server, "hi")
-        self.assertEqual((given, len(taken)), (["old", "new", "new", "old"], 2))
+        self.assertEqual([len(seen) for seen in (old, new, output)], [2, 2, 2])
 
     def test_a_warning_about_discarded_mail(self) -> None:
         """It is turned off by an option that is set explicitly, as long as that is in force."""
         server = Server(multiple_rcptto=True)
         server.configure(multiple_message_receiving=False)
         for warns in (False, True):
-            with self.subTest(warns=warns), warnings.catch_warnings(record=True) as caught:
+            with self.subTest(warns=warns), warnings.catch_warnings(record=True) as caught, server:
                 warnings.simplefilter("always")
-                with server:
-                    send(server, "1", "2")
-                    server.messages()
+                send(server, "1", "2")
+                server.messages()
                 self.assertEqual(len(caught), warns)
             server.reset()
 
@@ -4847,32 +4845,36 @@ class ConfigureTest(ServerCase):
 
     def test_url_and_repr(self) -> None:
         tls: dict[str, Any] = {"implicit_tls": True, "ssl_context": mock.Mock(spec=ssl.SSLContext)}
-        for host, options, address in (("::1", {}, "[::1]:25"), ("[::1]", {}, "[::1]:25"), ("a.com", tls, "a.com:25")):
+        for host, options, url in (
+            ("::1", {}, "smtp://[::1]:25"),
+            ("[::1]", {}, "smtp://[::1]:25"),
+            ("a.com", tls, "smtps://a.com:25"),
+        ):
             server = Server(host=host, port=25, **options)
-            self.assertEqual(server.url, f"smtp{'s' if options else ''}://{address}")
-            self.assertEqual(repr(server), f"<smtpmock.Server on {address}, not running>")
+            expected = f"<smtpmock.Server on {url.partition('//')[2]}, not running>"
+            self.assertEqual((server.url, repr(server)), (url, expected))
         with Server() as server:
-            self.assertEqual(server.url, f"smtp://127.0.0.1:{server.port}")
-            self.assertEqual(repr(server), f"<smtpmock.Server on 127.0.0.1:{server.port}>")
+            address = f"127.0.0.1:{server.port}"
+            self.assertEqual((server.url, repr(server)), (f"smtp://{address}", f"<smtpmock.Server on {address}>"))
 
 
 class DisconnectTest(ServerCase):
     """disconnect() ends the open sessions, and only these."""
 
     ENDS = ((False, "<closed>"), (True, "<reset>"))
+    WAITS: Sequence[tuple[Sequence[str], bytes, str | None]] = (
+        ([], b"EHLO a.com", None),  # for the rest of the first line
+        (ENVELOPE[:1], b"", None),  # a command
+        (ENVELOPE[:1], b"half", None),
+        ([*ENVELOPE, "DATA"], b"half\r\n", None),  # the rest of a body
+        (ENVELOPE[:1], b"RSET\r\n", None),  # the end of a delay
+        (ENVELOPE[:1], b"EXPN\r\n", "S: <closed>"),
+        (ENVELOPE[:1], b"VRFY\r\n", "S: <silence>"),
+    )
 
     def test_what_a_session_waits_for(self) -> None:
         rules = ("RSET: delay 1000", "VRFY: silence", "EXPN: delay 1000; close", "NOOP: delay 0.001")
-        waits: Sequence[tuple[Sequence[str], bytes, str | None]] = (
-            ([], b"EHLO a.com", None),  # the rest of the first line
-            (ENVELOPE[:1], b"", None),  # a command
-            (ENVELOPE[:1], b"half", None),
-            ([*ENVELOPE, "DATA"], b"half\r\n", None),  # that of a body
-            (ENVELOPE[:1], b"RSET\r\n", None),  # the end of a delay
-            (ENVELOPE[:1], b"EXPN\r\n", "S: <closed>"),
-            (ENVELOPE[:1], b"VRFY\r\n", "S: <silence>"),
-        )
-        for (reset, end), (lines, sent, last) in itertools.product(self.ENDS, waits):
+        for (reset, end), (lines, sent, last) in itertools.product(self.ENDS, self.WAITS):
             with self.subTest(lines=lines, sent=sent, reset=reset):
                 server, client, recorder = self.serve(*rules)
                 client.ask(*lines)
@@ -4901,8 +4903,7 @@ class DisconnectTest(ServerCase):
 
     def test_in_a_callback(self) -> None:
         """Of two sessions at once, which do not wait for each other."""
-        both = threading.Barrier(2)
-        returned: list[Message] = []
+        both, returned = threading.Barrier(2), list[Message]()
 
         def on_message(message: Message) -> None:
             both.wait(TIMEOUT)
@@ -4920,19 +4921,16 @@ class DisconnectTest(ServerCase):
 
     def test_nothing_is_said_after_it(self) -> None:
         """By a session that was held up by a callback."""
-        holds = [Hold() for _ in self.ENDS]
-        served = [(end, *self.serve(on_message=hold), hold) for end, hold in zip(self.ENDS, holds, strict=True)]
-        with mock.patch.object(smtpmock, "_ABORT_TIMEOUT", 0):
-            for _, _, client, _, hold in served:
+        for reset, end in self.ENDS:
+            server, client, _ = self.serve(on_message=(hold := Hold()))
+            with self.subTest(reset=reset), mock.patch.object(smtpmock, "_ABORT_TIMEOUT", 0):
                 client.mail(b"hi\r\n.\r\nHELO b.com\r\n")
                 hold.wait()
-            in_threads(*(functools.partial(server.disconnect, reset) for (reset, _), server, *_ in served))
-            for (reset, end), server, client, _, hold in served:
-                with self.subTest(reset=reset):
-                    hold.release.set()
-                    self.assertIn(client.read(), (end, "<closed>"))
-                    stop_in_time(server)
-                    self.assertEqual([message.helo_request for message in server.messages()], [ENVELOPE[0]])
+                server.disconnect(reset)
+                hold.release.set()
+                self.assertIn(client.read(), (end, "<closed>"))
+                stop_in_time(server)
+                self.assertEqual([message.helo_request for message in server.messages()], [ENVELOPE[0]])
 
     @unittest.skipUnless(sys.platform == "linux", "other systems have no error for an RST after a FIN")
     def test_no_rst_follows_a_fin(self) -> None:
@@ -5210,19 +5208,23 @@ class ResourceTest(ServerCase, ProcessCase):
             self.assertTrue(memory.is_forgotten(), line)
 
     def test_what_is_endless_or_too_long_is_not_kept(self) -> None:
-        for start in (b"", b"DATA\r\n", b"BDAT 99999999999\r\n", b"BDAT 99999999999 LAST\r\n"):
+        self.addCleanup(tracemalloc.stop)
+        for start, code in (
+            (b"", "502"),
+            (b"DATA\r\n", "552"),
+            (b"BDAT 99999999\r\n", ""),
+            (b"BDAT 99999999 LAST\r\n", ""),
+        ):
             memory = Memory(*ENVELOPE, msg_size_limit=1000, extensions=["CHUNKING"])
             memory.feed(start)
             tracemalloc.start()
-            try:
-                for _ in range(100):
-                    memory.feed(b"x" * 65536)
-                self.assertLess(tracemalloc.get_traced_memory()[0], 10_000, start)
-            finally:
-                tracemalloc.stop()
-            if start in (b"", b"DATA\r\n"):
+            for _ in range(100):
+                memory.feed(b"x" * 65536)
+            self.assertLess(tracemalloc.get_traced_memory()[0], 10_000, start)
+            tracemalloc.stop()
+            if code:
                 replies = memory.say("", ".", "NOOP")
-                self.assertEqual([reply[:3] for reply in replies[-2:]], ["552" if start else "502", "250"])
+                self.assertEqual([reply[:3] for reply in replies[-2:]], [code, "250"])
 
     @unittest.skipIf(sys.platform == "win32", "Windows has no such limit")
     def test_no_more_descriptors(self) -> None:
@@ -5230,20 +5232,17 @@ class ResourceTest(ServerCase, ProcessCase):
         code = """
             import resource, selectors, sys, smtpmock
             class Logger:
-                def info_activity(self, message): pass
+                def info(self, message): pass
                 def error(self, message): print(message, flush=True)
-                info = warning = info_activity
-            class Selector(selectors.DefaultSelector):
-                calls = 0
-                def select(self, timeout=None):
-                    Selector.calls += 1
-                    return super().select(timeout)
-            selectors.DefaultSelector = Selector
+                warning = info
+            calls = []
+            select = selectors.DefaultSelector.select
+            selectors.DefaultSelector.select = lambda *args: calls.append(1) or select(*args)
             with smtpmock.Server(logger=Logger()) as server:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
                 print(server.port, flush=True)
                 sys.stdin.readline()
-            print(Selector.calls, flush=True)
+            print(len(calls), flush=True)
         """
         process = self.launch("-c", textwrap.dedent(code), stdin=subprocess.PIPE)
         address = ("127.0.0.1", int(process.stdout.readline()))
@@ -5294,55 +5293,56 @@ class ResourceTest(ServerCase, ProcessCase):
     def test_fork(self) -> None:
         """A child has the server's sockets but not its threads; what it does with them is not the parent's matter."""
         code = """
-            import os, smtplib, smtpmock, socket, time, warnings
+            import os, smtplib, smtpmock, warnings
             warnings.simplefilter("ignore", DeprecationWarning)
 
             def count():
                 return len(os.listdir("/dev/fd")) if os.path.exists("/dev/fd") else 0
 
-            with smtpmock.Server() as server, smtplib.SMTP(server.host, server.port, timeout=10) as client:
+            def send(sender, client):
+                with client:
+                    client.sendmail(sender, ["b@b.com"], "hi")
+
+            connect = lambda: smtplib.SMTP(server.host, server.port, timeout=10)
+            with smtpmock.Server() as server:
+                client = connect()
                 before = count()
                 child = os.fork()
                 if child == 0:
                     server.stop()
                     assert not before or count() <= before - 4  # two to listen, two to wake
-                    server.start()
-                    with smtplib.SMTP(server.host, server.port, timeout=10) as own:
-                        own.sendmail("child@a.com", ["b@b.com"], "hi")
-                    server.stop()
+                    with server:
+                        send("child@a.com", connect())
                     os._exit(0 if len(server.messages()) == 1 else 1)
                 assert os.waitpid(child, 0)[1] == 0
-                client.sendmail("a@a.com", ["b@b.com"], "hi")
-                with smtplib.SMTP(server.host, server.port, timeout=10) as other:
-                    other.sendmail("a@a.com", ["b@b.com"], "hi")
+                send("1@a.com", client)
+                send("2@a.com", connect())
                 print([message.mail_from for message in server.messages()])
         """
-        self.assertEqual(self.run_python(code, "-W", "error", "-X", "dev"), "['a@a.com', 'a@a.com']\n")
+        self.assertEqual(self.run_python(code, "-W", "error", "-X", "dev"), "['1@a.com', '2@a.com']\n")
 
     @unittest.skipUnless(hasattr(os, "fork"), "this system cannot fork")
     def test_a_forked_child_has_no_share_in_the_port(self) -> None:
         """Nor in a connection: while the child lives, the parent can reset that, and give up its port."""
-        server = Server().start()
-        with Client(server) as client:
-            wakened, waker = socket.socketpair()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                child = os.fork()
-            if not child:
-                waker.close()
-                wakened.recv(1)
-                os._exit(0)
-            wakened.close()
-            try:
-                server.on("NOOP").reset()
-                self.assertEqual(client.ask("NOOP"), ["<reset>"])
-                server.stop()
-                self.assert_nothing_is_left(server)
-                with Server(port=server.port) as again:
-                    send(again, "hi")
-            finally:
-                waker.close()
-                os.waitpid(child, 0)
+        server, client, _ = self.serve("NOOP: reset")
+        wakened, waker = socket.socketpair()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if not child:
+            waker.close()
+            wakened.recv(1)
+            os._exit(0)
+        wakened.close()
+        try:
+            self.assertEqual(client.ask("NOOP"), ["<reset>"])
+            server.stop()
+            self.assert_nothing_is_left(server)
+            with Server(port=server.port) as again:
+                send(again, "hi")
+        finally:
+            waker.close()
+            os.waitpid(child, 0)
 
     def test_an_exit_with_a_running_server(self) -> None:
         """One with a session in a delay, and one that waits for a command."""
