@@ -840,9 +840,7 @@ C: VRFY <bob@example.com>      S: 550 No  S: <closed>
 
 # ---- CHUNKING
 == a body in chunks  + chunking
-R: BDAT 4\r\nhi\r\n    S: 250 Received
-R: bdat 2 last\r\n.\n  S: 250 Received
-C: NOOP                S: 250 Ok
+R: BDAT 4\r\nhi\r\n  S: 250 Received  R: bdat 2 last\r\n.\n  S: 250 Received  C: NOOP  S: 250 Ok
 == chunks in one piece, the last without a byte  + chunking
 R: BDAT 1\r\nhBDAT 1\r\niBDAT 0 LAST\r\nNOOP\r\n  S: 250 Received  S: 250 Received  S: 250 Received  S: 250 Ok
 == a chunk out of sequence is consumed  -- extensions=["CHUNKING"]
@@ -871,8 +869,7 @@ C: BDAT 0 LAST         S: 503 Bad sequence of commands. DATA should be used afte
 C: auth plain                    S: 334{SP}
 C: {b64 authzid\0alice\0sécret}  S: 235 Authentication succeeded
 == LOGIN  + login
-C: AUTH LOGIN    S: 334 VXNlcm5hbWU6
-C: {b64 alice}   S: 334 UGFzc3dvcmQ6
+C: AUTH LOGIN  S: 334 VXNlcm5hbWU6  C: {b64 alice}  S: 334 UGFzc3dvcmQ6
 C: {b64 sécret}  S: 235 Authentication succeeded
 == XOAUTH2, without an initial response  + login
 C: AUTH xoauth2                              S: 334{SP}
@@ -881,11 +878,9 @@ C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
 C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer wrong\1\1}
 S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
 C:               S: 535 Authentication credentials invalid
-C: AUTH XOAUTH2  S: 334{SP}
-C: {b64 user=alice\1auth=Bearer wrong\1\1}
+C: AUTH XOAUTH2  S: 334{SP}  C: {b64 user=alice\1auth=Bearer wrong\1\1}
 S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
-C: *             S: 501 Authentication cancelled
-C: NOOP          S: 250 Ok
+C: *  S: 501 Authentication cancelled  C: NOOP  S: 250 Ok
 == a wrong secret, a wrong user, an unknown mechanism  + login
 C: AUTH GSSAPI | AUTH  S: 504 Unrecognized authentication type
 C: AUTH PLAIN {b64 \0alice\0wrong} | AUTH PLAIN {b64 \0nobody\0}  S: 535 Authentication credentials invalid
@@ -893,8 +888,7 @@ C: AUTH LOGIN {b64 nobody}          S: 334 UGFzc3dvcmQ6
 C:                                  S: 535 Authentication credentials invalid
 C: NOOP                             S: 250 Ok
 == an AUTH that is cancelled, and responses that cannot be decoded  + login
-C: AUTH LOGIN                S: 334 VXNlcm5hbWU6
-C: *                         S: 501 Authentication cancelled
+C: AUTH LOGIN  S: 334 VXNlcm5hbWU6  C: *  S: 501 Authentication cancelled
 C: AUTH PLAIN !!!            S: 501 Cannot decode response
 C: AUTH PLAIN                S: 334{SP}
 C: é | AUTH PLAIN = | AUTH PLAIN {b64 alice} | AUTH XOAUTH2 {b64 alice}  S: 501 Cannot decode response
@@ -911,8 +905,7 @@ C: RCPT TO:<b@b.com>         S: 530 Authentication required
 C: EHLO a.com                S: 250-Received  S: 250-CHUNKING  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
 C: MAIL FROM:<a@a.com> | MAIL FROM:nonsense | RCPT TO:<b@b.com> | DATA  S: 530 Authentication required
 R: BDAT 2 LAST\r\nhi         S: 530 Authentication required
-C: NOOP | RSET               S: 250 Ok
-C: HELP                      S: {UNRECOGNIZED}
+C: NOOP | RSET  S: 250 Ok  C: HELP  S: {UNRECOGNIZED}
 C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
 C: MAIL FROM:<a@a.com> | RCPT TO:<b@b.com>  S: 250 Received
 C: DATA                      S: {READY}
@@ -922,15 +915,12 @@ C: AUTH XOAUTH2 | AUTH CRAM-MD5  S: 504 Unrecognized authentication type
 C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
 == a line of AUTH may be longer  -- auth_users={"alice": "{t*8000}"}
 C: EHLO example.com                                         S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
-C: AUTH XOAUTH2                                             S: 334{SP}
-C: {x*13000}                                                S: 500 Line too long
-C: NOOP                                                     S: 250 Ok
+C: AUTH XOAUTH2  S: 334{SP}  C: {x*13000}  S: 500 Line too long  C: NOOP  S: 250 Ok
 C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer {t*8000}\1\1}  S: 235 Authentication succeeded
 == rule: a user cannot log in at once
 -- rule: AUTH alice: reply 454 4.7.0 Temporary authentication failure; delay 0.5; times=1
 + login
-C: AUTH LOGIN    S: 334 VXNlcm5hbWU6
-C: {b64 alice}   S: 334 UGFzc3dvcmQ6
+C: AUTH LOGIN  S: 334 VXNlcm5hbWU6  C: {b64 alice}  S: 334 UGFzc3dvcmQ6
 C: {b64 sécret}  S: 454 4.7.0 Temporary authentication failure
 C: AUTH PLAIN {b64 \0alice\0sécret}  S: 235 Authentication succeeded
 
@@ -941,8 +931,7 @@ C: AUTH PLAIN x  S: 538 Encryption required for authentication
 == all but EHLO, NOOP and QUIT need TLS  -- ssl_context=True, tls_required=True, auth_users={}, auth_required=True
 C: EHLO a.com           S: 250-Received  S: 250-STARTTLS  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
 C: MAIL FROM:<a@a.com> | RCPT TO:<b@b.com> | DATA | RSET | AUTH LOGIN  S: 530 Must issue a STARTTLS command first
-C: NOOP                 S: 250 Ok
-C: FOO                  S: {UNRECOGNIZED}
+C: NOOP  S: 250 Ok  C: FOO  S: {UNRECOGNIZED}
 C: QUIT                 S: 221 Closing connection  S: <closed>
 == STARTTLS  -- ssl_context=True
 C: STARTTLS      S: 503 Bad sequence of commands. HELO should be the first
