@@ -878,7 +878,8 @@ C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
 C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer wrong\1\1}
 S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
 C:               S: 535 Authentication credentials invalid
-C: AUTH XOAUTH2  S: 334{SP}  C: {b64 user=alice\1auth=Bearer wrong\1\1}
+C: AUTH XOAUTH2  S: 334{SP}
+C: {b64 user=alice\1auth=Bearer wrong\1\1}
 S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
 C: *  S: 501 Authentication cancelled  C: NOOP  S: 250 Ok
 == a wrong secret, a wrong user, an unknown mechanism  + login
@@ -915,7 +916,8 @@ C: AUTH XOAUTH2 | AUTH CRAM-MD5  S: 504 Unrecognized authentication type
 C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
 == a line of AUTH may be longer  -- auth_users={"alice": "{t*8000}"}
 C: EHLO example.com                                         S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
-C: AUTH XOAUTH2  S: 334{SP}  C: {x*13000}  S: 500 Line too long  C: NOOP  S: 250 Ok
+C: AUTH XOAUTH2                                             S: 334{SP}
+C: {x*13000}  S: 500 Line too long  C: NOOP  S: 250 Ok
 C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer {t*8000}\1\1}  S: 235 Authentication succeeded
 == rule: a user cannot log in at once
 -- rule: AUTH alice: reply 454 4.7.0 Temporary authentication failure; delay 0.5; times=1
