@@ -769,46 +769,31 @@ R: b\r\n.\nNOOP\r\n
 R: c\n.\r\nNOOP\r\n
 R: d\r.\r\n
 R: \r\n.\r\n  S: 250 Received
-C: NOOP       S: 250 Ok
-R: DATA\n     S: {READY}
-C: .          S: 250 Received
+C: NOOP  S: 250 Ok  R: DATA\n  S: {READY}  C: .  S: 250 Received
 == the size limit is inclusive, without stuffed dots and the last one  -- msg_size_limit=10  + in body
-C: ..3456789
-C: .     S: 250 Received
-C: DATA  S: {READY}
-C: 123456789
+C: ..3456789  C: .  S: 250 Received  C: DATA  S: {READY}  C: 123456789
 C: .     S: 552 Message exceeded max size of 10 bytes
 C: NOOP  S: 250 Ok
 == a long body is read to its end  -- msg_size_limit=10  + in body
-C: {x*5000}
-C: QUIT
-C: NOOP
+C: {x*5000}  C: QUIT  C: NOOP
 C: .     S: 552 Message exceeded max size of 10 bytes
 C: NOOP  S: 250 Ok
 == a line of 4096 bytes, its end included
-C: NOOP {x*4089}  S: 250 Ok
-C: NOOP {x*4090}  S: 500 Line too long
-C: NOOP           S: 250 Ok
+C: NOOP {x*4089}  S: 250 Ok  C: NOOP {x*4090}  S: 500 Line too long  C: NOOP  S: 250 Ok
 == a long line is answered before it ends
-R: {x*4096}           S: 500 Line too long
-R: {y*5000}
-R: {z*9}\r\nNOOP\r\n  S: 250 Ok
+R: {x*4096}  S: 500 Line too long  R: {y*5000}  R: {z*9}\r\nNOOP\r\n  S: 250 Ok
 
 # ---- Texts of one's own
 == every text can be another
 -- msg_greeting="220-one\n220 two", msg_helo_received="250-one\r\n250 twö", msg_mailfrom_received="nonsense"
 -- msg_rcptto_received="", msg_data_received="send it", msg_msg_received="299 got it"
 S: 220-one  S: 220 two
-C: EHLO example.com           S: 250-one  S: 250 twö
-C: MAIL FROM:<a@example.com>  S: nonsense
-C: RCPT TO:<b@example.com>    S:
-C: DATA                       S: send it
-C: .                          S: 299 got it
+C: EHLO example.com  S: 250-one  S: 250 twö  C: MAIL FROM:<a@example.com>  S: nonsense
+C: RCPT TO:<b@example.com>  S:  C: DATA  S: send it  C: .  S: 299 got it
 == a text that begins with 4 or 5 refuses
 -- msg_mailfrom_received="450 later", msg_invalid_cmd_rcptto_sequence="250 fine"
 + hello
-C: MAIL FROM:<a@example.com>  S: 450 later
-C: RCPT TO:<b@example.com>    S: 250 fine
+C: MAIL FROM:<a@example.com>  S: 450 later  C: RCPT TO:<b@example.com>  S: 250 fine
 C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 
 == a greeting that refuses, after which QUIT alone is answered as usual  -- msg_greeting="554 no"
@@ -819,14 +804,12 @@ C: QUIT  S: 221 Closing connection  S: <closed>
 S: 554 no  S: <closed>
 == a greeting that is 421 refuses nothing  -- msg_greeting="421 busy"
 S: 421 busy
-C: EHLO a.com  S: 250 Received
-C: FOO         S: {UNRECOGNIZED}
+C: EHLO a.com  S: 250 Received  C: FOO  S: {UNRECOGNIZED}
 == rule: a greeting that refuses, and rules after it  -- rule: connect: reply 554 no  -- rule: EHLO: reply 250 ok
 -- rule: MAIL a@a.com: reply 250 a
 S: 554 no
 C: NOOP                 S: 503 Bad sequence of commands. HELO should be the first
-C: EHLO a.com           S: 250 ok
-C: MAIL FROM:<a@a.com>  S: 250 a
+C: EHLO a.com  S: 250 ok  C: MAIL FROM:<a@a.com>  S: 250 a
 C: RCPT TO:<b@b.com>    S: 503 Bad sequence of commands. HELO should be the first
 
 # ---- Extensions: what is announced, and parameters
@@ -864,8 +847,7 @@ R: MAIL FROM:<क\xf0\xbf\xbf\xbdष@a.com> SMTPUTF8\r\n  S: 250 Received
 R: MAIL FROM:<क\xc2\x85ष@a.com> SMTPUTF8\r\n          S: 501 MAIL FROM requires valid email address
 R: MAIL FROM:<क\xe2\x80\x83ष@a.com> SMTPUTF8\r\n      S: 501 MAIL FROM requires valid email address
 == addresses that are not ASCII, where that is no extension  -- extensions=["DSN"]
-C: EHLO a.com                  S: 250-Received  S: 250 DSN
-C: MAIL FROM:<дядя@пример.рф>  S: 250 Received
+C: EHLO a.com  S: 250-Received  S: 250 DSN  C: MAIL FROM:<дядя@пример.рф>  S: 250 Received
 
 # ---- VRFY, EXPN, HELP
 == what is announced exists  -- extensions=["VRFY", "expn", "HELP me"]
