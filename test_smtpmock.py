@@ -2199,14 +2199,14 @@ class RecordTest(unittest.TestCase):
     def test_after_a_purge(self) -> None:
         """What is not new does not come again, and what is new comes when it is complete; the dialogue is the same."""
         new = [keep("HELLO | MAIL | RCPT | DATA | new 250")]
-        for lines, before, after in (
-            (["RSET", "NOOP", "QUIT"], [], []),
-            (["DATA", "new", "."], new, new),
-            (["NOOP", *SEND[:3]], [], [keep("HELLO | MAIL | RCPT | DATA")]),
+        for lines, replies, before, after in (
+            (["RSET", "NOOP", "QUIT"], 4, [], []),
+            (["DATA", "new", "."], 2, new, new),
+            (["NOOP", *SEND[:3]], 4, [], [keep("HELLO | MAIL | RCPT | DATA")]),
         ):
             memory = receive_mail()
             (purged,) = memory.messages(purge=True)
-            memory.say(*lines)
+            self.assertEqual(len(memory.say(*lines)), replies)
             self.assertEqual(list(map(summarize, memory.messages())), before)
             memory.end()
             self.assertEqual(list(map(summarize, memory.messages())), after)
@@ -4066,6 +4066,14 @@ class RuleTest(ServerCase):
         nearest = "<Rule for NOOP: 0 hits, 600 of 600 skipped> was never hit; the nearest command was 'NOOP'"
         self.assertEqual(told(server), nearest)
 
+    def test_what_a_newer_rule_answers_in_full_is_let_pass_too(self) -> None:
+        rules = ["connect: drop; skip=2; times=1", "connect: reply 421 busy; delay 0; trickle 0; close; times=1"]
+        memory, greetings = Memory(rules=rules), list[str]()
+        for _ in range(4):
+            memory.begin()
+            greetings.append(memory.greet()[0])
+        self.assertEqual(greetings, ["421 busy", "220 Welcome", "<closed>", "220 Welcome"])
+
     def test_chance(self) -> None:
         def refusals(seed: int | None, others: int = 0, verb: str = "NOOP", conditions: str = "") -> list[int]:
             rules = [f"{verb}: reply 450 no; probability=0.3{conditions}" for verb in ("NOOP", "RSET")]
@@ -5716,7 +5724,6 @@ class ConfigureTest(ServerCase):
         server, client, first = self.serve(handlers=iter([make_handler("XTRA")]))
         second, third = Recorder(), Recorder()
         catch(ConfigurationError, server.on, "RCPX")
-        server.configure(msg_greeting="220 new")
         server.configure(logger=second, handlers=[make_handler("RCPX"), make_handler("XTRA")])
         server.on("RCPX")
         for logger, reply in ((second, "250 Ok"), (third, UNRECOGNIZED)):
@@ -5725,6 +5732,7 @@ class ConfigureTest(ServerCase):
                 logger.wait_for("request: RCPX")
             server.with_logger(third)
             server.reset()
+            server.configure(msg_greeting="220 new")
         catch(ConfigurationError, server.on, "RCPX")
         client.ask("NOOP")
         first.wait_for("request: NOOP")
