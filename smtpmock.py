@@ -241,9 +241,9 @@ _EXTENSIONS = "SIZE 8BITMIME SMTPUTF8 PIPELINING DSN CHUNKING BINARYMIME ENHANCE
 _EXTENSIONS += " LIMITS ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE NO-SOLICITING"
 _AUTH_MECHANISMS = ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2")
 
-# What real servers answer: options, as patterns that leave out msg_, invalid_cmd_ and _received, with their values. What
-# is missing is as it is without a profile. The first three are Debian's servers, see .ci/profiles.py. The others are
-# quoted from what comes after their names, which is on GitHub unless it has a domain.
+# What real servers answer: options, as patterns that leave out msg_, invalid_cmd_ and _received, with their values.
+# The first three are Debian's servers, see .ci/profiles.py. The others are quoted from the sources after their names,
+# which are on GitHub unless they have a domain.
 _PROFILES = r"""
 == postfix
 extensions PIPELINING,SIZE,VRFY,ETRN,ENHANCEDSTATUSCODES,8BITMIME,DSN,SMTPUTF8,CHUNKING | vrfy 252 2.0.0 {address}
@@ -577,12 +577,14 @@ class _DependentDefault:
     def __get__(self, options: _SessionOptions | None, owner: object) -> Any:
         if options is None:
             return self._default
-        return options.keep_all if self._default is False else _read_profile(options.profile).get(self._name, self._default)
+        if self._default is False:
+            return options.keep_all
+        return _read_profile(options.profile).get(self._name, self._default)
 
 
-for _name, (_default, _kind, _) in _SessionOptions._declared.items():
+for _name, _declared in _SessionOptions._declared.items():
     if _name.startswith(("msg_", "multiple_")) or _name in ("extensions", "auth_mechanisms"):
-        setattr(_SessionOptions, _name, _DependentDefault(_name, _default))
+        setattr(_SessionOptions, _name, _DependentDefault(_name, _declared.default))
 
 
 class Configuration(_SessionOptions, _AddressOptions):
@@ -2534,7 +2536,8 @@ class _Script:
             at_once = {"at_once": True} if stage == "AUTH" and not (accepts or self.has_credentials) else {}
             self.said.append((stage, None, {"reply": self.lines, **at_once}))
             self.is_over = stage == "QUIT" and accepts
-            if stage == "DATA" and accepts and not self.said[0][2]["reply"][0].startswith("5"):
+            self.is_refused |= stage == "connect" and line.startswith("5")
+            if stage == "DATA" and accepts and not self.is_refused:
                 self.expected = "message"
                 self.waiting.append("message")
 
@@ -2574,20 +2577,18 @@ def _read_transcript(text: str) -> list[_Script]:
                     scripts.append(_Script())
                     scripts[-1].read(kind, line)
     scripts = [script for script in scripts if script.said]
-    if not scripts:
-        line = re.sub(r"(?i)(AUTH +\S+ ).*", r"\1***", text.strip().partition("\n")[0])
-        raise ConfigurationError(f"the server says nothing in it; it begins with {_shorten(line)}", "play")
-    return scripts
+    if scripts:
+        return scripts
+    line = re.sub(r"(?i)(AUTH +\S+ ).*", r"\1***", text.strip().partition("\n")[0])
+    raise ConfigurationError(f"the server says nothing in it; it begins with {_shorten(line)}", "play")
 
 
 def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[str, Any]:
     """The options with which a server accepts what these sessions announce, and use."""
     said = [(stage, use["reply"]) for script in scripts for stage, _, use in script.said]
-    lines = [
-        line[4:].upper().replace("AUTH=", "AUTH ") for stage, reply in said if stage == "EHLO" for line in reply[1:]
-    ]
+    lines = [line[4:].upper() for stage, reply in said if stage == "EHLO" for line in reply[1:]]
     words: dict[str, list[str]] = {_VERBS.get(stage, _UNKNOWN_VERB).extension: [] for stage, _ in said}
-    words |= {name: others for name, *others in filter(None, map(str.split, lines))}
+    words |= {name: others for line in lines for name, *others in [line.replace("AUTH=", "AUTH ").split() or [""]]}
     known = [name for name in words if name in _EXTENSIONS.split() or name.startswith("X")]
     changes: dict[str, Any] = {"extensions": dict.fromkeys([*options.extensions, *known])}
     if "AUTH" in words and options.auth_users is None:
@@ -6281,14 +6282,10 @@ def _obey(server: Server, command: str, *, opens_files: bool) -> None:
         raise ConfigurationError(f"{command!r}: must be {allowed}{' or stop' if opens_files else ''}")
 
 
-def _hide_transcript(command: str) -> str:
-    """The command as an answer may show it: a transcript may have secrets."""
-    return "play" if command.split(maxsplit=1)[:1] == ["play"] else command
-
-
 def _execute(server: Server, command: str, *, opens_files: bool = False) -> tuple[dict[str, Any], int]:
     """Obey a command. Returns the event that answers it, and its HTTP status."""
-    answer: dict[str, Any] = {"event": "done", "command": _hide_transcript(command)}
+    shown = re.sub(r"(?s)^\s*play\s.*", "play", command)  # a transcript may have secrets
+    answer: dict[str, Any] = {"event": "done", "command": shown}
     try:
         _obey(server, command, opens_files=opens_files)
     except (SMTPMockError, AssertionError, ValueError) as error:  # check() raises the second, shlex the third
@@ -6305,7 +6302,8 @@ def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> No
             return
         if command:
             answer, _ = _execute(server, command.replace("\\n", "\n"), opens_files=True)
-            printer.event(answer.pop("event"), **{**answer, "command": _hide_transcript(command)})
+            answer["command"] = answer["command"].replace("\n", "\\n")
+            printer.event(answer.pop("event"), **answer)
 
 
 @contextlib.contextmanager
