@@ -139,39 +139,26 @@ class Memory:
 
     def record(self, pieces: Iterable[bytes]) -> str:
         """The transcript of the session, which receives these pieces and ends."""
+        replies = (reply for piece in pieces for reply in self._session.receive(piece))
         said: dict[int, Any] = {}
-
-        def note(reply: smtpmock._Reply) -> None:
-            said.update((id(exchange), exchange) for exchange in self._session.mail.exchanges)
-            if reply.next is smtpmock._Next.TLS:
+        for reply in itertools.chain([self._session.greet()], replies, [None]):
+            if reply is None:
+                self.end()
+            elif reply.next is smtpmock._Next.TLS:
                 self.secure()
-
-        note(self._session.greet())
-        for piece in pieces:
-            for reply in self._session.receive(piece):
-                note(reply)
-        self.end()
-        said.update((id(exchange), exchange) for exchange in self._session.mail.exchanges)
+            said.update((id(exchange), exchange) for exchange in self._session.mail.exchanges)
         return "\n".join(smtpmock._format_exchanges(said.values()))
 
     @staticmethod
     def read_transcript(text: str) -> list[list[str]]:
         """What the server says in each session of a transcript, with its stage and how it ends the session."""
-        return [
-            [
-                " ".join(
-                    [
-                        f"{stage}:",
-                        *(["/".join(use["reply"])] if use["reply"] else []),
-                        *([use["then"].value] if "then" in use else []),
-                        *([f"after {after}"] if after is not None else []),
-                        *(["at once"] if "at_once" in use else []),
-                    ]
-                )
-                for stage, after, use in script.said
-            ]
-            for script in smtpmock._read_transcript(text)
-        ]
+
+        def describe(stage: str, after: int | None, use: Mapping[str, Any]) -> str:
+            ends = [use["then"].value] if "then" in use else []
+            ends += [f"after {after}"] * (after is not None) + ["at once"] * ("at_once" in use)
+            return " ".join([f"{stage}:", *filter(None, ["/".join(use["reply"] or ())]), *ends])
+
+        return [[describe(*said) for said in script.said] for script in smtpmock._read_transcript(text)]
 
     def begin(self) -> None:
         """Another session begins."""
@@ -4366,148 +4353,68 @@ class RuleTest(ServerCase):
 
 # --------------------------------------------------------------------------------------- transcripts
 
-# What these tools printed in one session with a server that does not know bob: swaks 20201014, curl 7.88 with a progress
-# meter, PHPMailer 6.6, and smtplib of Python 3.11. Some headers are left out.
+# What these tools printed in one session with a server that does not know bob: swaks 20201014, PHPMailer 6.6, smtplib of
+# Python 3.11, and curl 7.88 with a progress meter. A | is a line break; some headers are left out.
 LOGS = {
-    "swaks": """
-=== Trying 127.0.0.1:45275...
-=== Connected to 127.0.0.1.
-<-  220-mx.example.com ESMTP
-<-  220 ready
- -> EHLO a.com
-<-  250-Received
-<-  250-SIZE 10485760
-<-  250 AUTH LOGIN
- -> AUTH LOGIN
-<-  334 VXNlcm5hbWU6
- -> YWxpY2U=
-<-  334 UGFzc3dvcmQ6
- -> c2VjcmV0
-<-  235 Authentication succeeded
- -> MAIL FROM:<a@example.com>
-<-  250 Received
- -> RCPT TO:<bob@example.com>
-<** 550-5.1.1 That doesn't exist
-<** 550 5.1.1 Learn more
- -> RCPT TO:<c@example.com>
-<-  250 Received
- -> DATA
-<-  354 Ready for receive message. End data with <CR><LF>.<CR><LF>
- -> Subject: test Mon, 30 Nov 2026 19:37:45 +0000\r
- -> \r
- -> hi\r
- -> \r
- -> \r
- -> .
-<-  250 Received
- -> QUIT
-<-  221 Closing connection
-=== Connection closed with remote host.
-""",
+    "swaks": """\
+=== Trying 127.0.0.1:45275... | === Connected to 127.0.0.1. | <-  220-mx.example.com ESMTP | <-  220 ready
+ -> EHLO a.com | <-  250-Received | <-  250-SIZE 10485760 | <-  250 AUTH LOGIN |  -> AUTH LOGIN | <-  334 VXNlcm5hbWU6
+ -> YWxpY2U= | <-  334 UGFzc3dvcmQ6 |  -> c2VjcmV0 | <-  235 Authentication succeeded |  -> MAIL FROM:<a@example.com>
+<-  250 Received |  -> RCPT TO:<bob@example.com> | <** 550-5.1.1 That doesn't exist | <** 550 5.1.1 Learn more
+ -> RCPT TO:<c@example.com> | <-  250 Received |  -> DATA
+<-  354 Ready for receive message. End data with <CR><LF>.<CR><LF> |  -> Subject: test Mon, 30 Nov 2026 19:37:45 +0000\r
+ -> \r |  -> hi\r |  -> \r |  -> \r |  -> . | <-  250 Received |  -> QUIT | <-  221 Closing connection
+=== Connection closed with remote host.""",
+    "PHPMailer": """\
+TIME SERVER -> CLIENT: 220-mx.example.com ESMTP | INDENT 220 ready | TIME CLIENT -> SERVER: EHLO a.com
+TIME SERVER -> CLIENT: 250-Received | INDENT 250-SIZE 10485760 | INDENT 250 AUTH LOGIN
+TIME CLIENT -> SERVER: AUTH LOGIN | TIME SERVER -> CLIENT: 334 VXNlcm5hbWU6
+TIME CLIENT -> SERVER: [credentials hidden] | TIME SERVER -> CLIENT: 334 UGFzc3dvcmQ6
+TIME CLIENT -> SERVER: [credentials hidden] | TIME SERVER -> CLIENT: 235 Authentication succeeded
+TIME CLIENT -> SERVER: MAIL FROM:<a@example.com> | TIME SERVER -> CLIENT: 250 Received
+TIME CLIENT -> SERVER: RCPT TO:<bob@example.com> | TIME SERVER -> CLIENT: 550-5.1.1 That doesn't exist
+INDENT 550 5.1.1 Learn more | TIME SMTP ERROR: RCPT TO command failed: 550-5.1.1 That doesn't exist
+INDENT 550 5.1.1 Learn more | TIME CLIENT -> SERVER: RCPT TO:<c@example.com> | TIME SERVER -> CLIENT: 250 Received
+TIME CLIENT -> SERVER: DATA | TIME SERVER -> CLIENT: 354 Ready for receive message. End data with <CR><LF>.<CR><LF>
+TIME CLIENT -> SERVER: Subject: hi | TIME CLIENT -> SERVER: | TIME CLIENT -> SERVER: 220 hello
+TIME CLIENT -> SERVER: | TIME CLIENT -> SERVER: . | TIME SERVER -> CLIENT: 250 Received
+TIME CLIENT -> SERVER: QUIT | TIME SERVER -> CLIENT: 221 Closing connection
+TIME SMTP Error: The following recipients failed: bob@example.com: That doesn't exist | INDENT Learn more""",
+    "smtplib": r"""
+connect: to ('127.0.0.1', 45275) None | reply: b'220-mx.example.com ESMTP\r\n' | reply: b'220 ready\r\n'
+reply: retcode (220); Msg: b'mx.example.com ESMTP\nready' | connect: b'mx.example.com ESMTP\nready'
+send: 'ehlo a.com\r\n' | reply: b'250-Received\r\n' | reply: b'250-SIZE 10485760\r\n' | reply: b'250 AUTH LOGIN\r\n'
+reply: retcode (250); Msg: b'Received\nSIZE 10485760\nAUTH LOGIN' | send: 'AUTH LOGIN YWxpY2U=\r\n'
+reply: b'334 UGFzc3dvcmQ6\r\n' | reply: retcode (334); Msg: b'UGFzc3dvcmQ6' | send: 'c2VjcmV0\r\n'
+reply: b'235 Authentication succeeded\r\n' | reply: retcode (235); Msg: b'Authentication succeeded'
+send: 'mail FROM:<a@example.com> size=30\r\n' | reply: b'250 Received\r\n' | send: 'rcpt TO:<bob@example.com>\r\n'
+reply: b"550-5.1.1 That doesn't exist\r\n" | reply: b'550 5.1.1 Learn more\r\n'
+reply: retcode (550); Msg: b"5.1.1 That doesn't exist\n5.1.1 Learn more" | send: 'rcpt TO:<c@example.com>\r\n'
+reply: b'250 Received\r\n' | send: 'data\r\n' | reply: b'354 Ready for receive message. End data with <CR><LF>.<CR><LF>\r\n'
+reply: retcode (354); Msg: b'Ready for receive message. End data with <CR><LF>.<CR><LF>'
+data: (354, b'Ready for receive message. End data with <CR><LF>.<CR><LF>')
+send: b"Subject: hi\r\n\r\nit's me\r\n..220 x\r\n.\r\n" | reply: b'250 Received\r\n' | data: (250, b'Received')
+send: 'quit\r\n' | reply: b'221 Closing connection\r\n' | reply: retcode (221); Msg: b'Closing connection'""",
     "curl": """
   % Total    % Received % Xferd  Average Speed   Time    Time     Time  Current
-                                 Dload  Upload   Total   Spent    Left  Speed
-\r  0     0    0     0    0     0      0      0 --:--:-- --:--:-- --:--:--     0*   Trying 127.0.0.1:34591...
-* Connected to 127.0.0.1 (127.0.0.1) port 34591 (#0)
-< 220-mx.example.com ESMTP\r
-< 220 ready\r
-> EHLO a.com\r
-\r  0     0    0     0    0     0      0      0 --:--:-- --:--:-- --:--:--     0< 250-Received\r
-< 250-SIZE 10485760\r
-< 250 AUTH LOGIN\r
-> AUTH LOGIN\r
-< 334 VXNlcm5hbWU6\r
-> YWxpY2U=\r
-\r  0     0    0     0    0     0      0      0 --:--:--  0:00:01 --:--:--     0< 334 UGFzc3dvcmQ6\r
-> c2VjcmV0\r
-< 235 Authentication succeeded\r
-\r  0     0    0     0    0     0      0      0 --:--:--  0:00:02 --:--:--     0> MAIL FROM:<a@example.com> SIZE=42\r
-< 250 Received\r
-> RCPT TO:<bob@example.com>\r
-< 550-5.1.1 That doesn't exist\r
-< 550 5.1.1 Learn more\r
-> RCPT TO:<c@example.com>\r
-\r  0     0    0     0    0     0      0      0 --:--:--  0:00:03 --:--:--     0< 250 Received\r
-> DATA\r
-\r  0     0    0     0    0     0      0      0 --:--:--  0:00:04 --:--:--     0< 354 Ready for receive message. End data with <CR><LF>.<CR><LF>\r
-} [42 bytes data]
+METER*   Trying 127.0.0.1:34591... | * Connected to 127.0.0.1 (127.0.0.1) port 34591 (#0) | < 220-mx.example.com ESMTP\r
+< 220 ready\r | > EHLO a.com\r | METER< 250-Received\r | < 250-SIZE 10485760\r | < 250 AUTH LOGIN\r | > AUTH LOGIN\r
+< 334 VXNlcm5hbWU6\r | > YWxpY2U=\r | METER< 334 UGFzc3dvcmQ6\r | > c2VjcmV0\r | < 235 Authentication succeeded\r
+METER> MAIL FROM:<a@example.com> SIZE=42\r | < 250 Received\r | > RCPT TO:<bob@example.com>\r
+< 550-5.1.1 That doesn't exist\r | < 550 5.1.1 Learn more\r | > RCPT TO:<c@example.com>\r | METER< 250 Received\r
+> DATA\r | METER< 354 Ready for receive message. End data with <CR><LF>.<CR><LF>\r | } [42 bytes data]
 * We are completely uploaded and fine
 \r100    42    0     0  100    42      0      7  0:00:06  0:00:05  0:00:01     8< 250 Received\r
 \r100    42    0     0  100    42      0      7  0:00:06  0:00:05  0:00:01    10
-* Connection #0 to host 127.0.0.1 left intact
-""",
-    "PHPMailer": """
-2026-11-30 19:37:45\tSERVER -> CLIENT: 220-mx.example.com ESMTP
-                   \t                  220 ready
-2026-11-30 19:37:45\tCLIENT -> SERVER: EHLO a.com
-2026-11-30 19:37:45\tSERVER -> CLIENT: 250-Received
-                   \t                  250-SIZE 10485760
-                   \t                  250 AUTH LOGIN
-2026-11-30 19:37:45\tCLIENT -> SERVER: AUTH LOGIN
-2026-11-30 19:37:45\tSERVER -> CLIENT: 334 VXNlcm5hbWU6
-2026-11-30 19:37:45\tCLIENT -> SERVER: [credentials hidden]
-2026-11-30 19:37:45\tSERVER -> CLIENT: 334 UGFzc3dvcmQ6
-2026-11-30 19:37:45\tCLIENT -> SERVER: [credentials hidden]
-2026-11-30 19:37:45\tSERVER -> CLIENT: 235 Authentication succeeded
-2026-11-30 19:37:45\tCLIENT -> SERVER: MAIL FROM:<a@example.com>
-2026-11-30 19:37:45\tSERVER -> CLIENT: 250 Received
-2026-11-30 19:37:45\tCLIENT -> SERVER: RCPT TO:<bob@example.com>
-2026-11-30 19:37:45\tSERVER -> CLIENT: 550-5.1.1 That doesn't exist
-                   \t                  550 5.1.1 Learn more
-2026-11-30 19:37:45\tSMTP ERROR: RCPT TO command failed: 550-5.1.1 That doesn't exist
-                   \t                  550 5.1.1 Learn more
-2026-11-30 19:37:45\tCLIENT -> SERVER: RCPT TO:<c@example.com>
-2026-11-30 19:37:45\tSERVER -> CLIENT: 250 Received
-2026-11-30 19:37:45\tCLIENT -> SERVER: DATA
-2026-11-30 19:37:45\tSERVER -> CLIENT: 354 Ready for receive message. End data with <CR><LF>.<CR><LF>
-2026-11-30 19:37:45\tCLIENT -> SERVER: Subject: hi
-2026-11-30 19:37:45\tCLIENT -> SERVER:
-2026-11-30 19:37:45\tCLIENT -> SERVER: 220 hello
-2026-11-30 19:37:45\tCLIENT -> SERVER:
-2026-11-30 19:37:45\tCLIENT -> SERVER: .
-2026-11-30 19:37:45\tSERVER -> CLIENT: 250 Received
-2026-11-30 19:37:45\tCLIENT -> SERVER: QUIT
-2026-11-30 19:37:45\tSERVER -> CLIENT: 221 Closing connection
-2026-11-30 19:37:45\tSMTP Error: The following recipients failed: bob@example.com: That doesn't exist
-                   \t                  Learn more
-""",
-    "smtplib": r"""
-connect: to ('127.0.0.1', 45275) None
-reply: b'220-mx.example.com ESMTP\r\n'
-reply: b'220 ready\r\n'
-reply: retcode (220); Msg: b'mx.example.com ESMTP\nready'
-connect: b'mx.example.com ESMTP\nready'
-send: 'ehlo a.com\r\n'
-reply: b'250-Received\r\n'
-reply: b'250-SIZE 10485760\r\n'
-reply: b'250 AUTH LOGIN\r\n'
-reply: retcode (250); Msg: b'Received\nSIZE 10485760\nAUTH LOGIN'
-send: 'AUTH LOGIN YWxpY2U=\r\n'
-reply: b'334 UGFzc3dvcmQ6\r\n'
-reply: retcode (334); Msg: b'UGFzc3dvcmQ6'
-send: 'c2VjcmV0\r\n'
-reply: b'235 Authentication succeeded\r\n'
-reply: retcode (235); Msg: b'Authentication succeeded'
-send: 'mail FROM:<a@example.com> size=30\r\n'
-reply: b'250 Received\r\n'
-send: 'rcpt TO:<bob@example.com>\r\n'
-reply: b"550-5.1.1 That doesn't exist\r\n"
-reply: b'550 5.1.1 Learn more\r\n'
-reply: retcode (550); Msg: b"5.1.1 That doesn't exist\n5.1.1 Learn more"
-send: 'rcpt TO:<c@example.com>\r\n'
-reply: b'250 Received\r\n'
-send: 'data\r\n'
-reply: b'354 Ready for receive message. End data with <CR><LF>.<CR><LF>\r\n'
-reply: retcode (354); Msg: b'Ready for receive message. End data with <CR><LF>.<CR><LF>'
-data: (354, b'Ready for receive message. End data with <CR><LF>.<CR><LF>')
-send: b"Subject: hi\r\n\r\nit's me\r\n..220 x\r\n.\r\n"
-reply: b'250 Received\r\n'
-data: (250, b'Received')
-send: 'quit\r\n'
-reply: b'221 Closing connection\r\n'
-reply: retcode (221); Msg: b'Closing connection'
-""",
+* Connection #0 to host 127.0.0.1 left intact""",
 }
+for before, after in {
+    " | ": "\n",
+    "TIME ": "2026-11-30 19:37:45\t",
+    "INDENT ": "                   \t                  ",
+    "METER": "\r  0     0    0     0    0     0      0      0 --:--:--  0:00:01 --:--:--     0",
+}.items():
+    LOGS = {tool: log.replace(before, after) for tool, log in LOGS.items()}
 
 # What the server says in each of them.
 LOGGED = f"""
@@ -4636,24 +4543,10 @@ class PlayTest(ServerCase):
                     self.assertEqual(play_anew(recorded, pieces), recorded)
 
     def test_round_trip_of_random_dialogues(self) -> None:
-        stages = ["EHLO", "HELO", "MAIL", "RCPT", "DATA", "message", "RSET", "NOOP", "QUIT", "FOO", "connect", "*"]
+        stages = "EHLO HELO MAIL RCPT DATA message RSET NOOP QUIT FOO connect *".split()
         greetings = ["450 4.2.0 later", "550 no", "", "odd", "421 Busy", "999"]
         replies = [*greetings, "250 ok", "250-a\n250 b", "354 go", "200 a\nb", None]
-        lines = [
-            *ENVELOPE,
-            *ENVELOPE[1:],
-            "DATA",
-            "RSET",
-            "NOOP",
-            "VRFY a",
-            "FOO",
-            "HELO",
-            ".",
-            "hi",
-            "",
-            "дядя",
-            "QUIT",
-        ]
+        lines = [*ENVELOPE, *ENVELOPE[1:], "VRFY a", "", *"DATA RSET NOOP FOO HELO . hi дядя QUIT".split()]
         for seed in range(500):
             rng = random.Random(seed)
             options: dict[str, Any] = {name: rng.random() < 0.3 for name in ("fail_fast", "multiple_rcptto")}
