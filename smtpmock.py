@@ -2488,7 +2488,7 @@ class _Script:
         self.waiting = deque(["connect"])  # the stages of the requests without a reply
         self.expected: str | None = None  # message or AUTH, if what the client says next is part of it
         self.bodies: list[int] = []  # their sizes, where they are known
-        self.is_refused = self.has_credentials = self.is_over = False
+        self.has_credentials = self.is_over = False
 
     def read(self, kind: str, line: str) -> bool:
         """Read a line. False if it begins another session."""
@@ -2536,8 +2536,7 @@ class _Script:
             at_once = {"at_once": True} if stage == "AUTH" and not (accepts or self.has_credentials) else {}
             self.said.append((stage, None, {"reply": self.lines, **at_once}))
             self.is_over = stage == "QUIT" and accepts
-            self.is_refused |= stage == "connect" and line.startswith("5")
-            if stage == "DATA" and accepts and not self.is_refused:
+            if stage == "DATA" and accepts:
                 self.expected = "message"
                 self.waiting.append("message")
 
