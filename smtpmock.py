@@ -2456,13 +2456,9 @@ def _unescape(text: str) -> str:
     return _decode(data.decode("unicode_escape", "ignore").encode("latin-1", "replace"))
 
 
-def _split(text: str) -> str:
-    """The lines of a reply of PHPMailer, which have no line breaks on a web page."""
-    return re.sub(rf"(?!^)(?={text[:3]}[- ])", "\n", text) if re.match(r"\d{3}-", text) else text
-
-
 # How the lines of client and server begin, and how the rest is read. The first one counts that has a server's line.
 _METER = r"[\r\t \d.:kMG-]*"  # curl may print it first
+_split = functools.partial(re.sub, r"((\d{3})-.+?)(?=\2[- ])", r"\1\n")  # PHPMailer's replies lose it on a web page
 _NOTATIONS = (
     (r"[ \t]*S:(?! ?<) ?", r"[ \t]*R: ?(?=[2-5]\d\d[ -])", str),  # the sender and the receiver of RFC 821 to RFC 3030
     (r"[ \t]*C:(?! ?<[a-z]| &) ?", r"[ \t]*S:(?! ?<wait) ?", str),  # Message.transcript, and later RFCs
