@@ -72,25 +72,9 @@ else:
 
 __version__ = "3.0.0"
 
-__all__ = [
-    "Action",
-    "Attachment",
-    "Configuration",
-    "ConfigurationError",
-    "Exchange",
-    "Handler",
-    "Logger",
-    "Message",
-    "Rule",
-    "SMTPMockError",
-    "SMTPMockWarning",
-    "Server",
-    "ServerStartError",
-    "ServerStateError",
-    "Violation",
-    "WaitTimeoutError",
-    "main",
-]
+__all__ = ["Action", "Attachment", "Configuration", "ConfigurationError", "Exchange", "Handler", "Logger", "Message"]
+__all__ += ["Rule", "SMTPMockError", "SMTPMockWarning", "Server", "ServerStartError", "ServerStateError", "Violation"]
+__all__ += ["WaitTimeoutError", "main"]
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -98,6 +82,10 @@ __all__ = [
 
 class SMTPMockError(Exception):
     """The base of every error that smtpmock raises."""
+
+
+class _OutputError(SMTPMockError):
+    """An output of the command line cannot take a mail or an event."""
 
 
 class ConfigurationError(SMTPMockError, ValueError):
@@ -114,7 +102,8 @@ class ConfigurationError(SMTPMockError, ValueError):
 
 
 class ServerStateError(SMTPMockError, RuntimeError):
-    """start() on a running server, stop() on a stopped one, or client_context() without a certificate for tests."""
+    """start() on a running server, stop() on a stopped one, `port` before the first start, and client_context() without
+    a certificate for tests."""
 
 
 class ServerStartError(SMTPMockError, OSError):
@@ -130,7 +119,7 @@ class WaitTimeoutError(SMTPMockError, TimeoutError):
 
 
 class SMTPMockWarning(UserWarning):
-    """The configuration has the server discard recipients or mails that it accepted."""
+    """The configuration has the server discard recipients or mails that it accepted, or a log that goes nowhere."""
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -167,6 +156,7 @@ def _fold(name: str) -> str:
 # poll() takes at most 2**31 milliseconds, which are 24 days.
 _SECONDS = _OptionType("a number of seconds from 0 to 1000000", _number(0, 1e6, int, float), float)
 _TIMEOUT = _OptionType("a number of seconds from 0.001 to 1000000", _number(1e-3, 1e6, int, float), float)
+_HOST_NAME = _OptionType("a host name or an address", lambda value: _is_text(value) and bool(value.strip()))
 _PORT = _OptionType("an integer from 0 to 65535", _number(0, 65535, int), int)
 _COUNT = _OptionType("an integer from 0 up", _number(0, float("inf"), int), int)
 _SEED = _OptionType("an integer", _number(float("-inf"), float("inf"), int), int)
@@ -179,16 +169,19 @@ _NAMES = _OptionType(
     lambda text: [name.strip() for name in text.split(",") if name.strip()],
     lambda names: frozenset(map(_fold, names)),
 )
-_WORDS = _OptionType(
-    "a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse, tuple
-)
+_WORDS = _OptionType("a list of words", lambda it: _are_names(it) and all(map(str.split, it)), _NAMES.parse, tuple)
 _TEST_CONTEXTS = "test", "expired", "wrong host"
 _CONTEXT = _OptionType(
     "an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) with a certificate, or 'test', 'expired' or 'wrong host'",
     lambda value: value in _TEST_CONTEXTS or (hasattr(value, "wrap_socket") and value.check_hostname is not True),
 )
 _HANDLERS = _OptionType("a list of subclasses of Handler", lambda value: isinstance(value, Iterable), normalise=tuple)
-_CALLABLE = _OptionType("callable", callable)
+_CALLABLE = _OptionType(
+    "a function that is not async",
+    lambda value: (
+        callable(value) and not getattr(getattr(value, "__code__", None), "co_flags", 0) & 0x80
+    ),  # CO_COROUTINE
+)
 _LOGGER = _OptionType(
     "a logger with methods info(), warning() and error()",
     lambda value: all(callable(getattr(value, name, None)) for name in ("info", "warning", "error")),
@@ -202,7 +195,7 @@ _USERS = _OptionType(
 
 def _check(name: str, value: object, kind: _OptionType) -> None:
     if not kind.accepts(value):
-        raise ConfigurationError(f"must be {kind.allowed}", name, value)
+        raise ConfigurationError(f"must be {kind.allowed}", name, *([value] if kind is not _USERS else []))  # secrets
 
 
 def _read(kind: _OptionType, text: str) -> Any:
@@ -219,14 +212,19 @@ def _suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def _find_other_name(name: str, others: Mapping[str, str]) -> str:
+    """What is called so elsewhere, as the end of a sentence."""
+    found = [ours for ours, theirs in others.items() if name in theirs.split()]
+    return f"; did you mean {found[0]}?" if found else ""
+
+
 class _Option(NamedTuple):
     default: Any
     kind: _OptionType
     about: str
 
 
-def _option(default: Any, kind: _OptionType, about: str) -> Any:
-    return _Option(default, kind, about)  # type checkers take this for the default
+_option: Callable[[Any, _OptionType, str], Any] = _Option  # type checkers take what it returns for the default
 
 
 def _reply(default: str, to: str) -> Any:
@@ -317,11 +315,25 @@ helo 250 email-smtp.amazonaws.com
 """
 
 # Options that have no effect without another one.
-_NEEDED = {
-    "auth_required": "auth_users",
-    "auth_requires_tls": "ssl_context",
-    "implicit_tls": "ssl_context",
-    "tls_required": "ssl_context",
+_NEEDED = {"auth_required": "auth_users", "implicit_tls": "ssl_context", "tls_required": "ssl_context"}
+_NEEDED |= {"auth_requires_tls": "ssl_context"}
+
+# The names of options that people expect from other tools.
+_OTHER_NAMES = {
+    "host": "hostname host_name host_address addr address bind",
+    "port": "port_number smtp_port",
+    "log_to_stdout": "log logging debug verbose",
+    "ssl_context": "tls_context sslcontext ssl tls cert certfile tls_cert use_tls use_starttls starttls",
+    "implicit_tls": "use_ssl ssl_only smtps",
+    "tls_required": "require_tls require_starttls starttls_required enforce_tls",
+    "auth_required": "enforce_auth require_auth",
+    "auth_users": "auth authenticator user users username password credentials login login_username login_password",
+    "msg_size_limit": "data_size_limit max_size max_message_size size_limit",
+    "extensions": "enable_smtputf8 smtputf8 decode_data esmtp",
+    "session_timeout": "timeout command_timeout",
+    "on_message": "callback handler handle_data process_message sink",
+    "msg_greeting": "greeting banner ident",
+    "configure() or a Configuration": "config settings options",
 }
 
 _T = TypeVar("_T")
@@ -364,6 +376,7 @@ class _Options:
 
     _declared: ClassVar[dict[str, _Option]] = {}
     _positional: ClassVar[tuple[str, ...]] = ()
+    _other_names: ClassVar[Mapping[str, str]] = {}
     __dataclass_fields__: ClassVar[Any] = _DataclassAttribute()
     __dataclass_params__: ClassVar[Any] = _DataclassAttribute()
     __match_args__: ClassVar[Any] = _DataclassAttribute()
@@ -385,7 +398,9 @@ class _Options:
             if name not in self._declared:
                 known = list(self._declared)
                 others = "" if len(known) > 9 else f"; there are {', '.join(known)}"
-                raise ConfigurationError(f"there is no such option{_suggest(name, known) or others}", name, value)
+                snake = re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()
+                hint = _find_other_name(snake, self._other_names) or _suggest(snake, known) or others
+                raise ConfigurationError(f"there is no such option{hint}", name, value)
         positional = self._positional[: len(values)]
         if len(values) > len(positional) or not options.keys().isdisjoint(positional):
             raise TypeError(f"{type(self).__name__}() has too many positional arguments: {values!r}")
@@ -440,12 +455,14 @@ def _check_choices(option: str, names: Iterable[str], known: Collection[str], fo
 class _AddressOptions(_Options):
     """What configure() cannot change."""
 
-    host: str = _option("127.0.0.1", _TEXT, "host name or address to listen on; [::] is all of them")
+    host: str = _option("127.0.0.1", _HOST_NAME, "host name or address to listen on; [::] is all of them")
     port: int = _option(0, _PORT, "port to listen on; 0 takes a free one")
 
 
 class _SessionOptions(_Options):
     """All others of a Configuration."""
+
+    _other_names = _OTHER_NAMES
 
     log_to_stdout: bool = _option(False, _FLAG, "log to stdout, and errors to stderr")
     log_server_activity: bool = _option(False, _FLAG, "include sessions, requests and replies in that log")
@@ -514,9 +531,7 @@ class _SessionOptions(_Options):
     msg_vrfy_received: str = _reply("252 Cannot VRFY user, but will accept message", "VRFY")
     msg_expn_received: str = _reply("252 Cannot EXPN list, but will accept message", "EXPN")
     msg_help_received: str = _reply("214 HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT", "HELP")
-    msg_unknown_parameter: str = _reply(
-        "555 Parameter not recognized or not implemented", "a bad MAIL or RCPT parameter"
-    )
+    msg_unknown_parameter: str = _reply("555 Parameter not recognized or not implemented", "a bad parameter")
     msg_bdat_received: str = _reply(_RECEIVED, "BDAT without LAST")
     msg_invalid_cmd_bdat_arg: str = _reply("501 BDAT requires a size in bytes", "a bad BDAT")
     msg_auth_received: str = _reply("235 Authentication succeeded", "AUTH")
@@ -1840,26 +1855,29 @@ def _shorten(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-class _StepField(Generic[_T]):
+class _StepField(property, Generic[_T]):
     """An attribute of Message that is read from the exchange of one step; the default if the step is missing."""
 
-    def __init__(self, step: str, read: Callable[[_Exchange], _T | None], default: _T) -> None:
+    def __init__(self, step: str, read: Callable[[_Exchange], _T | None], default: _T, about: str) -> None:
+        self.__doc__ = about
         self.step, self.read, self.default = step, read, default
 
-    def __get__(self, message: Message, owner: type[Message]) -> _T:
+    def __get__(self, message: Any, owner: Any = None) -> _T:  # type: ignore[override]
         exchange = message._steps.get(self.step)
         value = None if exchange is None else self.read(exchange)
         return self.default if value is None else value
 
 
+_read_value: Callable[[_Exchange], Any] = operator.attrgetter("value")
 _read_line: Callable[[_Exchange], str] = operator.attrgetter("line")
 _read_response: Callable[[_Exchange], str] = operator.attrgetter("response")
 _read_accepted: Callable[[_Exchange], bool] = operator.attrgetter("accepted")
 
 
 def _make_fields(step: str) -> tuple[_StepField[str], _StepField[str], _StepField[bool]]:
-    fields = _StepField(step, _read_line, ""), _StepField(step, _read_response, "")
-    return *fields, _StepField(step, _read_accepted, False)
+    request = _StepField(step, _read_line, "", f"The last {step} command as the client wrote it; secrets are ***.")
+    response = _StepField(step, _read_response, "", "The reply to it.")
+    return request, response, _StepField(step, _read_accepted, False, "Whether it took effect.")
 
 
 class Attachment(NamedTuple):
@@ -1890,6 +1908,27 @@ def _jsonify(value: Any) -> Any:
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
+# Parts of a transcript, each with what the user may have wanted.
+_HINTS = {
+    r"C: AUTH.*\nS: 50[0-4]": "auth_users turns on AUTH",
+    r"C: STARTTLS\nS: 50[0-4]": "ssl_context turns on STARTTLS",
+    r"C: (?:HELO|EHLO|MAIL|RCPT)[^>\n]*>?\nS: 501": "lenient_addresses accepts more names",
+    r"C: (?:(?:BDAT|VRFY|EXPN|HELP).*\nS: 50[0-4]|(?:MAIL|RCPT)[^>\n]*>.+\nS: 5[05])": "extensions turns on more",
+    r"C: EHLO.*\n(?:S: (?!.*(?:AUTH|TLS)).*\n)+(?:C: QUIT\n.*\n.*\n)?\Z": "auth_users turns on AUTH, ssl_context TLS",
+}
+
+# The names of attributes of a Message that people expect from other tools.
+_OTHER_ATTRIBUTES = {
+    "mail_from": "sender from_ from_addr from_address envelope_from",
+    "rcpt_tos": "to recipients recipient to_addrs rcpttos rcpt_to envelope_to",
+    'mail_from and rcpt_tos, or email["To"]': "envelope addresses cc bcc reply_to",
+    "text, html or content": "body payload get_payload get_content message parts walk text_body html_body plain",
+    "content": "raw raw_content bytes source",
+    'email["To"]': "headers header get items date as_string",
+    "exchanges": "commands dialogue session",
+}
+
+
 class Message:
     """The record of an SMTP session or, with multiple_message_receiving, of one mail in it.
 
@@ -1901,31 +1940,27 @@ class Message:
     helo_request, helo_response, helo = _make_fields("helo")
     mailfrom_request, mailfrom_response, mailfrom = _make_fields("mailfrom")
     mail_from = _StepField[str | None](
-        "mailfrom", lambda exchange: exchange.value and exchange.value.address, None
-    )  #: the sender, "" for <>; None if none was valid
+        "mailfrom", lambda said: said.value and said.value.address, None, 'The sender, "" for <>; None if not valid.'
+    )
     data_request, data_response, data = _make_fields("data")
-    content = _StepField[bytes](
-        "msg", operator.attrgetter("value"), b""
-    )  #: the body, dots unstuffed, CRLF kept; partial if the client left
-    msg_response = _StepField("msg", _read_response, "")
-    msg = _StepField("msg", _read_accepted, False)
+    content = _StepField[bytes]("msg", _read_value, b"", "The body, dots unstuffed, CRLF kept; partial if aborted.")
+    msg_response = _StepField("msg", _read_response, "", "The reply to the body.")
+    msg = _StepField("msg", _read_accepted, False, "Whether the body was accepted.")
     rset_request, rset_response, rset = _make_fields("rset")
-    noop = _StepField("noop", _read_accepted, False)
-    quit_sent = _StepField("quit", _read_accepted, False)
-    auth_request, auth_response, auth = _make_fields("auth")  #: the request is without the secret
+    noop = _StepField("noop", _read_accepted, False, "Whether NOOP was accepted.")
+    quit_sent = _StepField("quit", _read_accepted, False, "Whether QUIT was accepted.")
+    auth_request, auth_response, auth = _make_fields("auth")
     auth_mechanism = _StepField[str | None](
-        "auth", operator.attrgetter("value.mechanism"), None
-    )  #: also if the login failed
-    auth_user = _StepField[str | None]("auth", operator.attrgetter("value.user"), None)
-    tls = _StepField[tuple[str, str] | None](
-        "tls", operator.attrgetter("value"), None
-    )  #: (version, cipher); None without TLS
-    id: int  #: unique among the messages of the server
-    peer: tuple[str, int]  #: the client's address and port
+        "auth", operator.attrgetter("value.mechanism"), None, "The mechanism, also if the login failed."
+    )
+    auth_user = _StepField[str | None]("auth", operator.attrgetter("value.user"), None, "The user, likewise.")
+    tls = _StepField[tuple[str, str] | None]("tls", _read_value, None, "(version, cipher); None without TLS.")
 
     _steps: dict[str, _Exchange]
     _recipients: list[_Exchange]
     _count: int
+    _id: int
+    _peer: tuple[str, int]
     _exchanges: list[_Exchange]
     _length: int
     _discarded: int
@@ -1935,8 +1970,8 @@ class Message:
     def __init__(self, mail: _Mail, peer: tuple[str, int], id: int, tolerated: Collection[str]) -> None:
         # The session goes on appending to the lists, so their present lengths are kept with them.
         fields = self.__dict__  # because __setattr__() allows nothing
-        fields["id"] = id
-        fields["peer"] = peer
+        fields["_id"] = id
+        fields["_peer"] = peer
         fields["_tolerated"] = tolerated
         fields["_steps"] = mail.steps.copy()
         fields["_recipients"] = mail.recipients
@@ -1948,6 +1983,15 @@ class Message:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
 
+    if not TYPE_CHECKING:  # which would take any name for right
+
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = _find_other_name(name, _OTHER_ATTRIBUTES)
+            raise AttributeError(f"a Message has no attribute {name!r}{hint}")
+
+        def __getitem__(self, name: object) -> NoReturn:
+            raise TypeError(f"a Message is no mapping; its headers are in its email: message.email[{name!r}]")
+
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the record, without what was parsed from it and cached."""
         cached = ("transcript", "received_header", "_mail", "_parts", "_findings")
@@ -1955,6 +1999,16 @@ class Message:
         values["_recipients"] = self._recipients[: self._count]
         values["_exchanges"] = self._exchanges[: self._length]
         return {name: value for name, value in values.items() if name not in cached}
+
+    @property
+    def id(self) -> int:
+        """Unique among the messages of the server."""
+        return self._id
+
+    @property
+    def peer(self) -> tuple[str, int]:
+        """The client's address and port."""
+        return self._peer
 
     @property
     def rcptto_request_response(self) -> list[tuple[str, str]]:
@@ -1968,6 +2022,7 @@ class Message:
 
     @property
     def rcptto(self) -> bool:
+        """Whether there are any."""
         return bool(self.rcpt_tos)
 
     @property
@@ -2009,11 +2064,13 @@ class Message:
 
     def _find_discards(self) -> Iterator[tuple[str, str]]:
         """What was accepted and not kept, each with the option that keeps it."""
-        accepted = [exchange.verb for exchange in self._exchanges[: self._length] if exchange.accepted]
-        last_mail = len(accepted) - accepted[::-1].index("MAIL") if "MAIL" in accepted else 0
-        recipients = accepted[last_mail:].count("RCPT") if self.msg else 0
+        said = self._exchanges[: self._length]
+        last_mail = max((at for at, one in enumerate(said) if one.verb == "MAIL" and one.accepted), default=0)
+        recipients = [one.accepted for one in said[last_mail:] if one.verb == "RCPT"]
+        has_lost_all = any(one.verb in ("DATA", "BDAT") and one.is_refused for one in said[last_mail:])
+        has_lost_all = has_lost_all and recipients[-1:] == [False]  # and its refusal undid the others
         for option, what, count, kept in (
-            ("multiple_rcptto", "recipients", recipients, len(self.rcpt_tos)),
+            ("multiple_rcptto", "recipients", sum(recipients) * (self.msg or has_lost_all), len(self.rcpt_tos)),
             ("multiple_message_receiving", "mails", self._discarded + self.msg, int(self.msg)),
         ):
             if count > kept:
@@ -2041,6 +2098,12 @@ class Message:
     def transcript(self) -> str:
         """The exchanges as lines such as "C: QUIT" and "S: 221 Bye"; a body is one line with its size."""
         return "\n".join(_format_exchanges(self._exchanges[: self._length]))
+
+    def _find_hints(self) -> list[str]:
+        """The options that would perhaps have helped."""
+        return [
+            f"hint: {hint}" for pattern, hint in _HINTS.items() if re.search(f"(?i){pattern}", f"{self.transcript}\n")
+        ]
 
     @functools.cached_property
     def received_header(self) -> str:
@@ -2175,6 +2238,11 @@ _BYTES = _OptionType(
     lambda text: text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode("latin-1"),
 )
 _THEN = {"close": _Next.CLOSE, "drop": _Next.CLOSE, "reset": _Next.RESET, "silence": _Next.SILENCE}
+_SAYS_TWICE = r"(?:^|\n)[0-9]{3}(?: .*)?\n(?:\Z|[0-9]{3}(?:[ \n]|\Z))"  # a last line, and another or none after it
+_REPLY_TEXT = _OptionType(
+    "a string such as '550 No', with one last line; raw() sends any bytes",
+    lambda value: _is_text(value) and not re.search(_SAYS_TWICE, value.replace("\r\n", "\n")),
+)
 _ENDING = _OptionType(f"one of {', '.join(_THEN)}", lambda value: isinstance(value, str) and value in _THEN)
 
 # The four aspects of a reply that rules decide: str or bytes to say, seconds, seconds, a _Next.
@@ -2194,46 +2262,60 @@ def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
 class Action(_Options, kw_only=False):
     """What a rule does. A field that is None leaves its aspect of the reply as it is without the rule."""
 
-    reply: str | None = _option(None, _TEXT, "the text of the reply")
+    reply: str | None = _option(None, _REPLY_TEXT, "the text of the reply")
     raw: bytes | None = _option(None, _BYTES, "bytes in place of the reply")
     delay: float | None = _option(None, _SECONDS, "seconds before the reply")
     trickle: float | None = _option(None, _SECONDS, "seconds between two bytes of the reply")
-    then: str | None = _option(None, _ENDING, "close, or without a reply: drop, reset or silence")
+    then: Literal["close", "drop", "reset", "silence"] | None = _option(None, _ENDING, "close; others send no reply")
 
 
 _ACTIONS = {name: option.kind for name, option in Action._declared.items()}
 
-# What people write for a stage, and what it is called here. Other verbs are allowed if they are not nearly these.
-_STAGE_NAMES = {verb.upper(): verb for verb in _VERBS if verb.isupper() or verb in ("connect", "message")}
-_STAGE_NAMES |= {"MAILFROM": "MAIL", "RCPTTO": "RCPT", "BODY": "message", "END": "message", "CONNECTION": "connect"}
+_STAGES = {verb.upper(): verb for verb in _VERBS if verb.isupper() or verb in ("connect", "message")} | {"*": "*"}
+# What people write for a stage.
+_OTHER_STAGES = {
+    "connect": "CONNECTION GREETING BANNER OPEN ACCEPT WELCOME START",
+    "EHLO": "HELLO EHLOHELO HELOEHLO",
+    "MAIL": "MAILFROM FROM SENDER ENVELOPE RETURNPATH",
+    "RCPT": "RCPTTO TO RECIPIENT RECIPIENTS RCPTS",
+    "message": "BODY CONTENT END EOM EOD DOT ENDOFDATA ENDOFMESSAGE DATAEND HEADER HEADERS SUBJECT TEXT",
+    "AUTH": "LOGIN PLAIN AUTHENTICATE AUTHENTICATION AUTHLOGIN AUTHPLAIN PASSWORD USER",
+    "STARTTLS": "TLS SSL HANDSHAKE",
+    "QUIT": "DISCONNECT CLOSE BYE EXIT LOGOUT",
+    "*": "ANY ALL EVERY EVERYTHING COMMAND",
+}
 
 
 def _parse_stage(name: object, verbs: Collection[str]) -> str:
     """connect, message, *, or a verb in upper case; MAIL FROM and RCPT TO are MAIL and RCPT."""
-    import difflib
-
-    words = name.replace(":", " ").split() if isinstance(name, str) else []
-    if not words or len(words) > 2 or (words[1:] and words[1].upper() not in ("FROM", "TO")):
-        raise ConfigurationError("must be connect, message, * or a verb such as RCPT", "stage", name)
-    stage = words[0].lower() if words[0].lower() in ("connect", "message") else words[0].upper()
-    if stage in ("*", *_STAGE_NAMES.values(), *verbs):
+    text = name.upper() if isinstance(name, str) else ""
+    if match := re.fullmatch(r"\s*(MAIL|RCPT)[\s:]+(?:FROM|TO)[\s:]*", text):
+        return match[1]
+    stage = _STAGES.get(text, text)
+    if stage in ("*", *_STAGES.values(), *verbs):
         return stage
-    if near := difflib.get_close_matches(stage, _STAGE_NAMES, n=1, cutoff=0.7):  # the rule would never apply
-        raise ConfigurationError(f"there is no such stage; did you mean {_STAGE_NAMES[near[0]]}?", "stage", name)
+    word = "DOT" if text.strip() == "." else re.sub(r"[\W_]", "", text)
+    near = _find_other_name(word, _OTHER_STAGES) or _suggest(text, _STAGES, 0.7)  # else the rule would never apply
+    if near or name != text or not re.fullmatch("[A-Z][A-Z0-9_-]*", text):
+        allowed = "must be connect, message, * or a verb such as RCPT, in upper case if this server does not know it"
+        raise ConfigurationError(f"there is no such stage{near}" if near else allowed, "stage", name)
     return stage
 
 
-def _check_match(match: str, stage: str) -> None:
+def _check_match(match: str, stage: str, *, is_lenient: bool) -> None:
     """Refuse a string that no address or domain of this stage can be."""
     kind = _VERBS.get(stage, _UNKNOWN_VERB)
     if kind.argument in ("", "text") and not kind.has_recipients:
         raise ConfigurationError(f"there is no address or domain at {stage}", "match", match)
     if address := re.search(r"<(.*)>$|^\*?@(.+)", match):
         raise ConfigurationError(f"did you mean {address[1] or address[2]!r}?", "match", match)
-    if not match or match.endswith("@"):
-        raise ConfigurationError("must be an address or a domain", "match", match)
-    if re.search(r"\\[.dwsDWS]|\.[*+]|^\^|\$$|^\*", match):
-        raise ConfigurationError(f"looks like a pattern; did you mean re.compile({match!r})?", "match", match)
+    path, domain = (_LENIENT_PATH, _LENIENT_DOMAIN) if is_lenient else (_PATH, rf"{_DOTTED}|localhost")
+    is_valid = bool(_parse_domain(match, domain) or _parse_path(path, "postmaster", False, match))
+    if stage not in ("MAIL", "RCPT") and not kind.has_recipients:  # a name of a host or of a user
+        is_valid = stage == "AUTH" or re.fullmatch(r"[^\s,]+", match) is not None
+    if not is_valid or re.search(r"\\[.dwsDWS]|\.[*+]|^\^|\$$|^\*", match):
+        text = "no address or domain can be this (a single word can, with lenient_addresses); did you mean"
+        raise ConfigurationError(f"{text} re.compile({match!r})? It searches the line or the body", "match", match)
 
 
 class Rule:
@@ -2254,15 +2336,16 @@ class Rule:
         probability: float = 1.0,
         after: int | None = None,
     ) -> None:
-        self.hits = 0  #: how often the rule was used; guarded by the lock of the rules, like what follows
+        self._hits = 0  # guarded by the lock of the rules, like what follows
         self._skipped = 0
+        self._newer: Rule | None = None  # which decided all that this rule would have
         self._rules = rules
         self._stage = _parse_stage(stage, rules.verbs)
         is_pattern = isinstance(match, re.Pattern) and isinstance(match.pattern, str)
         if not (match is None or isinstance(match, str) or is_pattern or callable(match)):
             raise ConfigurationError("must be an address, a domain, a pattern of str or a function", "match", match)
         if isinstance(match, str):
-            _check_match(match, self._stage)
+            _check_match(match, self._stage, is_lenient=rules.is_lenient)
         self._match = _fold(match) if isinstance(match, str) else match
         _check("skip", skip, _COUNT)
         for name, value, kind in (("times", times, _TIMES), ("after", after, _COUNT)):
@@ -2285,7 +2368,8 @@ class Rule:
         A text that begins with 4 or 5 refuses the command. With any other text, it takes effect.
         """
         for text in texts or [()]:
-            _check("reply", text, _OptionType("one string or more", lambda text: text is None or _is_text(text)))
+            if text is not None:
+                _check("reply", text, _REPLY_TEXT)
         base = {name: value for name, value in self._uses[0].items() if name != "raw"}
         self._uses = tuple({**base, "reply": text} for text in texts)
         return self
@@ -2318,10 +2402,22 @@ class Rule:
         """Keep the connection open, but answer neither this nor anything that follows."""
         return self._add("then", "silence")
 
-    def __call__(self, function: _Function) -> Any:
+    @property
+    def hits(self) -> int:
+        """How often the rule was used."""
+        return self._hits
+
+    def __call__(self, function: _Function) -> Rule:
+        """Call function(request, message) for the reply: None for the normal one, a text, or an Action."""
         _check("rule", function, _CALLABLE)
         self._function = function
         return self
+
+    if not TYPE_CHECKING:  # which would take any name for right
+
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = "; it is an argument of on()" if name in ("match", "skip", "times", "probability", "after") else ""
+            raise AttributeError(f"a Rule has no attribute {name!r}{hint}")
 
     def remove(self) -> None:
         """Remove the rule from its server. Removing it twice is no error."""
@@ -2341,39 +2437,47 @@ class Rule:
         folded = [_fold(name) for name in names]
         return match is None or any(match in (name, name.rpartition("@")[2].lower()) for name in folded)
 
-    def _use(self, wanted: Collection[str], *, counts: bool) -> tuple[dict[str, Any], _Function | None]:
+    def _use(
+        self, wanted: Collection[str], newer: Rule | None, *, counts: bool
+    ) -> tuple[dict[str, Any], _Function | None]:
         """The aspects that are wanted; counts a use if there are any. Called with the lock of the rules."""
         if self._skipped < self._skip:  # whether newer rules have decided everything or not
             self._skipped += counts
             return {}, None
         uses, function = self._uses, self._function if "reply" in wanted else None
-        use = _find_aspects(uses[min(self.hits, len(uses) - 1)])
+        use = _find_aspects(uses[min(self._hits, len(uses) - 1)])
         aspects = {name: value for name, value in use.items() if name in wanted}
-        is_spent = self.hits == self._times or not (aspects or function)
+        if counts and not (aspects or function):
+            self._newer = newer
+        is_spent = self._hits == self._times or not (aspects or function)
         if is_spent or (self._random is not None and self._random.random() >= self._probability):
             return {}, None
-        self.hits += counts
+        self._hits += counts
         return aspects, function
 
     def _find_nearest(self, requests: Sequence[str]) -> str:
-        """The request that this rule was perhaps meant for, as the end of a sentence."""
+        """Why it was perhaps never hit, as the end of a sentence: a newer rule, or the nearest request."""
         import difflib
 
-        similar = [request for request in requests if request[: len(self._stage)].upper() == self._stage]
+        if self._newer is not None:
+            return f": the newer {self._newer!r} came first"
+        similar = [request[:100] for request in requests if request[: len(self._stage)].upper() == self._stage]
         match = self._match if isinstance(self._match, str) else ""
-        nearest = difflib.get_close_matches(match, similar[-1000:], n=1, cutoff=0) or similar[-1:]
-        return f"; the nearest command was {_shorten(nearest[0])}" if nearest else ""
+        nearest = difflib.get_close_matches(match, dict.fromkeys(similar[-300:]), n=1, cutoff=0) or similar[-1:]
+        what = "the nearest command was" if self._match or self._skip or self._after else "before it there was"
+        return f"; {what} {_shorten(nearest[0])}" if nearest else ""
 
     def __repr__(self) -> str:
         skipped = f", {self._skipped} of {self._skip} skipped" if self._skip else ""
-        return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits{skipped}>"
+        return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self._hits} hits{skipped}>"
 
 
 class _Rules:
     """The rules of a server."""
 
-    def __init__(self, seed: int | None, verbs: Collection[str] = ()) -> None:
+    def __init__(self, seed: int | None, verbs: Collection[str] = (), *, is_lenient: bool = False) -> None:
         self.verbs = verbs  # of the server's handlers
+        self.is_lenient = is_lenient  # whether an address may be a single word
         self.newest_first: tuple[Rule, ...] = ()  # replaced, never changed; so it can be read without the lock
         self.seed = seed
         self._seeded = 0  # how many rules have a generator of random numbers
@@ -2430,13 +2534,15 @@ class _Rules:
         """
         found: dict[str, Any] = {}
         counts = "reply" in wanted  # a challenge of AUTH is no use of its own
+        newer: Rule | None = None
         for rule in self.newest_first:
             text = texts.get(rule._stage)
             is_meant = text is not None and rule._after == after and rule._script in (None, script)
             if text is not None and is_meant and rule._matches(text, names):
                 missing = [aspect for aspect in wanted if aspect not in found]
                 with self._lock:
-                    aspects, function = rule._use(missing, counts=counts) if rule in self.newest_first else ({}, None)
+                    is_there = rule in self.newest_first
+                    aspects, function = rule._use(missing, newer, counts=counts) if is_there else ({}, None)
                 if function is not None:  # called without the lock, like every function of the user
                     result = function(text, message())
                     action = Action(result) if result is None or isinstance(result, str) else result
@@ -2444,6 +2550,7 @@ class _Rules:
                         raise TypeError(f"a rule returned {result!r}: must be None, a reply or an Action")
                     aspects = aspects | _find_aspects(action._find_changes())
                 found |= {name: value for name, value in aspects.items() if name in missing}
+                newer = rule if aspects else newer
         return found
 
 
@@ -3960,12 +4067,9 @@ class _Entry:
 class _Waiter:
     """What a waiting thread has found, and what it still has to look at."""
 
-    def __init__(self, entries: Iterable[_Entry], after: int) -> None:
-        self.after = after  # only entries with a higher number match
+    def __init__(self, entries: Iterable[_Entry]) -> None:
         # The lock of the mailbox guards the first two; only the waiting thread uses the third.
-        self.unseen = {
-            entry: None for entry in entries if entry.number > after
-        }  # new, or changed since it was looked at
+        self.unseen = dict.fromkeys(entries)  # new, or changed since it was looked at
         self.missing = 0  # it is not woken for fewer
         self.matching: dict[_Entry, Message] = {}
 
@@ -3975,7 +4079,7 @@ class _Waiter:
     def look_at(self, entries: Iterable[_Entry], where: _Where | None, deadline: float) -> None:
         for entry in entries:
             message = entry.message
-            if entry.number > self.after and (where is None or where(message)):
+            if where is None or where(message):
                 self.matching[entry] = message
             else:
                 self.matching.pop(entry, None)
@@ -3987,13 +4091,16 @@ class _Mailbox:
     """The recorded messages of a server, oldest first."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards everything below
-        self._changed = threading.Condition(self._lock)  # notified when a waiter has enough, and by end_waits()
+        self.make_lock()
         self._last_number = 0
         self._recorded = 0  # how many there were, with those that were purged
         self._waits = True  # False once end_waits() was called
         self._entries: list[_Entry] = []
         self._waiters: list[_Waiter] = []
+
+    def make_lock(self) -> None:
+        self._lock = threading.Lock()  # guards everything else
+        self._changed = threading.Condition(self._lock)  # notified when a waiter has enough, and by end_waits()
 
     def make_number(self) -> int:
         """The number of another message."""
@@ -4035,10 +4142,10 @@ class _Mailbox:
                 self._purge(self._entries)
         return messages
 
-    def read(self, after: int) -> tuple[int, list[Message]]:
-        """How many messages were recorded in all, and those that came after so many and were not purged."""
+    def read(self) -> tuple[int, dict[int, Message]]:
+        """How many messages were recorded in all, and those that were not purged, by their place among these."""
         with self._lock:
-            return self._recorded, [entry.message for entry in self._entries if entry.number > after]
+            return self._recorded, {entry.number: entry.message for entry in self._entries}
 
     def end_waits(self) -> None:
         """End all waits, also those to come."""
@@ -4051,13 +4158,11 @@ class _Mailbox:
             entry.is_purged = True
         self._entries = [entry for entry in self._entries if not entry.is_purged]
 
-    def wait(
-        self, count: int, timeout: float, where: _Where | None, *, purge: bool, after: int = 0
-    ) -> tuple[bool, list[Message]]:
+    def wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> tuple[bool, list[Message]]:
         """Wait for count matching messages. Returns whether they came, and all that match; purges only if they came."""
         deadline = time.monotonic() + timeout
         with self._lock:
-            waiter = _Waiter(self._entries, after)
+            waiter = _Waiter(self._entries)
             self._waiters.append(waiter)
         try:
             waiter_deadline = float("inf")  # everything that was there before the call is looked at
@@ -4111,7 +4216,8 @@ class _Log:
         self._prints = options.log_to_stdout
         self.shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
         self._has_failed = False  # not guarded: at worst, two threads say so
-        self.failures = failures  # of callbacks, since the start or the last reset(), whatever the log was then
+        # Of callbacks, with their tracebacks, since the start or the last reset(), whatever the log was then.
+        self.failures = failures
 
     def activity(self, text: str) -> None:
         if self.shows_activity:
@@ -4137,12 +4243,14 @@ class _Log:
 
         kind, error, trace = sys.exc_info()
         text = "".join(traceback.format_exception_only(kind, error)).strip()  # which survives a __str__() that raises
-        self.failures.append(f"{what}: {text}")
-        if isinstance(error, SMTPMockError):  # of an output of the command line; a traceback would say nothing more
+        self.failures.append(f"{what}: {text}\n{traceback.format_exc()}".rstrip())
+        if isinstance(error, _OutputError):  # a traceback would say nothing more
             with contextlib.suppress(Exception):
                 sys.stderr.write(f"smtpmock: {error}\n")
                 sys.stderr.flush()
         elif self._logger is None and not self._prints:
+            if isinstance(error, SystemExit):  # which threading.excepthook ignores
+                kind, error = SMTPMockError, SMTPMockError(f"{what}: {error!r}")
             with contextlib.suppress(BaseException):
                 threading.excepthook(threading.ExceptHookArgs((kind, error, trace, threading.current_thread())))
         else:
@@ -4258,6 +4366,14 @@ def _load_test_context(name: str) -> ssl.SSLContext:
     return context
 
 
+# What errors in a handshake mean, by the beginnings of OpenSSL's reasons.
+_TLS_HINTS = {
+    "the client must begin TLS, because of implicit_tls or STARTTLS": "WRONG_VERSION HTTP_REQ UNEXPECTED TimeoutError",
+    "the ssl_context may have no certificate": "NO_SHARED_CIPHER NO_SUITABLE_SIGNATURE",
+    "the client does not trust the certificate": "TLSV1_ALERT_UNKNOWN_CA SSLV3_ALERT_CERTIFICATE SSLV3_ALERT_BAD_CERT",
+}
+
+
 class _Connection(socketserver.BaseRequestHandler):
     """Moves bytes between a client and its session, and carries out the replies."""
 
@@ -4284,6 +4400,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.is_recorded = False  # has ended, and its messages are complete
         self.is_aborting = False  # must end at once
         self.ending: _Next | None  # CLOSE or RESET if disconnect() ends it
+        self.thread = threading.get_ident()
         self.server.connections[self] = None
         with self.server.accepting:
             self.ending = self.server.starting.pop(self.plain)
@@ -4447,8 +4564,9 @@ class _Connection(socketserver.BaseRequestHandler):
             self.is_idle = False
         except (OSError, ValueError) as error:
             self.has_failed, self.reason = True, f"TLS handshake failed: {error}"
-            if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
-                self.reason += "; the client spoke plain text, but this port begins with TLS"
+            name = str(getattr(error, "reason", type(error).__name__))
+            hints = [f"; {hint}" for hint, names in _TLS_HINTS.items() if name.startswith(tuple(names.split()))]
+            self.reason += "".join(hints)
             self.log("warning", f"SMTP session broke off: {self.reason}")
         return self.session.is_secure
 
@@ -4522,13 +4640,22 @@ class _Connection(socketserver.BaseRequestHandler):
             while True:
                 leaves = reads and self.is_idle and self.server.stopping
                 left = (self.leaves_at if leaves else deadline) - time.monotonic()
+                if self.is_aborting and not self.is_recorded:  # _linger() may still read; OpenSSL would send an alert
+                    raise ConnectionAbortedError("the server has ended it")
                 if is_ready or (leaves and left <= 0):
                     return not leaves or left > 0
-                if self.is_aborting and not self.is_recorded:  # _linger() may still read
-                    raise ConnectionAbortedError("the server has ended it")
                 if left <= 0:
                     raise TimeoutError("timed out")
                 is_ready = bool(selector.select(min(left, _POLL_SECONDS) if _MUST_POLL else left))
+
+    def has_left(self) -> bool:
+        """Whether it has ended, because the client closed. Called by any thread."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or there is no such poll()
+            poll = _select.poll()
+            poll.register(self.request, _select.POLLRDHUP)
+            if poll.poll(0):
+                self.await_end(time.monotonic() + _QUIT_TIMEOUT)
+        return self.is_recorded
 
     def await_end(self, until: float) -> None:
         """Wait until this time for the end of the session. Called by another thread."""
@@ -4597,8 +4724,9 @@ def _join_threads(threads: Sequence[_Thread], timeout: float) -> bool:
     return all(thread.ended.is_set() for thread in others)
 
 
-# The listeners whose sockets a forked child has to close.
+# The listeners whose sockets a forked child has to close, and the servers with its locks.
 _listeners: weakref.WeakSet[_Listener] = weakref.WeakSet()
+_servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
 class _Listener(socketserver.ThreadingTCPServer):
@@ -4642,8 +4770,10 @@ class _Listener(socketserver.ThreadingTCPServer):
                 self.was_opened = True  # before start(), which may be interrupted
                 try:
                     self.thread.start()
-                except RuntimeError:  # there is no thread to wait for
-                    self.was_opened = False
+                except RuntimeError as error:
+                    if isinstance(error.__context__, KeyboardInterrupt):
+                        raise error.__context__ from None  # the locks of threading fail if it comes within them
+                    self.was_opened = False  # there is no thread to wait for
                     raise
 
     def serve_forever(self, poll_interval: float | None = None) -> None:
@@ -4727,7 +4857,8 @@ class _Listener(socketserver.ThreadingTCPServer):
             thread.clients.put(None)
         if not _join_threads(threads, timeout):
             self.abort()
-            _join_threads(threads, _ABORT_TIMEOUT)
+            if not _join_threads(threads, _ABORT_TIMEOUT):
+                self._tell_holders()
         self.server_close()
         return self.aborting.is_set()
 
@@ -4768,6 +4899,17 @@ class _Listener(socketserver.ThreadingTCPServer):
             for connection in connections:  # what waits until its client reads
                 connection.shut_down(socket.SHUT_RDWR)
             self.changed.wait_for(lambda: all(c.is_recorded for c in connections), _ABORT_TIMEOUT)
+        self._tell_holders()
+
+    def _tell_holders(self) -> None:
+        """Log which functions of the user hold sessions up."""
+        import traceback
+
+        for connection in self.connections.copy():
+            frame = sys._current_frames().get(connection.thread)
+            if connection.is_aborting and not connection.is_recorded and frame is not None:
+                calls = "".join(traceback.format_stack(frame)[-8:])
+                self.context.log("warning", f"SMTP session is held up, last calls:\n{calls}")
 
     def _accept_waiting(self) -> Any:
         """A client that waits to be accepted; None if there is none."""
@@ -4781,8 +4923,11 @@ class _Listener(socketserver.ThreadingTCPServer):
 
 def _abandon_listeners() -> None:
     """In a forked child, close the sockets; the parent has the threads, and goes on serving the clients."""
+    for server in list(_servers):  # another thread of the parent may have held any lock
+        server._lifecycle, server._rules._lock = threading.Lock(), threading.Lock()
+        server._mailbox.make_lock()
     for listener in list(_listeners):
-        listener.closing = threading.RLock()  # another thread of the parent may have held it
+        listener.closing, listener.accepting = threading.RLock(), threading.Lock()
         listener.stopping, listener.was_opened = True, False
         for connection in listener.connections:
             connection.request.close()
@@ -4837,13 +4982,26 @@ class Server:
         self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
         self._host, self._port = given.host, given.port  # set by start(), which runs in one thread only
         handlers, log = _Handlers(given, given.handlers), _Log(given.logger, given, deque(maxlen=100))
-        self._mailbox, self._rules = _Mailbox(), _Rules(given.seed, handlers)
+        self._mailbox, self._rules = _Mailbox(), _Rules(given.seed, handlers, is_lenient=given.lenient_addresses)
         shared = (given, handlers, self._mailbox, log, self._rules, given.on_message or _ignore)
         self._context = _Context(*shared, early_ends=deque(maxlen=_REPORT_LIMIT))  # replaced, never changed
         self._warned: set[int] = set()  # the messages about which a warning was given; two threads may both warn of one
         # Guards changes of _listener and _context; not held while the user's code runs.
         self._lifecycle = threading.Lock()
         self._listener: _Listener | None = None
+        _servers.add(self)
+
+    if not TYPE_CHECKING:  # which would take any name for right
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name in _ServerOptions._declared and type(self) is Server:  # not a subclass, which may have its own
+                raise AttributeError(f"{name} is an option, not an attribute: configure({name}={value!r}) changes it")
+            super().__setattr__(name, value)
+
+        def __getattr__(self, name: str) -> NoReturn:
+            is_option = name in _ServerOptions._declared
+            hint = f"; it is an option: configure({name}=...)" if is_option else _find_other_name(name, _OTHER_NAMES)
+            raise AttributeError(f"a Server has no attribute {name!r}{hint}")
 
     def with_logger(self, logger: Logger | logging.Logger | None) -> Server:
         """Log to this Logger or logging.Logger from now on; None is the default one. reset() does not undo this."""
@@ -4861,7 +5019,7 @@ class Server:
         changes = _join_options(configuration, options)
         for name in _AddressOptions._declared:
             if name in changes:
-                raise ConfigurationError("cannot be changed by configure()", name, changes[name])
+                raise ConfigurationError("cannot be changed by configure(), only by Server()", name, changes[name])
         self._change_options(lambda options: options._replace(**changes))
 
     def _change_options(self, change: Callable[[_ServerOptions], _ServerOptions]) -> None:
@@ -4876,6 +5034,7 @@ class Server:
                 if options.on_message is not base.on_message:
                     on_message = options.on_message or _ignore
                 self._options, self._rules.seed, self._rules.verbs = options, options.seed, table
+                self._rules.is_lenient = options.lenient_addresses
                 self._context = self._context._replace(options=options, handlers=table, log=log, on_message=on_message)
                 if self._listener is not None:
                     self._listener.context = self._context
@@ -4899,6 +5058,10 @@ class Server:
 
     def _start_and_announce(self, announce: Callable[[str, int], None]) -> Server:
         """Like start(). Calls announce when clients can connect, and before the first is served."""
+        if self._options.log_server_activity and not self._context.log.shows_activity:
+            import warnings
+
+            warnings.warn("log_server_activity needs log_to_stdout=True or a logger", SMTPMockWarning, 3)
         listener = None
         try:
             with self._lifecycle:
@@ -4957,7 +5120,7 @@ class Server:
             self._context.log("info", f"SMTP mock server was {result}")
 
     def __enter__(self) -> Server:
-        return self.start()
+        return self if self.is_running else self.start()
 
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(ServerStateError):  # the block may have stopped it
@@ -4970,16 +5133,19 @@ class Server:
 
     @property
     def port(self) -> int:
-        """As configured; from start() on, the real one, which it keeps after stop()."""
+        """As configured; from start() on, the real one, which it keeps after stop(). ServerStateError if it is 0."""
+        if not self._port:
+            raise ServerStateError(f"{self!r} was not started yet, so it has no port")
         return self._port
 
     @property
     def url(self) -> str:
         """As in smtp://127.0.0.1:2525; smtps:// with implicit_tls."""
-        return f"smtp{'s' * self._options.implicit_tls}://{_format_address(self._host, self._port)}"
+        return f"smtp{'s' * self._options.implicit_tls}://{_format_address(self._host, self.port)}"
 
     @property
     def is_running(self) -> bool:
+        """Whether it was started, and not stopped since."""
         return self._listener is not None
 
     def messages(self) -> list[Message]:
@@ -4988,7 +5154,8 @@ class Server:
 
     def messages_and_purge(self) -> list[Message]:
         """The recorded messages, oldest first. Exactly what is returned is removed."""
-        return self._warn(self._mailbox.messages(purge=True))
+        self._warn(self._mailbox.messages(purge=False))  # first, because it may raise the warning
+        return self._mailbox.messages(purge=True)
 
     def message(self, where: _Where | None = None, timeout: float = 0.0) -> Message:
         """The one accepted mail for which where(message) is true; WaitTimeoutError if none comes, or several."""
@@ -4998,8 +5165,11 @@ class Server:
             1, timeout, lambda message: message.is_consistent and (where is None or where(message)), purge=False
         )
         if len(found) != 1:
+            self._warn(self._mailbox.messages(purge=False))
             what = "accepted messages" if where is None else "matching accepted messages"
-            text = f"{len(found)} {what} where there should be 1"
+            hint = "it did not wait, as message(timeout=5) does" if not timeout else ""
+            hint = "messages() returns all, and where= chooses" if found else hint
+            text = f"{len(found)} {what} where there should be 1{hint and f'; {hint}'}"
             raise WaitTimeoutError("\n  ".join([text, *self._report()]), found)
         return self._warn(found)[0]
 
@@ -5055,6 +5225,7 @@ class Server:
             known = ("stage", "match", "skip", "times", "probability", "after")
             name, value = dict[str, Any](unknown).popitem()
             hint = _suggest(name, known) or f"; there are {', '.join(known)}"
+            hint = f"; did you mean on(...).{name}(...)?" if hasattr(Rule, name) else hint
             raise ConfigurationError(f"on() has no such argument{hint}", name, value)
         return self._rules.add(Rule(self._rules, stage, match, skip, times, probability, after))
 
@@ -5093,15 +5264,15 @@ class Server:
     def check(self) -> None:
         """Raise AssertionError if a rule was never hit or has no action, or if a callback raised an exception."""
         __tracebackhide__ = True  # of pytest
-        faults = self._context.log.forget_failures()
+        faults = [failure.partition("\nTraceback ")[0] for failure in self._context.log.forget_failures()]
         requests: list[str] | None = None
         for rule in reversed(self._rules.newest_first):
             if rule._function is None and not any(rule._uses):
                 faults.append(f"{rule!r} has no action")
             elif rule._script is not None:
-                left = [use["reply"] or use["then"].value for use in rule._uses[rule.hits :]]
+                left = [use["reply"] or use["then"].value for use in rule._uses[rule._hits :]]
                 faults += [f"{_shorten(text)} at {rule._stage}, of the transcript, was never reached" for text in left]
-            elif not rule.hits:
+            elif not rule._hits:
                 requests = self._list_requests() if requests is None else requests
                 faults.append(f"{rule!r} was never hit{rule._find_nearest(requests)}")
         if faults:
@@ -5129,12 +5300,14 @@ class Server:
     ) -> list[Message]:
         """Like wait_for_messages(). Exactly what is returned is removed."""
         __tracebackhide__ = True
-        return self._warn(self._wait(count, timeout, where, purge=True))
+        begin = time.monotonic()
+        self._warn(self._wait(count, timeout, where, purge=False))  # first, because it may raise the warning
+        return self._wait(count, max(0.0, timeout - time.monotonic() + begin), where, purge=True)
 
-    def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool, after: int = 0) -> list[Message]:
+    def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> list[Message]:
         __tracebackhide__ = True
         _check_wait(count, timeout, where)
-        enough, messages = self._mailbox.wait(count, timeout, where, purge=purge, after=after)
+        enough, messages = self._mailbox.wait(count, timeout, where, purge=purge)
         if not enough:
             what = "messages" if where is None else "matching messages"
             text = f"{len(messages)} of {count} {what} came in {timeout:g} seconds"
@@ -5143,6 +5316,7 @@ class Server:
 
     def _report(self) -> Iterator[str]:
         """What helps someone whose wait timed out."""
+        connections = [connection for connection in self._list_connections() if not connection.has_left()]
         messages, asyncio = self._mailbox.messages(purge=False), sys.modules.get("asyncio")
         if asyncio is not None and asyncio._get_running_loop() is not None:
             yield "this wait blocks the asyncio event loop of its thread: use await asyncio.to_thread(...)"
@@ -5151,14 +5325,15 @@ class Server:
             yield "  ..."
         for message in messages[-_REPORT_LIMIT:]:
             yield f"  {message!r}, subject {message.subject!r}"
+            yield from (f"    {hint}" for hint in message._find_hints())
             yield from (
                 f"    {found}" for found in message.violations if found.code in ("tls-on-plain-port", "false-end")
             )
-        connections = self._list_connections()
         yield f"open sessions: {len(connections)}"
         for connection in connections[:_REPORT_LIMIT]:
             session = connection.session
-            last = " / ".join(_format_exchanges(session.mail.exchanges[-1:]))
+            last = " / ".join(_format_exchanges(session.mail.exchanges[-1:])) or "the client has sent nothing"
+            last += ", but must begin TLS, because of implicit_tls" * (not session.mail.exchanges)
             yield f"  {_format_address(*session.peer)}: {last}"
             body = session.mail.body
             if body is not None and body.ends_falsely():
@@ -5191,6 +5366,7 @@ class _PytestPlugin:
     def __init__(self) -> None:
         self.test: Any = None  # the last one with the fixture
         self.sessions: list[Message | str] = []  # of that test, after its end
+        self.failures: list[str] = []  # of callbacks
         self.shown = ""  # the last section of its report
 
     def smtp_server(self, request: Any, shared_smtp_server: Server) -> Iterator[Server]:
@@ -5209,10 +5385,13 @@ class _PytestPlugin:
                 raise ConfigurationError(f"pytest.mark.smtp_server: {mark.args[0]!r} must be an option by its name")
             options |= mark.kwargs
         transcript = options.pop("play", None)
-        server.configure(**options)
+        try:
+            server.configure(**options)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"pytest.mark.smtp_server: {error}") from None
         if transcript is not None:
             server.play(transcript)
-        self.test, self.sessions, self.shown = request.node, [], ""
+        self.test, self.sessions, self.failures, self.shown = request.node, [], [], ""
         yield server
         if server._listener is not None:
             server._listener.await_quits()
@@ -5220,13 +5399,23 @@ class _PytestPlugin:
         self.sessions = self._list_sessions()
         server.reset()
 
+    def check_mark(self, item: Any) -> None:
+        """Runs before each test."""
+        names, marks = getattr(item, "fixturenames", ()), [mark.name for mark in item.own_markers]
+        may_get_it = "smtp_server" in names or ("request" in names and "shared_smtp_server" not in names)
+        if "smtp_server" in marks and not may_get_it:
+            raise ConfigurationError("pytest.mark.smtp_server has no effect in a test without the fixture smtp_server")
+
     def check(self, item: Any) -> None:
         """Runs after a test that passed."""
         if item is self.test:
+            self.failures = list(self.server._context.log.failures)  # check() forgets them
             self.server.check()
 
     def report(self, item: Any, call: Any) -> None:
-        if call.excinfo is not None and item is self.test:
+        if call.excinfo is not None and "ScopeMismatch" in (text := str(call.excinfo.value)) and "smtp_server" in text:
+            item.add_report_section(call.when, "smtp_server", "a fixture with a larger scope uses shared_smtp_server")
+        elif call.excinfo is not None and item is self.test:
             text = self._describe(self.sessions or self._list_sessions())
             if text != self.shown:
                 item.add_report_section(call.when, "smtp_server", text)
@@ -5240,6 +5429,7 @@ class _PytestPlugin:
             *self.server._mailbox.messages(purge=False),
             *(f"a session is open:\n{dialogue}" for dialogue in dialogues),
             *self.server._list_early_ends(),
+            *(self.failures or self.server._context.log.failures.copy()),
         ]
 
     def _describe(self, sessions: Sequence[Message | str]) -> str:
@@ -5249,7 +5439,11 @@ class _PytestPlugin:
             else []
         )
         for item in sessions[-_REPORT_LIMIT:]:
-            lines = [] if isinstance(item, str) else [item.transcript, *map(str, item.violations + item.warnings)]
+            lines = (
+                []
+                if isinstance(item, str)
+                else [item.transcript, *item._find_hints(), *map(str, item.violations + item.warnings)]
+            )
             parts.append("\n".join([str(item), *lines]))
         return "\n\n".join(parts) or "no session"
 
@@ -5264,6 +5458,7 @@ def pytest_configure(config: Any) -> None:
     vars(functions).update(
         shared_smtp_server=pytest.fixture(scope="session")(_shared_smtp_server),
         smtp_server=pytest.fixture(plugin.smtp_server),
+        pytest_runtest_setup=plugin.check_mark,
         pytest_runtest_call=plugin.check,
         pytest_runtest_makereport=plugin.report,
     )
@@ -5275,26 +5470,19 @@ def pytest_configure(config: Any) -> None:
 
 # Any page on the web can have a browser send requests to this machine. So a request must name this server and come from
 # its own pages, and an answer loads nothing.
-_HTTP_SECONDS, _HTTP_STOP_TIMEOUT = 20.0, 0.5  # for a request and its answer each, and for the last answers in a stop
+_HTTP_SECONDS, _HTTP_STOP_TIMEOUT = 20.0, 0.5  # of silence; for the last answers in a stop
 _BODY_LIMIT, _IMAGES_LIMIT, _TEXT_LIMIT, _LIST_LIMIT = 2**20, 2**25, 200000, 200
-_HTTP_HEADERS = {
-    "Cache-Control": "no-store",
-    "Connection": "close",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "X-DNS-Prefetch-Control": "off",
-}
+_HTTP_HEADERS = {"Cache-Control": "no-store", "Connection": "close", "Referrer-Policy": "no-referrer"}
+_HTTP_HEADERS |= {"X-Content-Type-Options": "nosniff", "X-DNS-Prefetch-Control": "off"}
+_HTTP_HEADERS |= dict.fromkeys(("Cross-Origin-Opener-Policy", "Cross-Origin-Resource-Policy"), "same-origin")
+_HTML, _JSON = "text/html; charset=utf-8", "application/json"
 _POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors"
 _DATA_POLICY = f"{_POLICY} 'none'; sandbox"
 _PAGE_POLICY = f"{_POLICY} 'none'; frame-src 'self'; style-src 'unsafe-inline'"
 _MAIL_POLICY = f"{_POLICY} 'self'; img-src data:; style-src 'unsafe-inline'; sandbox"
-_NUMBER = "(?<=/)[0-9]+(?![^/])"
 _LOCAL_NAME = r"[\w-]+|([\w-]+\.)+(localhost|local|internal|test)"
 
 _READ_HEADERS = ("from", "to", "cc", "reply-to", "date", "subject")
-_Execute = Callable[[str], tuple[dict[str, Any], int]]  # obeys a command; the event that answers it, and a status
 _ADDRESS = _OptionType("a string", _is_text, lambda text: text.lower().replace(" ", "+"))  # a bare + means a space
 _WAIT = _OptionType("a number of seconds from 0 to 60", _number(0, 60, int, float), float)
 _QUERIES: dict[str, dict[str, _OptionType]] = {
@@ -5317,29 +5505,28 @@ a { color: light-dark(#0645ad, #8ab4f8) }
 h1, h2 { font-size: 1.2rem }
 .mail { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1rem; padding: .5rem; color: inherit }
 .mail { border-top: 1px solid #8886; text-decoration: none }
-.mail:hover { background: #8882 }
 .mail span { flex: 1 0 100%; text-decoration: underline }
+.mail:hover, pre { background: #8882 }
 .accepted { color: light-dark(#176b34, #7bd88f) }
 .refused, .error { color: light-dark(#b3261e, #ff9a90) }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem }
-dt, small { color: light-dark(#555, #aaa) }
 dd { margin: 0 }
-pre { white-space: pre-wrap; padding: .5rem; background: #8882 }
+dt, small { color: light-dark(#555, #aaa) }
+pre { white-space: pre-wrap; padding: .5rem }
 iframe { width: 100%; height: 30rem; border: 1px solid #8886; background: #fff; color-scheme: light; resize: vertical }
-@media (max-width: 30rem) { dl { display: block } dd { margin-bottom: .5rem } }
 """
 
 
 class _HttpAnswer(Exception):  # noqa: N818 - most are no errors
     """What a request gets: bytes, a value as JSON or, as a str, what is wrong with it. It can be raised."""
 
-    def __init__(self, content: object, status: int = 200, **headers: str) -> None:
+    def __init__(self, content: object, status: int = 200, kind: str = _JSON, policy: str = "", **headers: str) -> None:
         import json
 
         value = {"event": "error", "error": content} if isinstance(content, str) else content
         self.body = value if isinstance(value, bytes) else json.dumps(value).encode() + b"\n"
         self.status = status
-        self.headers = {"content_type": "application/json", "content_security_policy": _DATA_POLICY} | headers
+        self.headers = {"content_type": kind, "content_security_policy": policy or _DATA_POLICY} | headers
 
 
 def _read_query(query: str, known: Mapping[str, _OptionType]) -> dict[str, Any]:
@@ -5381,38 +5568,39 @@ def _find(server: Server, number: str) -> Message:
 def _list_messages(
     server: Server, *, after: int = 0, timeout: float | None = None, count: int = 1, **wanted: Any
 ) -> _HttpAnswer:
-    if after > (recorded := server._mailbox.read(after)[0]):
+    recorded, messages = server._mailbox.read()
+    if after > recorded:
         raise ConfigurationError(f"is of another run; this one has recorded {recorded} messages", "after", after)
+    old = {message.id for number, message in messages.items() if number <= after}
 
     def matches(message: Message) -> bool:
-        return all(_FILTERS[name](message, value) for name, value in wanted.items())
+        return message.id not in old and all(_FILTERS[name](message, value) for name, value in wanted.items())
 
     late = {}
     try:
         if timeout is not None:
-            server._wait(count, timeout, matches, purge=False, after=after)
+            server._wait(count, timeout, matches, purge=False)
     except WaitTimeoutError as error:
         late = {"error": str(error)}
-    recorded, messages = server._mailbox.read(after)  # in one step: the next answer begins where this one ends
-    found = [message.to_dict() for message in messages if matches(message)]
-    late = {} if len(found) >= count else late
+    recorded, messages = server._mailbox.read()  # in one step: the next answer begins where this one ends
+    found = [message.to_dict() for message in messages.values() if matches(message)]
+    late = late if len(found) < count else {}
     return _HttpAnswer({**late, "messages": found, "next": recorded}, 404 if late else 200)
 
 
-def _get_attachment(server: Server, number: str, index: str) -> _HttpAnswer:
+def _offer(content: bytes, kind: str, name: str) -> _HttpAnswer:
+    """A download."""
     from urllib.parse import quote
 
-    attachments = _find(server, number).attachments
-    if index not in map(str, range(len(attachments))):
-        raise _HttpAnswer(f"message {number} has {len(attachments)} attachments, counted from 0", 404)
-    name, _, content = attachments[int(index)]
-    disposition = f"attachment; filename*=UTF-8''{quote(name or index, safe='', errors='replace')}"
-    return _HttpAnswer(content, content_type="application/octet-stream", content_disposition=disposition)
+    disposition = f"attachment; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+    return _HttpAnswer(content, kind=kind, content_disposition=disposition)
 
 
-def _get_mail(server: Server, number: str) -> _HttpAnswer:
-    data, disposition = _find(server, number).as_bytes(), f"attachment; filename={number}.eml"
-    return _HttpAnswer(data, content_type="message/rfc822", content_disposition=disposition)
+def _get_attachment(message: Message, index: str) -> _HttpAnswer:
+    if index not in map(str, range(len(message.attachments))):
+        raise _HttpAnswer(f"message {message.id} has {len(message.attachments)} attachments, counted from 0", 404)
+    name, _, content = message.attachments[int(index)]
+    return _offer(content, "application/octet-stream", name or index)
 
 
 def _make_page(title: str, body: str, refresh: int = 0) -> _HttpAnswer:
@@ -5422,8 +5610,7 @@ def _make_page(title: str, body: str, refresh: int = 0) -> _HttpAnswer:
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 {more}<title>{escape(title)}</title><style>{_STYLE}</style><h1><a href="/">smtpmock</a></h1><main>{body}</main></html>
 """
-    data = page.encode("utf-8", "backslashreplace")
-    return _HttpAnswer(data, content_type="text/html; charset=utf-8", content_security_policy=_PAGE_POLICY)
+    return _HttpAnswer(page.encode("utf-8", "backslashreplace"), kind=_HTML, policy=_PAGE_POLICY)
 
 
 def _list_mails(server: Server, *, refresh: int = 5) -> _HttpAnswer:
@@ -5443,14 +5630,14 @@ def _list_mails(server: Server, *, refresh: int = 5) -> _HttpAnswer:
     return _make_page(f"{len(messages)} recorded", head + (rows or "<p>Nothing has come yet."), refresh)
 
 
-def _show_mail(server: Server, number: str) -> _HttpAnswer:
+def _show_mail(message: Message) -> _HttpAnswer:
     from html import escape
 
     def show(text: str) -> str:
         rest = f"<p>{len(text)} characters in all" if len(text) > _TEXT_LIMIT else ""
         return f"<pre>{escape(text[:_TEXT_LIMIT])}</pre>{rest}"
 
-    message, path = _find(server, number), f"/messages/{number}"
+    path = f"/messages/{message.id}"
     headers = [item for item in _show_headers(message.email) if item[0].lower() in _READ_HEADERS]
     headers += [("MAIL FROM", message.mail_from or ""), ("RCPT TO", ", ".join(message.rcpt_tos))]
     body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value)}</bdi>" for name, value in headers)
@@ -5464,27 +5651,27 @@ def _show_mail(server: Server, number: str) -> _HttpAnswer:
         f" <small>{len(item.content)} bytes</small>"
         for index, item in enumerate(message.attachments)
     ]
-    frame = f'<iframe sandbox title="The HTML of the mail" src="/view/{number}/html"></iframe>'
     source = f'<a href="{path}/eml">Download</a><details><summary>Show</summary>{show(message.msg_request)}</details>'
     sections = {
         "Violations": "".join(violations),
         "Text": message.text and show(message.text),
-        "HTML": message.html and frame,
+        "HTML": message.html
+        and f'<iframe sandbox title="The HTML of the mail" src="/view/{message.id}/html"></iframe>',
         "Attachments": "".join(attachments),
         "Dialogue": show(message.transcript),
         "Source": message.content and source,
     }
     body = f"<dl>{body}</dl>" + "".join(f"<h2>{title}</h2>{part}" for title, part in sections.items() if part)
-    return _make_page(message.subject or f"Message {number}", body)
+    return _make_page(message.subject or f"Message {message.id}", body)
 
 
-def _show_html(server: Server, number: str) -> _HttpAnswer:
+def _show_html(message: Message) -> _HttpAnswer:
     """The HTML of a mail, with its own images in it."""
     import base64
     import html
     from urllib.parse import unquote
 
-    message, urls = _find(server, number), dict[str, str]()
+    urls = dict[str, str]()
     for part, kind, _, content in message._mail:
         if content is not None and re.fullmatch("image/(png|jpeg|gif|webp)", kind):
             data = base64.b64encode(content).decode()
@@ -5497,26 +5684,25 @@ def _show_html(server: Server, number: str) -> _HttpAnswer:
     page = re.sub(r"(?i)<(/?)(?=link|i?frame|fencedframe|portal|base|meta)", r"<\1x-", message.html or "")
     most = _IMAGES_LIMIT // max(map(len, urls.values()), default=1) or 1
     page = re.sub(r"""(?i)(["'(=]\s*)(cid:)([^"'\s<>)]+)""", inline, page, count=most)
-    kind = "text/html; charset=utf-8"
-    return _HttpAnswer(page.encode("utf-8", "replace"), content_type=kind, content_security_policy=_MAIL_POLICY)
+    return _HttpAnswer(page.encode("utf-8", "replace"), kind=_HTML, policy=_MAIL_POLICY)
 
 
-_ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number
+_ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number; those with one get a message
     "/": _list_mails,
     "/view/ID": _show_mail,
     "/view/ID/html": _show_html,
     "/messages": _list_messages,
-    "/messages/ID": lambda server, number: _HttpAnswer(_find(server, number).to_dict()),
-    "/messages/ID/eml": _get_mail,
+    "/messages/ID": lambda message: _HttpAnswer(message.to_dict()),
+    "/messages/ID/eml": lambda message: _offer(message.as_bytes(), "message/rfc822", f"{message.id}.eml"),
     "/messages/ID/attachments/ID": _get_attachment,
     "/violations": lambda server: _HttpAnswer({"violations": [_jsonify(fault) for fault in server.violations()]}),
-    "/ca.pem": lambda server: _HttpAnswer(_ca_pem().encode(), content_type="application/x-pem-file"),
+    "/ca.pem": lambda server: _HttpAnswer(_ca_pem().encode(), kind="application/x-pem-file"),
 }
 
 
-def _route(server: Server, execute: _Execute, commands: Collection[str], method: str, target: str, body: str) -> Any:
+def _route(server: Server, execute: Any, commands: Collection[str], method: str, target: str, body: str) -> Any:
     path, _, query = target.partition("?")
-    route = "" if "ID" in path else re.sub(_NUMBER, "ID", path)
+    route = "" if "ID" in path else re.sub("[0-9]+", "ID", path)
     methods = ["POST"] * (path[1:] in commands) or ["GET", "HEAD"] * (route in _ROUTES)
     if not methods:
         raise _HttpAnswer(f"there is no {path}{_suggest(route, [*_ROUTES, *(f'/{name}' for name in commands)])}", 404)
@@ -5525,7 +5711,8 @@ def _route(server: Server, execute: _Execute, commands: Collection[str], method:
     parameters = _read_query(query, _QUERIES.get(route, {}))
     if method == "POST":
         return _HttpAnswer(*execute(f"{path[1:]} {body}".strip()))
-    return _ROUTES[route](server, *re.findall(_NUMBER, path), **parameters)
+    number, *others = re.findall("[0-9]+", path) or [""]
+    return _ROUTES[route](_find(server, number) if number else server, *others, **parameters)
 
 
 def _read_body(headers: Any, file: Any) -> str:
@@ -5541,22 +5728,6 @@ def _read_body(headers: Any, file: Any) -> str:
     return str(body, "utf-8", "backslashreplace")
 
 
-def _open_input(sock: socket.socket, seconds: float) -> Any:
-    """A file of what comes within this time. A read after that is a TimeoutError, however much came before."""
-    import io
-
-    deadline = time.monotonic() + seconds
-
-    class Input(io.RawIOBase):
-        readable = staticmethod(lambda: True)
-
-        def readinto(self, buffer: Any) -> int:
-            sock.settimeout(max(1e-3, deadline - time.monotonic()))
-            return sock.recv_into(buffer)
-
-    return io.BufferedReader(Input())
-
-
 def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnswer]) -> Any:  # noqa: C901 - one class
     from http.server import BaseHTTPRequestHandler
 
@@ -5564,6 +5735,7 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
         """One request and its answer."""
 
         protocol_version = "HTTP/1.1"  # else a client that sends Expect: 100-continue waits for a second
+        timeout = _HTTP_SECONDS
         is_idle, leaves_at = True, 0.0  # a stop interrupts it at once
         server: Any
 
@@ -5571,8 +5743,6 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
             with self.server.accepting:
                 self.server.starting.pop(self.request)
             super().setup()
-            self.rfile.close()
-            self.rfile = _open_input(self.request, _HTTP_SECONDS)
             self.server.connections[self] = None
 
         def handle(self) -> None:
@@ -5599,7 +5769,6 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
             lines = [f"{name.replace('_', '-').title()}: {value}" for name, value in headers.items()]
             status = f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"
             data = "\r\n".join([status, *lines, "", ""]).encode("ascii")
-            self.request.settimeout(_HTTP_SECONDS)
             self.wfile.write(data if self.command == "HEAD" else data + answer.body)
 
         def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
@@ -5614,10 +5783,11 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
 
         def finish(self) -> None:
             self.shut_down(socket.SHUT_WR)
-            with contextlib.suppress(OSError):
-                unread = _open_input(self.request, _LINGER)  # it would have the answer destroyed by an RST
-                while unread.read(65536):
-                    pass
+            deadline = time.monotonic() + _LINGER
+            with contextlib.suppress(OSError):  # what is unread would have the answer destroyed by an RST
+                self.request.settimeout(_LINGER)
+                while self.request.recv(65536) and time.monotonic() < deadline:
+                    ...
             self.server.connections.pop(self, None)
             super().finish()
 
@@ -5637,9 +5807,7 @@ _OWN_FLAGS: dict[str, _Option] = {
     "quiet": _option(False, _FLAG, "print no line for each mail and session"),
     "show": _option(False, _FLAG, "print each mail as a person reads it"),
     "lint": _option(False, _FLAG, "print violations on stderr; status 3 after an error"),
-    "json": _option(
-        False, _FLAG, "print each mail, each session without one, and errors as lines of JSON; log to stderr"
-    ),
+    "json": _option(False, _FLAG, "print mails, sessions without one, and errors as lines of JSON; log to stderr"),
     "control": _option(False, _FLAG, "like -json, and obey commands from stdin; its end stops the server"),
     "http": _option(None, _PORT, "port for HTTP: an API and a page; turns on keep_all"),
     "http_host": _option("127.0.0.1", _TEXT, "address to listen on for it"),
@@ -5777,7 +5945,7 @@ class _Printer:
         try:
             self.write(line + "\n")
         except Exception as error:
-            raise SMTPMockError(self.explain(error)) from error
+            raise _OutputError(self.explain(error)) from error
 
     def event(self, event: str, /, **values: object) -> None:
         """Print it as JSON, if a program is to read it."""
@@ -5880,7 +6048,7 @@ class _Folder:
         name = self._reserve()
 
         def undo() -> None:
-            for path in (*self._paths(f"{name}.eml"), *self._paths(f"{name}.json")):
+            for path in (*self._paths(f"{name}.eml"), *self._paths(f"{name}.json"), self._paths(name)[1]):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
 
@@ -5888,6 +6056,7 @@ class _Folder:
             on_error.callback(undo)
             self._write(f"{name}.json", json.dumps(message.to_dict(), indent=1).encode())
             self._write(f"{name}.eml", message.as_bytes())  # last: whoever sees it finds the record as well
+            os.unlink(self._paths(name)[1])
             on_error.pop_all()
         return undo
 
@@ -5896,20 +6065,20 @@ class _Folder:
         return os.path.join(self._path, name), os.path.join(self._path, f".{name}.part")
 
     def _reserve(self) -> str:
-        """A name that no other thread or process takes."""
+        """A name that no other thread or process takes, because .NAME.part exists."""
         with self._lock:
             while True:
                 self._number += 1
-                path, part = self._paths(f"{self._number:06d}.eml")
+                name = f"{self._number:06d}"
                 with contextlib.suppress(FileExistsError):
-                    os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o666))
-                    if not os.path.exists(path):
-                        return f"{self._number:06d}"
-                    os.unlink(part)
+                    open(self._paths(name)[1], "xb").close()
+                    if not os.path.exists(self._paths(f"{name}.eml")[0]):
+                        return name
+                    os.unlink(self._paths(name)[1])
 
     def _write(self, name: str, data: bytes) -> None:
         path, part = self._paths(name)
-        with open(part, "wb") as file:
+        with open(part, "xb") as file:
             file.write(data)
         os.replace(part, path)
 
@@ -5973,8 +6142,8 @@ def _name_flag(option: str) -> str:
 
 def _list_flags() -> dict[str, _Option]:
     """The declaration of each flag, by the name of its option."""
-    options = {name: option for name, option in Configuration._declared.items() if name not in _LOG_OPTIONS}
-    return {name: option for name, option in options.items() if option.kind is not _CONTEXT} | _OWN_FLAGS
+    names = Configuration._declared.keys() - {*_LOG_OPTIONS, "ssl_context"}
+    return {name: option for name, option in Configuration._declared.items() if name in names} | _OWN_FLAGS
 
 
 def _describe(error: Exception) -> str:
@@ -6140,7 +6309,7 @@ def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) ->
     except OSError as error:
         text = f"a mail was refused, because it cannot be saved: {error}"
         printer.event("error", error=text)
-        raise SMTPMockError(text) from error
+        raise _OutputError(text) from error
 
 
 def _call_all(functions: Iterable[Callable[..., object]], *arguments: object) -> None:
@@ -6157,8 +6326,8 @@ def _format_flag(name: str, option: _Option) -> str:
     about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), about)
     if default:
         about += f" (default: {','.join(default) if kind in (_NAMES, _WORDS) else default})"
-    lines = [*([] if len(label) < 25 else [""]), *textwrap.wrap(about, 54, break_on_hyphens=False)]
-    return "\n".join(f"{label if not number else '':26}{line}".rstrip() for number, line in enumerate(lines))
+    label = f"{label:26}" if len(label) < 25 else f"{label}\n{'':26}"
+    return label + textwrap.fill(about, 54, break_on_hyphens=False).replace("\n", f"\n{'':26}")
 
 
 def _format_help(*, everything: bool) -> str:
@@ -6178,38 +6347,25 @@ def _spell(name: str) -> tuple[str, ...]:
     return _name_flag(name), "-" + _name_flag(name), "--" + name.replace("_", "-"), *short
 
 
-def _find_flag(spelling: str, names: Collection[str]) -> str:
-    """The name of the option that the flag sets."""
-    name = re.sub("-|(?=[A-Z])", "_", spelling.lstrip("-")).lower()
-    name = {"-h": "help", "-v": "version"}.get(spelling, name)
-    if name in names and spelling in _spell(name):
-        return name
-    known = [flag for name in names for flag in _spell(name)]  # made only now, because it takes a while
-    raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, known)}")
-
-
 def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
-    """The values of the flags, by the names of their options. The parser knows only the flags that occur."""
-    if not argv:  # importing argparse would take a third of the time until the server listens
-        return {}
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            message = re.sub("argument ([^/:]*).*: expected one argument", r"\1: needs a value", message)
-            raise ConfigurationError(re.sub("unrecognized arguments: (.*)", r"\1: there is no such flag", message))
-
-    flags, parser = _list_flags(), Parser(add_help=False, allow_abbrev=False)
-    parser.formatter_class = functools.partial(argparse.HelpFormatter, width=80)  # without a width, it imports shutil
-    spellings = [argument.partition("=")[0] for argument in argv if re.match("--?[a-zA-Z]", argument)]
-    for name in dict.fromkeys(_find_flag(spelling, flags) for spelling in spellings):
+    """The values of the flags, by the names of their options."""
+    flags, given, words = _list_flags(), dict[str, Any](), deque(argv)
+    names = {spelling: name for name in flags for spelling in _spell(name)}
+    while words:
+        spelling, has_value, text = words.popleft().partition("=")
+        if spelling not in names:
+            raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, names)}")
+        name = names[spelling]
         kind = flags[name].kind
-        more: dict[str, Any] = {"nargs": "?", "const": True} if kind is _FLAG else {}
-        more |= {"action": "extend"} if kind is _RULES else {}
-        parser.add_argument(*_spell(name), dest=name, type=functools.partial(_read, kind), **more)
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        _check(name, value, flags[name].kind)
+        if not has_value and words and not re.match("--?[a-zA-Z]", words[0]):
+            text = words.popleft()
+        elif not has_value and kind is not _FLAG:
+            raise ConfigurationError(f"{spelling}: needs a value")
+        elif not has_value:
+            text = "true"
+        value = _read(kind, text)
+        _check(name, value, kind)
+        given[name] = given.get(name, []) + value if kind is _RULES else value
     return given
 
 
@@ -6279,13 +6435,15 @@ def _obey(server: Server, command: str, *, opens_files: bool) -> None:
 
 def _execute(server: Server, command: str, *, opens_files: bool = False) -> tuple[dict[str, Any], int]:
     """Obey a command. Returns the event that answers it, and its HTTP status."""
-    shown = re.sub(r"(?s)^\s*play\s.*", "play", command)  # a transcript may have secrets
+    shown = re.sub(r"(?s)^\s*play\s.*", "play", command)  # a transcript may have secrets, too
+    shown = re.sub(r"(?is)(-auth-?users?[^a-z]).*", r"\1***", shown)
     answer: dict[str, Any] = {"event": "done", "command": shown}
     try:
         _obey(server, command, opens_files=opens_files)
     except (SMTPMockError, AssertionError, ValueError) as error:  # check() raises the second, shlex the third
         status = 409 if isinstance(error, AssertionError) else 400
-        return {**answer, "event": "error", "error": _describe(error)}, status
+        text = _describe(error) if shown in (command, "play") else re.sub(r"\S*:\S+", "***", _describe(error))
+        return {**answer, "event": "error", "error": text}, status
     return {**answer, "messages": len(server._mailbox.messages(purge=False))}, 200
 
 
