@@ -4559,9 +4559,8 @@ class PlayTest(ServerCase):
                     rule.reply(*rng.choices(greetings if stage in ("connect", "*") else replies, k=rng.randrange(1, 4)))
                 if rng.random() < 0.2:
                     rng.choice((rule.close, rule.drop, rule.reset, rule.silence))()
-            pieces = [
-                line.encode() + b"\r\n" for line in rng.choices([*ENVELOPE, *ENVELOPE[1:], *lines], k=rng.randrange(30))
-            ]
+            chosen = rng.choices([*ENVELOPE, *ENVELOPE[1:], *lines], k=rng.randrange(30))
+            pieces = [line.encode() + b"\r\n" for line in chosen]
             with self.subTest(seed=seed):
                 recorded = memory.record(pieces)
                 self.assertEqual(play_anew(recorded, pieces), recorded)
@@ -8709,16 +8708,11 @@ class PytestTest(unittest.TestCase):
             self.assertEqual(client.greeting, "220 Welcome")
 
     def test_a_transcript(self) -> None:
-        for transcript, replies in (
-            ("S: 220 a\nC: NOOP\nS: 250 b", ["220 a", "250 b"]),
-            (None, ["220 Welcome", "250 Ok"]),
-        ):
+        for transcript, greeting in (("S: 220 a", "220 a"), (None, "220 Welcome")):
             with self.run_test(self.mark(play=transcript, fail_fast=True)) as item:
                 with Client(self.server) as client:
-                    self.assertEqual(
-                        [client.greeting, *client.ask("NOOP", "FOO"), client.read()],
-                        [*replies, UNRECOGNIZED, "<closed>"],
-                    )
+                    said = [client.greeting, *client.ask("FOO"), client.read()]
+                self.assertEqual(said, [greeting, UNRECOGNIZED, "<closed>"])
                 self.plugin.pytest_runtest_call(item)
         with self.assertRaises(ConfigurationError), self.run_test(self.mark(play="")):
             pass
