@@ -6347,25 +6347,38 @@ def _spell(name: str) -> tuple[str, ...]:
     return _name_flag(name), "-" + _name_flag(name), "--" + name.replace("_", "-"), *short
 
 
+def _find_flag(spelling: str, names: Collection[str]) -> str:
+    """The name of the option that the flag sets."""
+    name = re.sub("-|(?=[A-Z])", "_", spelling.lstrip("-")).lower()
+    name = {"-h": "help", "-v": "version"}.get(spelling, name)
+    if name in names and spelling in _spell(name):
+        return name
+    known = [flag for name in names for flag in _spell(name)]  # made only now, because it takes a while
+    raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, known)}")
+
+
 def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
-    """The values of the flags, by the names of their options."""
-    flags, given, words = _list_flags(), dict[str, Any](), deque(argv)
-    names = {spelling: name for name in flags for spelling in _spell(name)}
-    while words:
-        spelling, has_value, text = words.popleft().partition("=")
-        if spelling not in names:
-            raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, names)}")
-        name = names[spelling]
+    """The values of the flags, by the names of their options. The parser knows only the flags that occur."""
+    if not argv:  # importing argparse would take a third of the time until the server listens
+        return {}
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            message = re.sub("argument ([^/:]*).*: expected one argument", r"\1: needs a value", message)
+            raise ConfigurationError(re.sub("unrecognized arguments: (.*)", r"\1: there is no such flag", message))
+
+    flags, parser = _list_flags(), Parser(add_help=False, allow_abbrev=False)
+    parser.formatter_class = functools.partial(argparse.HelpFormatter, width=80)  # without a width, it imports shutil
+    spellings = [argument.partition("=")[0] for argument in argv if re.match("--?[a-zA-Z]", argument)]
+    for name in dict.fromkeys(_find_flag(spelling, flags) for spelling in spellings):
         kind = flags[name].kind
-        if not has_value and words and not re.match("--?[a-zA-Z]", words[0]):
-            text = words.popleft()
-        elif not has_value and kind is not _FLAG:
-            raise ConfigurationError(f"{spelling}: needs a value")
-        elif not has_value:
-            text = "true"
-        value = _read(kind, text)
-        _check(name, value, kind)
-        given[name] = given.get(name, []) + value if kind is _RULES else value
+        more: dict[str, Any] = {"nargs": "?", "const": True} if kind is _FLAG else {}
+        more |= {"action": "extend"} if kind is _RULES else {}
+        parser.add_argument(*_spell(name), dest=name, type=functools.partial(_read, kind), **more)
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        _check(name, value, flags[name].kind)
     return given
 
 

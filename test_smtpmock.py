@@ -8075,7 +8075,7 @@ class HttpFlagTest(ProcessCase):
             import sys, threading, os, signal, smtpmock
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
             smtpmock.main(["-quiet"])
-            print(*{"http", "html", "json", "email", "ssl", "argparse"} & set(sys.modules))
+            print(*{"http", "html", "json", "email", "ssl"} & set(sys.modules))
         """
         self.assertEqual(self.run_python(code).splitlines()[1:], [""])
 
