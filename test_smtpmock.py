@@ -4609,10 +4609,12 @@ class PlayTest(ServerCase):
         self.assertEqual(str(caught.exception), missed.format("transcript, was never reached"))
         items[0] = "EHLO a.com"
         for forget, extensions in ((server.clear_rules, ["250-Received", "250 DSN"]), (server.reset, [RECEIVED])):
-            server.play(greylisted)
+            server.play(f"{greylisted}\n{greylisted}")
             forget()
             self.assertEqual(hear()[: 1 + len(extensions)], ["220 Welcome", *extensions])
         server.check()
+        server.play(greylisted)
+        self.assertEqual(hear()[0], "220 a")
 
     def test_long_transcripts(self) -> None:
         """Of 20 recipients, of two mails, and of 2 MB, in linear time."""
