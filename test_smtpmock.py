@@ -537,6 +537,8 @@ SHORT = {
     "HEAD": "DATE | FROM | To: b@example.com | ID",
     "MIME": "MIME-Version: 1.0",
     "MIXED": "MIME | Content-Type: multipart/mixed; boundary=x",
+    "PARTS": "HEAD | MIXED | | --x",
+    "LAST": "--x-- | END",
     "END": ". | QUIT",
 }
 
@@ -608,13 +610,14 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
     # a heading                   for the reader only
     given | given => expected     a row, which goes on in lines that are indented by 4
 
-    or else a line of a dialogue or of a mail. Options, rules and a prefix can stand beside the title, and options
-    beside a row. Empty lines at the end of an entry do not count.
+    or else a line of a dialogue or of a mail. Options, rules and a prefix can stand beside the title and each other,
+    and options beside a row. Empty lines at the end of an entry do not count.
     """
     table: dict[str, Entry] = {}
     for part in re.split("^== ", text, flags=re.MULTILINE)[1:]:
         head, *lines = re.sub("^# .*\n?", "", part, flags=re.MULTILINE).rstrip().split("\n")
         title, *beside = re.split("  (?=-- |[+] )", head)
+        lines = [part for line in lines for part in (re.split("  (?=-- |[+] )", line) if line[:3] == "-- " else [line])]
         assert title not in table, title
         entry = table[title] = Entry({}, [])
         options = []
@@ -697,19 +700,17 @@ C: HELO example.com            S: 250 Received
 C: RCPT TO:<b@example.com>     S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
 C: MAIL FROM:<a@example.com>   S: 250 Received
 C: DATA                        S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== RSET drops the envelope, not HELO  + envelope
+== RSET and another HELO drop the envelope, not HELO  + envelope
 C: RSET                       S: 250 Ok
 C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com> | HELO example.org  S: 250 Received
+C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: MAIL FROM:<a@example.com>  S: 250 Received
-== a repeated HELO drops the envelope  + envelope
-C: HELO example.org  S: 250 Received
-C: DATA              S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== a refused HELO takes the one before with it  + hello
+== a refused recipient or HELO takes the one before with it  + envelope
+C: RCPT TO:<bad>              S: 501 RCPT TO requires valid email address
+C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: HELO                       S: 501 HELO requires domain address or valid address literal
 C: MAIL FROM:<a@example.com>  S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
-== a refused recipient takes the one before with it  + envelope
-C: RCPT TO:<bad>  S: 501 RCPT TO requires valid email address
-C: DATA           S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 == a refused recipient among several  -- multiple_rcptto=True  + envelope
 C: RCPT TO:<bad>  S: 501 RCPT TO requires valid email address
 C: DATA           S: {READY}
@@ -759,11 +760,8 @@ C: RCPT TO:<somebody@a.com>        S: 250 Received
 == fail fast: a bad argument  -- fail_fast=True
 C: HELO a..com  S: 501 HELO requires domain address or valid address literal  S: <closed>
 == fail fast: an unknown recipient among several
--- fail_fast=True, multiple_rcptto=True, not_registered_emails=["c@example.com"]
-+ envelope
+-- fail_fast=True, multiple_rcptto=True, not_registered_emails=["c@example.com"]  + envelope
 C: RCPT TO:<c@example.com>  S: 550 User not found  S: <closed>
-== fail fast: a rule  -- fail_fast=True  -- rule: NOOP: reply 450 no
-C: NOOP  S: 450 no  S: <closed>
 
 # ---- Bodies and lines, and how long they may be
 == only CRLF around the dot ends a body, but a bare LF ends DATA  + in body
@@ -775,24 +773,22 @@ R: \r\n.\r\n  S: 250 Received
 C: NOOP       S: 250 Ok
 R: DATA\n     S: {READY}
 C: .          S: 250 Received
-== the size limit is inclusive, without stuffed dots and the last one  -- msg_size_limit=10  + in body
+== the size limit is inclusive, without stuffed dots, and a body is read to its end  -- msg_size_limit=10  + in body
 C: ..3456789
 C: .     S: 250 Received
 C: DATA  S: {READY}
 C: 123456789
 C: .     S: 552 Message exceeded max size of 10 bytes
-C: NOOP  S: 250 Ok
-== a long body is read to its end  -- msg_size_limit=10  + in body
+C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
+C: DATA  S: {READY}
 C: {x*5000}
 C: QUIT
 C: NOOP
 C: .     S: 552 Message exceeded max size of 10 bytes
 C: NOOP  S: 250 Ok
-== a line of 4096 bytes, its end included
-C: NOOP {x*4089}  S: 250 Ok
-C: NOOP {x*4090}  S: 500 Line too long
-C: NOOP           S: 250 Ok
-== a long line is answered before it ends
+== a line of 4096 bytes, and one that is answered before it ends
+C: NOOP {x*4089}      S: 250 Ok
+C: NOOP {x*4090}      S: 500 Line too long
 R: {x*4096}           S: 500 Line too long
 R: {y*5000}
 R: {z*9}\r\nNOOP\r\n  S: 250 Ok
@@ -808,8 +804,7 @@ C: RCPT TO:<b@example.com>    S:
 C: DATA                       S: send it
 C: .                          S: 299 got it
 == a text that begins with 4 or 5 refuses
--- msg_mailfrom_received="450 later", msg_invalid_cmd_rcptto_sequence="250 fine"
-+ hello
+-- msg_mailfrom_received="450 later", msg_invalid_cmd_rcptto_sequence="250 fine"  + hello
 C: MAIL FROM:<a@example.com>  S: 450 later
 C: RCPT TO:<b@example.com>    S: 250 fine
 C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
@@ -830,10 +825,9 @@ C: EHLO a.com  S: 250-Received  S: 250-DSN  S: 250-STARTTLS  S: 250 AUTH PLAIN L
 == a parameter of an extension that is not announced  -- extensions=["8BITMIME"]
 C: EHLO a.com                           S: 250-Received  S: 250 8BITMIME
 C: MAIL FROM:<a@a.com> SIZE=1 | MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 555 Parameter not recognized or not implemented
-== a parameter after HELO  -- extensions=["SIZE"]
+== a declared size, after HELO and EHLO  -- extensions=["SIZE"], msg_size_limit=5
 C: HELO a.com                  S: 250 Received
 C: MAIL FROM:<a@a.com> SIZE=1  S: 555 Parameter not recognized or not implemented
-== a declared size  -- extensions=["SIZE"], msg_size_limit=5
 C: EHLO a.com                  S: 250-Received  S: 250 SIZE 5
 C: MAIL FROM:<a@a.com> SIZE=6  S: 552 Message exceeded max size of 5 bytes
 C: MAIL FROM:<a@a.com> SIZE=5  S: 250 Received
@@ -871,7 +865,6 @@ C: VRFY <bob@example.com>      S: 550 No  S: <closed>
 == a body in chunks  + chunking
 R: BDAT 4\r\nhi\r\n    S: 250 Received
 R: bdat 2 last\r\n.\n  S: 250 Received
-C: NOOP                S: 250 Ok
 == chunks in one piece, the last without a byte  + chunking
 R: BDAT 1\r\nhBDAT 1\r\niBDAT 0 LAST\r\nNOOP\r\n  S: 250 Received  S: 250 Received  S: 250 Received  S: 250 Ok
 == a chunk out of sequence is consumed  -- extensions=["CHUNKING"]
@@ -899,13 +892,11 @@ C: BDAT 0 LAST         S: 503 Bad sequence of commands. DATA should be used afte
 == PLAIN, without an initial response, for another identity  + login
 C: auth plain                    S: 334{SP}
 C: {b64 authzid\0alice\0sécret}  S: 235 Authentication succeeded
-== LOGIN  + login
+== LOGIN, which is possible once  + login
 C: AUTH LOGIN    S: 334 VXNlcm5hbWU6
 C: {b64 alice}   S: 334 UGFzc3dvcmQ6
 C: {b64 sécret}  S: 235 Authentication succeeded
-== XOAUTH2, without an initial response  + login
-C: AUTH xoauth2                              S: 334{SP}
-C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
+C: AUTH LOGIN    S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
 == a refused token is explained before the 535  + login
 C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer wrong\1\1}
 S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
@@ -914,14 +905,14 @@ C: AUTH XOAUTH2  S: 334{SP}
 C: {b64 user=alice\1auth=Bearer wrong\1\1}
 S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
 C: *             S: 501 Authentication cancelled
-C: NOOP          S: 250 Ok
+C: AUTH xoauth2  S: 334{SP}
+C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
 == a wrong secret, a wrong user, an unknown mechanism  + login
 C: AUTH GSSAPI | AUTH  S: 504 Unrecognized authentication type
 C: AUTH PLAIN {b64 \0alice\0wrong} | AUTH PLAIN {b64 \0nobody\0}  S: 535 Authentication credentials invalid
 C: AUTH LOGIN {b64 nobody}          S: 334 UGFzc3dvcmQ6
 C:                                  S: 535 Authentication credentials invalid
-C: NOOP                             S: 250 Ok
-== an AUTH that is cancelled, and responses that cannot be decoded  + login
+# an AUTH that is cancelled, and responses that cannot be decoded
 C: AUTH LOGIN                S: 334 VXNlcm5hbWU6
 C: *                         S: 501 Authentication cancelled
 C: AUTH PLAIN !!!            S: 501 Cannot decode response
@@ -929,9 +920,6 @@ C: AUTH PLAIN                S: 334{SP}
 C: é | AUTH PLAIN = | AUTH PLAIN {b64 alice} | AUTH XOAUTH2 {b64 alice}  S: 501 Cannot decode response
 C: AUTH CRAM-MD5 abcd        S: 501 Cannot decode response
 C: NOOP                      S: 250 Ok
-== AUTH twice  + login
-C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
-C: AUTH LOGIN               S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
 == AUTH after MAIL, and the parameter AUTH, which is announced with it  + login
 C: MAIL FROM:<a@a.com> AUTH=<>  S: 250 Received
 C: AUTH LOGIN               S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
@@ -980,8 +968,7 @@ C: STARTTLS  S: {UNRECOGNIZED}
 
 # ---- Rules
 == rule: a refusal for an address, whatever its case, a literal and a domain, and with a colon in it
--- rule: RCPT a@[IPv6:::1]: reply 550 no: never
--- rule: RCPT bob@Example.com: reply 550 5.1.1 No such user
+-- rule: RCPT a@[IPv6:::1]: reply 550 no: never  -- rule: RCPT bob@Example.com: reply 550 5.1.1 No such user
 -- rule: rcpt to a.com: reply 551 not here
 C: EHLO example.com | MAIL FROM:<bob@example.com>  S: 250 Received
 C: RCPT TO:<bob@EXAMPLE.com>    S: 550 5.1.1 No such user
@@ -990,8 +977,7 @@ C: RCPT TO:<x@A.com>            S: 551 not here
 C: RCPT TO:<x@b.a.com>          S: 250 Received
 C: RCPT TO:<a@[IPv6:::1]>       S: 550 no: never
 == rule: a recipient, at DATA and at the end of the body  -- multiple_rcptto=True
--- rule: DATA c@example.com: reply 450 c
--- rule: message d@example.com: reply 450 d
+-- rule: DATA c@example.com: reply 450 c  -- rule: message d@example.com: reply 450 d
 C: EHLO example.com | MAIL FROM:<c@example.com> | RCPT TO:<b@example.com>  S: 250 Received
 C: DATA                       S: {READY}
 C: . | RCPT TO:<d@example.com>  S: 250 Received
@@ -1017,8 +1003,7 @@ C: NOOP | NOOP  S: 250 Ok
 C: NOOP         S: 450 third
 C: NOOP | NOOP  S: 250 Ok
 == rule: only what matches is let pass  -- rule: RCPT b@b.com: reply 450 first | 451 second; skip=1
-C: EHLO a.com | MAIL FROM:<a@a.com> | RCPT TO:<c@b.com> | RCPT TO:<b@b.com>  S: 250 Received
-C: RCPT TO:<c@b.com>  S: 250 Received
+C: EHLO a.com | MAIL FROM:<a@a.com> | RCPT TO:<c@b.com> | RCPT TO:<b@b.com> | RCPT TO:<c@b.com>  S: 250 Received
 C: RCPT TO:<b@b.com>  S: 450 first
 C: RCPT TO:<b@b.com>  S: 451 second
 == rule: what a newer one answers is let pass, too  -- rule: NOOP: reply 450 old; skip=2
@@ -1026,8 +1011,7 @@ C: RCPT TO:<b@b.com>  S: 451 second
 C: NOOP  S: 451 new
 C: NOOP  S: 250 Ok
 C: NOOP  S: 450 old
-== rule: of all, the greeting and EHLO pass  -- rule: *: reply 450 no; skip=2
-+ hello
+== rule: of all, the greeting and EHLO pass  -- rule: *: reply 450 no; skip=2  + hello
 C: NOOP | RSET  S: 450 no
 == rule: a login is one match  -- auth_users={}  -- rule: AUTH: reply 454 no; skip=1
 C: EHLO a.com  S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
@@ -1037,11 +1021,9 @@ C: YQ==        S: 535 Authentication credentials invalid
 C: AUTH LOGIN  S: 334 VXNlcm5hbWU6
 C: YQ==        S: 334 UGFzc3dvcmQ6
 C: YQ==        S: 454 no
-== rule: the second body is cut off  -- rule: message: drop; after=1; skip=1
-+ in body
+== rule: the second body is cut off  -- rule: message: drop; after=1; skip=1  + in body
 C: hi
-C: .     S: 250 Received
-C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
+C: . | MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
 C: DATA  S: {READY}
 C: hi    S: <closed>
 == rule: no chance, and every chance  -- rule: NOOP: reply 450 no; probability=0
@@ -1050,10 +1032,7 @@ C: NOOP  S: 250 Ok
 C: RSET | RSET  S: 450 no
 C: RSET  S: 503 Bad sequence of commands. HELO should be the first
 == rule: 2xx and 3xx take effect, even where the usual is a refusal  -- rule: RCPT: reply 299 fine
--- rule: DATA: reply 399 go
--- rule: message: reply 298 got it
--- rule: MAIL: reply 200 ok
-+ hello
+-- rule: DATA: reply 399 go  -- rule: message: reply 298 got it  -- rule: MAIL: reply 200 ok  + hello
 C: MAIL FROM:nobody   S: 200 ok
 C: RCPT TO:<nowhere>  S: 299 fine
 C: DATA               S: 399 go
@@ -1075,13 +1054,12 @@ C: VRFY carol              S: 250 Carol
 C: VRFY dave               S: {UNRECOGNIZED}
 == rule: too busy to talk  -- rule: connect: reply 421 Too busy; close
 S: 421 Too busy  S: <closed>
-== rule: the order of actions does not matter  -- rule: NOOP: drop; reply 450 no
+== rule: a drop takes the reply away, whatever the order of actions  -- rule: NOOP: drop; reply 450 no
 C: NOOP  S: <closed>
 == rule: the last end counts, and a close comes after the normal reply  -- rule: NOOP: drop; close
 C: NOOP  S: 250 Ok  S: <closed>
 == rule: aspects of several rules add up, and the newest has each  -- rule: NOOP: reply 450 first; close
--- rule: NOOP: reply 451 second
--- rule: *: delay 0
+-- rule: NOOP: reply 451 second  -- rule: *: delay 0
 C: NOOP  S: 451 second  S: <closed>
 == rule: a drop takes the reply of an older one away  -- rule: NOOP: reply 450 first  -- rule: NOOP: drop
 C: NOOP  S: <closed>
@@ -1090,10 +1068,9 @@ C: DATA  S: 354 go  S: <closed>
 == rule: bytes that are no reply  -- rule: NOOP: raw \x21 garbage\r\n250 and more\r\n; times=1
 C: NOOP  S: ! garbage  S: 250 and more
 C: NOOP  S: 250 Ok
-== rule: a delay and a trickle change no reply  -- rule: NOOP: delay 0.001  -- rule: NOOP: trickle 0.0001  + envelope
-C: NOOP  S: 250 Ok
-== rule: a delay leaves a text without a code as it is  -- msg_mailfrom_received="nonsense"  -- rule: MAIL: delay 0.001
-+ hello
+== rule: a delay and a trickle change no reply  -- rule: NOOP: delay 0.001  -- rule: NOOP: trickle 0.0001
+-- rule: MAIL: delay 0.001  -- msg_mailfrom_received="nonsense"  + hello
+C: NOOP                       S: 250 Ok
 C: MAIL FROM:<a@example.com>  S: nonsense
 C: RCPT TO:<b@example.com>    S: 250 Received
 == rule: a line that is too long is in *  -- rule: *: reply 450 no; times=2
@@ -1105,8 +1082,7 @@ C: RCPT TO:<b@example.com>  S: <silence>
 == rule: the body is cut at its first byte  -- rule: message: reset ;after=0  + in body
 R: x  S: <reset>
 == rule: a body shorter than that is not cut  -- rule: message: reset; after=6
--- rule: message nobody@example.com: drop; after=1
-+ in body
+-- rule: message nobody@example.com: drop; after=1  + in body
 R: x\r\n.\r\n  S: 250 Received
 C: DATA        S: {READY}
 R: x\r\n.
@@ -1121,10 +1097,10 @@ for entry in DIALOGUES.values():
 # What only a socket shows: pieces, pipelining, lines of several replies, bodies, and each way to end.
 THROUGH_A_SOCKET = """
 a mail | HELO, lower case, white space, bare LF | pipelining | nothing is answered after QUIT |
-every text can be another | a long body is read to its end | a long line is answered before it ends |
-fail fast: a bad argument | a body in chunks | rule: too busy to talk | rule: an answer, then a close |
-rule: a body shorter than that is not cut | rule: bytes that are no reply |
-rule: a delay and a trickle change no reply | rule: silence
+every text can be another | the size limit is inclusive, without stuffed dots, and a body is read to its end |
+a line of 4096 bytes, and one that is answered before it ends | fail fast: a bad argument | a body in chunks |
+rule: too busy to talk | rule: an answer, then a close | rule: a body shorter than that is not cut |
+rule: bytes that are no reply | rule: a delay and a trickle change no reply | rule: silence
 """
 
 # The lines whose last reply is the text of an option. An on_message of None is one that cannot be called.
@@ -1298,7 +1274,8 @@ class DialogueTest(unittest.TestCase):
 
 # -------------------------------------------------------------------------------------- violations
 
-# What a client sends, and which codes the messages of the session then have, in order; x3 stands for three of a kind.
+# What a client sends, and the codes or the texts of what the messages of the session then have wrong, in order; x3 is
+# three of a kind.
 VIOLATIONS = read_table(r"""
 == the default options
 HELO a.example.com | NOOP {x*505} | MAIL | RCPT | DATA | HEAD | Subject: =?utf-8?q?{x*64}?= | X: {x*995} | | {x*998} |
@@ -1310,88 +1287,75 @@ EHLO [192.0.2.1] | MAIL FROM:<a@[192.0.2.1]> | RCPT TO:<b@[IPv6:2001:db8::1]> | 
     => clean
 ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary="=_1" | | For the readers of 1990 | --=_1 |
     Content-Type: multipart/alternative; boundary="=_2" | | --=_2 | Content-Type: text/plain; charset=utf-8 |
-    CTE: quoted-printable | | Gr=C3=BC=C3=9Fe = | an alle=20 | | --=_2 |
-    Content-Type: text/html; charset=iso-8859-15 | CTE: base64 | | PGI+R3L83zwvYj4= | --=_2-- | | --=_1 |
-    Content-Type: message/rfc822 | | Subject: one in the other | Date: its faults are of others | | Hello | --=_1 |
-    Content-Type: application/pdf; name*=utf-8''%C3%BC.pdf | CTE: base64 (c) |
-    Content-Disposition: attachment; filename*0*=utf-8''%C3%BC; filename*1=".pdf" | | {AAAA*19} | AAAAAA== | --=_1-- |
-    END => clean
+    CTE: quoted-printable | | Gr=C3=BC=C3=9Fe = | an alle=20 | | --=_2 | Content-Type: text/html; charset=iso-8859-15 |
+    CTE: base64 | | PGI+R3L83zwvYj4= | --=_2-- | | --=_1 | Content-Type: message/rfc822 | | Subject: one in the other |
+    Date: its faults are of others | | Hello | --=_1 | Content-Type: application/pdf; name*=utf-8''%C3%BC.pdf |
+    CTE: base64 (c) | Content-Disposition: attachment; filename*0*=utf-8''%C3%BC; filename*1=".pdf" | | {AAAA*19} |
+    AAAAAA== | --=_1-- | END => clean
 ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (CST) | From: =?utf-8?q?J=C3=BCrgen?= <a@example.com> |
     Sender: =?iso-8859-1*en?Q?J=FCrgen?= (=?utf-8?b?w7w=?=) <a@example.com> |
     To: "B, b" <b@example.com>, list: =?utf-8?b?w7w=?= <c@example.com>;, d@example.com | Cc: undisclosed-recipients:; |
     Message-ID: |  <1@example.com> | Subject: =?utf-8?b?w7w=?= | {SP}=?utf-8?q?=C3=BC_x?= and 1=?2 | | END => clean
 LHLO a.example.com | NOOP | HELP | HELLO | VRFY b | NOOP what | ehlo a.example.com | mail from:<a@example.com> |
     rcpt to:<b@example.com> | QUIT => clean
-ENVELOPE | From: a@example | R:.com\nX => unstuffed-dot, bare-lf
+ENVELOPE | From: a@example | R:.com\nX => unstuffed-dot + bare-lf
 ENVELOPE | HEAD | MIME | Content-Type: multipart/digest; boundary="a'()+_,-./:=? 9" | | --a'()+_,-./:=? 9 | |
     Subject: Hi | | Hello | --a'()+_,-./:=? 9-- | END => clean
 R:EHLO a.example.com\n | R:NOOP a\rb\r\n | R:NOOP\r\r\n | R:NOOP a\0b\r\n | NOOP {x*506} | R: NOOP\r\n | R:QUIT \r\n
-    => bare-lf, bare-cr x2, nul-byte, long-command, command-space x2
-HELLO | MAIL FROM:<{a*600}@example.com> | RCPT TO:<{a*1100}@example.com> NOTIFY=NEVER | QUIT
-    => long-command, path-too-long, long-command, path-too-long, unannounced-parameter
+    => bare-lf + bare-cr x2 + nul-byte + long-command + command-space x2
+HELLO | MAIL FROM:<{a*600}@example.com> | RCPT TO:<{a*1100}@example.com> NOTIFY=NEVER | QUIT => long-command +
+    path-too-long + long-command + path-too-long + unannounced-parameter
 ENVELOPE | + DATE | + FROM | + ID | +  | + . | QUIT => data-before-354
 HELLO | MAIL | + RCPT | + RSET | QUIT => pipelining x2
 ENVELOPE | HEAD | | . | + QUIT => pipelining
 HELLO | FOO bar | FOO bar | QÜIT | | AUTH=PLAIN c2VjcmV0 | QUIT => unknown-command x4
 MAIL | QUIT => no-hello
-EHLO my_host | MAIL | EHLO | EHLO a.example.com here | QUIT => hello-invalid, no-hello, hello-invalid x2
+EHLO my_host | MAIL | EHLO | EHLO a.example.com here | QUIT => hello-invalid + no-hello + hello-invalid x2
 HELLO | STARTTLS | AUTH PLAIN AHUAcA== | MAIL | RCPT | BDAT 5 | ETRN a.example.com | RSET | HELO a.example.com |
     AUTH LOGIN | QUIT => unannounced-command x5
 HELLO | MAIL | MAIL FROM:<b@example.com> | QUIT => nested-mail
 HELLO | MAIL FROM: <a@example.com> | RSET | MAIL FROM:a@example.com | RCPT TO:Bob <b@example.com> |
     RCPT TO:<a@b@example.com> | RCPT TO:<> | RCPT TO:<b@example..com> | RCPT <b@example.com> | RSET |
-    R:MAIL FROM:<a\x01b@example.com>\r\n | QUIT => path-syntax x8
+    R:MAIL FROM:<a\x01b@example.com>\r\n | QUIT => there must be no space after the colon +
+    write FROM:<address>, one address and nothing else + write TO:<address>, one address and nothing else +
+    the part before the @ of the address is wrong + the address has no domain + the domain of the address is wrong +
+    write TO:<address>, one address and nothing else + write FROM:<address>, one address and nothing else
 HELLO | MAIL FROM:<{a*65}@example.com> | RSET | MAIL FROM:<{a*64}@example.com> | RCPT TO:<{ä*65}@{b.*10}example.com> |
-    RCPT TO:<a@{bcde.*49}example.com> | RSET | MAIL FROM:<{ü*40}@example.com> | QUIT
-    => path-too-long x2, undeclared-utf8, path-too-long x2, undeclared-utf8
-ENVELOPE | HEAD | | .hidden | R:a\rb\r\n | R:a\0b\r\n | {x*999} | END => unstuffed-dot, bare-cr, nul-byte, long-line
-ENVELOPE | HEAD | | R:a\n.\r\n | END => bare-lf, false-end
-ENVELOPE | HEAD | | R:a\r.\rb\r\n | END => bare-cr, false-end
-ENVELOPE | HEAD | | R:a\r\n.\nb\r\n | END => false-end, bare-lf
+    RCPT TO:<a@{bcde.*49}example.com> | RSET | MAIL FROM:<{ü*40}@example.com> | QUIT => path-too-long x2 +
+    undeclared-utf8 + path-too-long x2 + undeclared-utf8
+ENVELOPE | HEAD | | .hidden | R:a\rb\r\n | R:a\0b\r\n | {x*999} | END => unstuffed-dot + bare-cr + nul-byte + long-line
+ENVELOPE | HEAD | | R:a\n.\r\n | END => bare-lf + false-end
+ENVELOPE | HEAD | | R:a\r.\rb\r\n | END => bare-cr + false-end
+ENVELOPE | HEAD | | R:a\r\n.\nb\r\n | END => false-end + bare-lf
 ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | Grüße | END => 8bit-unannounced
-ENVELOPE | Hello | END => header-syntax, header-missing x2, no-message-id
-ENVELOPE | R: Hello\r\n | END => header-syntax, header-missing x2, no-message-id
+ENVELOPE | Hello | END => header-syntax + header-missing x2 + no-message-id
+ENVELOPE | R: Hello\r\n | END => header-syntax + header-missing x2 + no-message-id
 ENVELOPE | HEAD | Subject : Hi | | END => header-syntax
-ENVELOPE | HEAD | MIXED | | --x | Content-Type : text/plain | | Hello | --x-- | END => header-syntax
+ENVELOPE | PARTS | Content-Type : text/plain | | Hello | LAST => header-syntax
 ENVELOPE | HEAD | X: Grüße | Subject: a | subject: b | TO: c@example.com | Comments: a | Comments: b | | END
-    => header-raw, header-duplicate x2
-ENVELOPE | Date: Ven, 21 nov 1997 09:55:06 GMT | FROM | Message-ID: <1> | | END => bad-date, bad-message-id
-ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 GMT | FROM | ID | | END => obsolete-syntax
-ENVELOPE | DATE | From: =?utf-8?q?J=C3=BCrgen_=3Ca=40example=2Ecom=3E?= | Sender: Doe, John <a@example.com> |
-    Reply-To: bob | To: | Cc: <a@example.com | ID | | END => bad-address x5
+    => header-raw + header-duplicate x2
 ENVELOPE | HEAD | Content-Type: text/plain; charset=utf-8 | CTE: 7bit | | END => no-mime-version
-ENVELOPE | DATE | From: =?utf-8?q?J?=<a@example.com> | ID | X-1: =?utf-8?q??= | X-2: =?utf-8?b?w7w?= |
-    X-3: =?utf-8?q?=C3?= | X-4: =?utf-8?q?a b?= | X-5: =?nothing?q?ab?= | X-6: a=?utf-8?q?ab?= | X-7: =?utf-8?x?ab?= |
-    X-8: =?utf-8?q?caf=?= | X-9: =?utf-8?q?{x*65}?= | | END => encoded-word x8, encoded-word-long
-ENVELOPE | HEAD | MIME | Content-Type: text/plain | Content-Disposition: attachment; filename="=?utf-8?q?=C3=BC?=" | |
-    END => encoded-parameter
-ENVELOPE | HEAD | MIME | Content-Type: text | | END => bad-content-type
-ENVELOPE | HEAD | MIME | Content-Type: text/plain; name==?utf-8?q?a?= | | END => encoded-parameter, bad-content-type
-ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed | | Hello | END => bad-boundary
-ENVELOPE | HEAD | MIXED | | Hello | END => bad-boundary
-ENVELOPE | HEAD | MIXED | | --x | | Hello | END => bad-boundary
+ENVELOPE | HEAD | MIXED | | Hello | END => no line opens the first part
+ENVELOPE | PARTS | | Hello | END => no line closes the last part
 ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary={x*71} | | --{x*71} | | Hello | --{x*71}-- | END
     => bad-boundary
-ENVELOPE | HEAD | MIXED | | --x | CTE: utf-8 | | Hello | --x | CTE: binary | | Hello | --x-- | END => bad-encoding x2
-ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | Hello | --x-- | END => bad-encoding
-ENVELOPE | HEAD | MIXED | | --x | CTE: base64 | | Hello! | --x | CTE: base64 | | AAA | --x | CTE: base64 | |
-    {AAAA*20} | --x-- | END => bad-base64 x3
-ENVELOPE | HEAD | MIXED | | --x | CTE: quoted-printable | | 1 = 1 | --x | CTE: quoted-printable | | Grüße | --x |
-    CTE: quoted-printable | | {x*79} | --x | CTE: quoted-printable | | trailing{SP} | | --x-- | END
-    => 8bit-unannounced, bad-quoted-printable x4
-ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 | CTE: quoted-printable | | =FC | --x |
-    Content-Type: text/html; charset=nothing | | Hello | --x | CTE: base64 | | w7w= | --x-- | END => wrong-charset x2
-ENVELOPE | Date: (c) fri, 21 nov 1997 09:55 -0600 (a (b) c) | FROM | Message-ID: (c) <a@b.c> (c (d)) (e) | | END
-    => clean
-ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/global-headers | CTE: base64 | | YQ== | --x-- | END => clean
-ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | FROM | ID | | END => bad-date
-ENVELOPE | Date: 31 Feb 2025 09:55:06 -0600 | FROM | ID | | END => bad-date
-ENVELOPE | Date: 21 Nov 1997 09:55:06 +0099 | FROM | ID | | END => bad-date
+ENVELOPE | PARTS | CTE: utf-8 | | Hello | --x | CTE: binary | | Hello | LAST => bad-encoding x2
+ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | Hello | LAST
+    => a multipart or a mail in it must be 7bit, 8bit or binary
+ENVELOPE | PARTS | CTE: base64 | | Hello! | --x | CTE: base64 | | AAA | --x | CTE: base64 | | {AAAA*20} | LAST
+    => bad-base64 x3
+ENVELOPE | PARTS | CTE: quoted-printable | | 1 = 1 | --x | CTE: quoted-printable | | Grüße | --x |
+    CTE: quoted-printable | | {x*79} | --x | CTE: quoted-printable | | trailing{SP} | | LAST => 8bit-unannounced +
+    bad-quoted-printable x4
+ENVELOPE | PARTS | Content-Type: text/plain; charset=utf-8 | CTE: quoted-printable | | =FC | --x |
+    Content-Type: text/html; charset=nothing | | Hello | --x | CTE: base64 | | w7w= | LAST => wrong-charset +
+    a text that is not ASCII needs a charset, such as utf-8
+ENVELOPE | PARTS | Content-Type: message/global-headers | CTE: base64 | | YQ== | LAST => clean
 EHLO vm | HELO localhost | EHLO 192.0.2.1 | EHLO bücher.example | EHLO [999.1.1.1] | EHLO [foo:bar] | QUIT
-    => hello-not-fqdn x2, hello-invalid x4
-ENVELOPE | HEAD | | .foo | R:.\nbar\r\n | END => unstuffed-dot, false-end, bare-lf
-ENVELOPE | HEAD | MIXED | | --x | hi there | --x | Content-Type: image/png; name="ä" | | --x-- | END
-    => 8bit-unannounced, header-syntax, header-raw
+    => hello-not-fqdn x2 + hello-invalid x4
+ENVELOPE | HEAD | | .foo | R:.\nbar\r\n | END => unstuffed-dot + false-end + bare-lf
+ENVELOPE | PARTS | hi there | --x | Content-Type: image/png; name="ä" | | LAST => 8bit-unannounced + header-syntax +
+    header-raw
 == SIZE and an extension of one's own  -- extensions=["SIZE", "FOO"]
 HELLO | MAIL FROM:<a@example.com> SIZE=10 BODY=8BITMIME | MAIL FROM:<a@example.com> SIZE=10 FOO=1 |
     RCPT TO:<b@example.com> NOTIFY=NEVER | RSET | HELO a.example.com | MAIL FROM:<a@example.com> SIZE=10 |
@@ -1415,7 +1379,7 @@ HELLO | MAIL | + RCPT | + R:BDAT 110\r\n | + DATE | + FROM | + To: b@example.com
 == a sender refused
 -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@a.com"], msg_mailfrom_blacklisted_email="550 No"
 HELLO | MAIL | + RCPT | + DATA | RSET | QUIT => clean
-ENVELOPE | QUIT => bad-sequence, no-recipient
+ENVELOPE | QUIT => bad-sequence + no-recipient
 == a recipient refused  -- extensions=["PIPELINING"], not_registered_emails=["b@b.com"]
 HELLO | MAIL | + RCPT | + DATA | RSET | + MAIL FROM:<c@example.com> | + RCPT TO:<c@example.com> | + DATA | HEAD | | END
     => clean
@@ -1428,22 +1392,19 @@ HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | MIME |
     Content-Type: text/plain; charset="utf-8" | CTE: 8bit | | Grüße | END => clean
 HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | Content-Type: text/html; | CTE: 8bit | MIME | |
     Grüße | END => clean
-ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | | Grüße | END => 8bit-undeclared, 8bit-in-7bit
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | | Grüße | END => 8bit-undeclared + 8bit-in-7bit
 == STARTTLS  -- ssl_context=True
 HELLO | STARTTLS | ENVELOPE | HEAD | | END => clean
 HELLO | STARTTLS | MAIL | QUIT => no-hello-after-tls
 HELLO | STARTTLS | + EHLO b.example.com | HELLO | QUIT => pipelining
 HELLO | STARTTLS | HELLO | STARTTLS | QUIT => unannounced-command
 HELLO | STARTTLS now | MAIL | RCPT | DATA BODY=8BITMIME | RSET all | QUIT please | QUIT => superfluous-argument x4
-== STARTTLS and AUTH, several mails  -- ssl_context=True, auth_users={"u": "p"}, auth_requires_tls=True
--- multiple_message_receiving=True, multiple_rcptto=True
-HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | RSET | MAIL | RCPT |
-    RCPT TO:<c@example.com> | DATA | HEAD | | END => clean
 == AUTH  -- auth_users={"u": "p"}
 HELLO | AUTH PLAIN | * | AUTH XOAUTH2 | dXNlcj11AWF1dGg9QmVhcmVy{ICAg*900}cAEB | | AUTH LOGIN | dQ== | cA== |
     MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT => clean
-HELLO | AUTH XOAUTH2 dXNlcj11AWF1dGg9QmVhcmVy{ICAg*900}cAEB | | AUTH NTLM AAAA | RCPT | MAIL | AUTH PLAIN AHUAcA== | RSET | QUIT
-    => long-command, unannounced-mechanism, bad-sequence x2
+HELLO | AUTH XOAUTH2 dXNlcj11AWF1dGg9QmVhcmVy{ICAg*900}cAEB | | AUTH NTLM AAAA | RCPT | MAIL | AUTH PLAIN AHUAcA== |
+    RSET | QUIT => long-command + unannounced-mechanism + RCPT needs an accepted MAIL +
+    AUTH is not allowed within a mail
 == SMTPUTF8, 8BITMIME, DSN, DELIVERBY, FUTURERELEASE and XCLIENT
 -- extensions=["SMTPUTF8", "8BITMIME", "DSN", "DELIVERBY", "FUTURERELEASE 100 100", "XCLIENT"]
 HELLO | MAIL FROM:<jürgen@example.com> SMTPUTF8 | RSET | MAIL FROM:<jürgen@example.com> | RSET | MAIL |
@@ -1465,14 +1426,15 @@ HELLO | MAIL | RCPT | RCPT TO:<c@example.com> | DATA | HEAD | Bcc: C <c@example.
 HELLO | QUIT => after-421
 == DATA refused for now  -- extensions=["PIPELINING"], msg_data_received="451 Later"
 ENVELOPE | HEAD | QUIT | | R:Hello\n | . | QUIT => data-after-refusal
-ENVELOPE | + DATE | +  | + . | QUIT => pipelining-order, data-after-refusal
+ENVELOPE | + DATE | +  | + . | QUIT => pipelining-order + data-after-refusal
 == AUTH where STARTTLS is offered  -- auth_users={"u": "p"}, ssl_context=True
 HELLO | AUTH PLAIN AHUAeA== | auth login | dQ== | cA== | QUIT => auth-in-clear x2
 == BINARYMIME  -- extensions=["CHUNKING", "BINARYMIME", "8BITMIME"]
 HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | R:BDAT 164 LAST\r\n | + DATE | + FROM | + ID | + MIME |
     + CTE: binary | +  | + R:\0\n\xff\r\n | QUIT => clean
-HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | DATA | HEAD | | R:a\n\r\n | END => bad-sequence, bare-lf
-HELLO | MAIL | RCPT | R:BDAT 3\r\nabc | DATA | QUIT => bad-sequence
+HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | DATA | HEAD | | R:a\n\r\n | END => BINARYMIME needs BDAT +
+    bare-lf
+HELLO | MAIL | RCPT | R:BDAT 3\r\nabc | DATA | QUIT => after BDAT comes BDAT LAST
 == no recipient, and a lone dot  -- not_registered_emails=["b@b.com"]  -- rule: DATA: reply 354 Go on
 HELLO | MAIL | RCPT | DATA | END => no-recipient
 """)
@@ -1481,222 +1443,76 @@ HELLO | MAIL | RCPT | DATA | END => no-recipient
 MAIL_FAULTS = read_table(r"""
 == the header
 ENVELOPE | HEAD | MIME | MIME | Content-Type: text/plain | content-type: text/html | | END => header-duplicate x2
-ENVELOPE | HEAD | MIXED | | --x | CTE: base64 | Content-Type: application/pdf | CTE: base64 |
-    Content-ID: <1@example.com> | Content-ID: <2@example.com> | | eHh4 | --x-- | END => header-duplicate x2
-ENVELOPE | HEAD | MIXED | | --x | Content-Disposition: inline | Content-Disposition: attachment | | hi | --x-- |
-    END => header-duplicate
-ENVELOPE | DATE | From: a@example.com, C <c@example.com> | ID | | END => header-missing
-ENVELOPE | DATE | From: g: a@example.com, C <c@example.com>; | Sender: a@example.com, b@example.com | ID | |
-    END => group-in-from, bad-address
-ENVELOPE | DATE | From: undisclosed:; | ID | | END => group-in-from
-ENVELOPE | HEAD | Resent-From: b@example.com | | END => header-missing
-ENVELOPE | HEAD | Resent-To: b@example.com | | END => header-missing x2
+ENVELOPE | PARTS | CTE: base64 | Content-Type: application/pdf | CTE: base64 | Content-ID: <1@example.com> |
+    Content-ID: <2@example.com> | | eHh4 | LAST => header-duplicate x2
 ENVELOPE | DATE | From: a@example.com, "C, d" <c@example.com> | Sender: a@example.com | ID |
     Resent-From: b@example.com | Resent-Date: Fri, 21 Nov 1997 09:55:06 -0600 | | END => clean
-ENVELOPE | DATE | From: "a@b, c@d" <a@example.com> | ID | | END => clean
 ENVELOPE | HEAD | X: a | {SP} |  b | | END => header-syntax
 ENVELOPE | HEAD | X: a | R:\t\r\n |  b | | END => header-syntax
-ENVELOPE | HEAD | R:X: a\x07b\r\n | | END => header-syntax
-ENVELOPE | HEAD | MIXED | | --x | R:X: a\x1bb\r\n | X-2: a | {SP} | | hi | --x-- | END => header-syntax x2
+ENVELOPE | PARTS | R:X: a\x1bb\r\n | X-2: a | {SP} | | hi | LAST => a header must not have control characters +
+    a continuation line has nothing but white space
 ENVELOPE | HEAD | R:X: a\tb\r\n | X-2: |  c | | END => clean
-ENVELOPE | DATE | FROM | Message-ID: <a..b@example.com> | In-Reply-To: 1@example.com |
-    References: <1@example.com>, <2@example.com> | Content-ID: logo | | END => bad-message-id x4
-ENVELOPE | DATE | FROM | Message-ID: <a:b@example.com> | | END => bad-message-id
-ENVELOPE | DATE | FROM | Message-ID: <a@b@example.com> | | END => bad-message-id
-ENVELOPE | DATE | FROM | Message-ID: <a b@example.com> | | END => bad-message-id
-ENVELOPE | DATE | FROM | Message-ID: <a@example.com> <b@example.com> | | END => bad-message-id
-ENVELOPE | DATE | FROM | Message-ID: <@example.com> | | END => bad-message-id
-ENVELOPE | DATE | FROM | Message-ID: <a$b=c/d+e%f.g@[127.0.0.1]> | In-Reply-To: <1@example.com> (c) |
-    References: <1@example.com> |  <2@[IPv6:::1]><3@localhost> | | END => clean
-ENVELOPE | DATE | FROM | Message-ID: <"a b"@example.com> | In-Reply-To: Your mail of "today" <1@example.com> | |
-    END => obsolete-syntax x2
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=My File.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=a/b.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=a(1).pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=a[1].pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename="a"b.pdf" | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename="a.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment filename=a.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: filename=a.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; =a.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename= | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*="utf-8''a" | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=a%20b.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=utf-8''a%2.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=utf-8''a%FC.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*0="a"; filename*2="b.pdf" | |
-    END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*1="a" | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*0="a"; filename*1*=%20b | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Type: text/plain; name*=utf-8'a | | END => bad-content-type
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=nothing''a%FC.pdf | | END => unknown-charset
-ENVELOPE | HEAD | MIME |
-    Content-Disposition: attachment; filename="My (\"1\") File.pdf"; size=3 (three); filename*=utf-8'de'%C3%BC | |
-    END => clean
-ENVELOPE | HEAD | MIME | Content-Disposition: inline; filename*1=b; filename*0*=''%20; filename*2*=%20; | |
-    END => clean
-ENVELOPE | HEAD | MIME | Content-Disposition: inline; filename*0*=utf-8''%C3; filename*1*=%BC; a=b; a*=''c | |
-    END => clean
-ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller,_J?= <a@example.com> | ID | | END => encoded-word
-ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller_(J)?= <a@example.com> | ID | | END => encoded-word
-ENVELOPE | DATE | From: "=?utf-8?Q?M=C3=BCller?=" <a@example.com> | ID | | END => encoded-word
-ENVELOPE | DATE | From: "x =?utf-8?Q?M=C3=BCller?= y" <a@example.com> | ID | | END => encoded-word
-ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller?=@example.com | ID | | END => encoded-word
-ENVELOPE | DATE | From: M <a@=?utf-8?Q?M=C3=BCller?=> | ID | | END => encoded-word
-ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller=2C_J?= (=?utf-8?q?a,b?=) <a@example.com> | ID |
-    Subject: "x =?utf-8?Q?M=C3=BCller,_(J)?= y" | | END => clean
-ENVELOPE | HEAD | Subject: =?utf-8?Q?a=C3?= =?utf-8?Q?=BC?= | | END => encoded-word
-ENVELOPE | HEAD | Subject: =?utf-8?B?YcM=?= =?utf-8?B?vA==?= | | END => encoded-word
-ENVELOPE | HEAD | Subject: =?utf-8?Q?a?==?utf-8?Q?b?= | | END => encoded-word
 ENVELOPE | HEAD | Subject: =?nothing?Q?a=FC?= | X: =?nothing?Q?b=FC?= | | END => unknown-charset
-ENVELOPE | HEAD | Subject: =?windows-31j?Q?=82=A0?= =?VISCII?Q?=FC?= =?ISO-8859-8-I?q?=E0?= =?nothing?q?a?= | | END
-    => clean
-ENVELOPE | HEAD | Cc: , b@example.com | | END => bad-address
-ENVELOPE | HEAD | Cc: a@example.com,, b@example.com | | END => bad-address
-ENVELOPE | HEAD | Cc: a@example.com, | | END => bad-address
-ENVELOPE | HEAD | Cc: a@example.com; b@example.com | | END => bad-address
-ENVELOPE | HEAD | Cc: Doe, J. <a@example.com> | | END => bad-address
-ENVELOPE | HEAD | Cc: Sales: J <a@example.com> | | END => bad-address
-ENVELOPE | HEAD | Cc: a@b.com <a@example.com> | | END => bad-address
-ENVELOPE | HEAD | Cc: [x] <a@example.com> | | END => bad-address
-ENVELOPE | HEAD | Cc: a@example.com b@example.com | | END => bad-address
-ENVELOPE | HEAD | Cc: a@example..com | | END => bad-address
-ENVELOPE | HEAD | Cc: <a@example.com>, <> | | END => bad-address
-ENVELOPE | HEAD | Cc: "a <a@example.com> | | END => bad-address
-ENVELOPE | HEAD | Cc: g: a@example.com,; | | END => bad-address
-ENVELOPE | HEAD | Cc: John Q. Public <a@example.com> | | END => obsolete-syntax
-ENVELOPE | HEAD | Cc: <@x.org,@y.org:a@example.com>, b @ c . org | | END => obsolete-syntax
-ENVELOPE | HEAD | Cc: undisclosed-recipients:; |
-    Reply-To: g: a@example.com, B <b@example.com>; , (c) c@[192.0.2.1] (c, d), "q \"r"@example.com | | END => clean
-ENVELOPE | HEAD | Cc: unlisted-recipients:; (no To-header on input) |
-    Reply-To: a(b)@(c)example.com, "a" "b" c <d@e> (f), <a@b> | | END => clean
-ENVELOPE | Date: Fri, 21 Nov 97 09:55:06 GMT | FROM | ID | | END => obsolete-syntax
-ENVELOPE | Date: 1 Jan 25 09:55 EST | FROM | ID | | END => obsolete-syntax
-ENVELOPE | Date: Mon, 21 Nov 97 09:55:06 GMT | FROM | ID | | END => bad-date
-ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 CET | FROM | ID | | END => bad-date
-ENVELOPE | Date: 2024-05-01T10:00:00Z | FROM | ID | | END => bad-date
-ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (a | FROM | ID | | END => bad-date
-ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (a \) b "c) | FROM | ID | | END => clean
-ENVELOPE | HEAD | MIME-Version: 2.0 | | END => bad-mime-version
-ENVELOPE | HEAD | MIME-Version: | | END => bad-mime-version
-ENVELOPE | HEAD | MIME-Version: 1 | | END => bad-mime-version
-ENVELOPE | HEAD | MIME-Version: (a) 1.(b)0 (c) | | END => clean
 ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary="" | | -- | | hi | ---- | END => bad-boundary
 ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary={1} | | --{1} | | hi | --{1}-- | END => bad-boundary
-ENVELOPE | HEAD | MIXED | | --x | Content-Type: multipart/alternative; boundary=xy | | --xy | | hi | --xy-- | --x-- |
-    END => bad-boundary
-ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/delivery-status | CTE: quoted-printable | |
-    Reporting-MTA: dns; a | --x | Content-Type: message/disposition-notification | CTE: base64 | | YTog | --x-- |
-    END => bad-encoding x2
-ENVELOPE | HEAD | MIXED | CTE: 7bit | | --x | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | ä | --x-- |
-    END => 8bit-unannounced, 8bit-in-7bit
-ENVELOPE | HEAD | MIXED | CTE: 7bit | | ä | --x | | a | --x-- | END => 8bit-unannounced, 8bit-in-7bit
-ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | ä | --x-- |
-    END => 8bit-unannounced
-ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: quoted-printable | | =c3=bc |
-    END => bad-quoted-printable
-ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=nothing | CTE: quoted-printable | | =FC |
-    END => unknown-charset
+ENVELOPE | PARTS | Content-Type: multipart/alternative; boundary=xy | | --xy | | hi | --xy-- | LAST => bad-boundary
+ENVELOPE | PARTS | Content-Type: message/delivery-status | CTE: quoted-printable | | Reporting-MTA: dns; a | --x |
+    Content-Type: message/disposition-notification | CTE: base64 | | YTog | LAST => bad-encoding x2
+ENVELOPE | HEAD | MIXED | CTE: 7bit | | --x | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | ä | LAST
+    => 8bit-unannounced + 8bit-in-7bit
+ENVELOPE | HEAD | MIXED | CTE: 7bit | | ä | --x | | a | LAST => 8bit-unannounced + 8bit-in-7bit
+ENVELOPE | PARTS | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | ä | LAST => 8bit-unannounced
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: quoted-printable | | =c3=bc | END
+    => write =C3 and not =c3
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=nothing | CTE: quoted-printable | | =FC | END
+    => unknown-charset
 ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: base64 | | w7zD | END => wrong-charset
-ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=windows-31j | CTE: quoted-printable | | =82=A0 | END => clean
 ENVELOPE | HEAD | Grüße: x | | END => header-syntax
 == PIPELINING, SIZE, DSN, CHUNKING and AUTH
 -- extensions=["PIPELINING", "SIZE", "8BITMIME", "DSN", "CHUNKING", "SMTPUTF8"], auth_users={"u": "p"}
 HELLO | MAIL FROM:<a@example.com> BODY=8BIT | RSET | MAIL FROM:<a@example.com> SIZE=-1 | RSET |
     MAIL FROM:<a@example.com> SIZE=1 size=1 | RSET | MAIL FROM:<a@example.com> SIZE | RSET |
     MAIL FROM:<a@example.com> RET=BODY | RSET | MAIL FROM:<a@example.com> NOTIFY=NEVER | RSET |
-    MAIL FROM:<a@example.com> SMTPUTF8=1 | QUIT => bad-parameter x7
+    MAIL FROM:<a@example.com> SMTPUTF8=1 | QUIT => this is no value of BODY + this is no value of SIZE +
+    SIZE is given twice + this is no value of SIZE + this is no value of RET + NOTIFY belongs to RCPT +
+    this is no value of SMTPUTF8
 HELLO | MAIL | RCPT TO:<b@example.com> NOTIFY=NEVER,FAILURE | RCPT TO:<b@example.com> ORCPT=b@example.com |
-    RCPT TO:<b@example.com> SIZE=1 | RCPT TO:<b@example.com> c@example.com | BDAT abc LAST | BDAT |
-    QUIT => bad-parameter x4, bad-parameter, no-recipient, bad-parameter, no-recipient
-HELLO | MAIL FROM:<a@example.com> SIZE=1 BODY=8BITMIME RET=FULL ENVID=a+2Bb |
-    RCPT TO:<b@example.com> NOTIFY=FAILURE,DELAY ORCPT=rfc822;b | RSET | QUIT => clean
-HELLO | MAIL | RCPT | R:BDAT 4\r\nabcdefgh\r\nij\n | BDAT 0 LAST |
-    QUIT => bad-parameter, header-syntax, header-missing x2, no-message-id
+    RCPT TO:<b@example.com> SIZE=1 | RCPT TO:<b@example.com> c@example.com | BDAT abc LAST | BDAT | QUIT
+    => bad-parameter x4 + bad-parameter + no-recipient + bad-parameter + no-recipient
+HELLO | MAIL | RCPT | R:BDAT 4\r\nabcdefgh\r\nij\n | BDAT 0 LAST | QUIT => bad-parameter + header-syntax +
+    header-missing x2 + no-message-id
 HELLO | AUTH PLAIN u:p | AUTH PLAIN dSBw | AUTH LOGIN | u | p | QUIT => bad-auth x2
-HELLO | AUTH XOAUTH2 {dXNl*19} | {YWJj*4} | QUIT => bad-auth x2
-HELLO | AUTH PLAIN AHUAcA== | AUTH PLAIN AHUAcA== | QUIT => bad-sequence
-HELLO | AUTH PLAIN | AHUAcA== | AUTH PLAIN AHUAeA== | QUIT => bad-sequence
+HELLO | AUTH XOAUTH2 {dXNl*19} | {YWJj*4} | QUIT => bad-auth + AUTH has failed, and this belongs to it
+HELLO | AUTH PLAIN AHUAcA== | AUTH PLAIN AHUAcA== | QUIT => AUTH has succeeded already
+HELLO | AUTH PLAIN | AHUAcA== | AUTH PLAIN AHUAeA== | QUIT => AUTH has succeeded already
 HELLO | AUTH PLAIN AHUAeA== | AUTH PLAIN AHUAcA== | QUIT => clean
 HELLO | R:\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\n\r\n.\n\0 => tls-on-plain-port
-R:\x16\x03\x01\x02\0\x01 => tls-on-plain-port
 == a body that does not end
-ENVELOPE | HEAD | | Hi | R:.\n => false-end, bare-lf
-ENVELOPE | HEAD | | R:Hi\n.\n => bare-lf, false-end
-ENVELOPE | HEAD | | R:Hi\n.\r\n => bare-lf, false-end
+ENVELOPE | HEAD | | Hi | R:.\n => false-end + bare-lf
+ENVELOPE | HEAD | | R:Hi\n.\n => bare-lf + false-end
+ENVELOPE | HEAD | | R:Hi\n.\r\n => bare-lf + false-end
 ENVELOPE | HEAD | | R:Hi\r\n.\r => clean
 ENVELOPE | HEAD | | Hi => clean
 == DATA refused, and the mail comes all the same  -- msg_data_received="554 No"
 ENVELOPE | DATE | + FROM | + ID | +  | + . | QUIT => data-after-refusal
 == SMTPUTF8  -- extensions=["SMTPUTF8", "8BITMIME"]
-HELLO | MAIL FROM:<a@example.com> SMTPUTF8 | RCPT | DATA | HEAD | R:X: a\xfcb\r\n | Subject: Grüße | |
-    END => header-raw
-HELLO | MAIL | RCPT TO:<b@example.com>,<c@example.com> | RCPT TO:b@example.com, c@example.com | RSET |
-    QUIT => path-syntax x2, bad-parameter
+HELLO | MAIL FROM:<a@example.com> SMTPUTF8 | RCPT | DATA | HEAD | R:X: a\xfcb\r\n | Subject: Grüße | | END => header-raw
+HELLO | MAIL | RCPT TO:<b@example.com>,<c@example.com> | RCPT TO:b@example.com, c@example.com | RSET | QUIT
+    => path-syntax x2 + bad-parameter
 # In the manner of the samples of RFC 5322 appendix A, RFC 2046, RFC 2049, RFC 2231, RFC 3464 and RFC 8098.
 == samples
-ENVELOPE | From: John Doe <jdoe@machine.example> | To: Mary Smith <mary@example.net> | Subject: Saying hello | DATE |
-    Message-ID: <1234@local.machine.example> | | This is a message. | END => clean
 ENVELOPE | From: "Joe Q. Public" <john.q.public@example.com> |
     To: Mary Smith <mary@x.test>, jdoe@example.org, Who? <one@y.test> |
     Cc: <boss@nil.test>, "Giant; \"Big\" Box" <sysservices@example.net> | Date: Tue, 1 Jul 2003 10:52:37 +0200 |
     Message-ID: <5678.21-Nov-1997@example.com> | | Hi everyone. | END => clean
 ENVELOPE | From: Pete <pete@silly.example> | To: A Group:Ed Jones <c@a.test>,joe@where.test,John <jdoe@one.test>; |
-    Cc: Undisclosed recipients:; | Date: Thu, 13 Feb 1969 23:32:54 -0330 | Message-ID: <testabcd.1234@silly.example> |
-    | Testing. | END => clean
-ENVELOPE | From: John Doe <jdoe@machine.example> | Sender: Michael Jones <mjones@machine.example> |
-    Reply-To: "Mary Smith: Personal Account" <smith@home.example> | Subject: Re: Saying hello | DATE |
-    Message-ID: <abcd.1234@local.test> | In-Reply-To: <3456@example.net> |
-    References: <1234@local.machine.example> <3456@example.net> | | A reply. | END => clean
-ENVELOPE | Resent-From: Mary Smith <mary@example.net> | Resent-To: Jane Brown <j-brown@other.example> |
-    Resent-Date: Mon, 24 Nov 1997 14:22:01 -0800 | Resent-Message-ID: <78910@example.net> | HEAD | | Forwarded. |
-    END => clean
-ENVELOPE | Received: from x.y.test by example.net via TCP for <mary@example.net>; 21 Nov 1997 10:05:43 -0600 | HEAD |
-    | Traced. | END => clean
+    Cc: Undisclosed recipients:; | Date: Thu, 13 Feb 1969 23:32:54 -0330 | Message-ID: <testabcd.1234@silly.example> | |
+    Testing. | END => clean
 ENVELOPE | From: Pete(A nice \) chap) <pete(his account)@silly.test(his host)> |
     To:A Group(Some people):Chris Jones <c@(Chris's host.)public.example>, John <jdoe@one.test> (my friend); (the end) |
     Cc:(Empty list)(start)Hidden recipients  :(nobody(that I know))  ; | Date: Thu, |       13 |         Feb |
               1969 |       23:32 |                -0330 (Newfoundland Time) |
     Message-ID:              <testabcd.1234@silly.test> | | Testing. | END => clean
-ENVELOPE | HEAD | MIME | Content-type: multipart/mixed; boundary="simple boundary" | | A preamble, to be ignored. | |
-    --simple boundary | | Implicitly plain text. | --simple boundary | Content-type: text/plain; charset=us-ascii | |
-    Explicitly plain text. | | --simple boundary-- | | An epilogue, to be ignored. | END => clean
-ENVELOPE | HEAD | MIME | Content-Type: multipart/digest; boundary="---- next ----" | | ------ next ---- | |
-    From: x@example.com | Subject: my opinion | | One | ------ next ---- | | From: y@example.com | | Two |
-    ------ next ------ | END => clean
-ENVELOPE | HEAD | MIME | Content-Type: message/partial; id="ABC@host.com"; number=1; total=2 | | X-Weird: 1 |
-    Message-ID: <2@host.com> | | First half | END => clean
-ENVELOPE | HEAD | MIME |
-    Content-Type: message/external-body; name="BodyFormats.ps"; site="thumper.example.com"; mode="image";
-    access-type=ANON-FTP; directory="pub"; expiration="Fri, 14 Jun 1991 19:13:14 -0400 (EDT)" |
-    | Content-type: application/postscript | Content-ID: <id42@guppylake.example.com> | | END => clean
-ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary=unique-boundary-1 | | A preamble. | |
-    --unique-boundary-1 | | Text with blank lines | | | --unique-boundary-1 |
-    Content-type: text/plain; charset=US-ASCII | | typed | | --unique-boundary-1 |
-    Content-Type: multipart/parallel; boundary=unique-boundary-2 | | --unique-boundary-2 | Content-Type: audio/basic |
-    Content-Transfer-Encoding: base64 | | AAAA | | --unique-boundary-2 | Content-Type: image/jpeg |
-    Content-Transfer-Encoding: base64 | | AAAA | | --unique-boundary-2-- | | --unique-boundary-1 |
-    Content-type: text/enriched | | This is <bold>enriched</bold> | | --unique-boundary-1 |
-    Content-Type: message/rfc822 | | From: (mailbox in US-ASCII) | Content-Type: Text/plain; charset=ISO-8859-1 |
-    Content-Transfer-Encoding: Quoted-printable | | inner | | --unique-boundary-1-- | END => clean
-ENVELOPE | HEAD | MIME | Content-Type: application/x-stuff; title*=us-ascii'en-us'This%20is%20%2A%2A%2Afun%2A%2A%2A |
-    | x | END => clean
-ENVELOPE | HEAD | MIME | Content-Type: application/x-stuff; |
-    R:\ttitle*0*=us-ascii'en'This%20is%20even%20more%20; title*1*=%2A%2A%2Afun%2A%2A%2A%20;\r\n |
-     title*2="isn't it!" | | x | END => clean
-ENVELOPE | HEAD | MIME |
-    Content-Type: message/external-body; access-type=URL; URL*0="ftp://"; URL*1="cs.utk.example/pub/x.txt" | |
-    Content-Type: text/plain | | END => clean
-ENVELOPE | HEAD | Subject: =?US-ASCII*EN?Q?Keith_Moore?= | | END => clean
-ENVELOPE | HEAD | MIME |
-    Content-Type: multipart/report; report-type=delivery-status; boundary="RAA14128.773615765/CS.UTK.EXAMPLE" | |
-    --RAA14128.773615765/CS.UTK.EXAMPLE | | It could not be delivered. | | --RAA14128.773615765/CS.UTK.EXAMPLE |
-    content-type: message/delivery-status | | Reporting-MTA: dns; cs.utk.example | |
-    Original-Recipient: rfc822;louisl@larry.slip.example | Final-Recipient: rfc822;louisl@larry.slip.example |
-    Action: failed | Status: 4.0.0 | Diagnostic-Code: smtp; 426 connection timed out | |
-    --RAA14128.773615765/CS.UTK.EXAMPLE | content-type: message/rfc822 | | Subject: the original | | gone |
-    --RAA14128.773615765/CS.UTK.EXAMPLE-- | END => clean
 ENVELOPE | HEAD | MIME | Content-Type: multipart/report; report-type=disposition-notification; |
      boundary="RAA14128.773615765/EXAMPLE.COM" | | --RAA14128.773615765/EXAMPLE.COM | Content-type: text/plain | |
     It was displayed. | | --RAA14128.773615765/EXAMPLE.COM | Content-type: message/disposition-notification | |
@@ -1705,109 +1521,121 @@ ENVELOPE | HEAD | MIME | Content-Type: multipart/report; report-type=disposition
     Content-type: message/rfc822 | | Subject: x | | y | --RAA14128.773615765/EXAMPLE.COM-- | END => clean
 """)
 
+# The values of a header, and what is wrong with a mail that has one of them.
+VALUES = read_table(r"""
+== Date
+Fri, 21 Nov 1997 09:55:06 -0600 (a \) b "c) | (c) fri, 21 nov 1997 09:55 -0600 (a (b) c) => clean
+Ven, 21 nov 1997 09:55:06 GMT | 31 Feb 2025 09:55:06 -0600 | 21 Nov 1997 09:55:06 +0099 | 2024-05-01T10:00:00Z |
+    Fri, 21 Nov 1997 09:55:06 CET | Fri, 21 Nov 1997 09:55:06 -0600 (a => bad-date
+Mon, 21 Nov 1997 09:55:06 -0600 | Mon, 21 Nov 97 09:55:06 GMT => this date is on another day of the week
+Fri, 21 Nov 1997 09:55:06 GMT | Fri, 21 Nov 97 09:55:06 -0600 | 1 Jan 25 09:55 EST
+    => write the year with four digits, and the zone like +0000
+== From
+"a@b, c@d" <a@example.com> | =?utf-8?Q?M=C3=BCller=2C_J?= (=?utf-8?q?a,b?=) <a@example.com> => clean
+a@example.com, C <c@example.com> => From has several addresses, and there is no Sender
+undisclosed:; => group-in-from
+=?utf-8?q?J=C3=BCrgen_=3Ca=40example=2Ecom=3E?= => bad-address
+=?utf-8?q?J?=<a@example.com> => an encoded word needs white space around it
+=?utf-8?Q?M=C3=BCller,_J?= <a@example.com> | =?utf-8?Q?M=C3=BCller_(J)?= <a@example.com>
+    => a Q word in a name must have letters, digits and !*+-/=_ only
+"=?utf-8?Q?M=C3=BCller?=" <a@example.com> | "x =?utf-8?Q?M=C3=BCller?= y" <a@example.com>
+    => an encoded word in quotes is not decoded
+=?utf-8?Q?M=C3=BCller?=@example.com | M <a@=?utf-8?Q?M=C3=BCller?=> => an address must not have an encoded word
+== Sender
+Doe, John <a@example.com> => quote a name that has , . : @ [ or ]
+a@example.com, b@example.com => a Sender must have one address only
+== Cc
+undisclosed-recipients:; | unlisted-recipients:; (no To-header on input) |
+    a(b)@(c)example.com, "a" "b" c <d@e> (f), <a@b> |
+    g: a@example.com, B <b@example.com>; , (c) c@[192.0.2.1] (c, d), "q \"r"@example.com => clean
+bob | <a@example.com | a@example.com; b@example.com | g: a@example.com,; | [x] <a@example.com> |
+    a@example.com b@example.com | a@example..com | <a@example.com>, <> | "a <a@example.com> => bad-address
+Doe, J. <a@example.com> | Sales: J <a@example.com> | a@b.com <a@example.com> => quote a name that has , . : @ [ or ]
+, b@example.com | a@example.com,, b@example.com | | a@example.com,
+    => leave out an empty element of a list, or a header without an address
+John Q. Public <a@example.com> | <@x.org,@y.org:a@example.com>, b @ c . org => quote a name that has a dot
+== Message-ID
+<a$b=c/d+e%f.g@[127.0.0.1]> | (c) <a@b.c> (c (d)) (e) => clean
+<1> | <a..b@example.com> | <a:b@example.com> | <a@b@example.com> | <a b@example.com> | <a@example.com> <b@example.com> |
+    <@example.com> => bad-message-id
+<"a b"@example.com> => write only <left@right>
+== Content-ID
+logo => bad-message-id
+== In-Reply-To
+<1@example.com> (c) => clean
+1@example.com => bad-message-id
+Your mail of "today" <1@example.com> => write only <left@right>
+== References
+<1@example.com> <2@[IPv6:::1]><3@localhost> => clean
+<1@example.com>, <2@example.com> => separate ids by white space and not by commas
+== Subject
+"x =?utf-8?Q?M=C3=BCller,_(J)?= y" | =?windows-31j?Q?=82=A0?= =?VISCII?Q?=FC?= =?ISO-8859-8-I?q?=E0?= =?nothing?q?a?= |
+    =?US-ASCII*EN?Q?Keith_Moore?= => clean
+=?utf-8?Q?a=C3?= =?utf-8?Q?=BC?= | =?utf-8?B?YcM=?= =?utf-8?B?vA==?= | =?utf-8?q?=C3?=
+    => a character is split or cut off: encode it as a whole
+=?utf-8?Q?a?==?utf-8?Q?b?= | a=?utf-8?q?ab?= => an encoded word needs white space around it
+=?utf-8?q??= | =?utf-8?q?a b?= => an encoded word is empty or has white space in it
+=?utf-8?b?w7w?= | =?utf-8?x?ab?= | =?utf-8?q?caf=?= => encoded-word
+=?utf-8?q?{x*65}?= => encoded-word-long
+# charsets that IANA registers, though Python cannot decode most of them, and others
+=?VISCII?q?=FC?= =?csVIQR?q?=FC?= =?IBM01141?q?=FC?= =?ISO-2022-CN-EXT?q?=FC?= =?iso-ir-99?q?=FC?=
+    =?ISO646-DE?q?=FC?= =?ISO_5428:1980?q?=FC?= =?NATS-DANO?q?=FC?= =?JIS_C6226-1983?q?=FC?= =?EBCDIC-CP-FR?q?=FC?=
+    =?OSD_EBCDIC_DF04_1?q?=FC?= =?hp-legal?q?=FC?= =?T.61-8bit?q?=FC?= =?x0212?q?=FC?= =?KSC5636?q?=FC?=
+    =?nf_z_62-010_(1973)?q?=FC?= =?CESU-8?q?=FC?= =?pt2?q?=FC?= =?Adobe-Symbol-Encoding?q?=FC?=
+    =?Amiga-1251?q?=FC?= =?greek7-old?q?=FC?= =?us-dk?q?=FC?= =?unknown-8bit?q?=FC?= =?CCSID00924?q?=FC?=
+    =?latin-greek?q?=FC?= => clean
+=?nothing?q?=FC?= | =?utf-9?q?=FC?= | =?iso-8859-99?q?=FC?= | =?windows-1259?q?=FC?= | =?cp9999?q?=FC?= |
+    =?x-unknown?q?=FC?= | =?latin-99?q?=FC?= | =?utf8mb4?q?=FC?= | =?punycode?q?=FC?= | =?hex?q?=FC?=
+    => unknown-charset
+== Resent-To
+b@example.com => header-missing x2
+== MIME-Version
+(a) 1.(b)0 (c) => clean
+2.0 | | 1 => bad-mime-version
+== Content-Transfer-Encoding
+binary => binary needs BODY=BINARYMIME
+== Content-Type
+application/x-stuff; title*=us-ascii'en-us'This%20is%20%2A%2A%2Afun%2A%2A%2A |
+    message/external-body; access-type=URL; URL*0="ftp://"; URL*1="cs.utk.example/pub/x.txt" |
+    application/x-stuff; title*0*=us-ascii'en'This%20is%20; title*1*=%2A%2A%2Afun%2A%20; title*2="isn't it!" => clean
+text => bad-content-type
+text/plain; name==?utf-8?q?a?= => encoded-parameter + bad-content-type
+text/plain; name*=utf-8'a => a charset must come first, as in utf-8''a%20b
+multipart/mixed => there is no boundary parameter
+== Content-Disposition
+attachment; filename="My (\"1\") File.pdf"; size=3 (three); filename*=utf-8'de'%C3%BC |
+    inline; filename*1=b; filename*0*=''%20; filename*2*=%20; |
+    inline; filename*0*=utf-8''%C3; filename*1*=%BC; a=b; a*=''c => clean
+attachment; filename=My File.pdf | attachment; filename=a/b.pdf | attachment; filename=a(1).pdf |
+    attachment; filename=a[1].pdf | attachment; filename="a"b.pdf | attachment; filename="a.pdf | |
+    attachment filename=a.pdf | filename=a.pdf | attachment; =a.pdf | attachment; filename= => bad-disposition
+inline; filename*="utf-8''a" => a value after *= must not be in quotes
+inline; filename*=a%20b.pdf | inline; filename*0="a"; filename*1*=%20b => a charset must come first, as in utf-8''a%20b
+inline; filename*=utf-8''a%2.pdf => a % must have two hexadecimal digits after it
+inline; filename*=utf-8''a%FC.pdf => a value is not in its charset
+inline; filename*0="a"; filename*2="b.pdf" | inline; filename*1="a" => the numbers after * must be 0, 1, 2 and so on
+inline; filename*=nothing''a%FC.pdf => unknown-charset
+inline; filename="=?utf-8?q?=C3=BC?=" => encoded-parameter
+""")
+
 HEADERS = ("From", "To", "Sender", "Message-ID", "References", "Date", "Subject", "Bcc", "MIME-Version")
 MIME_HEADERS = ("Content-Type", "Content-Disposition", "Content-Transfer-Encoding")
 # What a header may have many of.
-UNITS = (
-    *(
-        "a",
-        "(",
-        ")",
-        '"',
-        "\\",
-        '\\"',
-        "<",
-        ">",
-        "@",
-        ",",
-        ";",
-        ":",
-        ".",
-        "=",
-        "[",
-        "]",
-        " ",
-        "\t",
-        "=?",
-        "?=",
-        "a ",
-        "a@b,",
-    ),
-    *("<a@b> ", "a;", "=?utf-8?q?x?= ", "x*0=a;", ";a=b", "; x*1*=%41", "a b=", "\r\n ", "(a)", '"a"', "a@", "a:b;"),
-)
+UNITS = ("\r\n ", "\t", " ", "a ", "<a@b> ", "=?utf-8?q?x?= ", "; x*1*=%41", "a b=")
+UNITS += tuple(re.findall(r"\S+", r'a ( ) " \ \" < > @ , ; : . = [ ] =? ?= a@b, a; x*0=a; ;a=b (a) "a" a@ a:b;'))
 
-# What a client sends, and the text of a violation that its messages then have.
-FAULT_TEXTS = read_table(r"""
-== the default options
-ENVELOPE | HEAD | Subject: =?utf-8?q?a=C3?= =?utf-8?q?=BC?= | | END
-    => a character is split or cut off: encode it as a whole
-ENVELOPE | HEAD | Subject: =?utf-8?q?a?==?utf-8?q?b?= | | END => an encoded word needs white space around it
-ENVELOPE | HEAD | Cc: "=?utf-8?q?a?=" <a@a.com> | | END => an encoded word in quotes is not decoded
-ENVELOPE | HEAD | Cc: =?utf-8?q?a?=@a.com | | END => an address must not have an encoded word
-ENVELOPE | HEAD | Cc: =?utf-8?q?a,b?= <a@a.com> | | END => a Q word in a name must have letters, digits and !*+-/=_ only
-ENVELOPE | HEAD | Cc: Doe, J. <a@a.com> | | END => quote a name that has , . : @ [ or ]
-ENVELOPE | HEAD | Cc: a@a.com, | | END => leave out an empty element of a list, or a header without an address
-ENVELOPE | HEAD | Sender: a@a.com, b@b.com | | END => a Sender must have one address only
-ENVELOPE | HEAD | References: <a@a.com>, <b@a.com> | | END => separate ids by white space and not by commas
-ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | | END => this date is on another day of the week
-ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | a | --x-- | END
-    => a multipart or a mail in it must be 7bit, 8bit or binary
-ENVELOPE | HEAD | MIME | CTE: binary | | a | END => binary needs BODY=BINARYMIME
-ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed | | a | END => there is no boundary parameter
-ENVELOPE | HEAD | MIXED | | a | END => no line opens the first part
-ENVELOPE | HEAD | MIXED | | --x | | a | END => no line closes the last part
-ENVELOPE | HEAD | MIME | CTE: quoted-printable | | =c3 | END => write =C3 and not =c3
-ENVELOPE | HEAD | MIME | CTE: quoted-printable | | =C3 | END => a text that is not ASCII needs a charset, such as utf-8
-HELLO | MAIL FROM: <a@a.com> | QUIT => there must be no space after the colon
-HELLO | MAIL FROM:a@a.com | QUIT => write FROM:<address>, one address and nothing else
-HELLO | MAIL | RCPT TO:<a@a.com>,<b@b.com> | QUIT => write TO:<address>, one address and nothing else
-HELLO | MAIL | RCPT TO:<a@my_host.example.com> | QUIT => the domain of the address is wrong
-HELLO | MAIL | RCPT TO:<root> | QUIT => the address has no domain
-HELLO | MAIL | RCPT TO:<a b@a.com> | QUIT => the part before the @ of the address is wrong
-HELLO | RCPT | QUIT => RCPT needs an accepted MAIL
-== AUTH and CHUNKING  -- auth_users={"u": "p"}, extensions=["CHUNKING", "BINARYMIME", "SIZE"]
-HELLO | AUTH PLAIN AHUAeA== | cA== | QUIT => AUTH has failed, and this belongs to it
-HELLO | AUTH PLAIN AHUAcA== | AUTH PLAIN AHUAcA== | QUIT => AUTH has succeeded already
-HELLO | MAIL | AUTH PLAIN AHUAcA== | QUIT => AUTH is not allowed within a mail
-HELLO | MAIL | RCPT | R:BDAT 1\r\na | DATA | QUIT => after BDAT comes BDAT LAST
-HELLO | MAIL FROM:<a@a.com> BODY=BINARYMIME | RCPT | DATA | QUIT => BINARYMIME needs BDAT
-HELLO | MAIL FROM:<a@a.com> SIZE=1 SIZE=1 | QUIT => SIZE is given twice
-HELLO | MAIL FROM:<a@a.com> NOTIFY=NEVER | QUIT => NOTIFY belongs to RCPT
-HELLO | MAIL FROM:<a@a.com> SIZE=-1 | QUIT => this is no value of SIZE
-""")
-CURES = {
-    "bare-lf": "CRLF",
-    "bare-cr": "CRLF",
-    "early-talker": "wait",
-    "data-before-354": "wait",
-    "pipelining": "wait",
-    "no-hello": "send EHLO first",
-    "hello-invalid": "[192.0.2.1]",
-    "hello-not-fqdn": "host.example.com",
-    "nested-mail": "RSET",
-    "no-recipient": "RSET",
-    "data-after-refusal": "RSET",
-    "unstuffed-dot": "doubled",
-    "long-line": "quoted-printable or base64",
-    "8bit-unannounced": "quoted-printable or base64",
-    "8bit-undeclared": "BODY=8BITMIME",
-    "8bit-in-7bit": "quoted-printable or base64",
-    "undeclared-utf8": "SMTPUTF8",
-    "header-raw": "encoded words",
-    "bad-message-id": "<left@right>",
-    "bad-date": "-0600",
-    "bad-address": "user@example.com",
-    "bcc-disclosed": "leave it out",
-    "no-mime-version": "MIME-Version: 1.0",
-    "bad-mime-version": "1.0",
-    "encoded-word-long": "split it",
-    "encoded-parameter": "utf-8''a%20b",
-    "bad-content-type": "text/plain; charset=utf-8",
-    "bad-disposition": 'filename="a b.pdf"',
-    "unknown-charset": "use utf-8",
-    "false-end": "smuggling",
-    "path-syntax": "<address>",
-}
+# Codes, and what their texts tell to do.
+CURES = """
+bare-lf CRLF | bare-cr CRLF | early-talker wait | data-before-354 wait | pipelining wait | no-hello send EHLO first |
+hello-invalid [192.0.2.1] | hello-not-fqdn host.example.com | nested-mail RSET | no-recipient RSET |
+data-after-refusal RSET | unstuffed-dot doubled | long-line quoted-printable or base64 |
+8bit-unannounced quoted-printable or base64 | 8bit-undeclared BODY=8BITMIME |
+8bit-in-7bit quoted-printable or base64 | undeclared-utf8 SMTPUTF8 | header-raw encoded words |
+bad-message-id <left@right> | bad-date -0600 | bad-address user@example.com | bcc-disclosed leave it out |
+no-mime-version MIME-Version: 1.0 | bad-mime-version 1.0 | encoded-word-long split it |
+encoded-parameter utf-8''a%20b | bad-content-type text/plain; charset=utf-8 | bad-disposition filename="a b.pdf" |
+unknown-charset use utf-8 | false-end smuggling | path-syntax <address>
+"""
 
 
 def list_codes(messages: Iterable[Message]) -> list[str]:
@@ -1816,62 +1644,49 @@ def list_codes(messages: Iterable[Message]) -> list[str]:
 
 
 class ViolationTest(ServerCase):
+    MAIL = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\n%b\r\n.\r\n"
+
     def rows(self) -> Iterator[tuple[Row, dict[str, Any], list[str], list[bytes]]]:
-        """A row, its options, the expected codes, and what the client sends."""
-        for entry in (*VIOLATIONS.values(), *MAIL_FAULTS.values()):
-            for row in entry.rows:
-                counted = [f"{code} x1".split(" x")[:2] for code in row.expected.split(", ") if code != "clean"]
-                codes = [code for code, count in counted for _ in range(int(count))]
-                yield row, entry.options, codes, read_pieces(row.given)
+        """A row, its options, the codes and texts that are expected, and what the client sends."""
+        entries = [
+            (entry, row) for table in (VIOLATIONS, MAIL_FAULTS) for entry in table.values() for row in entry.rows
+        ]
+        for name, values in VALUES.items():
+            head = [word for word in ("DATE", "FROM", "ID", "MIME") if not SHORT[word].startswith(f"{name}:")]
+            for row in values.rows:
+                mails = [["ENVELOPE", *head, f"{name}: {value}", "", "END"] for value in row.given]
+                entries += [(values, row._replace(given=mail)) for mail in mails]
+        for entry, row in entries:
+            counted = [re.fullmatch(r"(.*?)(?: x(\d))?", item) for item in row.expected.split(" + ")]
+            expected = [
+                match[1] for match in counted if match and match[1] != "clean" for _ in range(int(match[2] or 1))
+            ]
+            yield row, entry.options, expected, read_pieces(row.given)
 
     def test_the_table(self) -> None:
-        """Each piece as a whole and, where it is but a line, in parts."""
+        """Each piece as a whole and, where it is but a line, in parts. There is a row for each code."""
+        codes = {"early-talker"}
         for row, options, expected, pieces in self.rows():
             for size in (sys.maxsize,) if any(b"\r\n" in piece[:-2] for piece in pieces) else (sys.maxsize, 7):
                 memory = Memory(**options)
                 memory.greet()
                 memory.converse(pieces, size)
+                found = [violation for message in memory.messages() for violation in Memory.findings(message)]
+                codes.update(violation.code for violation in found)
                 with self.subTest(row, size=size):
-                    self.assertEqual(list_codes(memory.messages()), expected)
-                for found in [found for message in memory.messages() for found in Memory.findings(message)]:
-                    self.assertTrue(len(found.line) <= 200 and str(found).isprintable(), found)
-
-    def test_the_table_is_complete(self) -> None:
-        rows = [expected for _, _, expected, _ in self.rows()]
-        self.assertEqual({code for codes in rows for code in codes} | {"early-talker"}, set(Memory.CODES))
-        self.assertGreater(rows.count([]), 20)
+                    said = [each.text if each.text in expected else each.code for each in found]
+                    self.assertEqual(said, expected)
+                    self.assertTrue(all(len(each.line) <= 200 and str(each).isprintable() for each in found), found)
+        self.assertEqual(codes, set(Memory.CODES))
 
     def test_what_each_text_says(self) -> None:
-        """What is wrong, and what to change."""
-        for entry in FAULT_TEXTS.values():
-            for row in entry.rows:
-                memory = Memory(**entry.options)
-                memory.greet()
-                memory.converse(read_pieces(row.given), sys.maxsize)
-                with self.subTest(row):
-                    texts = [found.text for message in memory.messages() for found in Memory.findings(message)]
-                    self.assertIn(row.expected, texts)
-        for code, cure in CURES.items():
+        """What to change."""
+        for code, cure in (item.split(" ", 1) for item in read_items(CURES)):
             self.assertIn(cure, Memory.CODES[code][0])
-
-    def test_charsets(self) -> None:
-        """Those that IANA registers are known, even if Python cannot decode them."""
-        registered = "VISCII csVIQR IBM01141 ISO-2022-CN-EXT iso-ir-99 ISO646-DE ISO_5428:1980 NATS-DANO JIS_C6226-1983"
-        registered += " EBCDIC-CP-FR OSD_EBCDIC_DF04_1 hp-legal T.61-8bit x0212 KSC5636 nf_z_62-010_(1973) Windows-31J"
-        registered += (
-            " Adobe-Symbol-Encoding Amiga-1251 CESU-8 greek7-old pt2 us-dk unknown-8bit CCSID00924 latin-greek"
-        )
-        unknown = "nothing utf-9 iso-8859-99 windows-1259 cp9999 x-unknown latin-99 utf8mb4 punycode hex"
-        for charset in (*registered.split(), *unknown.split()):
-            memory = Memory(*ENVELOPE, "DATA", f"Subject: =?{charset}?q?=FC?=", "", ".")
-            with self.subTest(charset):
-                self.assertEqual("unknown-charset" in list_codes(memory.messages()), charset in unknown.split())
 
     def test_who_refuses_it(self) -> None:
         memory = Memory(*ENVELOPE, "DATA")
-        memory.feed(
-            b"Date: a\r\nFrom: a@a.com, b@b.com\r\nX: a\r\n \r\nSubject: a\r\nSubject: b\r\n\r\nHello\n\r\n.\r\n"
-        )
+        memory.say("Date: a", "From: a@a.com, b@b.com", "X: a", " ", "Subject: a", "Subject: b", "", "Hello\n", ".")
         found = [(violation.code, violation.refused_by) for violation in Memory.findings(memory.message())]
         expected = [("bare-lf", "Postfix"), ("header-missing", "Gmail"), ("no-message-id", "Gmail"), ("bad-date", "")]
         expected += [("header-syntax", "amavis"), ("header-duplicate", "Gmail, Amazon SES")]
@@ -1910,8 +1725,7 @@ class ViolationTest(ServerCase):
         self.assertEqual(len(message.violations), 2)
 
     def test_strict(self) -> None:
-        mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\nHello\r\n.\r\n"
-        bare_lf, dot = mail.replace(b"Hello", b"Hello\n"), mail.replace(b"Hello", b".Hello")
+        mail, bare_lf, dot = self.MAIL % b"Hello", self.MAIL % b"Hello\n", self.MAIL % b".Hello"
         unknown = "550 5.6.0 unknown-command"  # but commands are answered as ever
         for options, commands, content, reply in (
             ({}, [], mail, RECEIVED),
@@ -1928,24 +1742,15 @@ class ViolationTest(ServerCase):
                 self.assertEqual((said[: len(reply)], len(said) < 512), (reply, True))
                 self.assertEqual(memory.message().is_consistent, reply[0] == "2")
 
-    def test_strict_forgets_the_mails_before(self) -> None:
+    def test_strict_looks_at_each_mail_alone(self) -> None:
         """So that a correct mail after a wrong one is accepted, and the time does not grow with each mail."""
-        mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\n.\r\n"
         for several in (False, True):
             memory = Memory("EHLO a.com", strict=True, multiple_message_receiving=several)
-            for sender, code in (("<a@a.com>", "250"), (" <a@a.com>", "550"), ("<a@a.com>", "250")):
+            for sender, line, code in (("<a@a.com>", b"..", 250), ("<a@a.com>", b".a", 550), (" <a@a.com>", b"", 550)):
                 memory.say(f"MAIL FROM:{sender}", "RCPT TO:<b@b.com>", "DATA")
-                self.assertEqual(memory.feed(mail)[0][:3], code)
+                self.assertEqual(int(memory.feed(self.MAIL % line)[0][:3]), code)
             memory.say("EHLO a_b", "MAIL FROM:<a@a.com>", "HELO vm", "EHLO a.com", *ENVELOPE[1:], "DATA")
-            self.assertEqual(memory.feed(mail)[0][:3], "250")
-
-    def test_strict_looks_at_each_body(self) -> None:
-        """Two of the same size, in one message."""
-        memory = Memory(*ENVELOPE, "DATA", strict=True)
-        mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\n%s\r\n.\r\n"
-        memory.feed(mail % b"..")
-        memory.say(*ENVELOPE[1:], "DATA")
-        self.assertEqual(memory.feed(mail % b".a")[0][:23], "550 5.6.0 unstuffed-dot")
+            self.assertEqual(memory.feed(self.MAIL % b"")[0][:3], "250")
 
     def test_of_all_messages(self) -> None:
         with Server(multiple_message_receiving=True) as server:
@@ -1984,10 +1789,9 @@ class ViolationTest(ServerCase):
         self.assertIn("C: <truncated>", message.transcript)
 
     def test_a_mail_with_so_many_recipients_that_the_dialogue_is_truncated(self) -> None:
-        mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n%b\r\nhi\r\n.\r\n"
         for header, code in ((b"", "250"), (b"Bcc: c@c.com\r\n", "550")):
             memory = Memory(*ENVELOPE[:2], *ENVELOPE[2:] * 10_100, "DATA", strict=True, multiple_rcptto=True)
-            self.assertEqual(memory.feed(mail % header)[0][:3], code)
+            self.assertEqual(memory.feed(header + self.MAIL % b"hi")[0][:3], code)
             self.assertEqual("bcc-disclosed" in list_codes([memory.message()]), bool(header))
 
     def test_large_ones(self) -> None:
@@ -1997,10 +1801,6 @@ class ViolationTest(ServerCase):
             nested,
             b"".join(b"X-%d: =?utf-8?q?x?=\r\n" % i for i in range(10_000)),
             b"Content-Type: text/plain" + b"; a=b" * 100_000,
-            b"To: " + b"a@example.com, " * 25_000,
-            b"Bcc: " + b"(" * 2000,
-            b"Bcc: " + b"a:b," * 2000,
-            b"From: " + b'"' * 9999,
             b"Subject: " + b"=?a?q?" * 100_000,
             b"\r\n" + b"=\n" * 250_000,
         ):
@@ -2561,302 +2361,7 @@ class ExchangeTest(unittest.TestCase):
 
 # -------------------------------------------------------------------------------------------- mail
 
-# Mails as the programs named here write them: what is to be found in one, and its content with Python's escapes.
-MAILS = read_table(r"""
-== smtplib, no header at all  -- subject=None, text="Hello\n", html=None, attachments=[]
-Hello
-== an empty one  -- subject=None, text=None, html=None, attachments=[]
-== no empty line after the header  -- subject="hi", text=""
-Subject: hi
-== mutt, UTF-8 as 8bit  -- subject="Grüße aus Köln, mit einem langen Betreff – der zweite Teil", text="Schöne Grüße\n"
-Date: Sun, 22 Nov 2026 10:00:00 +0000
-From: =?utf-8?Q?J=C3=B6rg?= <joerg@example.org>
-To: b@example.com
-Subject: =?utf-8?B?R3LDvMOfZSBhdXMgS8O2bG4sIG1pdCBlaW5lbSBsYW5nZW4gQmV0cmVmZg==?=
-\t=?utf-8?Q?_=E2=80=93_der_zweite_Teil?=
-MIME-Version: 1.0
-Content-Type: text/plain; charset=utf-8
-Content-Disposition: inline
-Content-Transfer-Encoding: 8bit
-
-Schöne Grüße
-== PHP, ISO-8859-1 as 8bit  -- subject="Bestellung bestätigt", text="Sie zahlen 5 £ für alles.\n", attachments=[]
-Subject: =?iso-8859-1?Q?Bestellung_best=E4tigt?=
-Content-Type: text/plain; charset=iso-8859-1
-Content-Transfer-Encoding: 8bit
-
-Sie zahlen 5 \xa3 f\xfcr alles.
-== Thunderbird, nested, with two attachments
--- subject="Rechnung", text="Hallöchen!", html='<img src="cid:1">Hallöchen!'
--- attachments=[(None, "image/gif", b"GIF89a\1\0\1\0\0\0\0,")
--- ("Rechnung für Jörg.pdf", "application/pdf", b"%PDF-1.4\n"), ("notes.txt", "text/plain", b"5 \xe2\x82\xac")]
-Content-Type: multipart/mixed; boundary="------------A0"
-Subject: Rechnung
-MIME-Version: 1.0
-
-This is a multi-part message in MIME format.
---------------A0
-Content-Type: multipart/alternative;
- boundary="------------B1"
-
---------------B1
-Content-Type: text/plain; charset=UTF-8; format=flowed
-Content-Transfer-Encoding: base64
-
-SGFsbMO2Y2hlbiE=
---------------B1
-Content-Type: multipart/related; boundary="------------C2"
-
---------------C2
-Content-Type: text/html; charset=UTF-8
-Content-Transfer-Encoding: quoted-printable
-
-<img src=3D"cid:1">Hall=C3=B6chen!
---------------C2
-Content-Type: image/gif
-Content-ID: <1>
-Content-Transfer-Encoding: base64
-
-R0lGODlhAQABAAAAACw=
---------------C2--
---------------B1--
---------------A0
-Content-Type: application/pdf; name="=?UTF-8?B?UmVjaG51bmcgZsO8ciBKw7ZyZy5wZGY=?="
-Content-Disposition: attachment; filename*0*=UTF-8''Rechnung%20f%C3%BCr%20J%C3%B6;
- filename*1*=rg.pdf
-Content-Transfer-Encoding: base64
-
-JVBERi0xLjQK
---------------A0
-Content-Type: text/plain; charset=UTF-8; name="notes.txt"
-Content-Disposition: attachment; filename="notes.txt"
-Content-Transfer-Encoding: quoted-printable
-
-5 =E2=82=AC
---------------A0--
-== Outlook, encoded words in a file's name, a mail in the mail  -- text=None, html="<p>Schön, bis später =)</p>"
--- attachments=[("Berícht.bin", "application/octet-stream", b"\0\xff\1")
--- (None, "message/rfc822", b"Subject: report\r\nContent-Type: text/plain\r\n\r\nthe first")]
-Subject: FW: report
-Content-Type: multipart/mixed; boundary=XX
-
---XX
-Content-Type: text/html; charset="iso-8859-1"
-Content-Transfer-Encoding: quoted-printable
-
-<p>Sch=F6n, =
-bis sp=E4ter =3D)</p>
---XX
-Content-Type: application/octet-stream; name="=?iso-8859-1?Q?Ber=EDcht.bin?="
-Content-Disposition: attachment; filename="=?iso-8859-1?Q?Ber=EDcht.bin?="
-Content-Transfer-Encoding: base64
-
-AP8B
---XX
-Content-Type: message/rfc822
-
-Subject: report
-Content-Type: text/plain
-
-the first
---XX--
-== a delivery report
--- attachments=[(None, "message/delivery-status", b"Reporting-MTA: dns; a.com\r\n\r\nFinal-Recipient: rfc822; b@b.com\r\nAction: failed\r\n")]
-Content-Type: multipart/report; boundary=b
-
---b
-Content-Type: message/delivery-status
-
-Reporting-MTA: dns; a.com
-
-Final-Recipient: rfc822; b@b.com
-Action: failed
-
---b--
-== 8-bit and NUL bytes, and no charset  -- text="\0\1\ufffd\n€\n", html=None
-Subject: \xff\xfe
-
-\0\1\xfc
-€
-== a charset that is none  -- text="Qapla'\n"
-Content-Type: text/plain; charset=klingon
-
-Qapla'
-== a boundary that never comes  -- subject="broken", text="--other\n\nwhat it says\n", attachments=[]
-Subject: broken
-Content-Type: multipart/mixed; boundary=never
-
---other
-
-what it says
-== a boundary that has no end  -- text="first", attachments=[(None, "image/png", b"PNG")]
-Content-Type: multipart/mixed; boundary=b
-
---b
-
-first
---b
-Content-Type: image/png
-
-PNG
-== addresses on which the parser of the standard library fails  -- subject="hi", text="body\n"
-From: @
-To: <
-Cc: "
-Sender: . <x
-Message-ID: <>'>
-Content-Type: ;
-Subject: hi
-
-body
-== a header of 100 KB  -- subject="long", text="body\n"
-Subject: long
-X-Long: {word *20000}
-
-body
-""")
-MAILS["a subject of 100 KB"] = Entry({"subject": "x" * 100000}, ["Subject: " + "x" * 100000])
-NESTED = "Content-Type: multipart/mixed; boundary=b{0}\n\n--b{0}"
-MAILS["parts as deep as the parser cannot go"] = Entry({"subject": None}, [NESTED.format(n) for n in range(600)])
-
 PUBLIC = [name for name in dir(Message) if not name.startswith("_")] + ["id", "peer"]
-
-# What headers and parts are made of, with Python's escapes.
-GARBAGE = r"""
-=?utf-8?q?=ff?= | =? | < | > | @ | " | ; | \xff | \0 | = | * | % | / | ( | text/plain | multipart/mixed |
-message/rfc822 | boundary=b | --b | --b-- | charset=utf-7 | filename*0*=utf-8''%ff | name=x | base64 |
-quoted-printable | x-uuencode | attachment | :\x20 | \x20 | begin\x206\x20x | \r\n | \r\n | \r\n\r\n | \r\n\x20 |
-\r\nContent-Type:\x20 | \r\nTo:\x20 | \r\nDate:\x20 | \r\nContent-Disposition:\x20 |
-\r\nContent-Transfer-Encoding:\x20 | \r\nMessage-ID:\x20 | \r\nSubject:\x20
-"""
-
-
-class MailTest(unittest.TestCase):
-    """A message as a mail: its header, its parts, and what a server adds to it."""
-
-    maxDiff = None
-
-    def setUp(self) -> None:
-        self.addCleanup(sys.setrecursionlimit, sys.getrecursionlimit())
-        sys.setrecursionlimit(500)  # so that the parser cannot go as deep as usual, and takes less time for that
-
-    def receive(self, content: bytes, *recipients: str, helo: str = "EHLO client.example.com") -> Message:
-        return receive_content(content, *recipients, helo=helo)
-
-    def ask_all(self, message: Message) -> None:
-        """Each attribute has a value."""
-        for name in dir(message):
-            getattr(message, name)
-        message.as_bytes()
-        json.dumps(message.to_dict()).encode("ascii")
-        repr(message)
-
-    @staticmethod
-    @functools.cache
-    def received(title: str) -> tuple[bytes, Message]:
-        """A mail of the table, and what came of it; some take long to parse."""
-        lines = MAILS[title].lines
-        content = read_escapes("\n".join([*lines, ""]) if lines else "").replace(b"\n", b"\r\n")
-        return content, MailTest().receive(content)
-
-    def test_mails(self) -> None:
-        for title, entry in MAILS.items():
-            with self.subTest(title):
-                content, message = self.received(title)
-                self.assertEqual(message.content, content)
-                self.assertEqual({name: getattr(message, name) for name in entry.options}, entry.options)
-                self.assertTrue(message.as_bytes().endswith(content))
-                self.assertEqual(message.email["Return-Path"], "<a@a.com>")
-                self.ask_all(message)
-
-    def test_defects(self) -> None:
-        _, message = self.received("a boundary that never comes")
-        self.assertIn("StartBoundaryNotFoundDefect", [type(defect).__name__ for defect in message.email.defects])
-        self.assertIn("StartBoundaryNotFoundDefect", str(message.to_dict()["defects"]))
-        _, deep = self.received("parts as deep as the parser cannot go")
-        self.assertIn("nested too deeply", str(deep.email.defects[-1]))
-        broken = self.receive(b"Content-Disposition: ;.*\r\n\r\n").email
-        self.assertIn("cannot be parsed", str(broken["Content-Disposition"].defects))
-
-    def test_garbage(self) -> None:
-        """Whatever the bytes are, each attribute has a value."""
-        rng = random.Random(1)
-        pieces = list(map(read_escapes, read_items(GARBAGE)))
-        for _ in range(400):
-            content = b"".join(rng.choices(pieces, k=rng.randrange(1, 40))) + b"\r\n"
-            with self.subTest(content), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the standard library warns of an encoding
-                self.ask_all(self.receive(content))
-
-    def test_trace(self) -> None:
-        message = self.receive(b"Subject: hi\r\n\r\nbody\r\n")
-        received = "Received: from client.example.com ([192.0.2.1])\n\tby smtpmock with ESMTP id 1\n\tfor <b@b.com>;"
-        trace = f"Return-Path: <a@a.com>\n{received}\n\tSun, 13 Sep 2020 12:26:40 +0000\n"
-        self.assertEqual(message.as_bytes().decode().replace("\r\n", "\n"), f"{trace}Subject: hi\n\nbody\n")
-        self.assertEqual(message.email["Received"].defects, ())
-        self.assertEqual(message.received_at, datetime.datetime(2020, 9, 13, 12, 26, 40, 250000, datetime.timezone.utc))
-
-    def test_trace_of_others(self) -> None:
-        several = self.receive(b"", "b@b.com", "c@c.com", helo="HELO пример.рф")
-        self.assertRegex(several.received_header, r"\AReceived: from \[192.0.2.1\] .*\r\n.* with SMTP id 1;\r\n")
-        for recipient in ("Postmaster", "дядя@пример.рф"):
-            self.assertNotIn("for", self.receive(b"", recipient).received_header)
-        memory = receive_mail(peer=("fe80::1%eth0", 25))
-        self.assertIn("from a.com ([IPv6:fe80::1])\r\n", memory.message().received_header)
-        lines = (*ENVELOPE[:2], "RCPT TO:nobody")
-        self.assertEqual(Memory(*lines).message().as_bytes(), b"Return-Path: <a@a.com>\r\n")
-        self.assertEqual(Memory(*lines, "HELO").message().as_bytes(), b"")
-
-    def test_one_that_only_rules_accepted(self) -> None:
-        for lines in (SEND, ("HELO", *SEND), ("HELO a b\rc", *SEND), ("MAIL x", "MAIL FROM:<a\rX: y>", *SEND[1:])):
-            message = Memory(*lines, rules=["*: reply 250 ok", "DATA: reply 354 go"]).message()
-            with self.subTest(lines):
-                self.assertTrue(message.is_consistent)
-                self.ask_all(message)
-                self.assertIn("Received: from [192.0.2.1] ([192.0.2.1])", message.received_header)
-                self.assertNotIn(b"\r", message.as_bytes().replace(b"\r\n", b""))
-
-    def test_copies(self) -> None:
-        message = Memory(ENVELOPE[0], "MAIL FROM:<a@a.com> SIZE=5", *SEND[1:], extensions=["SIZE"]).message()
-        self.ask_all(message)
-        for same in (pickle.loads(pickle.dumps(message)), copy.deepcopy(message)):
-            self.assertEqual(same.to_dict(), message.to_dict())
-        self.assertIs(message.email, message.email)  # computed once
-        message.attachments.append(smtpmock.Attachment("mine", "text/plain", b""))
-        self.assertEqual(message.attachments, [])
-        with self.assertRaisesRegex(AttributeError, "read-only: email"):
-            setattr(message, "email", None)  # noqa: B010 - mypy knows better
-
-    def test_to_dict(self) -> None:
-        memory = Memory("EHLO \udcff", *ENVELOPE, "DATA", "Subject: =?utf-8?q?=E2=82=AC?=", "", "\udce9", ".")
-        message = memory.message()
-        values = json.loads(json.dumps(message.to_dict()))
-        self.assertEqual(set(PUBLIC) - {"as_bytes", "to_dict", "email", "msg_request"} - set(values), set())
-        self.assertEqual([name for name in values if name.startswith("_")], [])
-        self.assertEqual(base64.b64decode(values["content"]), message.content)
-        self.assertEqual((values["headers"][-1], values["transcript"][:13]), (["Subject", "€"], r"C: EHLO \udcff"[:13]))
-        expected = {
-            "content_encoding": "base64", "subject": "€", "received_at": "2020-09-13T12:26:40.250000+00:00",
-            "peer": ["192.0.2.1", 4321], "rcptto_request_response": [["RCPT TO:<b@b.com>", RECEIVED]],
-        }  # fmt: skip
-        self.assertEqual({name: values[name] for name in expected}, expected)
-        text = self.receive(b"Subject: hi\r\n\r\n\xc3\xa9\r\n").to_dict()
-        self.assertEqual((text["content"], text["content_encoding"]), ("Subject: hi\r\n\r\né\r\n", "utf-8"))
-
-    def test_copies_while_another_thread_parses_it(self) -> None:
-        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(1e-6)
-        original = Memory(*ENVELOPE, "DATA", "Subject: hi", "", "body", ".").message()
-        for _ in range(30):
-            message = copy.copy(original)
-            parser = threading.Thread(target=message.to_dict)
-            parser.start()
-            while parser.is_alive():
-                self.assertEqual(copy.copy(message).content, original.content)
-            parser.join()
-
-
-# ------------------------------------------------------------------------------- reading the mail
 
 # A value of Subject, and what is shown of it; the first two are written by Python's own `email`.
 SUBJECTS = r"""
@@ -2913,6 +2418,7 @@ BODIES = r"""
 \r\nContent-Transfer-Encoding: (a) quoted-printable                 | a \r\nb=20\r\nc= \r\nd=ZZ =c3=bc => a\nb \ncd=ZZ ü
 \r\nContent-Transfer-Encoding: x-uuencode                           | begin 644 a\r\n%:&5L;&\\ \r\n`\r\nend => hello
 \r\nContent-Transfer-Encoding: x-uuencode                           | begin 644 a\r\nM\x80\xff\r\nend => begin 644 a\nM\ufffd\ufffd\nend
+\r\nContent-Transfer-Encoding: 7bit                                 | begin 644 a\r\n%:&5L;&\\ \r\n`\r\nend => begin 644 a\n%:&5L;&\\ \n`\nend
 (plain words; a=b); charset=iso-8859-1                              | \xfc               => ü
 ; charset=iso-8859-1 (Latin)                                        | \xfc               => ü
 \x20; CHARSET = "ISO-8859-1"                                        | \xfc               => ü
@@ -2947,199 +2453,98 @@ BODIES = r"""
 ; charset*=a\0''x; {x=y; *400}                                      | x                  => x
 """
 
-# Mails, and what a good mail reader shows of them.
-READINGS = read_table(r"""
-== a name in two encoded words  -- headers={"From": "München <a@example.com>", "To": '"Doe, Jö" <b@example.com>, c@c.com'}
-From: =?utf-8?B?TcO8bg==?=
- =?utf-8?B?Y2hlbg==?= <a@example.com>
-To: =?utf-8?Q?Doe=2C?= =?utf-8?Q?_J=C3=B6?= <b@example.com>, <c@c.com>
-
-hi
-== a header folded right after its colon  -- headers={"X-Foo": "a b"}
-X-Foo:
- a
- b
-
-hi
-== no body  -- subject="hi", text=""
-Subject: hi
-== a mail within the mail  -- text="hi"
--- attachments=[("f.eml", "message/rfc822", b"Subject:  two blanks\r\nX-Empty:\r\nX-Close:none\r\n\r\ninner")]
-Content-Type: multipart/mixed; boundary=b
-
---b
-
-hi
---b
-Content-Type: message/rfc822
-Content-Disposition: attachment; filename=f.eml
-
-Subject:  two blanks
-X-Empty:
-X-Close:none
-
-inner
---b--
-== a mail within the mail, in base64  -- attachments=[("f.eml", "message/rfc822", b"Subject: in\r\n\r\nhello\r\n")]
-Content-Type: message/rfc822; name=f.eml
-Content-Transfer-Encoding: base64
-
-U3ViamVjdDogaW4NCg0KaGVsbG8NCg==
-== a digest  -- text=None, attachments=[(None, "message/rfc822", b"Subject: one\r\n\r\nfirst")]
-Content-Type: multipart/digest; boundary=b
-
---b
-
-Subject: one
-
-first
---b--
-== a report  -- attachments=[(None, "message/delivery-status", b"a: dns; x\r\n\r\nb: rfc822; y\r\nc:failed\r\n")]
-Content-Type: multipart/report; boundary=b
-
---b
-Content-Type: message/delivery-status
-
-a: dns; x
-
-b: rfc822; y
-c:failed
-
---b--
-== the only part has a name  -- html="<p>hi\n", attachments=[]
-Content-Type: text/html; charset=utf-8; name=page.html
-
-<p>hi
-== the only part is inline and has a name  -- text="hi\n", attachments=[]
-Content-Type: text/plain
-Content-Disposition: inline; filename=body.txt
-
-hi
-== the only part is an attachment  -- text=None, attachments=[("body.txt", "text/plain", b"hi\r\n")]
-Content-Type: text/plain (plain words)
-Content-Disposition: attachment; filename=body.txt
-
-hi
-== within a multipart, a text with a name  -- text="hi", attachments=[("notes.txt", "text/plain", b"notes")]
-Content-Type: multipart/mixed; boundary=b
-
---b
-
-hi
---b
-Content-Type: text/plain; name=notes.txt
-
-notes
---b--
-== an unquoted boundary  -- text="hi", attachments=[("a.png", "image/png", b"X")]
-Content-Type: multipart/mixed; boundary=----=_Part_1_22.33
-
-------=_Part_1_22.33
-Content-Type: text/plain
-
-hi
-------=_Part_1_22.33
-Content-Type: image/png; name=a.png
-
-X
-------=_Part_1_22.33--
-== a boundary in UTF-8, with blanks after it  -- text="hi\nx --ä"
-Content-Type: multipart/mixed; boundary="ä "
-
---ä {SP}
-
-hi
-x --ä
---ä-- {SP}
-not shown
-== a text that is like the end of a delimiter  -- text="--", attachments=[(None, "image/png", b"<p>")]
-Content-Type: multipart/mixed; boundary=b
-
---b
-
---
---b
-Content-Type: image/png
-
-<p>
---b--
-== a boundary that begins like another one  -- text="hi", html="<p>"
-Content-Type: multipart/mixed; boundary=b
-
---b
-Content-Type: multipart/alternative; boundary=bb
-
---bb
-
-hi
---bb
-Content-Type: text/html
-
-<p>
---bb--
---b--
-== an inner multipart without its end  -- text="hi", attachments=[("a.png", "image/png", b"X")]
-Content-Type: multipart/mixed; boundary=b
-
---b
-Content-Type: multipart/alternative; boundary=c
-
---c
-
-hi
---b
-Content-Type: image/png; name=a.png
-
-X
---b--
-== a multipart without a boundary  -- text="--b\n\nhi\n--b--\n"
-Content-Type: multipart/mixed
-
---b
-
-hi
---b--
-== a bad line before all headers  -- subject="later", text="hi\n"
-X-NoColon
-Subject: later
-
-hi
-== a bad line after all headers, with its continuation  -- subject="first", text="hi\n"
-Subject: first
-this is none
- Subject: nor this
-
-hi
-== a bad line in the header of a part  -- text="ü", defect="MissingHeaderBodySeparatorDefect"
-Content-Type: multipart/mixed; boundary=b
-
---b
-Content-Type: text/plain; charset=iso-8859-1
-From the beginning
-Content-Transfer-Encoding: quoted-printable
-
-=FC
---b--
-== a blank before the colon  -- subject="hi", html="<p>\n"
-Subject : hi
-Content-Type : text/html
-
-<p>
-== a type that is none  -- text="ü\n"
-Content-Type: text; charset=iso-8859-1
-Content-Transfer-Encoding: quoted-printable
-
-=FC
-== no header, and two paragraphs  -- subject=None, text="Hello\n\nBye\n"
-Hello
-
-Bye
-== a blank line at the beginning  -- subject=None, text="Subject: hi\n"
-
-Subject: hi
-== a blank at the beginning  -- subject=None, text=" x\nSubject: hi\n"
- x
-Subject: hi
+# Mails, with the escapes of Python where an item begins with R:, what a good mail reader shows of them, and the codes
+# of what is wrong with their structure.
+READINGS = read_rows(r"""
+# By mutt, PHP, Thunderbird and Outlook; a delivery report; one that was cut off
+DATE | From: =?utf-8?Q?J=C3=B6rg?= <joerg@example.org> | To: b@example.com |
+    Subject: =?utf-8?B?R3LDvMOfZSBhdXMgS8O2bG4sIG1pdCBlaW5lbSBsYW5nZW4gQmV0cmVmZg==?= |
+    R:\t=?utf-8?Q?_=E2=80=93_der_zweite_Teil?=\r\n | MIME | Content-Type: text/plain; charset=utf-8 |
+    Content-Disposition: inline | CTE: 8bit | | Schöne Grüße
+    => subject="Grüße aus Köln, mit einem langen Betreff – der zweite Teil", text="Schöne Grüße"  -- is_right=True
+Subject: =?iso-8859-1?Q?Bestellung_best=E4tigt?= | Content-Type: text/plain; charset=iso-8859-1 | CTE: 8bit | |
+    R:Sie zahlen 5 \xa3 f\xfcr alles.\r\n
+    => subject="Bestellung bestätigt", text="Sie zahlen 5 £ für alles.", attachments=[]  -- is_right=True
+Content-Type: multipart/mixed; boundary="------------A0" | Subject: Rechnung | MIME | |
+    This is a multi-part message in MIME format. | --------------A0 | Content-Type: multipart/alternative; |
+    {SP}boundary="------------B1" | | --------------B1 | Content-Type: text/plain; charset=UTF-8; format=flowed |
+    CTE: base64 | | SGFsbMO2Y2hlbiE= | --------------B1 | Content-Type: multipart/related; boundary="------------C2" | |
+    --------------C2 | Content-Type: text/html; charset=UTF-8 | CTE: quoted-printable | |
+    <img src=3D"cid:1">Hall=C3=B6chen! | --------------C2 | Content-Type: image/gif | Content-ID: <1> | CTE: base64 | |
+    R0lGODlhAQABAAAAACw= | --------------C2-- | --------------B1-- | --------------A0 |
+    Content-Type: application/pdf; name="=?UTF-8?B?UmVjaG51bmcgZsO8ciBKw7ZyZy5wZGY=?=" |
+    Content-Disposition: attachment; filename*0*=UTF-8''Rechnung%20f%C3%BCr%20J%C3%B6; | {SP}filename*1*=rg.pdf |
+    CTE: base64 | | JVBERi0xLjQK | --------------A0 | Content-Type: text/plain; charset=UTF-8; name="notes.txt" |
+    Content-Disposition: attachment; filename="notes.txt" | CTE: quoted-printable | | 5 =E2=82=AC | --------------A0--
+    => subject="Rechnung", text="Hallöchen!", html='<img src="cid:1">Hallöchen!', attachments=[
+    (None, "image/gif", b"GIF89a\1\0\1\0\0\0\0,"), ("Rechnung für Jörg.pdf", "application/pdf", b"%PDF-1.4\n"),
+    ("notes.txt", "text/plain", b"5 \xe2\x82\xac")]  -- is_right=True
+Subject: FW: report | Content-Type: multipart/mixed; boundary=XX | | --XX |
+    Content-Type: text/html; charset="iso-8859-1" | CTE: quoted-printable | | <p>Sch=F6n, = | bis sp=E4ter =3D)</p> |
+    --XX | Content-Type: application/octet-stream; name="=?iso-8859-1?Q?Ber=EDcht.bin?=" |
+    Content-Disposition: attachment; filename="=?iso-8859-1?Q?Ber=EDcht.bin?=" | CTE: base64 | | AP8B | --XX |
+    Content-Type: message/rfc822 | | Subject: report | Content-Type: text/plain | | the first | --XX--
+    => text=None, html="<p>Schön, bis später =)</p>", attachments=[
+    ("Berícht.bin", "application/octet-stream", b"\0\xff\1"),
+    (None, "message/rfc822", b"Subject: report\r\nContent-Type: text/plain\r\n\r\nthe first")]
+Content-Type: multipart/report; boundary=b | | --b | Content-Type: message/delivery-status | |
+    Reporting-MTA: dns; a.com | | Final-Recipient: rfc822; b | Action:failed | | --b-- => attachments=[(None,
+    "message/delivery-status", b"Reporting-MTA: dns; a.com\r\n\r\nFinal-Recipient: rfc822; b\r\nAction:failed\r\n"
+    )]  -- is_right=True
+MIXED | | --x | | first | --x | Content-Type: image/png | | PNG
+    => text="first", attachments=[(None, "image/png", b"PNG")], codes="bad-boundary"  -- is_right=True
+# Headers
+=> subject=None, text=None, html=None, attachments=[]
+Hello | | Bye => subject=None, text="Hello\n\nBye", html=None, attachments=[], codes="header-syntax"
+Subject: hi => subject="hi", text=""
+R:Subject: \xff\xfe\r\n\r\n\0\1\xfc\r\n€\r\n => text="\0\1\ufffd\n€", html=None
+From: @ | To: < | Cc: " | Sender: . <x | Message-ID: <>'> | Content-Type: ; | Subject: hi | | body
+    => subject="hi", text="body", codes="bad-content-type"
+X-Long: {word *20000} | Subject: long | | body => subject="long", text="body"
+From: =?utf-8?B?TcO8bg==?= |  =?utf-8?B?Y2hlbg==?= <a@example.com> |
+    To: =?utf-8?Q?Doe=2C?= =?utf-8?Q?_J=C3=B6?= <b@example.com>, <c@c.com> | | hi
+    => headers={"From": "München <a@example.com>", "To": '"Doe, Jö" <b@example.com>, c@c.com'}
+X-Foo: |  a |  b | | hi => headers={"X-Foo": "a b"}
+# Mails within the mail
+Content-Type: message/rfc822; name=f.eml | CTE: base64 | | {b64 Subject: in\r\n\r\nhello\r\n}
+    => attachments=[("f.eml", "message/rfc822", b"Subject: in\r\n\r\nhello\r\n")], codes="bad-encoding"
+MIXED | | --x | | hi | --x | Content-Type: message/rfc822 | Content-Disposition: attachment; filename=f.eml | |
+    Subject:  two blanks | X-Empty: | X-Close:none | | inner | --x-- => text="hi", attachments=[
+    ("f.eml", "message/rfc822", b"Subject:  two blanks\r\nX-Empty:\r\nX-Close:none\r\n\r\ninner")]
+Content-Type: multipart/digest; boundary=x | | --x | | Subject: one | | first | --x--
+    => text=None, attachments=[(None, "message/rfc822", b"Subject: one\r\n\r\nfirst")]
+# Parts with a name
+Content-Type: text/html; charset=utf-8; name=page.html | | <p>hi => html="<p>hi\n", attachments=[]
+Content-Type: text/plain | Content-Disposition: inline; filename=body.txt | | hi => text="hi", attachments=[]
+Content-Type: text/plain (plain words) | Content-Disposition: attachment; filename=body.txt | | hi
+    => text=None, attachments=[("body.txt", "text/plain", b"hi\r\n")]
+MIXED | | --x | | hi | --x | Content-Type: text/plain; name=notes.txt | | notes | --x--
+    => text="hi", attachments=[("notes.txt", "text/plain", b"notes")]
+# Boundaries
+Content-Type: multipart/mixed; boundary=----=_Part_1_22.33 | | ------=_Part_1_22.33 | | hi | ------=_Part_1_22.33 |
+    Content-Type: image/png; name=a.png | | X | ------=_Part_1_22.33--
+    => text="hi", attachments=[("a.png", "image/png", b"X")], codes="bad-content-type"
+Content-Type: multipart/mixed; boundary="ä " | | --ä {SP} | | hi | x --ä | --ä-- {SP} | not shown => text="hi\nx --ä",
+    codes="bad-boundary"
+MIXED | | --x | | -- | --x | Content-Type: image/png | | <p> | --x--
+    => text="--", attachments=[(None, "image/png", b"<p>")]
+MIXED | | --x | Content-Type: multipart/alternative; boundary=xx | | --xx | | hi | --xx | Content-Type: text/html | |
+    <p> | --xx-- | --x-- => text="hi", html="<p>", codes="bad-boundary"
+MIXED | | --x | Content-Type: multipart/alternative; boundary=c | | --c | | hi | --x |
+    Content-Type: image/png; name=a.png | | X | --x--
+    => text="hi", attachments=[("a.png", "image/png", b"X")], codes="bad-boundary"
+Content-Type: multipart/mixed | | --b | | hi | --b-- => text="--b\n\nhi\n--b--", codes="bad-boundary"
+Content-Type: multipart/mixed; boundary=never | | --other | | hi
+    => text="--other\n\nhi", attachments=[], defects=["StartBoundaryNotFoundDefect"], codes="bad-boundary"
+# Bad lines in a header
+X-NoColon | Subject: later | | hi => subject="later", text="hi", codes="header-syntax"
+Subject: first | this is none |  Subject: nor this | | hi => subject="first", text="hi", codes="header-syntax"
+MIXED | | --x | Content-Type: text/plain; charset=iso-8859-1 | From the beginning | CTE: quoted-printable | | =FC |
+    --x-- => text="ü", defects=["MissingHeaderBodySeparatorDefect"], codes="header-syntax"
+Subject : hi | Content-Type : text/html | | <p> => subject="hi", html="<p>\n", codes="header-syntax"
+Content-Type: text; charset=iso-8859-1 | CTE: quoted-printable | | =FC => text="ü", codes="bad-content-type"
+R:\r\nSubject: hi\r\n => subject=None, text="Subject: hi"
+R: x\r\nSubject: hi\r\n => subject=None, text=" x\nSubject: hi", codes="header-syntax"
 """)
 
 # Of what a header or a mail may be full: what is repeated in the values of the headers, and mails, in which it is
@@ -3218,6 +2623,15 @@ def receive_content(content: bytes, *recipients: str, helo: str = "EHLO client.e
     return memory.message()
 
 
+def ask_all(message: Message) -> None:
+    """Each attribute has a value."""
+    for name in dir(message):
+        getattr(message, name)
+    message.as_bytes()
+    json.dumps(message.to_dict()).encode("ascii")
+    repr(message)
+
+
 def list_readings() -> Iterator[tuple[str, bytes, dict[str, Any]]]:
     """The title of a mail, the mail, and the attributes that it must have."""
 
@@ -3236,8 +2650,8 @@ def list_readings() -> Iterator[tuple[str, bytes, dict[str, Any]]]:
     for title, mail, text in rows(BODIES):
         header, body = (part.strip(b" ") for part in mail.split(b" | "))
         yield title, b"Content-Type: text/plain" + header + b"\r\n\r\n" + body + b"\r\n", {"text": text}
-    for title, entry in READINGS.items():
-        yield title, read_escapes("\n".join([*entry.lines, ""])).replace(b"\n", b"\r\n"), entry.options
+    for given, shown, _ in READINGS:
+        yield " | ".join(given), b"".join(read_pieces(given)), {"codes": "", **read_options(shown)}
 
 
 def fill_mail(text: str, size: int) -> bytes:
@@ -3254,48 +2668,102 @@ def call_deep(depth: int, function: Callable[[], object]) -> None:
     call_deep(depth - 1, function) if depth else function()
 
 
+class MailTest(unittest.TestCase):
+    """A message as a mail: its header, its parts, and what a server adds to it."""
+
+    maxDiff = None
+
+    def test_trace(self) -> None:
+        message = receive_content(b"Subject: hi\r\n\r\nbody\r\n")
+        received = "Received: from client.example.com ([192.0.2.1])\n\tby smtpmock with ESMTP id 1\n\tfor <b@b.com>;"
+        trace = f"Return-Path: <a@a.com>\n{received}\n\tSun, 13 Sep 2020 12:26:40 +0000\n"
+        self.assertEqual(message.as_bytes().decode().replace("\r\n", "\n"), f"{trace}Subject: hi\n\nbody\n")
+        self.assertEqual(message.email["Received"].defects, ())
+        self.assertEqual(message.received_at, datetime.datetime(2020, 9, 13, 12, 26, 40, 250000, datetime.timezone.utc))
+
+    def test_trace_of_others(self) -> None:
+        several = receive_content(b"", "b@b.com", "c@c.com", helo="HELO пример.рф")
+        self.assertRegex(several.received_header, r"\AReceived: from \[192.0.2.1\] .*\r\n.* with SMTP id 1;\r\n")
+        for recipient in ("Postmaster", "дядя@пример.рф"):
+            self.assertNotIn("for", receive_content(b"", recipient).received_header)
+        memory = receive_mail(peer=("fe80::1%eth0", 25))
+        self.assertIn("from a.com ([IPv6:fe80::1])\r\n", memory.message().received_header)
+        lines = (*ENVELOPE[:2], "RCPT TO:nobody")
+        self.assertEqual(Memory(*lines).message().as_bytes(), b"Return-Path: <a@a.com>\r\n")
+        self.assertEqual(Memory(*lines, "HELO").message().as_bytes(), b"")
+
+    def test_one_that_only_rules_accepted(self) -> None:
+        for lines in (SEND, ("HELO", *SEND), ("HELO a b\rc", *SEND), ("MAIL x", "MAIL FROM:<a\rX: y>", *SEND[1:])):
+            message = Memory(*lines, rules=["*: reply 250 ok", "DATA: reply 354 go"]).message()
+            with self.subTest(lines):
+                self.assertTrue(message.is_consistent)
+                ask_all(message)
+                self.assertIn("Received: from [192.0.2.1] ([192.0.2.1])", message.received_header)
+                self.assertNotIn(b"\r", message.as_bytes().replace(b"\r\n", b""))
+
+    def test_copies(self) -> None:
+        message = Memory(ENVELOPE[0], "MAIL FROM:<a@a.com> SIZE=5", *SEND[1:], extensions=["SIZE"]).message()
+        ask_all(message)
+        for same in (pickle.loads(pickle.dumps(message)), copy.deepcopy(message)):
+            self.assertEqual(same.to_dict(), message.to_dict())
+        self.assertIs(message.email, message.email)  # computed once
+        message.attachments.append(smtpmock.Attachment("mine", "text/plain", b""))
+        self.assertEqual(message.attachments, [])
+        with self.assertRaisesRegex(AttributeError, "read-only: email"):
+            setattr(message, "email", None)  # noqa: B010 - mypy knows better
+
+    def test_to_dict(self) -> None:
+        memory = Memory("EHLO \udcff", *ENVELOPE, "DATA", "Subject: =?utf-8?q?=E2=82=AC?=", "", "\udce9", ".")
+        message = memory.message()
+        values = json.loads(json.dumps(message.to_dict()))
+        self.assertEqual(set(PUBLIC) - {"as_bytes", "to_dict", "email", "msg_request"} - set(values), set())
+        self.assertEqual([name for name in values if name.startswith("_")], [])
+        self.assertEqual(base64.b64decode(values["content"]), message.content)
+        self.assertEqual((values["headers"][-1], values["transcript"][:13]), (["Subject", "€"], r"C: EHLO \udcff"[:13]))
+        expected = {
+            "content_encoding": "base64", "subject": "€", "received_at": "2020-09-13T12:26:40.250000+00:00",
+            "peer": ["192.0.2.1", 4321], "rcptto_request_response": [["RCPT TO:<b@b.com>", RECEIVED]],
+        }  # fmt: skip
+        self.assertEqual({name: values[name] for name in expected}, expected)
+        self.assertEqual([*values["exchanges"][0]], ["request", "response", "accepted", "at"])
+        text = receive_content(b"Subject: hi\r\n\r\n\xc3\xa9\r\n").to_dict()
+        self.assertEqual((text["content"], text["content_encoding"]), ("Subject: hi\r\n\r\né\r\n", "utf-8"))
+
+    def test_copies_while_another_thread_parses_it(self) -> None:
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+        original = Memory(*ENVELOPE, "DATA", "Subject: hi", "", "body", ".").message()
+        for _ in range(30):
+            message = copy.copy(original)
+            parser = threading.Thread(target=message.to_dict)
+            parser.start()
+            while parser.is_alive():
+                self.assertEqual(copy.copy(message).content, original.content)
+            parser.join()
+
+
 class ReadingTest(unittest.TestCase):
     """What `subject`, `text`, `html`, `attachments` and `headers` show of a mail, whatever is in it."""
 
     maxDiff = None
 
-    def ask_all(self, message: Message) -> None:
-        for name in dir(message):
-            getattr(message, name)
-        message.as_bytes()
-        json.dumps(message.to_dict()).encode("ascii")
-
     def test_what_is_shown(self) -> None:
+        structure = {"bad-content-type", "bad-boundary", "header-syntax", "bad-encoding"}
         for title, content, expected in list_readings():
             with self.subTest(title):
                 message = receive_content(content)
                 values = message.to_dict()
                 headers = dict(values["headers"])
-                for name, value in expected.items():
-                    if name == "headers":
-                        self.assertEqual({header: headers[header] for header in value}, value)
-                    elif name == "defect":
-                        self.assertIn(value, str(values["defects"]))
-                    elif name == "text" and value is not None:
-                        self.assertEqual((message.text or "").rstrip("\n"), value.rstrip("\n"))
-                    else:
-                        self.assertEqual(getattr(message, name), value)
+                shown = {name: getattr(message, name) for name in expected if hasattr(message, name)}
+                shown["text"] = message.text and message.text.rstrip("\n")
+                shown["headers"] = {name: headers.get(name) for name in expected.get("headers", ())}
+                shown["codes"] = " ".join({found.code for found in message.violations} & structure)
+                shown["defects"] = [text.partition(":")[0] for text in values["defects"]]
+                self.assertEqual({name: shown[name] for name in expected}, expected)
                 self.assertEqual(headers.get("Subject"), message.subject)
-
-    def test_what_is_read_nevertheless_is_a_violation(self) -> None:
-        codes = {
-            "an unquoted boundary": {"bad-content-type"}, "a multipart without a boundary": {"bad-boundary"},
-            "an inner multipart without its end": {"bad-boundary"}, "a blank before the colon": {"header-syntax"},
-            "a bad line before all headers": {"header-syntax"}, "a bad line in the header of a part": {"header-syntax"},
-            "a mail within the mail, in base64": {"bad-encoding"}, "a type that is none": {"bad-content-type"},
-            "a name in two encoded words": set(), "a mail within the mail": set(),
-        }  # fmt: skip
-        about = set().union(*codes.values())
-        mails = {title: content for title, content, _ in list_readings()}
-        for title, expected in codes.items():
-            with self.subTest(title):
-                message = receive_content(mails[title])
-                self.assertEqual({found.code for found in message.violations} & about, expected)
+                self.assertEqual(message.content, content)
+                self.assertTrue(message.as_bytes().endswith(content))
+                self.assertEqual(message.email["Return-Path"], "<a@a.com>")
 
     def test_a_charset_that_is_read_is_no_violation(self) -> None:
         right = "iso-8859-8-i ISO-8859-6-E Windows-31J x-sjis windows-874 IBM00858 ks_c_5601-1987 cswindows1252 latin-9"
@@ -3313,10 +2781,11 @@ class ReadingTest(unittest.TestCase):
         self.assertEqual((message.subject, message.text, message.html, message.attachments), (None, None, None, []))
 
     def test_a_parsed_mail_whose_headers_cannot_be_parsed(self) -> None:
-        for value in (b"x;" * 2000, b"; a*=\"b''\"", b""):
+        for value in (b"x;" * 2000, b"; a*=\"b''\"", b";.*", b""):
             mail = receive_content(b"Content-Type: %b\r\nContent-Disposition: %b\r\n\r\n" % (value, value)).email
             with self.subTest(value):
                 self.assertEqual((mail.get_content_type(), mail.is_attachment()), ("text/plain", False))
+                self.assertEqual("cannot be parsed" in str(mail["Content-Disposition"].defects), value != b"")
 
     def test_a_name_of_two_words_in_the_parsed_mail(self) -> None:
         mail = receive_content(b"From: =?utf-8?B?TcO8bg==?= =?utf-8?B?Y2hlbg==?= <a@a.com>\r\n\r\n").email
@@ -3327,11 +2796,10 @@ class ReadingTest(unittest.TestCase):
             inner = [show(part) for part in part.get_payload()] if part.is_multipart() else part.get_payload()
             return [part.get_content_type(), list(part.raw_items()), part.preamble, part.epilogue, inner]
 
-        for title in ("Thunderbird, nested, with two attachments", "a delivery report", "a boundary that has no end"):
-            lines = MAILS[title].lines
-            message = receive_content(read_escapes("\n".join([*lines, ""])).replace(b"\n", b"\r\n"))
+        for row in (row for row in READINGS if row.options.get("is_right")):
+            message = receive_content(b"".join(read_pieces(row.given)))
             theirs = email.message_from_bytes(message.as_bytes(), policy=email.policy.default)
-            with self.subTest(title):
+            with self.subTest(row.given):
                 self.assertEqual(show(message.email), show(theirs))
                 self.assertEqual(message.email.as_bytes(), theirs.as_bytes(policy=message.email.policy))
 
@@ -3346,15 +2814,18 @@ class ReadingTest(unittest.TestCase):
             for seed in range(200):
                 message = receive_content(make_mail(random.Random(seed)) + b"\r\n")
                 with self.subTest(seed):
-                    call_deep(seed % 2 * 500, functools.partial(self.ask_all, message))
+                    call_deep(seed % 2 * 500, functools.partial(ask_all, message))
 
     def test_deep_parts_deep_in_the_stack(self) -> None:
-        for unit in (
-            b"Content-Type: message/rfc822\r\n\r\n",
-            b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n",
+        for part, defects in (
+            ("message/rfc822\r\n\r\n", "[]"),
+            ("multipart/mixed; boundary=b{0}\r\n\r\n--b{0}\r\n", "too deeply"),
         ):
-            with self.subTest(unit):
-                call_deep(700, functools.partial(self.ask_all, receive_content(unit * 700)))
+            content = "".join(f"Content-Type: {part.format(number)}" for number in range(700))
+            message = receive_content(content.encode())
+            with self.subTest(part):
+                call_deep(700, functools.partial(ask_all, message))
+                self.assertIn(defects, str(message.to_dict()["defects"]))
 
     def test_no_mail_takes_more_than_linear_time(self) -> None:
         for text in (*REPEATED.split(), *FULL_MAILS.strip().split("\n")):
@@ -3367,7 +2838,7 @@ class ReadingTest(unittest.TestCase):
         for size in (400_000, 200_000, 100_000):
             message = receive_content(fill_mail(text, size))
             before = time.process_time()
-            self.ask_all(message)
+            ask_all(message)
             times.append(time.process_time() - before)
             if times[0] < 0.03:
                 return True
@@ -3399,6 +2870,15 @@ user | @ | user@ | @example.com | user@invalid | a@a.com@b.com | user@example..c
     a@x.com. | a(b)@x.com | <> | < | ><a@x.com> | <@a.com> | <@:b@x.com> | a@-x.com | a\x00@x.com | PostMaster |
     "John Doe" <john@x.com> | john@y.com <john@x.com> | < john@x.com> | John <john@x.com> Doe | a b@x.com |  |
     a@x.com x | <a@x.com> x =>
+== a lenient domain  -- lenient_addresses=True
+123456789012 | web_1.proj_default | _x | a.com. => 250
+a b |  | a..b | .a | a@b | [1.2.3] | a\x80 => 501
+== a lenient recipient  -- lenient_addresses=True
+root | root@web1 | <a@srv_1.example.com> | a@example.com. | <a@example.com.> | "a b" | <"a b"> | a@1234 | <a.b@_> |
+    <Postmaster> | <a@[127.0.0.1]> => =
+Jo <root> => root
+Jo <a.b@_> => a.b@_
+<root | root> | a b |  | a@ | @a | a@b@c | a@b..c | a..b@c | a@[1.2.3] | <a\x80> | <> | <a@> | <a@b@c> | <a@b..c> | < =>
 == parameters of MAIL FROM:<a@a.com>
 SIZE=5 | size=10485760 | BODY=8BITMIME | Body=7bit | SMTPUTF8 | RET=HDRS | RET=full | XFOO | XFOO=1 | ENVID=a+3Db |
     SIZE=1 BODY=7BIT  SMTPUTF8 RET=FULL => 250
@@ -3416,8 +2896,8 @@ HELO [IPv6:{:*}] | MAIL FROM:{a *} | MAIL FROM:{a*} | MAIL FROM:{a.*} | MAIL FRO
 MAIL FROM:{<*} | MAIL FROM:{>*} | MAIL FROM:{=*} | MAIL FROM:a <{a.*}@x.com | MAIL FROM:{ *}<a@x.com |
 MAIL FROM:{a *}<a@x.com> b | MAIL FROM:<a@{a-*}> | MAIL FROM:<a@{a.*}com!> | MAIL FROM:"{\\*} | MAIL FROM:{"*}@x.com |
 MAIL FROM:"{a*}"@x | MAIL FROM:a@[{1.*} | MAIL FROM:<{a@*} | MAIL FROM:<{"*} | MAIL FROM:<{"\*} | MAIL FROM:<"{"\*} |
-MAIL FROM:<"{ *} | MAIL FROM:<a@a.com> {a*} | MAIL FROM:<a@a.com> {"*} | MAIL FROM:<a@a.com> {SIZE=1 *} | { 	*}. |
-a{ *}b
+MAIL FROM:<"{ *} | MAIL FROM:<{a_*}!@> | MAIL FROM:<a@{1_*}..> | MAIL FROM:<a@a.com> {a*} | MAIL FROM:<a@a.com> {"*} | MAIL FROM:<a@a.com> {SIZE=1 *} | { 	*}. |
+a{ *}b | MAIL FROM:<{a.*}@>
 """
 
 
@@ -3427,20 +2907,18 @@ class GrammarTest(unittest.TestCase):
     EXTENSIONS = ("SIZE", "8BITMIME", "SMTPUTF8", "PIPELINING", "DSN", "CHUNKING", "ENHANCEDSTATUSCODES", "XFOO")
 
     def test_domains(self) -> None:
-        memory = Memory()
-        for domains, code, _ in ARGUMENTS["a domain"].rows:
-            for domain, verb in itertools.product(domains, ("HELO", "EHLO")):
-                self.assertEqual(memory.say(f"{verb} {domain}")[0][:3], code, domain)
-
-    def recipient(self, path: str) -> list[str]:
-        """The recipient that this path is."""
-        return Memory(*ENVELOPE[:2], f"RCPT TO:{path}").message().rcpt_tos
+        for entry in (ARGUMENTS["a domain"], ARGUMENTS["a lenient domain"]):
+            memory = Memory(**entry.options)
+            for domains, code, _ in entry.rows:
+                for domain, verb in itertools.product(domains, ("HELO", "EHLO")):
+                    self.assertEqual(memory.say(f"{verb} {domain}")[0][:3], code, domain)
 
     def test_addresses(self) -> None:
-        for addresses, expected, _ in ARGUMENTS["a recipient"].rows:
-            for address in addresses:
+        for entry in (ARGUMENTS["a recipient"], ARGUMENTS["a lenient recipient"]):
+            for address, expected in ((address, row.expected) for row in entry.rows for address in row.given):
                 kept = re.sub("^<(.*)>$", r"\1", address) if expected == "=" else expected
-                self.assertEqual(self.recipient(address), [kept] * bool(kept), address)
+                message = Memory(*ENVELOPE[:2], f"RCPT TO:{address}", **entry.options).message()
+                self.assertEqual(message.rcpt_tos, [kept] * bool(kept), address)
 
     def parameters(self) -> Memory:
         return Memory("EHLO a.com", extensions=self.EXTENSIONS, multiple_rcptto=True)
@@ -3467,49 +2945,21 @@ class GrammarTest(unittest.TestCase):
         for row in read_items(HOSTILE):
             unit = re.findall(r"\{(.*)\*\}", row)[0]
             line = read_line(row.replace("*}", f"*{100_000 // len(unit)}}}")).encode() + b"\r\n"
-            for extensions in ((), ("SIZE",)):
-                with self.subTest(row, extensions=extensions):
-                    memory = Memory("EHLO a.com", line_limit=400_000, extensions=extensions)
+            for extensions, lenient in (((), False), (("SIZE",), False), ((), True)):
+                with self.subTest(row, extensions=extensions, lenient=lenient):
+                    options: dict[str, Any] = {"extensions": extensions, "lenient_addresses": lenient}
+                    memory = Memory("EHLO a.com", line_limit=400_000, **options)
                     began = time.thread_time()
                     memory.feed(line)
                     self.assertLess(time.thread_time() - began, 2)
 
-    # Names that are in use and that the grammar of SMTP does not have: lenient_addresses.
-
-    HOSTS = ("123456789012", "web_1.proj_default", "_x", "a.com.")
-    ADDRESSES = ("root", "root@web1", "a@srv_1.example.com", "a@example.com.", '"a b"', "a@1234", "a.b@_")
-    BAD_HOSTS = ("", "a b", "a..b", ".a", "a@b", "[1.2.3]", "a\u0080")
-    BAD_ADDRESSES = ("", "<root", "root>", "a b", "a@", "@a", "a@b@c", "a@b..c", "a..b@c", "a@[1.2.3]", "<a\u0080>")
-    LONG_ADDRESSES = ("a_" * 2000 + "!@", "a@" + "1_" * 1900 + "..", "a." * 2000 + "@", '"' + "a" * 4000)
-
-    def test_lenient_addresses_are_accepted_only_with_the_option(self) -> None:
-        for lenient, code in ((True, "250"), (False, "501")):
-            for line in (f"{verb} {host}" for host in self.HOSTS for verb in ("HELO", "EHLO")):
-                self.assertEqual(Memory(lenient_addresses=lenient).say(line)[0][:3], code, line)
-            for address, form in itertools.product(self.ADDRESSES, ("{}", "<{}>", "Jo <{}>")):
-                with self.subTest(address, lenient=lenient, form=form):
-                    memory = Memory("EHLO a.com", lenient_addresses=lenient)
-                    path = form.format(address)
-                    replies = memory.say(f"MAIL FROM:{path}", "MAIL FROM:<a@a.com>", f"RCPT TO:{path}")
-                    self.assertEqual([reply[:3] for reply in replies], [code, "250", code])
-                    self.assertEqual(memory.message().rcpt_tos, [address] * lenient)
-
-    def test_what_is_not_even_lenient_is_refused(self) -> None:
-        """And takes no long time."""
-        memory = Memory(lenient_addresses=True)
-        for host in self.BAD_HOSTS:
-            self.assertIn("501", memory.say(f"EHLO {host}")[0], host)
-        memory.say("EHLO a.com")
-        for path in (*self.BAD_ADDRESSES, *(f"<{path}>" for path in self.LONG_ADDRESSES)):
-            self.assertIn("501", memory.say(f"MAIL FROM:{path}")[0], path)
-        replies = memory.say("MAIL FROM:<>", "RCPT TO:<Postmaster>", "RCPT TO:<a@[127.0.0.1]>", "RCPT TO:<>")
-        self.assertEqual(replies, [RECEIVED] * 3 + ["501 RCPT TO requires valid email address"])
-
     def test_lenient_addresses_with_parameters_lists_and_rules(self) -> None:
         options: dict[str, Any] = {"extensions": ["SIZE"], "blacklisted_rcptto_emails": ["root"]}
         memory = Memory("EHLO web_1", lenient_addresses=True, rules=["RCPT a_1.com: reply 450 later"], **options)
-        replies = memory.say("MAIL FROM:root SIZE=5", "RCPT TO:<ROOT>", "RCPT TO:<b@a_1.com>", "RCPT TO:<b@a.com>")
-        self.assertEqual(replies, [RECEIVED, "421 Service not available", "450 later", RECEIVED])
+        replies = memory.say(
+            "MAIL FROM:<>", "MAIL FROM:root SIZE=5", "RCPT TO:<ROOT>", "RCPT TO:b@a_1.com", "RCPT TO:b"
+        )
+        self.assertEqual(replies, [RECEIVED] * 2 + ["421 Service not available", "450 later", RECEIVED])
         message = memory.message()
         self.assertEqual((message.mail_from, message.mailfrom_parameters), ("root", {"SIZE": "5"}))
         self.assertTrue(message.as_bytes().startswith(b"Return-Path: <root>\r\n"))
@@ -4933,9 +4383,17 @@ class ProcessCase(unittest.TestCase):
 
     def port(self, process: Any) -> int:
         """The port that it says it listens on."""
-        match = re.fullmatch(r"smtpmock: listening on 127\.0\.0\.1:(\d+)\n", process.stdout.readline())
+        pattern = r'smtpmock: listening on 127\.0\.0\.1:(\d+)\n|\{"event": "listening", .*"port": (\d+), .*\n'
+        match = re.fullmatch(pattern, process.stdout.readline())
         assert match is not None
-        return int(match[1])
+        return int(match[1] or match[2])
+
+    def stop(self, process: Any, status: int = 0) -> Any:
+        """Stop a process; what is left of what it prints, on stdout and on stderr."""
+        process.terminate()
+        said = process.communicate(timeout=TIMEOUT)
+        self.assertEqual(process.returncode, status)
+        return said
 
     def finish(self, process: Any, said: str | None = None) -> str:
         """What is left of what a process prints, which ends well and says nothing on its stderr."""
@@ -6577,6 +6035,19 @@ def run_main(
     return out.getvalue(), err.getvalue(), status
 
 
+# Command lines, and the options that they set.
+GOOD_FLAGS = read_rows("""
+=>
+-msgNoopReceived= | -blacklistedHeloDomains= => msg_noop_received="", blacklisted_helo_domains=[]
+-msgNoopReceived | | -blacklistedHeloDomains | | -log=0 => log_to_stdout=False, log_server_activity=False, msg_noop_received="", blacklisted_helo_domains=[]
+-tlsCert=test | -authUsers=* => ssl_context="test", auth_users="*"
+-tlsCert=expired => ssl_context="expired"
+-tlsCert=wrong host => ssl_context="wrong host"
+-dev=false =>
+-dev => keep_all=True, lenient_addresses=True, extensions=("SIZE", "8BITMIME", "SMTPUTF8", "PIPELINING", "DSN"),
+    auth_users="*"
+""")
+
 # Command lines that are refused, and why.
 BAD_FLAGS = read_rows("""
 -port=99999             => -port=99999: must be an integer from 0 to 65535
@@ -6591,7 +6062,10 @@ stray                   => stray: there is no such flag
 -sessionTimeout=nan     => -sessionTimeout=nan: must be a number of seconds from 0.001 to 1000000
 -extensions=AUTH        => -extensions: AUTH is announced with the option -authUsers
 -tlsCert=none.pem       => -tlsCert='none.pem'{MORE}No such file or directory{MORE}
+-tlsCert=./test         => {MORE}No such file or directory{MORE}
 -tlsKey=none.pem        => -tlsKey='none.pem': needs a file in -tlsCert
+-tlsKey=k.pem | -tlsCert=test => -tlsKey='k.pem': needs a file in -tlsCert
+-port | -log            => -port: needs a value
 -saveCa=ca.pem          => -saveCa='ca.pem': needs test or expired or wrong host in -tlsCert
 -authUsers=**           => -authUsers: must be a mapping{MORE}
 -implicitTls            => -implicitTls=True: needs -tlsCert
@@ -6625,10 +6099,7 @@ class CommandLineTest(unittest.TestCase):
         "int | None": ("-9", -9),
         "float": ("0.5", 0.5),
         "Collection[str]": ("a, b,,c", ["a", "b", "c"]),
-        "Mapping[str, str] | Callable[[str, str, str], object] | Literal['*'] | None": (
-            "u:s:t, v:",
-            {"u": "s:t", "v": ""},
-        ),
+        "Mapping[str, str] | Callable[[str, str, str], object] | Literal['*'] | None": ("u:s:t,", {"u": "s:t"}),
     }
 
     def test_every_option_has_its_flags(self) -> None:
@@ -6645,23 +6116,13 @@ class CommandLineTest(unittest.TestCase):
             for flag in flags(name):
                 for text, value in {"": True, "=true": True, "=1": True, "=False": False, "=0": False}.items():
                     self.assertEqual(parse_flags(flag + text, "-port=1"), {**dict.fromkeys(fields, value), "port": 1})
-        self.assertEqual(call_main("-port", "-log"), (2, "", "smtpmock: -port: needs a value\n"))
-        self.assertEqual(parse_flags(), {})
-        expected = {"msg_noop_received": "", "blacklisted_helo_domains": []}
-        self.assertEqual(parse_flags("-msgNoopReceived=", "-blacklistedHeloDomains="), expected)
-        self.assertEqual(parse_flags("-msgNoopReceived", "", "-blacklistedHeloDomains", ""), expected)
+        for row in GOOD_FLAGS:
+            with self.subTest(row.given):
+                self.assertEqual(parse_flags(*row.given), read_options(row.expected))
+        self.assertEqual(Memory.own_flags("-dev", "-quiet"), {"dev": True, "quiet": True, "show": True, "http": 0})
+        self.assertEqual(Memory.own_flags("-http=0", "-httpNames=a, b.c"), {"http": 0, "http_names": ["a", "b.c"]})
 
-    DEV: ClassVar[dict[str, Any]] = {
-        "keep_all": True,
-        "lenient_addresses": True,
-        "extensions": ("SIZE", "8BITMIME", "SMTPUTF8", "PIPELINING", "DSN"),
-        "auth_users": "*",
-    }
-
-    def test_for_development(self) -> None:
-        """Everything can be overridden."""
-        self.assertEqual(parse_flags("-dev"), self.DEV)
-        self.assertEqual(parse_flags("-dev=false"), {})
+    def test_what_dev_sets_can_be_overridden(self) -> None:
         for flag, name, value in (
             ("-keepAll=false", "keep_all", False),
             ("-lenientAddresses=0", "lenient_addresses", False),
@@ -6670,16 +6131,7 @@ class CommandLineTest(unittest.TestCase):
             ("-multipleRcptto=false", "multiple_rcptto", False),
         ):
             for argv in (["-dev", flag], [flag, "-dev"]):
-                self.assertEqual(parse_flags(*argv), {**self.DEV, name: value})
-        self.assertEqual(Memory.own_flags("-dev", "-quiet"), {"dev": True, "quiet": True, "show": True, "http": 0})
-        self.assertEqual(Memory.own_flags("-http=0", "-httpNames=a, b.c"), {"http": 0, "http_names": ["a", "b.c"]})
-
-    def test_certificates(self) -> None:
-        for name in ("test", "expired", "wrong host"):
-            self.assertEqual(parse_flags(f"-tlsCert={name}", "-authUsers=*"), {"ssl_context": name, "auth_users": "*"})
-            error = "smtpmock: -tlsKey='key.pem': needs a file in -tlsCert\n"
-            self.assertEqual(call_main(f"-tlsCert={name}", "-tlsKey=key.pem"), (2, "", error))
-        self.assertIn("No such file", call_main("-tlsCert=./test")[2])
+                self.assertEqual(parse_flags(*argv), {**parse_flags("-dev"), name: value})
 
     def test_version(self) -> None:
         for flag in ("-v", "--version"):
@@ -6687,11 +6139,13 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual((status, out.splitlines()[0], err), (0, f"smtpmock: {smtpmock.__version__}", ""))
 
     def test_errors(self) -> None:
-        for row in BAD_FLAGS:
-            with self.subTest(flag := row.given[0]):
-                status, out, err = call_main(flag)
-                self.assertEqual((status, out), (1 if "/" in flag else 2, ""))
-                self.assertRegex(err.removeprefix("smtpmock: ").removesuffix("\n"), row.pattern)
+        for row, flag in itertools.product(BAD_FLAGS, ("", "-json", "--json=true", "-control")):
+            with self.subTest(row.given, flag=flag):
+                status, out, err = call_main(*row.given, *[flag] * (flag != ""))
+                error = err.removeprefix("smtpmock: ").removesuffix("\n")
+                self.assertRegex(error, row.pattern)
+                self.assertEqual(status, 1 if error.startswith("cannot write") else 2)
+                self.assertEqual(out and json.loads(out), {"event": "error", "error": error} if flag else "")
         with Server() as server:
             status, _, err = call_main(f"-port={server.port}")
         self.assertEqual(status, 1)
@@ -6730,21 +6184,6 @@ class CommandLineTest(unittest.TestCase):
         with contextlib.closing(clients[0]) as client:
             self.assertEqual(client.getreply()[0], 421)
 
-    @unittest.skipUnless(threading.current_thread() is threading.main_thread(), "signals reach the main thread only")
-    def test_control(self) -> None:
-        text = "rule RCPT: reply 450 later\nclear\nrule x\nconfigure -failFast\nreset\ndisconnect\ncheck"
-        commands = text.splitlines()
-        with tempfile.TemporaryFile() as stdin:
-            stdin.write(text.encode() + b"\n\xff\n\nstop\nfoo\n")
-            stdin.seek(0)
-            with mock.patch("sys.stdin", stdin):
-                status, out, err = call_main("-control")
-        events = [json.loads(line) for line in out.splitlines()]
-        self.assertEqual((status, err), (0, ""))
-        self.assertEqual([event.get("command") for event in events], [None, *commands, "\\xff", "stop"])
-        names = ["listening", "done", "done", "error", "done", "done", "done", "done", "error", "done"]
-        self.assertEqual([event["event"] for event in events], names)
-
     def test_a_stdin_that_cannot_be_read(self) -> None:
         error = "cannot read from stdin: it is closed"
         for stdin in (None, io.StringIO("stop\n")):
@@ -6762,9 +6201,8 @@ class HelpTest(unittest.TestCase):
 
     def read_groups(self, flag: str) -> dict[str, str]:
         """The text of each group, by its title."""
-        return {
-            title: " ".join(text.split()) for title, text in re.findall(r"(?m)^(\S.*):\n((?:  .*\n)+)", self.read(flag))
-        }
+        groups = re.findall(r"(?m)^(\S.*):\n((?:  .*\n)+)", self.read(flag))
+        return {title: " ".join(text.split()) for title, text in groups}
 
     def test_it_is_a_page(self) -> None:
         self.assertLessEqual(len(self.read("-h").splitlines()), 120)
@@ -6839,14 +6277,9 @@ class ProcessTest(ProcessCase):
     def test_no_stdout(self) -> None:
         flags = [("-h", ">/dev/full"), ("-v", ">&-"), ("-port=0", ">/dev/full"), ("-port=0", ">&-")]
         program = shlex.quote(sys.executable) + " -S -m smtpmock"
-        pipes: dict[str, Any] = {
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-            "text": True,
-            "cwd": compiled_copy(),
-        }
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         commands = [f"exec {program} {flag} {redirection}" for flag, redirection in flags]
-        processes = [subprocess.Popen(command, shell=True, **pipes) for command in commands]
+        processes = [subprocess.Popen(text, shell=True, cwd=compiled_copy(), **pipes) for text in commands]
         for (flag, redirection), process in zip(flags, processes, strict=True):
             with self.subTest(flag, redirection=redirection):
                 error = "No space left on device" if "full" in redirection else "it is closed"
@@ -6862,27 +6295,29 @@ class ProcessTest(ProcessCase):
                     os.kill(process.pid, number)
             self.assertEqual(self.finish(process), "")
 
+    def wait_for(self, file: Any, text: str) -> None:
+        """Read lines until the text comes."""
+        while text not in (line := file.readline()):
+            self.assertNotEqual(line, "")
+
     def test_a_second_signal(self) -> None:
         process = self.start("-log", f"-responseDelayNoop={10 * TIMEOUT}", f"-shutdownTimeout={10 * TIMEOUT}")
         with contextlib.closing(Smtp(self.port(process))) as client:
             client.putcmd("noop")
-            for number, text in ((None, "noop"), (signal.SIGTERM, "shutdown mode"), (signal.SIGINT, "force stopped")):
-                if number is not None:
-                    process.send_signal(number)
-                while text not in process.stdout.readline():
-                    self.assertIsNone(process.poll())
+            self.wait_for(process.stdout, "noop")
+            for number, text in ((signal.SIGTERM, "shutdown mode"), (signal.SIGINT, "force stopped")):
+                process.send_signal(number)
+                self.wait_for(process.stdout, text)
         self.finish(process)
 
     def test_the_end_of_stdin_is_no_second_signal(self) -> None:
         flags = ("-control", "-log", "-responseDelayNoop=0.15", f"-shutdownTimeout={10 * TIMEOUT}")
         process = self.start(*flags, stdin=subprocess.PIPE)
-        with contextlib.closing(Smtp(json.loads(process.stdout.readline())["port"])) as client:
+        with contextlib.closing(Smtp(self.port(process))) as client:
             client.putcmd("noop")
-            while "request: noop" not in process.stderr.readline():
-                self.assertIsNone(process.poll())
+            self.wait_for(process.stderr, "request: noop")
             process.send_signal(signal.SIGTERM)
-            while "shutdown mode" not in process.stderr.readline():
-                self.assertIsNone(process.poll())
+            self.wait_for(process.stderr, "shutdown mode")
             process.stdin.close()
             process.stdin = None
             self.assertEqual(client.getreply(), (250, b"Ok"))
@@ -6903,9 +6338,7 @@ class ProcessTest(ProcessCase):
         process.stdout.close()
         send(port, "hi")
         process.terminate()
-        pattern = (
-            r"\Asmtpmock: the log is incomplete[^\n]*BrokenPipe[^\n]*\nsmtpmock: cannot write to stdout: [^\n]*\n\Z"
-        )
+        pattern = r"\Asmtpmock: the log is incomplete.*BrokenPipe.*\nsmtpmock: cannot write to stdout: .*\n\Z"
         self.assertRegex(process.stderr.read(), pattern)
         self.assertEqual(process.wait(TIMEOUT), 1)
 
@@ -6921,13 +6354,14 @@ class OutputTest(ProcessCase):
     def test_a_mail_that_one_output_cannot_take_is_in_none(self) -> None:
         maildir = self.folder.parent / "maildir"
         process = self.start(f"-saveDir={self.folder}", f"-maildir={maildir}", "-json")
-        port = json.loads(process.stdout.readline())["port"]
+        port = self.port(process)
         shutil.rmtree(maildir / "tmp")
         self.refuse(port)
         error = json.loads(process.stdout.readline())
         text = "a mail was refused, because it cannot be saved: "
         self.assertEqual((error["event"], error["error"][: len(text)]), ("error", text))
         self.assertEqual(self.names(), [])
+        self.assertRegex(process.stderr.readline(), f"^smtpmock: {text}.*No such file")
         (maildir / "tmp").mkdir()
         send(port, "hi")
         self.assertEqual(self.names(), self.pairs(2))
@@ -6937,9 +6371,7 @@ class OutputTest(ProcessCase):
             """It is full after six bytes, until it is emptied."""
 
             data, left = b"", 6
-
-            def writable(self) -> bool:
-                return True
+            writable = lambda self: True  # noqa: E731
 
             def write(self, data: Any) -> int:
                 if not self.left:
@@ -6970,19 +6402,16 @@ class OutputTest(ProcessCase):
     def test_json(self) -> None:
         process = self.start("-json", "-log")
         listening = json.loads(process.stdout.readline())
-        url = f"smtp://127.0.0.1:{listening['port']}"
-        expected = {"event": "listening", "host": "127.0.0.1", "port": listening["port"], "url": url}
-        self.assertEqual(listening, expected)
-        send(listening["port"], b"Subject: one\r\n\r\n\xff", b"Subject: two")
-        with Smtp(listening["port"]) as client:
+        port, url = listening["port"], f"smtp://127.0.0.1:{listening['port']}"
+        self.assertEqual(listening, {"event": "listening", "host": "127.0.0.1", "port": port, "url": url})
+        send(port, b"Subject: one\r\n\r\n\xff", b"Subject: two")
+        with Smtp(port) as client:
             client.ehlo("a.com")
             client.mail("nobody")
-        Smtp(listening["port"]).close()  # a probe is no session
+        Smtp(port).close()  # a probe is no session
         lines = [json.loads(process.stdout.readline()) for _ in range(3)]
-        process.terminate()
-        out, err = process.communicate(timeout=TIMEOUT)
+        out, err = self.stop(process)
         self.assertEqual(json.loads(out), {"event": "done", "command": "stop", "messages": 2})
-        self.assertEqual(process.returncode, 0)
         self.assertIn("SMTP request: message binary data portion", err)
         self.assertNotIn("Subject", err)
         seen = [(line["event"], line["subject"], line["is_consistent"], line["id"]) for line in lines]
@@ -7000,7 +6429,7 @@ class OutputTest(ProcessCase):
         for flag, start in (("-json", '{"event": "message"'), ("-multipleMessageReceiving", "")):
             folder, maildir = self.folder / flag, self.folder / f"{flag}-maildir"
             process = self.start(f"-saveDir={folder}", f"-maildir={maildir}", flag)
-            port = int(re.search("[0-9]{4,}", process.stdout.readline())[0])  # type: ignore[index]
+            port = self.port(process)
             lines: list[str] = []
             reader = threading.Thread(target=lines.extend, args=(process.stdout,))
             reader.start()
@@ -7011,12 +6440,6 @@ class OutputTest(ProcessCase):
             self.assertEqual(len([line for line in lines if line.startswith(start)]), len(mails))
             self.assertEqual(len([*folder.iterdir()]), 2 * len(mails))
             self.assertEqual(len([*(maildir / "new").iterdir()]), len(mails))
-
-    def test_json_to_nobody(self) -> None:
-        process = self.start("-json")
-        port = json.loads(process.stdout.readline())["port"]
-        process.stdout.close()
-        self.refuse(port)
 
     def test_answers_to_nobody(self) -> None:
         process = self.start("-control", stdin=subprocess.PIPE)
@@ -7057,8 +6480,7 @@ class OutputTest(ProcessCase):
         self.assertEqual(self.names(), ["mail"])
         send(port, b"Subject: small")
         self.assertEqual(self.names(), [*self.pairs(2), "mail"])
-        process.terminate()
-        self.assertRegex(process.communicate(timeout=TIMEOUT)[1], r"(?s)\A\Z|File too large")
+        self.assertRegex(self.stop(process)[1], r"(?s)\A\Z|File too large")
 
     def test_maildir(self) -> None:
         import mailbox
@@ -7112,8 +6534,7 @@ class BacklogTest(ProcessCase):
         process = self.start("-shutdownTimeout=0.1", *argv, stdin=subprocess.PIPE)
         if hasattr(fcntl, "F_SETPIPE_SZ"):
             fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
-        line = process.stdout.readline()
-        return process, int(json.loads(line)["port"] if line.startswith("{") else line.rpartition(":")[2])
+        return process, self.port(process)
 
     def send_much(self, port: int) -> None:
         """Three mails and many refusals, more than a pipe takes in any mode."""
@@ -7140,7 +6561,8 @@ class BacklogTest(ProcessCase):
             last_line = "" if argv == "-json -log" else process.stderr.read().splitlines()[-1]
             return argv, status, re.sub(r"\d+", "N", last_line)
 
-        modes = ["", "-show", "-log", "-lint", "-json", "-json -log", "-control"]
+        # A long shutdown timeout is no time for a reader that does not read.
+        modes = f"|-show|-log|-lint|-json|-json -log|-control|-json -shutdownTimeout={10 * TIMEOUT}".split("|")
         ways = [*((mode, "SIGTERM") for mode in modes), ("-control", "stop"), ("-control", "end of stdin")]
         results = in_threads(*(lambda way=way: stop(*way) for way in ways))
         error = "smtpmock: not all output was read; lines lost: N"
@@ -7159,60 +6581,44 @@ class BacklogTest(ProcessCase):
                 time.sleep(0.02)
             self.assertEqual(process.returncode, 1, timeout)
 
-    def test_a_long_shutdown_timeout(self) -> None:
-        """It is no time for a reader that does not read."""
-        process, port = self.begin("-json", f"-shutdownTimeout={10 * TIMEOUT}")
-        self.send_much(port)
-        process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(TIMEOUT), 1)
-
     def test_what_is_read_late_is_whole_and_in_order(self) -> None:
         process, port = self.begin("-json", "-lint", "-multipleMessageReceiving")
         self.send_much(port)
         send(port, "Subject: 3")
         subjects = [json.loads(process.stdout.readline())["subject"] for _ in range(5)]
         self.assertEqual((subjects[:3], {*subjects[3:]}), (["0", "1", "2"], {"3", None}))  # None: what was refused
-        process.terminate()
-        out, _ = process.communicate(timeout=TIMEOUT)
-        self.assertEqual((json.loads(out)["event"], process.returncode), ("done", 3))
+        self.assertEqual(json.loads(self.stop(process, 3)[0])["event"], "done")
 
-    def test_an_event_is_out_before_its_reply(self) -> None:
-        """Though it is long, and read slowly."""
-        process, port = self.begin("-json")
+    def send_while_it_is_read(self, process: Any, port: int, content: str, pause: float) -> bytearray:
+        """What is read, in small pieces, until the mail has got its reply, and what could be read then."""
         output, read, is_sent = process.stdout.fileno(), bytearray(), threading.Event()
 
         def read_slowly() -> None:
-            while not is_sent.wait(0.001):
+            while not is_sent.wait(pause):
                 if select.select([output], [], [], 0)[0]:
                     read.extend(os.read(output, 4096))
 
         def send_one() -> None:
-            send(port, f"Subject: {'x' * 500}\n\n" + 400 * f"{'x' * 500}\n")
+            send(port, content)
             is_sent.set()
 
         in_threads(read_slowly, send_one)
         os.set_blocking(output, False)
         with contextlib.suppress(BlockingIOError):
             read.extend(os.read(output, 65536))
+        return read
+
+    def test_an_event_is_out_before_its_reply(self) -> None:
+        """Though it is long, and read slowly."""
+        process, port = self.begin("-json")
+        read = self.send_while_it_is_read(process, port, f"Subject: {'x' * 500}\n\n" + 400 * f"{'x' * 500}\n", 0.001)
         self.assertEqual(json.loads(read)["event"], "message")
 
     def test_no_mail_waits_behind_others(self) -> None:
         """Though somebody reads again."""
         process, port = self.begin("-json")
         self.send_much(port)
-        is_sent = threading.Event()
-
-        def read_slowly() -> int:
-            count = 0
-            while not is_sent.wait(0.01):
-                count += len(os.read(process.stdout.fileno(), 4096))
-            return count
-
-        def send_one() -> None:
-            send(port, "hi")
-            is_sent.set()
-
-        self.assertLess(in_threads(read_slowly, send_one)[0], 300_000)  # of 600,000
+        self.assertLess(len(self.send_while_it_is_read(process, port, "hi", 0.01)), 300_000)  # of 600,000
 
     def test_a_reader_that_leaves(self) -> None:
         """What was queued is lost, and is counted; later mail is refused."""
@@ -7222,13 +6628,9 @@ class BacklogTest(ProcessCase):
         with contextlib.suppress(smtplib.SMTPDataError):  # the thread that writes may not have seen it yet
             send(port, "hi")
         self.assertEqual(catch(smtplib.SMTPDataError, send, port, "hi").smtp_code, 451)
-        process.terminate()
-        _, errors = process.communicate(timeout=TIMEOUT)
-        lost = re.fullmatch(
-            r"smtpmock: cannot write to stdout: Broken pipe; lines lost: (\d+)", errors.splitlines()[-1]
-        )
+        last_line = self.stop(process, 1)[1].splitlines()[-1]
+        lost = re.fullmatch(r"smtpmock: cannot write to stdout: Broken pipe; lines lost: (\d+)", last_line)
         self.assertGreaterEqual(int(lost[1]) if lost else 0, 3 + 1 + 2 + 1)  # mails, refusals, a refused mail, the end
-        self.assertEqual(process.returncode, 1)
 
     @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
     def test_a_stdout_of_another_kind(self) -> None:
@@ -7255,88 +6657,25 @@ class BacklogTest(ProcessCase):
                     self.assertEqual(process.wait(TIMEOUT), 0)
 
 
-# Mails, and what -show prints of them.
-SHOWN_MAILS = r"""
-== text
-From: =?utf-8?q?J=C3=BCrgen?= <a@a.com>
-Received: here
-To: b@b.com,
- c@c.com
-Date: Fri, 21 Nov 1997 09:55:06 -0600
-Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=
-
-Gr\xc3\xbc\xc3\x9fe,
-
- and {x*200}
-=>
-From: Jürgen <a@a.com>
-To: b@b.com, c@c.com
-Date: Fri, 21 Nov 1997 09:55:06 -0600
-Subject: Grüße
-
-Grüße,
-
- and {x*200}
-
-== control characters
-Subject: =?utf-8?q?=1B[1m=C2=9B_=E2=80=AE?=
-
-\x1b]0;title\x07 a\tb \xe2\x80\xae\xc2\x9b \xf0\x9f\x91\xa8\xe2\x80\x8d\xf0\x9f\x91\xa9 \xff
-=>
-Subject: \x1b[1m\x9b \u202e
-
-\x1b]0;title\x07 a    b \u202e\x9b 👨\u200d👩 �
-
-== HTML
-Content-Type: text/html; charset=utf-8
-
-<html><head><title>no</title><style>no</style></head><h1>Gr&uuml;&szlig;e</h1>
-<script>no</script><!-- no --><p>Please <a href="https://a.test/?b=1&amp;c=2">confirm
-<b>it</b></a>, or <a href='https://a.test'>https://a.test</a> &lt;
-<ul><li>one</li><li>two</li></ul>
-1 < 2<br>x<img src="cid:1" alt="Logo"><table><tr><td>a<td>b</td><td>c</td></tr><tr><td>d</table>
-=>
-
-Grüße
-
-Please confirm it <https://a.test/?b=1&c=2>, or https://a.test <
-
-- one
-- two
-1 < 2
-xLogo
-
-ab c
-d
-
-== text before HTML, and attachments
-Subject: s
-Content-Type: multipart/mixed; boundary=b
-
---b
-Content-Type: text/html
-
-<p>no
---b
-Content-Type: text/plain
-
-yes
---b
-Content-Type: application/pdf; name="a\x1b.pdf"
-
-{x*1234}
---b
-Content-Type: image/png
-
-x
---b--
-=>
-Subject: s
-Attachment: a\x1b.pdf (application/pdf, 1.2 kB)
-Attachment: without a name (image/png, 1 byte)
-
-yes
-"""
+# Mails, with Python's escapes, and the lines that -show prints of them.
+SHOWN_MAILS = read_rows(r"""
+From: =?utf-8?q?J=C3=BCrgen?= <a@a.com> | Received: here | To: b@b.com, |  c@c.com |
+    Date: Fri, 21 Nov 1997 09:55:06 -0600 | Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?= | | Grüße, | |  and {x*200}
+    => From: Jürgen <a@a.com> | To: b@b.com, c@c.com | Date: Fri, 21 Nov 1997 09:55:06 -0600 | Subject: Grüße | |
+    Grüße, | |  and {x*200}
+Subject: =?utf-8?q?=1B[1m=C2=9B_=E2=80=AE?= | | \x1b]0;title\x07 a\tb \xe2\x80\xae\xc2\x9b 👨\xe2\x80\x8d👩 \xff
+    => Subject: \x1b[1m\x9b \u202e | | \x1b]0;title\x07 a    b \u202e\x9b 👨\u200d👩 �
+Content-Type: text/html; charset=utf-8 | | <html><head><title>no</title><style>no</style></head><h1>Gr&uuml;&szlig;e</h1> |
+    <script>no</script><!-- no --><p>Please <a href="https://a.test/?b=1&amp;c=2">confirm | <b>it</b></a>, or
+    <a href='https://a.test'>https://a.test</a> &lt; | <ul><li>one</li><li>two</li></ul> |
+    1 < 2<br>x<img src="cid:1" alt="Logo"><table><tr><td>a<td>b</td><td>c</td></tr><tr><td>d</table>
+    =>  | Grüße | | Please confirm it <https://a.test/?b=1&c=2>, or https://a.test < | | - one | - two | 1 < 2 | xLogo | |
+    ab c | d
+Subject: s | Content-Type: multipart/mixed; boundary=b | | --b | Content-Type: text/html | | <p>no | --b | | yes | --b |
+    Content-Type: application/pdf; name="a\x1b.pdf" | | {x*1234} | --b | Content-Type: image/png | | x | --b--
+    => Subject: s | Attachment: a\x1b.pdf (application/pdf, 1.2 kB) | Attachment: without a name (image/png, 1 byte) | |
+    yes
+""")
 
 
 class ShowTest(ProcessCase):
@@ -7346,18 +6685,16 @@ class ShowTest(ProcessCase):
         """The lines that are printed until a stop, without their times."""
         process = self.start(*argv)
         use(self.port(process))
-        process.terminate()
-        out, _ = process.communicate(timeout=TIMEOUT)
-        self.assertEqual(process.returncode, 0)
+        out, _ = self.stop(process)
         out = re.sub("(?<=rcpt )TO|(?<=mail )FROM", lambda match: match[0].lower(), out)  # as of Python 3.13
+        self.assertNotRegex(out, "(?m)^(accepted|refused|ended)")
         return re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", out).splitlines()
 
     def test_mails(self) -> None:
         mails, shown = [], []
-        for entry in read_table(SHOWN_MAILS).values():
-            end = entry.lines.index("=>")
-            mails.append(b"\n".join(map(read_escapes, entry.lines[:end])))
-            shown += ["accepted", *(f"  {line}".rstrip() for line in entry.lines[end + 1 :])]
+        for row in SHOWN_MAILS:
+            mails.append(b"\n".join(map(read_escapes, row.given)))
+            shown += ["accepted", *(f"  {line}".rstrip() for line in read_items(row.expected))]
         lines = self.watch("-show", use=lambda port: send(port, *mails))
         self.assertEqual([line.partition(" a@a.com")[0] for line in lines], shown)
 
@@ -7382,17 +6719,16 @@ class ShowTest(ProcessCase):
         """What is long is cut."""
         long = f"{'a' * 60}@{'b' * 60}.com"
         cut = f"{long[:97]}..."
-        with_long = lambda port: in_session(port, long, ["b@b.com"] * 4 + [long] * 3)  # noqa: E731
 
-        def in_session(port: int, sender: str, recipients: list[str]) -> None:
+        def use(port: int) -> None:
             with Smtp(port) as client:
-                client.sendmail(sender, recipients, f"Subject: {'s' * 101}\n\n")
-                client.sendmail("a@a.com", "b@b.com", f"Subject: {'s' * 100}\n\n" + 890 * "x")
+                client.sendmail(long, ["b@b.com"] * 4 + [long] * 3, f"Subject: {'s' * 101}\n\n")
+                client.sendmail("a@a.com", "b@b.com", f"Subject: {'s' * 99}\x1b\n\n" + 890 * "x")
 
-        lines = self.watch("-multipleRcptto", "-multipleMessageReceiving", use=with_long)
+        lines = self.watch("-multipleRcptto", "-multipleMessageReceiving", use=use)
         many = ", ".join(["b@b.com"] * 4 + [cut])
         self.assertEqual(lines[0], f'accepted {cut} -> {many} and 2 more "{"s" * 97}..." 114 bytes')
-        self.assertEqual(lines[1], f'accepted a@a.com -> b@b.com "{"s" * 100}" 1.0 kB')
+        self.assertEqual(lines[1], f'accepted a@a.com -> b@b.com "{"s" * 99}\\x1b" 1.0 kB')
 
     def test_refusals(self) -> None:
         """Also beside an accepted mail, and after it."""
@@ -7526,11 +6862,6 @@ class ControlTest(ProcessCase):
         self.assertEqual([client.rcpt("b@b.com")[0] for _ in range(2)], [450, 250])
         client.close()
         self.assertEqual(self.read()["event"], "message")
-        self.obey("check", messages=2)
-        self.obey("rule RSET: close", messages=2)
-        self.assertEqual(self.ask("check"), {"event": "error", "error": "<Rule for RSET: 0 hits> was never hit"})
-        self.obey("clear", messages=2)
-        self.obey("check", messages=2)
 
     def test_configure(self) -> None:
         client = self.connect()
@@ -7541,16 +6872,6 @@ class ControlTest(ProcessCase):
         other = self.connect()
         self.assertEqual(other.docmd("FOO")[0], 502)
         self.assertRaises(smtplib.SMTPServerDisconnected, other.noop)
-
-    def test_purge_and_reset(self) -> None:
-        self.obey("configure -msgRcpttoReceived='250 mine'")
-        self.obey("rule RCPT: reply 450 later; times=2")
-        self.assertEqual(self.try_recipient()[1], b"later")
-        self.obey("purge")
-        self.assertEqual([self.try_recipient()[1] for _ in range(2)], [b"later", b"mine"])
-        self.obey("rule RCPT: reply 450 later", messages=2)
-        self.obey("reset")
-        self.assertEqual(self.try_recipient()[1], b"Received")
 
     def test_disconnect(self) -> None:
         for command, error in {"disconnect": "", "disconnect reset": "reset by peer"}.items():
@@ -7567,6 +6888,9 @@ class ControlTest(ProcessCase):
                 self.assertEqual(answer["event"], "error")
                 self.assertRegex(answer["error"], row.pattern)
                 self.obey("check")  # no rule without an action is left
+        self.server.stdin.buffer.write(b"\n\xff\n")
+        self.write("")
+        self.assertEqual(self.read()["command"], "\\xff")
         client = self.connect()
         self.assertEqual(client.docmd("FOO")[0], 502)
         client.mail("a@a.com")
@@ -7593,17 +6917,6 @@ class ControlTest(ProcessCase):
                 self.assertEqual(self.server.wait(TIMEOUT), 0)
                 self.reader.join(TIMEOUT)
                 self.assertTrue(self.lines.empty())
-
-    def test_errors_at_the_start(self) -> None:
-        for flag in ("-json", "--json=true", "-control"):
-            for argv, status, error in (
-                (["-port=x"], 2, "-port='x': must be an integer from 0 to 65535"),
-                (["-rule", "x"], 2, "rule 'x': must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'"),
-                (["-saveDir=/dev/null/x"], 1, "cannot write to /dev/null/x: Not a directory"),
-            ):
-                done, out, err = call_main(*argv, flag)
-                self.assertEqual((done, err), (status, f"smtpmock: {error}\n"))
-                self.assertEqual(json.loads(out), {"event": "error", "error": error})
 
 
 # -------------------------------------------------------------------------------------------- HTTP
@@ -8475,17 +7788,16 @@ class MistakeTest(ServerCase):
     def test_beginnings_of_files_are_no_links(self) -> None:
         with tempfile.TemporaryDirectory() as path, Server() as server:
             send(server, "hi")
-            folder, victim = smtpmock._Folder(path), Path(path, "victim")
+            victim = Path(path, "victim")
             victim.write_text("safe")
             for name in (".000001.json.part", ".000001.eml.part"):
+                folder = smtpmock._Folder(path)
                 Path(path, name).symlink_to(victim)
                 with self.assertRaises(FileExistsError):
                     folder(server.message())
-                folder._number = 0
-            folder(server.message())
-            self.assertEqual(
-                (victim.read_text(), sorted(os.listdir(path))), ("safe", ["000001.eml", "000001.json", "victim"])
-            )
+            smtpmock._Folder(path)(server.message())
+            found = victim.read_text(), sorted(os.listdir(path))
+            self.assertEqual(found, ("safe", ["000001.eml", "000001.json", "victim"]))
 
     def test_check_is_fast(self) -> None:
         with Server() as server:
@@ -8514,28 +7826,18 @@ class MistakeTest(ServerCase):
 class NarrationTest(ProcessCase):
     """The lines that the command line prints for a person."""
 
-    def run_by_hand(self, *argv: str, sender: Callable[[int], object]) -> tuple[str, str, int]:
-        """What it prints after its first line, on stdout and on stderr, and its exit status."""
-        out, err, status = run_main(sender, *argv)
-        return out.partition("\n")[2], err, status
-
-    def test_a_line_for_each_mail(self) -> None:
-        def talk(port: int) -> None:
-            with Smtp(port) as client:
-                client.sendmail("a@a.com", ["b@b.com", "c@c.com"], "Subject: Welcome\x1b[31m\n\n" + "x" * 1200)
-            with self.assertRaises(smtplib.SMTPRecipientsRefused), Smtp(port) as client:
-                client.sendmail("a@a.com", ["nobody@b.com"], "hi")
-
-        out, errors, _ = self.run_by_hand("-notRegisteredEmails=nobody@b.com", sender=talk)
-        accepted, refused = out.splitlines()
-        self.assertRegex(accepted, r'^\d\d:\d\d:\d\d accepted a@a.com -> c@c.com "Welcome.x1b\[31m" 1\.2 kB$')
-        self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found \(rcpt (?i:to):<nobody@b\.com>\)$")
-        self.assertEqual(errors, "smtpmock: 1 of 2 accepted recipients was not kept; -keepAll keeps them all\n")
-
     def test_quiet(self) -> None:
-        for flag in ("-quiet", "-multipleMessageReceiving=false", "-keepAll=false", "-keepAll"):
-            out, errors, _ = self.run_by_hand(flag, sender=lambda port: send(port, "hi", "ho"))
-            self.assertEqual((out.count("accepted"), errors), (2 * (flag != "-quiet"), ""))
+        """What is not kept is told once, unless its option is given."""
+        for flag, count, expected in (
+            ("-log=false", 2, "smtpmock: 1 of 2 accepted mails was not kept; -keepAll keeps them all\n"),
+            ("-multipleRcptto", 2, "smtpmock: 1 of 2 accepted mails was not kept; -keepAll keeps them all\n"),
+            ("-multipleMessageReceiving=false", 2, ""),
+            ("-keepAll=false", 2, ""),
+            ("-keepAll", 2, ""),
+            ("-quiet", 0, ""),
+        ):
+            out, errors, _ = run_main(lambda port: send(port, "hi", "ho"), flag)
+            self.assertEqual((out.count("accepted"), errors), (count, expected))
 
     def make_faults(self, port: int) -> None:
         """In a command, in a mail, and after the mail."""
@@ -8546,7 +7848,7 @@ class NarrationTest(ProcessCase):
                 pass
 
     def test_lint(self) -> None:
-        _, errors, status = self.run_by_hand("-lint", "-quiet", sender=self.make_faults)
+        _, errors, status = run_main(self.make_faults, "-lint", "-quiet")
         lines = errors.splitlines()
         self.assertEqual((status, len(lines)), (3, len(set(lines))))
         for line in (
@@ -8557,28 +7859,14 @@ class NarrationTest(ProcessCase):
         ):
             self.assertIn(f"smtpmock: message 1: {line}", lines)
         tolerated = "-tolerated=bare-lf,header-missing,superfluous-argument,pipelining,data-before-354"
-        self.assertEqual(self.run_by_hand("-lint", tolerated, sender=self.make_faults)[2], 0)
-        self.assertEqual(self.run_by_hand("-quiet", sender=self.make_faults), ("", "", 0))
+        self.assertEqual(run_main(self.make_faults, "-lint", tolerated)[2], 0)
+        self.assertEqual(run_main(self.make_faults, "-quiet")[1:], ("", 0))
 
     def test_lint_of_a_refused_mail(self) -> None:
         """Though the client gives it up, which erases it."""
-
-        def be_refused(port: int) -> None:
-            self.assertRaises(smtplib.SMTPDataError, send, port, "From: a@a.com")
-
-        _, errors, status = self.run_by_hand("-lint", "-strict", "-quiet", sender=be_refused)
+        be_refused = functools.partial(self.assertRaises, smtplib.SMTPDataError, send)
+        _, errors, status = run_main(lambda port: be_refused(port, "From: a@a.com"), "-lint", "-strict", "-quiet")
         self.assertEqual((status, errors.count("header-missing")), (3, 1))
-
-    def test_a_mail_that_cannot_be_saved(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "mails")
-
-            def remove_and_send(port: int) -> None:
-                shutil.rmtree(path)
-                self.assertRaises(smtplib.SMTPDataError, send, port, "hi")
-
-            _, errors, _ = self.run_by_hand(f"-saveDir={path}", sender=remove_and_send)
-            self.assertRegex(errors, "^smtpmock: a mail was refused, because it cannot be saved: .*No such file.*\n$")
 
     @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
     def test_colours(self) -> None:
