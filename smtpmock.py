@@ -239,43 +239,44 @@ _EXTENSIONS = "SIZE 8BITMIME SMTPUTF8 PIPELINING DSN CHUNKING BINARYMIME ENHANCE
 _EXTENSIONS += " LIMITS ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE NO-SOLICITING"
 _AUTH_MECHANISMS = ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2")
 
-# What real servers answer. A row has options, as patterns that leave out msg_, invalid_cmd_ and _received, with their
-# values. The first three are Debian's servers, see .ci/profiles.py. The others are quoted from what is above each row.
+# What real servers answer: options, as patterns that leave out msg_, invalid_cmd_ and _received, with their values.
+# The first three are Debian's servers, see .ci/profiles.py. The others are quoted from the sources after their names,
+# which are on GitHub unless they have a domain.
 _PROFILES = r"""
 == postfix
-rcptto_not_registered 550 5.1.1 <{address}>: Recipient address rejected: User unknown in local recipient table
 extensions PIPELINING,SIZE,VRFY,ETRN,ENHANCEDSTATUSCODES,8BITMIME,DSN,SMTPUTF8,CHUNKING | vrfy 252 2.0.0 {address}
+mailfrom_blacklisted 554 5.7.1 <{address}>: Sender address rejected: Access denied
 rcptto_blacklisted 554 5.7.1 <{address}>: Recipient address rejected: Access denied | helo_arg 501 Syntax: HELO hostname
-auth_(failed|bad_response|unknown_mechanism) 535 5.7.8 Error: authentication failed | rset_arg 501 5.5.4 Syntax: RSET
-mailfrom_blacklisted 554 5.7.1 <{address}>: Sender address rejected: Access denied | rcptto 250 2.1.5 Ok
+rcptto_not_registered 550 5.1.1 <{address}>: Recipient address rejected: User unknown in local recipient table
 helo_blacklisted 554 5.7.1 <{address}>: Helo command rejected: Access denied | rset|noop|rset_sequence|bdat 250 2.0.0 Ok
+auth_(failed|bad_response|unknown_mechanism) 535 5.7.8 Error: authentication failed | size_limit 10240000
 (helo|mailfrom)_sequence 503 5.5.1 Error: send HELO/EHLO first | starttls_sequence 554 5.5.1 Error: TLS already active
+invalid_cmd 500 5.5.2 Error: command not recognized | tls_required 530 5.7.0 Must issue a STARTTLS command first
 msg_size_is_too_big 552 5.3.4 Message size exceeds fixed limit | auth_sequence 503 5.5.1 Error: already authenticated
-tls_required 530 5.7.0 Must issue a STARTTLS command first | invalid_cmd 500 5.5.2 Error: command not recognized
-rcptto_sequence 503 5.5.1 Error: need MAIL command | rcptto_arg 501 5.1.3 Bad recipient address syntax
-mailfrom_arg 501 5.1.7 Bad sender address syntax | data_sequence 503 5.5.1 Error: need RCPT command | quit 221 2.0.0 Bye
-auth_cancelled 501 5.7.0 Authentication aborted | unknown_parameter 555 5.5.4 Unsupported option | mailfrom 250 2.1.0 Ok
-bdat_arg 521 5.5.4 Syntax: BDAT count [LAST] | greeting 220 mail.example.com ESMTP Postfix | helo 250 mail.example.com
-data 354 End data with <CR><LF>.<CR><LF> | auth 235 2.7.0 Authentication successful | size_limit 10240000
-starttls_arg 501 5.5.4 Syntax: STARTTLS | msg 250 2.0.0 Ok: queued as 4B1C62E3F8 | starttls 220 2.0.0 Ready to start TLS
+rcptto_sequence 503 5.5.1 Error: need MAIL command | unknown_parameter 555 5.5.4 Unsupported option | quit 221 2.0.0 Bye
+auth_cancelled 501 5.7.0 Authentication aborted | mailfrom_arg 501 5.1.7 Bad sender address syntax | rcptto 250 2.1.5 Ok
+rcptto_arg 501 5.1.3 Bad recipient address syntax | data 354 End data with <CR><LF>.<CR><LF> | helo 250 mail.example.com
+msg 250 2.0.0 Ok: queued as 4B1C62E3F8 | starttls_arg 501 5.5.4 Syntax: STARTTLS | starttls 220 2.0.0 Ready to start TLS
+data_sequence 503 5.5.1 Error: need RCPT command | bdat_arg 521 5.5.4 Syntax: BDAT count [LAST] | mailfrom 250 2.1.0 Ok
+greeting 220 mail.example.com ESMTP Postfix | auth 235 2.7.0 Authentication successful | rset_arg 501 5.5.4 Syntax: RSET
 == exim
-extensions SIZE,8BITMIME,DSN,PIPELINING,PIPECONNECT,CHUNKING,SMTPUTF8,HELP | auth_cancelled 501 Authentication cancelled
-auth_unknown_mechanism 504 authentication mechanism not supported | helo_arg 501 Syntactically invalid HELO argument(s)
+extensions SIZE,8BITMIME,DSN,PIPELINING,PIPECONNECT,CHUNKING,SMTPUTF8,HELP | bdat_arg 501 missing size for BDAT command
 starttls_sequence 503 STARTTLS command used when not advertised | data_sequence 503 valid RCPT command must precede DATA
 msg_size_is_too_big 552 Message size exceeds maximum permitted | (mailfrom|rcptto)_arg 501 '>' missing at end of address
+auth_unknown_mechanism 504 authentication mechanism not supported | helo_arg 501 Syntactically invalid HELO argument(s)
 data 354 Enter message, ending with "." on a line by itself | helo 250 mail.example.com Hello {address} [127.0.0.1]
-(helo|mailfrom)_sequence 503 HELO or EHLO required | (rset|starttls)_arg 501 unexpected argument data
-\w+_blacklisted 550 Administrative prohibition | greeting 220 mail.example.com ESMTP Exim 4.96 | bdat 250 chunk received
-rcptto_not_registered 550 Unrouteable address | auth_failed 535 Incorrect authentication data | noop|mailfrom 250 OK
-quit 221 mail.example.com closing connection | bdat_arg 501 missing size for BDAT command | starttls 220 TLS go ahead
-auth_bad_response 501 Invalid base64 data | rcptto_sequence 503 sender not yet given | auth 235 Authentication succeeded
-unknown_parameter 501 malformed address | auth_sequence 503 already authenticated | invalid_cmd 500 unrecognized command
-rset|rset_sequence 250 Reset OK | msg 250 OK id=1xY6cB-0007jY-2R | size_limit 52428800 | rcptto 250 Accepted
+\w+_blacklisted 550 Administrative prohibition | (rset|starttls)_arg 501 unexpected argument data | noop|mailfrom 250 OK
+auth_sequence 503 already authenticated | rcptto_not_registered 550 Unrouteable address | msg 250 OK id=1xY6cB-0007jY-2R
+auth_failed 535 Incorrect authentication data | quit 221 mail.example.com closing connection | starttls 220 TLS go ahead
+(helo|mailfrom)_sequence 503 HELO or EHLO required | greeting 220 mail.example.com ESMTP Exim 4.96 | size_limit 52428800
+rcptto_sequence 503 sender not yet given | auth_bad_response 501 Invalid base64 data | rset|rset_sequence 250 Reset OK
+invalid_cmd 500 unrecognized command | unknown_parameter 501 malformed address | bdat 250 chunk received
+rcptto 250 Accepted
 == opensmtpd
-\w+_sequence 503 5.5.1 Invalid command: Command not allowed at this point. | noop|mailfrom 250 2.0.0 Ok
 msg_size_is_too_big 554 5.3.4 Message too big for system: Transaction failed, message too big | size_limit 36700160
 rset_arg 500 5.5.4 Invalid command arguments: command does not accept arguments. | starttls 220 2.0.0 Ready to start TLS
-helo 250 mail.example.com Hello {address} [127.0.0.1], pleased to meet you | help 214 2.0.0 End of HELP info
+\w+_sequence 503 5.5.1 Invalid command: Command not allowed at this point. | help 214 2.0.0 End of HELP info
+helo 250 mail.example.com Hello {address} [127.0.0.1], pleased to meet you | noop|mailfrom 250 2.0.0 Ok
 unknown_parameter 503 5.5.4 Invalid command arguments: Unsupported option | rset 250 2.0.0 Reset state
 starttls_arg 501 5.5.4 Invalid command arguments: No parameters allowed | greeting 220 mail.example.com ESMTP OpenSMTPD
 rcptto_(not_registered|blacklisted) 550 Invalid recipient: <{address}> | quit 221 2.0.0 Bye
@@ -283,45 +284,34 @@ helo_arg 501 5.5.1 Invalid command: HELO requires domain name | rcptto 250 2.1.5
 invalid_cmd 500 5.5.1 Invalid command: Command unrecognized | extensions 8BITMIME,ENHANCEDSTATUSCODES,SIZE,DSN,HELP
 data 354 Enter mail, end with "." on a line by itself | msg 250 2.0.0 94c306d8 Message accepted for delivery
 rcptto_arg 501 5.1.3 Recipient address syntax error | mailfrom_arg 553 5.1.0 Sender address syntax error
-== gmail
-# github.com/PHPMailer/PHPMailer/issues/1076
-extensions SIZE,8BITMIME,ENHANCEDSTATUSCODES,PIPELINING,CHUNKING,SMTPUTF8 | auth_mechanisms LOGIN,PLAIN,XOAUTH2
-greeting 220 smtp.gmail.com ESMTP - gsmtp | quit 221 2.0.0 closing connection - gsmtp | size_limit 35882577
-helo 250 smtp.gmail.com at your service, [127.0.0.1]
-# github.com/The-Login/SMTP-Smuggling-Tools/issues/11, sendgrid.com/docs/for-developers/sending-email
-mailfrom 250 2.1.0 OK - gsmtp | rcptto 250 2.1.5 OK - gsmtp | data 354 Go ahead - gsmtp | msg 250 2.0.0 OK 1376 - gsmtp
-# pastebin.com/uXqSaYa4, pastebin.com/FbfKGUtT, stackoverflow.com/questions/386083
-starttls 220 2.0.0 Ready to start TLS | tls_required 530 5.7.0 Must issue a STARTTLS command first
-auth_failed 535-5.7.8 Username and Password not accepted. Learn more at\n535 5.7.8 https://support.google.com/mail
+== gmail: PHPMailer/PHPMailer#1076, The-Login/SMTP-Smuggling-Tools#11, MISP/MISP#6481, pastebin.com/uXqSaYa4,
+# pastebin.com/FbfKGUtT, stackoverflow.com/questions/386083, sendgrid.com/docs/for-developers/sending-email
 auth_required 530-5.7.0 Authentication Required. Learn more at\n530 5.7.0 https://support.google.com/mail/ - gsmtp
-# github.com/MISP/MISP/issues/6481
 rcptto_not_registered 550-5.1.1 The email account that you tried to reach does not exist. Please try\n550-5.1.1 \
 double-checking the recipient's email address for typos or\n550 5.1.1 unnecessary spaces. Learn more at - gsmtp
-== outlook
-# github.com/PHPMailer/PHPMailer/issues/2194
-extensions SIZE,PIPELINING,DSN,ENHANCEDSTATUSCODES,8BITMIME,BINARYMIME,CHUNKING,SMTPUTF8 | size_limit 157286400
+auth_failed 535-5.7.8 Username and Password not accepted. Learn more at\n535 5.7.8 https://support.google.com/mail
+extensions SIZE,8BITMIME,ENHANCEDSTATUSCODES,PIPELINING,CHUNKING,SMTPUTF8 | greeting 220 smtp.gmail.com ESMTP - gsmtp
+helo 250 smtp.gmail.com at your service, [127.0.0.1] | starttls 220 2.0.0 Ready to start TLS | data 354 Go ahead - gsmtp
+tls_required 530 5.7.0 Must issue a STARTTLS command first | mailfrom 250 2.1.0 OK - gsmtp | rcptto 250 2.1.5 OK - gsmtp
+msg 250 2.0.0 OK 1376 - gsmtp | quit 221 2.0.0 closing connection - gsmtp | auth_mechanisms LOGIN,PLAIN,XOAUTH2
+size_limit 35882577
+== outlook: PHPMailer/PHPMailer#2194, ietf-tools/datatracker#5888, python/cpython#115251, pastebin.com/4NLVeuUu,
+# nodemailer/nodemailer#1484, tarickb/sasl-xoauth2#96, learn.microsoft.com/exchange/mail-flow/test-smtp-with-telnet
 greeting 220 HK0PR01CA0063.outlook.office365.com Microsoft ESMTP MAIL Service ready at Sun, 15 Nov 2020 13:08:20 +0000
-helo 250 HK0PR01CA0063.outlook.office365.com Hello [127.0.0.1]
-# github.com/ietf-tools/datatracker/pull/5888, github.com/python/cpython/issues/115251
-mailfrom 250 2.1.0 Sender OK | rcptto 250 2.1.5 Recipient OK | starttls 220 2.0.0 SMTP server ready
-# learn.microsoft.com/exchange/mail-flow/test-smtp-with-telnet
-data 354 Start mail input; end with <CRLF>.<CRLF> | quit 221 2.0.0 Service closing transmission channel
-msg 250 2.6.0 <5c6d1a2b@HK0PR01CA0063.apcprd01.prod.outlook.com> Queued mail for delivery
-# github.com/nodemailer/nodemailer/issues/1484, github.com/tarickb/sasl-xoauth2/issues/96, pastebin.com/4NLVeuUu
-auth_failed 535 5.7.139 Authentication unsuccessful, SmtpClientAuthentication is disabled for the Tenant.
-auth_required 530 5.7.57 Client not authenticated to send mail.
 rcptto_not_registered 550 5.1.10 RESOLVER.ADR.RecipientNotFound; Recipient not found by SMTP address lookup
-== ses
-# github.com/mautic/mautic/issues/3704
-greeting 220 email-smtp.amazonaws.com ESMTP SimpleEmailService-1868680137 rgpk5uMlEb7VBtpdVluX | rset 250 Ok
-helo 250 email-smtp.amazonaws.com | extensions 8BITMIME,SIZE,Ok | size_limit 10485760 | auth_mechanisms PLAIN,LOGIN
-starttls 220 Ready to start TLS | auth_failed 535 Authentication Credentials Invalid
+auth_failed 535 5.7.139 Authentication unsuccessful, SmtpClientAuthentication is disabled for the Tenant.
+msg 250 2.6.0 <5c6d1a2b@HK0PR01CA0063.apcprd01.prod.outlook.com> Queued mail for delivery | mailfrom 250 2.1.0 Sender OK
+extensions SIZE,PIPELINING,DSN,ENHANCEDSTATUSCODES,8BITMIME,BINARYMIME,CHUNKING,SMTPUTF8 | rcptto 250 2.1.5 Recipient OK
+auth_required 530 5.7.57 Client not authenticated to send mail. | quit 221 2.0.0 Service closing transmission channel
+helo 250 HK0PR01CA0063.outlook.office365.com Hello [127.0.0.1] | data 354 Start mail input; end with <CRLF>.<CRLF>
+starttls 220 2.0.0 SMTP server ready | size_limit 157286400
+== ses: mautic/mautic#3704, pastebin.com/t22G4F69, repost.aws/knowledge-center/ses-554-400-message-rejected-error,
 # aws.amazon.com/blogs/messaging-and-targeting/debugging-smtp-conversations-part-1-how-to-speak-smtp
-mailfrom|rcptto 250 Ok | data 354 End data with <CR><LF>.<CR><LF> | quit 221 Bye | auth 235 Authentication successful.
-msg 250 Ok 0000012345678e09-123a4cdc-b56c-78dd-b90e-d123be456789-000000
-# pastebin.com/t22G4F69, repost.aws/knowledge-center/ses-554-400-message-rejected-error
-auth_required 530 Authentication required | tls_required 530 Must issue a STARTTLS command first
-rcptto_not_registered 554 Message rejected: Email address is not verified.
+greeting 220 email-smtp.amazonaws.com ESMTP SimpleEmailService-1868680137 rgpk5uMlEb7VBtpdVluX | mailfrom|rcptto 250 Ok
+msg 250 Ok 0000012345678e09-123a4cdc-b56c-78dd-b90e-d123be456789-000000 | data 354 End data with <CR><LF>.<CR><LF>
+rcptto_not_registered 554 Message rejected: Email address is not verified. | auth_mechanisms PLAIN,LOGIN | quit 221 Bye
+auth_failed 535 Authentication Credentials Invalid | auth 235 Authentication successful. | extensions 8BITMIME,SIZE,Ok
+helo 250 email-smtp.amazonaws.com
 """
 
 # Options that have no effect without another one.
@@ -564,7 +554,7 @@ class _SessionOptions(_Options):
 
     def __post_init__(self) -> None:
         if self.profile is not None:
-            _check_choices("profile", [self.profile], re.findall("(?m)^== (.+)", _PROFILES))
+            _check_choices("profile", [self.profile], re.findall(r"(?m)^== (\w+)", _PROFILES))
         known = _EXTENSIONS.split()
         for name in (extension.split()[0].upper() for extension in self.extensions):
             if option := {"AUTH": "auth_users", "STARTTLS": "ssl_context"}.get(name):
@@ -580,21 +570,11 @@ class _SessionOptions(_Options):
                 raise ConfigurationError("needs ", name, True, needed=other)
 
 
-class _KeepAllDefault:
-    """The default of an option that keep_all turns on."""
-
-    def __get__(self, options: _SessionOptions | None, owner: object) -> bool:
-        return options is not None and options.keep_all
-
-
-_SessionOptions.multiple_rcptto = _SessionOptions.multiple_message_receiving = _KeepAllDefault()  # type: ignore[assignment]
-
-
 @functools.cache
-def _read_profile(name: str) -> dict[str, Any]:
-    rows = _PROFILES.partition(f"== {name}\n")[2].partition("\n==")[0].replace("\\\n", "")
+def _read_profile(name: str | None) -> dict[str, Any]:
+    rows = _PROFILES.partition(f"\n== {name}")[2].partition("\n==")[0].replace("\\\n", "")
     profile: dict[str, Any] = {}
-    for entry in (entry for row in re.findall("(?m)^[^#].+", rows) for entry in row.split(" | ")):
+    for entry in (entry for row in re.findall(r"(?m)^[^#:\n].+", rows) for entry in row.split(" | ")):
         names, _, text = entry.partition(" ")
         pattern = f"(msg_)?(invalid_cmd_)?({names})(_received|_cmd|_email|_domain)?"
         for option, (_, kind, _) in _SessionOptions._declared.items():
@@ -603,20 +583,23 @@ def _read_profile(name: str) -> dict[str, Any]:
     return profile
 
 
-class _ProfileDefault:
-    """The default of an option that profiles have."""
+class _DependentDefault:
+    """The default of an option that keep_all turns on, or that profiles have."""
 
     def __init__(self, name: str, default: Any) -> None:
         self._name, self._default = name, default
 
     def __get__(self, options: _SessionOptions | None, owner: object) -> Any:
-        profile = None if options is None else options.profile
-        return self._default if profile is None else _read_profile(profile).get(self._name, self._default)
+        if options is None:
+            return self._default
+        if self._default is False:
+            return options.keep_all
+        return _read_profile(options.profile).get(self._name, self._default)
 
 
 for _name, _declared in _SessionOptions._declared.items():
-    if _name.startswith("msg_") or _name in ("extensions", "auth_mechanisms"):
-        setattr(_SessionOptions, _name, _ProfileDefault(_name, _declared.default))
+    if _name.startswith(("msg_", "multiple_")) or _name in ("extensions", "auth_mechanisms"):
+        setattr(_SessionOptions, _name, _DependentDefault(_name, _declared.default))
 
 
 class Configuration(_SessionOptions, _AddressOptions):
@@ -1274,17 +1257,10 @@ _STRICT_MAILBOX = rf"<(?:@[^<>: ]+:)?(?:{_ATOM}(?:\.{_ATOM})*|{_QUOTED})@(?:{_HO
 _STRICT_COMMAND = rf"(?i:MAIL FROM:(?:<>|{_STRICT_MAILBOX})|RCPT TO:(?:<postmaster>|{_STRICT_MAILBOX}))(?: .*)?"
 
 
-def _is_too_long(path: str) -> bool:
-    local = path.strip("<>").rpartition(":")[2].rpartition("@")[0]  # without a source route
-    return max(len(text.encode("utf-8", "surrogateescape")) - most for text, most in ((local, 64), (path, 256))) > 0
-
-
 class _ClientState:
     """One request, and the state of the client when it sent it."""
 
-    line = reply = verb = argument = path = mechanism = chunk = ""
-    kind = _UNKNOWN_VERB
-    given: dict[str, str] = {}  # parameters of this request
+    chunk = ""  # the line of the BDAT that this may belong to
     parameters: dict[str, str] = {}  # of the last MAIL
     recipients: list[str] = []  # accepted since
     announced: dict[str, list[str]] = {}  # extensions, each with its words
@@ -1298,7 +1274,9 @@ class _ClientState:
         self.verb, self.line, self.argument, self.kind = request.verb, request.line, request.argument, request.kind
         self.mechanism = request.argument.partition(" ")[0].upper() if self.verb == "AUTH" else ""
         self.path, self.words = _split_path(request.argument) if self.verb in _PATHS else ("", [])
-        self.given = {name: value.upper() for name, value in _read_parameters(self.words).items()}
+        local = self.path.strip("<>").rpartition(":")[2].rpartition("@")[0]  # without a source route
+        self.local_size, self.path_size = (len(text.encode("utf-8", "surrogateescape")) for text in (local, self.path))
+        self.given = {name: value.upper() for name, value in _read_parameters(self.words).items()}  # parameters
         self.chunk = self.line if self.verb == "BDAT" else self.chunk if self.verb == "message" else ""
         names = [name for name in self.given if re.fullmatch(_KEYWORD, name)]
         self.needed = {_PARAMETERS.get(name, ("", name))[1] for name in names}  # the extensions of those
@@ -1395,7 +1373,7 @@ _DIALOGUE_CHECKS: tuple[tuple[str, Collection[str], Callable[[_ClientState], obj
     ("bad-sequence", ("RCPT",), lambda it: not (it.is_in_mail or it.may_be_blind) and "RCPT needs an accepted MAIL"),
     ("nested-mail", ("MAIL",), lambda it: it.is_in_mail and not it.may_be_blind),
     ("path-syntax", _PATHS, lambda it: it.find_bad_path()),
-    ("path-too-long", _PATHS, lambda it: _is_too_long(it.path)),
+    ("path-too-long", _PATHS, lambda it: it.local_size > 64 or it.path_size > 256),
     ("unannounced-parameter", _PATHS, lambda it: it.needed.difference(it.announced)),
     ("bad-parameter", _PATHS, lambda it: it.find_bad_parameter()),
     ("bad-parameter", ("BDAT",), lambda it: _parse_chunk(it.argument) is None and "BDAT needs a size"),
@@ -1470,7 +1448,6 @@ _REGISTERED_CHARSETS = (
     r"ecma-|extended_|gost|iec_|invar|irv|katakana|koi[78]-|lap|mac|microsoft-|msz|naplps|ref|scsu|sen_|serbian|st_|tscii|"
     r"unicode-1|unknown-8|utf-7-|videotex|viqr|viscii)[\w.:()+-]*"
 )
-_NOT_IN_NAME = r"[^\w!*+/=-]"  # RFC 2047 section 5 (3)
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _DATE = (  # with the years and zones of RFC 5322 section 4.3
@@ -1593,8 +1570,8 @@ def _check_word(match: re.Match[str], line: str, place: str) -> _Findings:
     """The place is that in a list of addresses: " in a quoted string, x outside of it and of comments."""
     charset, kind, text = match.groups()
     around = match.string[max(match.start() - 1, 0) : match.start()], match.string[match.end() : match.end() + 1]
-    is_name = place == "x"
     is_q, encoding = kind in "Qq", {"b": "base64", "q": "quoted-printable"}.get(kind.lower(), "")
+    is_bad_name = is_q and place == "x" and re.search(r"[^\w!*+/=-]", text)  # RFC 2047 section 5 (3)
     raw = text.encode("utf-8", "surrogateescape")
     is_wrong = not encoding or re.search(_ENCODINGS[encoding][1], raw + b"x" * is_q)  # for a = at the end of a word
     faults = {
@@ -1602,9 +1579,7 @@ def _check_word(match: re.Match[str], line: str, place: str) -> _Findings:
         "an address must not have an encoded word": "@" in around or around == ("<", ">"),
         _NO_SPACE: "".join(around).strip("( \t\r\n)"),
         "an encoded word is empty or has white space in it": not re.fullmatch(r"[!-~]+", text),
-        "a Q word in a name must have letters, digits and !*+-/=_ only": is_q
-        and is_name
-        and re.search(_NOT_IN_NAME, text),
+        "a Q word in a name must have letters, digits and !*+-/=_ only": is_bad_name,
         "": is_wrong or _is_cut_off(raw, encoding),
     }
     found = _pick("encoded-word", line, faults)
@@ -1642,19 +1617,14 @@ def _check_grammar(name: str, value: str, line: str) -> _Findings:
         yield "group-in-from", line
 
 
-def _read_sections(value: str) -> list[tuple[str, str]]:
-    """The names in lower case; values may be in quotes."""
-    return [(match[1].lower(), value[slice(*match.span(2))]) for match in re.finditer(_STRICT_PARAMETER, _mask(value))]
-
-
 def _check_sections(code: str, value: str, line: str) -> _Findings:
     """Of parameters with a * in their names (RFC 2231)."""
     import urllib.parse
 
     sections: dict[str, list[tuple[str, str]]] = {}
-    for name, text in _read_sections(value):
-        base, star, number = name.partition("*")
-        sections.setdefault(base, []).extend([(number, text)] if star else [])
+    for match in re.finditer(_STRICT_PARAMETER, _mask(value)):
+        base, star, number = match[1].lower().partition("*")
+        sections.setdefault(base, []).extend([(number, value[match.start(2) : match.end(2)])] if star else [])
     for parts in sections.values():
         parts.sort(key=lambda part: (len(part[0].rstrip("*")), part[0]))
         numbers = [number.rstrip("*") for number, _ in parts if number]
@@ -1752,11 +1722,10 @@ def _check_body(part: Any, kind: str, encoding: str, charset: str | None) -> _Fi
     yield from found
     if encoding == "quoted-printable" and not found:
         yield from ((*lower, "write =C3 and not =c3") for lower in _find_line(code, _LOWER_HEX, data))
-    if found or not kind.startswith("text/") or (charset is None and kind != "text/plain"):
-        return
-    cure = ["a text that is not ASCII needs a charset, such as utf-8"] if charset is None else []
-    charset = charset or "us-ascii"
-    yield from _check_charset(_decode_content(data, encoding), charset, "wrong-charset", f"charset={charset}", *cure)
+    if not found and (kind == "text/plain" or (charset is not None and kind.startswith("text/"))):
+        cure = ["a text that is not ASCII needs a charset, such as utf-8"] if charset is None else []
+        data, charset = _decode_content(data, encoding), charset or "us-ascii"
+        yield from _check_charset(data, charset, "wrong-charset", f"charset={charset}", *cure)
 
 
 def _check_mail(message: Message, client: _ClientState) -> _Findings:
@@ -2506,13 +2475,9 @@ def _unescape(text: str) -> str:
     return _decode(data.decode("unicode_escape", "ignore").encode("latin-1", "replace"))
 
 
-def _split(text: str) -> str:
-    """The lines of a reply of PHPMailer, which have no line breaks on a web page."""
-    return re.sub(rf"(?!^)(?={text[:3]}[- ])", "\n", text) if re.match(r"\d{3}-", text) else text
-
-
 # How the lines of client and server begin, and how the rest is read. The first one counts that has a server's line.
 _METER = r"[\r\t \d.:kMG-]*"  # curl may print it first
+_split = functools.partial(re.sub, r"((\d{3})-.+?)(?=\2[- ])", r"\1\n")  # PHPMailer's replies lose it on a web page
 _NOTATIONS = (
     (r"[ \t]*S:(?! ?<) ?", r"[ \t]*R: ?(?=[2-5]\d\d[ -])", str),  # the sender and the receiver of RFC 821 to RFC 3030
     (r"[ \t]*C:(?! ?<[a-z]| &) ?", r"[ \t]*S:(?! ?<wait) ?", str),  # Message.transcript, and later RFCs
@@ -2535,16 +2500,15 @@ class _Script:
     def __init__(self) -> None:
         self.said: list[tuple[str, int | None, dict[str, Any]]] = []  # stage, size of its body, aspects of the reply
         self.lines: list[str] = []  # of the reply to the last request
-        self.waiting: deque[str] = deque()  # the stages of the requests without a reply
-        self.expected: str | None = "connect"  # the stage of what comes next, or "body"; None is a command
+        self.waiting = deque(["connect"])  # the stages of the requests without a reply
+        self.expected: str | None = None  # message or AUTH, if what the client says next is part of it
         self.bodies: list[int] = []  # their sizes, where they are known
-        self.is_refused = self.has_credentials = self.is_over = False
+        self.has_credentials = self.is_over = False
 
     def read(self, kind: str, line: str) -> bool:
         """Read a line. False if it begins another session."""
-        stage = self.waiting[0] if self.waiting else self.expected
-        is_greeting = line.startswith("220") and stage not in ("connect", "STARTTLS")
         is_complete = not self.lines or (line[:3].isdigit() and re.match(r"\d{3}(?!-)", self.lines[-1]))
+        is_greeting = line.startswith("220") and {"connect", "STARTTLS"}.isdisjoint(self.waiting)
         if kind in ("server", "more") and not is_complete:
             self.lines.append(line)
         elif kind == "opened" or (kind == "server" and (is_greeting or (self.is_over and line[:3].isdigit()))):
@@ -2558,49 +2522,47 @@ class _Script:
         return True
 
     def _read_request(self, line: str) -> None:
-        end = re.fullmatch(r"<(\d+) bytes>|\.", line)
-        self.bodies += [int(size) for size in end.groups() if size] if end else []
-        if self.expected in ("message", "body"):
-            self.waiting += ["message"] * (self.expected == "message")
-            self.expected, self.lines = None if end else "body", []
-            return
-        verb = "message" if end and end[1] else _parse_line(line.replace(r"\t", " ").encode()).verb
-        if self.waiting and self.waiting[-1] == "BDAT" and (verb == "message" or verb not in _VERBS):
-            return  # a part of the chunk
-        self.has_credentials = self.expected == "AUTH" or line.count(" ") > 1
-        verb = "AUTH" if self.expected == "AUTH" else verb
-        self.waiting.append("too long" if line.startswith("line of over ") else verb)
-        self.expected, self.lines = None, []
-
-    def _take_stage(self) -> str | None:
-        stage, self.expected = self.waiting.popleft() if self.waiting else self.expected, None
-        return stage
+        size, self.lines = re.fullmatch(r"<(\d+) bytes>", line), []
+        self.bodies += [int(size[1])] if size else []
+        verb = "message" if size else _parse_line(line.replace(r"\t", " ").encode()).verb
+        last = self.waiting[-1] if self.waiting else ""
+        if self.expected == "message":
+            self.expected = None if size or line == "." else "message"
+        elif last != "BDAT" or (verb in _VERBS and not size):  # it is no part of the chunk
+            if last == "connect":
+                self.waiting.clear()  # the log begins later
+            self.has_credentials = self.expected == "AUTH" or line.count(" ") > 1
+            self.waiting.append("too long" if line.startswith("line of over ") else self.expected or verb)
+            self.expected = None
 
     def _read_reply(self, line: str) -> None:
-        stage, accepts = self._take_stage(), not line.startswith(("4", "5"))
+        stage, self.expected = self.waiting.popleft() if self.waiting else self.expected, None
+        accepts = not line.startswith(("4", "5"))
         # A line without a code is the next one of a text of ours, and a 421 may come unasked.
         if re.match({None: "(?!421)[2-5][0-9]{2}", "connect": "2[35]|3"}.get(stage, "$."), line):
             raise ConfigurationError(f"there is no command before {_shorten(line)}", "play")
         if stage is None:
             self.lines.append(line)
         elif stage == "AUTH" and line.startswith("334"):
-            self.expected, self.has_credentials = stage, True
+            self.expected, self.has_credentials, self.lines = stage, True, []
         else:
             self.lines = [line]
             # A login may be refused before its challenge.
             at_once = {"at_once": True} if stage == "AUTH" and not (accepts or self.has_credentials) else {}
             self.said.append((stage, None, {"reply": self.lines, **at_once}))
-            self.is_refused = self.is_refused or (stage == "connect" and line.startswith("5"))
-            self.expected = "message" if stage == "DATA" and accepts and not self.is_refused else None
             self.is_over = stage == "QUIT" and accepts
+            if stage == "DATA" and accepts:
+                self.expected = "message"
+                self.waiting.append("message")
 
     def _read_ending(self, ending: _Next) -> None:
-        stage, self.is_over = None if self.expected == "message" else self._take_stage(), True
-        if stage is not None:
+        self.is_over = True
+        if self.lines and (self.expected or not self.waiting):
+            self.said[-1][2]["then"] = ending
+        else:
+            stage = self.waiting.popleft() if self.waiting else self.expected or ""
             after = self.bodies[-1] if stage == "message" and self.bodies else None
             self.said.append((stage, after, {"reply": b"", "then": ending}))
-        elif self.said:
-            self.said[-1][2]["then"] = ending
 
     def make_rules(self, rules: _Rules) -> Iterator[Rule]:
         """A rule for each stage, which says one thing after the other."""
@@ -2629,20 +2591,18 @@ def _read_transcript(text: str) -> list[_Script]:
                     scripts.append(_Script())
                     scripts[-1].read(kind, line)
     scripts = [script for script in scripts if script.said]
-    if not scripts:
-        line = re.sub(r"(?i)(AUTH +\S+ ).*", r"\1***", text.strip().partition("\n")[0])
-        raise ConfigurationError(f"the server says nothing in it; it begins with {_shorten(line)}", "play")
-    return scripts
+    if scripts:
+        return scripts
+    line = re.sub(r"(?i)(AUTH +\S+ ).*", r"\1***", text.strip().partition("\n")[0])
+    raise ConfigurationError(f"the server says nothing in it; it begins with {_shorten(line)}", "play")
 
 
 def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[str, Any]:
     """The options with which a server accepts what these sessions announce, and use."""
     said = [(stage, use["reply"]) for script in scripts for stage, _, use in script.said]
-    lines = [
-        line[4:].upper().replace("AUTH=", "AUTH ") for stage, reply in said if stage == "EHLO" for line in reply[1:]
-    ]
+    lines = [line[4:].upper() for stage, reply in said if stage == "EHLO" for line in reply[1:]]
     words: dict[str, list[str]] = {_VERBS.get(stage, _UNKNOWN_VERB).extension: [] for stage, _ in said}
-    words |= {name: others for name, *others in filter(None, map(str.split, lines))}
+    words |= {name: others for line in lines for name, *others in [line.replace("AUTH=", "AUTH ").split() or [""]]}
     known = [name for name in words if name in _EXTENSIONS.split() or name.startswith("X")]
     changes: dict[str, Any] = {"extensions": dict.fromkeys([*options.extensions, *known])}
     if "AUTH" in words and options.auth_users is None:
@@ -3322,7 +3282,7 @@ class _Handlers(dict[str, Handler]):
         built_in = [kind(options) for kind in _BUILT_IN if kind._is_offered(options)]
         super().__init__((verb, handler) for handler in built_in for verb in handler.verbs)
         self.update((verb.upper(), handler) for handler in (kind(options) for kind in own) for verb in handler.verbs)
-        texts = [*vars(options).values(), *_read_profile(options.profile or "").values()]
+        texts = [*vars(options).values(), *_read_profile(options.profile).values()]
         if own or any("{address}" in text for text in texts if isinstance(text, str)):
             for handler in self.values():
                 vars(handler)["_choose"] = functools.partial(_choose_with_address, handler)
@@ -6253,15 +6213,10 @@ def _obey(server: Server, command: str, *, opens_files: bool) -> None:
         raise ConfigurationError(f"{command!r}: must be {allowed}{' or stop' if opens_files else ''}")
 
 
-def _hide_secrets(command: str) -> str:
-    """The command as an answer may show it: a transcript may have secrets, too."""
-    is_transcript = command.split(maxsplit=1)[:1] == ["play"]
-    return "play" if is_transcript else re.sub(r"(?is)(-auth-?users?[^a-z]).*", r"\1***", command)
-
-
 def _execute(server: Server, command: str, *, opens_files: bool = False) -> tuple[dict[str, Any], int]:
     """Obey a command. Returns the event that answers it, and its HTTP status."""
-    shown = _hide_secrets(command)
+    shown = re.sub(r"(?s)^\s*play\s.*", "play", command)  # a transcript may have secrets, too
+    shown = re.sub(r"(?is)(-auth-?users?[^a-z]).*", r"\1***", shown)
     answer: dict[str, Any] = {"event": "done", "command": shown}
     try:
         _obey(server, command, opens_files=opens_files)
@@ -6280,7 +6235,8 @@ def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> No
             return
         if command:
             answer, _ = _execute(server, command.replace("\\n", "\n"), opens_files=True)
-            printer.event(answer.pop("event"), **{**answer, "command": _hide_secrets(command)})
+            answer["command"] = answer["command"].replace("\n", "\\n")
+            printer.event(answer.pop("event"), **answer)
 
 
 @contextlib.contextmanager

@@ -122,8 +122,7 @@ class Memory:
             on_message,
             on_unaccepted,
         )
-        self._peer = peer
-        self.begin()
+        self.begin(peer)
         if line_limit is not None:
             self._session._line_limit = line_limit
         self.add_rules(self, rules)
@@ -139,43 +138,30 @@ class Memory:
 
     def record(self, pieces: Iterable[bytes]) -> str:
         """The transcript of the session, which receives these pieces and ends."""
+        replies = (reply for piece in pieces for reply in self._session.receive(piece))
         said: dict[int, Any] = {}
-
-        def note(reply: smtpmock._Reply) -> None:
-            said.update((id(exchange), exchange) for exchange in self._session.mail.exchanges)
-            if reply.next is smtpmock._Next.TLS:
+        for reply in itertools.chain([self._session.greet()], replies, [None]):
+            if reply is None:
+                self.end()
+            elif reply.next is smtpmock._Next.TLS:
                 self.secure()
-
-        note(self._session.greet())
-        for piece in pieces:
-            for reply in self._session.receive(piece):
-                note(reply)
-        self.end()
-        said.update((id(exchange), exchange) for exchange in self._session.mail.exchanges)
+            said.update((id(exchange), exchange) for exchange in self._session.mail.exchanges)
         return "\n".join(smtpmock._format_exchanges(said.values()))
 
     @staticmethod
     def read_transcript(text: str) -> list[list[str]]:
         """What the server says in each session of a transcript, with its stage and how it ends the session."""
-        return [
-            [
-                " ".join(
-                    [
-                        f"{stage}:",
-                        *(["/".join(use["reply"])] if use["reply"] else []),
-                        *([use["then"].value] if "then" in use else []),
-                        *([f"after {after}"] if after is not None else []),
-                        *(["at once"] if "at_once" in use else []),
-                    ]
-                )
-                for stage, after, use in script.said
-            ]
-            for script in smtpmock._read_transcript(text)
-        ]
 
-    def begin(self) -> None:
+        def describe(stage: str, after: int | None, use: Mapping[str, Any]) -> str:
+            ends = [use["then"].value] if "then" in use else []
+            ends += [f"after {after}"] * (after is not None) + ["at once"] * ("at_once" in use)
+            return " ".join([f"{stage}:", *filter(None, ["/".join(use["reply"] or ())]), *ends])
+
+        return [[describe(*said) for said in script.said] for script in smtpmock._read_transcript(text)]
+
+    def begin(self, peer: tuple[str, int] = ("192.0.2.1", 4321)) -> None:
         """Another session begins."""
-        self._session = smtpmock._Session(self._context, self._peer)
+        self._session = smtpmock._Session(self._context, peer)
 
     @staticmethod
     def add_rules(server: Any, rules: Iterable[str]) -> None:
@@ -241,26 +227,11 @@ class Memory:
                 break
         self.end()
 
-    @staticmethod
-    def discards(message: Message) -> list[tuple[str, str]]:
-        """What was accepted and not kept, as a warning says it."""
-        return list(message._find_discards())
-
     CODES: ClassVar[Mapping[str, tuple[str, str, str]]] = smtpmock._VIOLATIONS
-
-    @staticmethod
-    def serve_http(server: Server, **flags: Any) -> Any:
-        """A context manager that answers HTTP requests; its value is the URL."""
-        return smtpmock._serve_http(server, flags)
-
-    @staticmethod
-    def count_waits(server: Server) -> int:
-        return len(server._mailbox._waiters)
-
-    @staticmethod
-    def findings(message: Message) -> list[smtpmock.Violation]:
-        """The violations and warnings in the order in which they were found."""
-        return message._findings
+    serve_http: Any = staticmethod(lambda server, **flags: smtpmock._serve_http(server, flags))  # within it, the URL
+    count_waits: Any = staticmethod(lambda server: len(server._mailbox._waiters))
+    discards: Any = staticmethod(lambda message: list(message._find_discards()))  # as a warning says it
+    findings: Any = staticmethod(lambda message: message._findings)  # violations and warnings, as they were found
 
     def replies(self, data: bytes) -> list[smtpmock._Reply]:
         return list(self._session.receive(data, self.clock))
@@ -277,10 +248,6 @@ class Memory:
         """The connection ends."""
         reply = None if farewell is None else smtpmock._Reply(farewell, next=smtpmock._Next.CLOSE)
         self._session.end(reply, self.clock)
-
-    @property
-    def is_in_body(self) -> bool:
-        return self._session.is_receiving_body
 
     def is_forgotten(self) -> bool:
         """Whether nothing is left of the session once nobody refers to it, even without garbage collection."""
@@ -484,6 +451,17 @@ def in_threads(*calls: Any) -> list[Any]:
     return results
 
 
+@contextlib.contextmanager
+def in_background(call: Callable[[], object]) -> Iterator[None]:
+    """Run a call in a thread meanwhile."""
+    thread = threading.Thread(target=call)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(TIMEOUT)
+
+
 class ServerCase(unittest.TestCase):
     """Tests after which no thread and no port of a server may be left."""
 
@@ -550,6 +528,8 @@ SHORT = {
     "HEAD": "DATE | FROM | To: b@example.com | ID",
     "MIME": "MIME-Version: 1.0",
     "MIXED": "MIME | Content-Type: multipart/mixed; boundary=x",
+    "PARTS": "HEAD | MIXED | | --x",
+    "LAST": "--x-- | END",
     "END": ". | QUIT",
 }
 
@@ -621,13 +601,14 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
     # a heading                   for the reader only
     given | given => expected     a row, which goes on in lines that are indented by 4
 
-    or else a line of a dialogue or of a mail. Options, rules and a prefix can stand beside the title, and options
-    beside a row. Empty lines at the end of an entry do not count.
+    or else a line of a dialogue or of a mail. Options, rules and a prefix can stand beside the title and each other,
+    and options beside a row. Empty lines at the end of an entry do not count.
     """
     table: dict[str, Entry] = {}
     for part in re.split("^== ", text, flags=re.MULTILINE)[1:]:
         head, *lines = re.sub("^# .*\n?", "", part, flags=re.MULTILINE).rstrip().split("\n")
         title, *beside = re.split("  (?=-- |[+] )", head)
+        lines = [part for line in lines for part in (re.split("  (?=-- |[+] )", line) if line[:3] == "-- " else [line])]
         assert title not in table, title
         entry = table[title] = Entry({}, [])
         options = []
@@ -640,9 +621,11 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
                 prefix = (prefixes or table)[line[2:]]
                 entry.options.update(prefix.options)
                 entry.lines.extend(prefix.lines)
-            elif line.startswith("C: "):
-                sent, *replies = re.split("  +(?=S:)", line)
-                entry.lines.extend(part for text in sent[3:].split(" | ") for part in (f"C: {text}", *replies))
+            elif line.startswith(("C: ", "R: ")):
+                for exchange in re.split("  +(?=[CR]: )", line):
+                    sent, *replies = re.split("  +(?=S:)", exchange)
+                    texts = sent[3:].split(" | ") if sent[0] == "C" else [sent[3:]]
+                    entry.lines.extend(part for text in texts for part in (f"{sent[:3]}{text}", *replies))
             else:
                 entry.lines.extend(re.split("  +(?=S:)", line))
         entry.options.update(read_options(", ".join(options)))
@@ -653,8 +636,8 @@ def read_table(text: str, prefixes: Mapping[str, Entry] = types.MappingProxyType
 
 # C: is a line of the client, or several with | between them which are answered alike, R: bytes of the client with
 # Python's escapes, S: a line of the server, which can stand beside what it answers. The server has ended the
-# connection, or says nothing any more, where it says <closed>, <reset> or <silence>. A dialogue that begins with the
-# client has S: 220 Welcome before that.
+# connection, or says nothing any more, where it says <closed>, <reset> or <silence>. A line may have several exchanges.
+# A dialogue that begins with the client has S: 220 Welcome before that.
 
 PREFIXES = read_table(r"""
 == hello
@@ -710,19 +693,17 @@ C: HELO example.com            S: 250 Received
 C: RCPT TO:<b@example.com>     S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
 C: MAIL FROM:<a@example.com>   S: 250 Received
 C: DATA                        S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== RSET drops the envelope, not HELO  + envelope
+== RSET and another HELO drop the envelope, not HELO  + envelope
 C: RSET                       S: 250 Ok
 C: RCPT TO:<b@example.com>    S: 503 Bad sequence of commands. RCPT TO should be used after MAIL FROM
+C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com> | HELO example.org  S: 250 Received
+C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: MAIL FROM:<a@example.com>  S: 250 Received
-== a repeated HELO drops the envelope  + envelope
-C: HELO example.org  S: 250 Received
-C: DATA              S: 503 Bad sequence of commands. DATA should be used after RCPT TO
-== a refused HELO takes the one before with it  + hello
+== a refused recipient or HELO takes the one before with it  + envelope
+C: RCPT TO:<bad>              S: 501 RCPT TO requires valid email address
+C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 C: HELO                       S: 501 HELO requires domain address or valid address literal
 C: MAIL FROM:<a@example.com>  S: 503 Bad sequence of commands. MAIL FROM should be used after HELO
-== a refused recipient takes the one before with it  + envelope
-C: RCPT TO:<bad>  S: 501 RCPT TO requires valid email address
-C: DATA           S: 503 Bad sequence of commands. DATA should be used after RCPT TO
 == a refused recipient among several  -- multiple_rcptto=True  + envelope
 C: RCPT TO:<bad>  S: 501 RCPT TO requires valid email address
 C: DATA           S: {READY}
@@ -772,11 +753,8 @@ C: RCPT TO:<somebody@a.com>        S: 250 Received
 == fail fast: a bad argument  -- fail_fast=True
 C: HELO a..com  S: 501 HELO requires domain address or valid address literal  S: <closed>
 == fail fast: an unknown recipient among several
--- fail_fast=True, multiple_rcptto=True, not_registered_emails=["c@example.com"]
-+ envelope
+-- fail_fast=True, multiple_rcptto=True, not_registered_emails=["c@example.com"]  + envelope
 C: RCPT TO:<c@example.com>  S: 550 User not found  S: <closed>
-== fail fast: a rule  -- fail_fast=True  -- rule: NOOP: reply 450 no
-C: NOOP  S: 450 no  S: <closed>
 
 # ---- Bodies and lines, and how long they may be
 == only CRLF around the dot ends a body, but a bare LF ends DATA  + in body
@@ -788,24 +766,22 @@ R: \r\n.\r\n  S: 250 Received
 C: NOOP       S: 250 Ok
 R: DATA\n     S: {READY}
 C: .          S: 250 Received
-== the size limit is inclusive, without stuffed dots and the last one  -- msg_size_limit=10  + in body
+== the size limit is inclusive, without stuffed dots, and a body is read to its end  -- msg_size_limit=10  + in body
 C: ..3456789
 C: .     S: 250 Received
 C: DATA  S: {READY}
 C: 123456789
 C: .     S: 552 Message exceeded max size of 10 bytes
-C: NOOP  S: 250 Ok
-== a long body is read to its end  -- msg_size_limit=10  + in body
+C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
+C: DATA  S: {READY}
 C: {x*5000}
 C: QUIT
 C: NOOP
 C: .     S: 552 Message exceeded max size of 10 bytes
 C: NOOP  S: 250 Ok
-== a line of 4096 bytes, its end included
-C: NOOP {x*4089}  S: 250 Ok
-C: NOOP {x*4090}  S: 500 Line too long
-C: NOOP           S: 250 Ok
-== a long line is answered before it ends
+== a line of 4096 bytes, and one that is answered before it ends
+C: NOOP {x*4089}      S: 250 Ok
+C: NOOP {x*4090}      S: 500 Line too long
 R: {x*4096}           S: 500 Line too long
 R: {y*5000}
 R: {z*9}\r\nNOOP\r\n  S: 250 Ok
@@ -815,17 +791,29 @@ R: {z*9}\r\nNOOP\r\n  S: 250 Ok
 -- msg_greeting="220-one\n220 two", msg_helo_received="250-one\r\n250 twö", msg_mailfrom_received="nonsense"
 -- msg_rcptto_received="", msg_data_received="send it", msg_msg_received="299 got it"
 S: 220-one  S: 220 two
-C: EHLO example.com           S: 250-one  S: 250 twö
-C: MAIL FROM:<a@example.com>  S: nonsense
-C: RCPT TO:<b@example.com>    S:
-C: DATA                       S: send it
-C: .                          S: 299 got it
+C: EHLO example.com  S: 250-one  S: 250 twö  C: MAIL FROM:<a@example.com>  S: nonsense
+C: RCPT TO:<b@example.com>  S:  C: DATA  S: send it  C: .  S: 299 got it
 == a text that begins with 4 or 5 refuses
--- msg_mailfrom_received="450 later", msg_invalid_cmd_rcptto_sequence="250 fine"
-+ hello
+-- msg_mailfrom_received="450 later", msg_invalid_cmd_rcptto_sequence="250 fine"  + hello
 C: MAIL FROM:<a@example.com>  S: 450 later
 C: RCPT TO:<b@example.com>    S: 250 fine
 C: DATA                       S: 503 Bad sequence of commands. DATA should be used after RCPT TO
+
+== a greeting that refuses, after which QUIT alone is answered as usual  -- msg_greeting="554 no"
+S: 554 no
+C: EHLO a.com | NOOP | FOO | MAIL FROM:<a@a.com>  S: 503 Bad sequence of commands. HELO should be the first
+C: QUIT  S: 221 Closing connection  S: <closed>
+== fail fast: a greeting that refuses  -- msg_greeting="554 no", fail_fast=True
+S: 554 no  S: <closed>
+== a greeting that is 421 refuses nothing  -- msg_greeting="421 busy"
+S: 421 busy
+C: EHLO a.com  S: 250 Received  C: FOO  S: {UNRECOGNIZED}
+== rule: a greeting that refuses, and rules after it  -- rule: connect: reply 554 no  -- rule: EHLO: reply 250 ok
+-- rule: MAIL a@a.com: reply 250 a
+S: 554 no
+C: NOOP                 S: 503 Bad sequence of commands. HELO should be the first
+C: EHLO a.com  S: 250 ok  C: MAIL FROM:<a@a.com>  S: 250 a
+C: RCPT TO:<b@b.com>    S: 503 Bad sequence of commands. HELO should be the first
 
 # ---- Extensions: what is announced, and parameters
 == extensions are announced to EHLO, not to HELO
@@ -843,10 +831,9 @@ C: EHLO a.com  S: 250-Received  S: 250-DSN  S: 250-STARTTLS  S: 250 AUTH PLAIN L
 == a parameter of an extension that is not announced  -- extensions=["8BITMIME"]
 C: EHLO a.com                           S: 250-Received  S: 250 8BITMIME
 C: MAIL FROM:<a@a.com> SIZE=1 | MAIL FROM:<a@a.com> BODY=BINARYMIME  S: 555 Parameter not recognized or not implemented
-== a parameter after HELO  -- extensions=["SIZE"]
+== a declared size, after HELO and EHLO  -- extensions=["SIZE"], msg_size_limit=5
 C: HELO a.com                  S: 250 Received
 C: MAIL FROM:<a@a.com> SIZE=1  S: 555 Parameter not recognized or not implemented
-== a declared size  -- extensions=["SIZE"], msg_size_limit=5
 C: EHLO a.com                  S: 250-Received  S: 250 SIZE 5
 C: MAIL FROM:<a@a.com> SIZE=6  S: 552 Message exceeded max size of 5 bytes
 C: MAIL FROM:<a@a.com> SIZE=5  S: 250 Received
@@ -862,8 +849,7 @@ R: MAIL FROM:<क\xf0\xbf\xbf\xbdष@a.com> SMTPUTF8\r\n  S: 250 Received
 R: MAIL FROM:<क\xc2\x85ष@a.com> SMTPUTF8\r\n          S: 501 MAIL FROM requires valid email address
 R: MAIL FROM:<क\xe2\x80\x83ष@a.com> SMTPUTF8\r\n      S: 501 MAIL FROM requires valid email address
 == addresses that are not ASCII, where that is no extension  -- extensions=["DSN"]
-C: EHLO a.com                  S: 250-Received  S: 250 DSN
-C: MAIL FROM:<дядя@пример.рф>  S: 250 Received
+C: EHLO a.com  S: 250-Received  S: 250 DSN  C: MAIL FROM:<дядя@пример.рф>  S: 250 Received
 
 # ---- VRFY, EXPN, HELP
 == what is announced exists  -- extensions=["VRFY", "expn", "HELP me"]
@@ -884,7 +870,6 @@ C: VRFY <bob@example.com>      S: 550 No  S: <closed>
 == a body in chunks  + chunking
 R: BDAT 4\r\nhi\r\n    S: 250 Received
 R: bdat 2 last\r\n.\n  S: 250 Received
-C: NOOP                S: 250 Ok
 == chunks in one piece, the last without a byte  + chunking
 R: BDAT 1\r\nhBDAT 1\r\niBDAT 0 LAST\r\nNOOP\r\n  S: 250 Received  S: 250 Received  S: 250 Received  S: 250 Ok
 == a chunk out of sequence is consumed  -- extensions=["CHUNKING"]
@@ -912,13 +897,11 @@ C: BDAT 0 LAST         S: 503 Bad sequence of commands. DATA should be used afte
 == PLAIN, without an initial response, for another identity  + login
 C: auth plain                    S: 334{SP}
 C: {b64 authzid\0alice\0sécret}  S: 235 Authentication succeeded
-== LOGIN  + login
+== LOGIN, which is possible once  + login
 C: AUTH LOGIN    S: 334 VXNlcm5hbWU6
 C: {b64 alice}   S: 334 UGFzc3dvcmQ6
 C: {b64 sécret}  S: 235 Authentication succeeded
-== XOAUTH2, without an initial response  + login
-C: AUTH xoauth2                              S: 334{SP}
-C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
+C: AUTH LOGIN    S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
 == a refused token is explained before the 535  + login
 C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer wrong\1\1}
 S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
@@ -927,14 +910,14 @@ C: AUTH XOAUTH2  S: 334{SP}
 C: {b64 user=alice\1auth=Bearer wrong\1\1}
 S: 334 {b64 \x7b"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"\x7d\n}
 C: *             S: 501 Authentication cancelled
-C: NOOP          S: 250 Ok
+C: AUTH xoauth2  S: 334{SP}
+C: {b64 user=alice\1auth=Bearer sécret\1\1}  S: 235 Authentication succeeded
 == a wrong secret, a wrong user, an unknown mechanism  + login
 C: AUTH GSSAPI | AUTH  S: 504 Unrecognized authentication type
 C: AUTH PLAIN {b64 \0alice\0wrong} | AUTH PLAIN {b64 \0nobody\0}  S: 535 Authentication credentials invalid
 C: AUTH LOGIN {b64 nobody}          S: 334 UGFzc3dvcmQ6
 C:                                  S: 535 Authentication credentials invalid
-C: NOOP                             S: 250 Ok
-== an AUTH that is cancelled, and responses that cannot be decoded  + login
+# an AUTH that is cancelled, and responses that cannot be decoded
 C: AUTH LOGIN                S: 334 VXNlcm5hbWU6
 C: *                         S: 501 Authentication cancelled
 C: AUTH PLAIN !!!            S: 501 Cannot decode response
@@ -942,9 +925,6 @@ C: AUTH PLAIN                S: 334{SP}
 C: é | AUTH PLAIN = | AUTH PLAIN {b64 alice} | AUTH XOAUTH2 {b64 alice}  S: 501 Cannot decode response
 C: AUTH CRAM-MD5 abcd        S: 501 Cannot decode response
 C: NOOP                      S: 250 Ok
-== AUTH twice  + login
-C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
-C: AUTH LOGIN               S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
 == AUTH after MAIL, and the parameter AUTH, which is announced with it  + login
 C: MAIL FROM:<a@a.com> AUTH=<>  S: 250 Received
 C: AUTH LOGIN               S: 503 Bad sequence of commands. AUTH should be used once, after EHLO and before MAIL FROM
@@ -953,8 +933,7 @@ C: RCPT TO:<b@b.com>         S: 530 Authentication required
 C: EHLO a.com                S: 250-Received  S: 250-CHUNKING  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
 C: MAIL FROM:<a@a.com> | MAIL FROM:nonsense | RCPT TO:<b@b.com> | DATA  S: 530 Authentication required
 R: BDAT 2 LAST\r\nhi         S: 530 Authentication required
-C: NOOP | RSET               S: 250 Ok
-C: HELP                      S: {UNRECOGNIZED}
+C: NOOP | RSET  S: 250 Ok  C: HELP  S: {UNRECOGNIZED}
 C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
 C: MAIL FROM:<a@a.com> | RCPT TO:<b@b.com>  S: 250 Received
 C: DATA                      S: {READY}
@@ -965,12 +944,13 @@ C: AUTH PLAIN {b64 \0bob\0}  S: 235 Authentication succeeded
 == a line of AUTH may be longer  -- auth_users={"alice": "{t*8000}"}
 C: EHLO example.com                                         S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
 C: AUTH XOAUTH2                                             S: 334{SP}
-C: {x*13000}                                                S: 500 Line too long
-C: NOOP                                                     S: 250 Ok
+C: {x*13000}  S: 500 Line too long  C: NOOP  S: 250 Ok
 C: AUTH XOAUTH2 {b64 user=alice\1auth=Bearer {t*8000}\1\1}  S: 235 Authentication succeeded
-== rule: a user cannot log in at once  -- rule: AUTH alice: reply 454 4.7.0 Temporary authentication failure; times=1
+== rule: a user cannot log in at once
+-- rule: AUTH alice: reply 454 4.7.0 Temporary authentication failure; delay 0.5; times=1
 + login
-C: AUTH PLAIN {b64 \0alice\0sécret}  S: 454 4.7.0 Temporary authentication failure
+C: AUTH LOGIN  S: 334 VXNlcm5hbWU6  C: {b64 alice}  S: 334 UGFzc3dvcmQ6
+C: {b64 sécret}  S: 454 4.7.0 Temporary authentication failure
 C: AUTH PLAIN {b64 \0alice\0sécret}  S: 235 Authentication succeeded
 
 # ---- TLS; what is said in it needs a socket
@@ -980,8 +960,7 @@ C: AUTH PLAIN x  S: 538 Encryption required for authentication
 == all but EHLO, NOOP and QUIT need TLS  -- ssl_context=True, tls_required=True, auth_users={}, auth_required=True
 C: EHLO a.com           S: 250-Received  S: 250-STARTTLS  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
 C: MAIL FROM:<a@a.com> | RCPT TO:<b@b.com> | DATA | RSET | AUTH LOGIN  S: 530 Must issue a STARTTLS command first
-C: NOOP                 S: 250 Ok
-C: FOO                  S: {UNRECOGNIZED}
+C: NOOP  S: 250 Ok  C: FOO  S: {UNRECOGNIZED}
 C: QUIT                 S: 221 Closing connection  S: <closed>
 == STARTTLS  -- ssl_context=True
 C: STARTTLS      S: 503 Bad sequence of commands. HELO should be the first
@@ -993,45 +972,31 @@ C: STARTTLS  S: {UNRECOGNIZED}
 
 # ---- Rules
 == rule: a refusal for an address, whatever its case, a literal and a domain, and with a colon in it
--- rule: RCPT a@[IPv6:::1]: reply 550 no: never
--- rule: RCPT bob@Example.com: reply 550 5.1.1 No such user
+-- rule: RCPT a@[IPv6:::1]: reply 550 no: never  -- rule: RCPT bob@Example.com: reply 550 5.1.1 No such user
 -- rule: rcpt to a.com: reply 551 not here
 C: EHLO example.com | MAIL FROM:<bob@example.com>  S: 250 Received
 C: RCPT TO:<bob@EXAMPLE.com>    S: 550 5.1.1 No such user
-C: RCPT TO:<Bob@example.com>    S: 250 Received
-C: RCPT TO:<x@A.com>            S: 551 not here
-C: RCPT TO:<x@b.a.com>          S: 250 Received
-C: RCPT TO:<a@[IPv6:::1]>       S: 550 no: never
+C: RCPT TO:<Bob@example.com>  S: 250 Received  C: RCPT TO:<x@A.com>  S: 551 not here
+C: RCPT TO:<x@b.a.com>  S: 250 Received  C: RCPT TO:<a@[IPv6:::1]>  S: 550 no: never
 == rule: a recipient, at DATA and at the end of the body  -- multiple_rcptto=True
--- rule: DATA c@example.com: reply 450 c
--- rule: message d@example.com: reply 450 d
+-- rule: DATA c@example.com: reply 450 c  -- rule: message d@example.com: reply 450 d
 C: EHLO example.com | MAIL FROM:<c@example.com> | RCPT TO:<b@example.com>  S: 250 Received
 C: DATA                       S: {READY}
 C: . | RCPT TO:<d@example.com>  S: 250 Received
-C: DATA                       S: {READY}
-C: .                          S: 450 d
-C: RCPT TO:<c@example.com>    S: 250 Received
-C: DATA                       S: 450 c
+C: DATA  S: {READY}  C: .  S: 450 d  C: RCPT TO:<c@example.com>  S: 250 Received  C: DATA  S: 450 c
 == rule: a sequence, the last of which stays  -- rule: NOOP: reply 451 later | 452 again |
 -- rule: RSET: reply 250 one | 250 two
-C: NOOP  S: 451 later
-C: NOOP  S: 452 again
-C: NOOP | NOOP  S: 250 Ok
-C: RSET  S: 250 one
+C: NOOP  S: 451 later  C: NOOP  S: 452 again  C: NOOP | NOOP  S: 250 Ok  C: RSET  S: 250 one
 C: RSET | RSET  S: 250 two
 == rule: the newest wins, until it is spent  -- rule: NOOP: reply 450 old  -- rule: *: reply 451 all; times=1
 -- rule: NOOP: reply 452 new; times=1
 S: 451 all
-C: NOOP  S: 452 new
-C: NOOP  S: 450 old
+C: NOOP  S: 452 new  C: NOOP  S: 450 old
 C: RSET  S: 503 Bad sequence of commands. HELO should be the first
 == rule: the third, after which the normal replies come back  -- rule: NOOP: reply 450 third; skip=2; times=1
-C: NOOP | NOOP  S: 250 Ok
-C: NOOP         S: 450 third
-C: NOOP | NOOP  S: 250 Ok
+C: NOOP | NOOP  S: 250 Ok  C: NOOP  S: 450 third  C: NOOP | NOOP  S: 250 Ok
 == rule: only what matches is let pass  -- rule: RCPT b@b.com: reply 450 first | 451 second; skip=1
-C: EHLO a.com | MAIL FROM:<a@a.com> | RCPT TO:<c@b.com> | RCPT TO:<b@b.com>  S: 250 Received
-C: RCPT TO:<c@b.com>  S: 250 Received
+C: EHLO a.com | MAIL FROM:<a@a.com> | RCPT TO:<c@b.com> | RCPT TO:<b@b.com> | RCPT TO:<c@b.com>  S: 250 Received
 C: RCPT TO:<b@b.com>  S: 450 first
 C: RCPT TO:<b@b.com>  S: 451 second
 == rule: what a newer one answers is let pass, too  -- rule: NOOP: reply 450 old; skip=2
@@ -1039,34 +1004,26 @@ C: RCPT TO:<b@b.com>  S: 451 second
 C: NOOP  S: 451 new
 C: NOOP  S: 250 Ok
 C: NOOP  S: 450 old
-== rule: of all, the greeting and EHLO pass  -- rule: *: reply 450 no; skip=2
-+ hello
+== rule: of all, the greeting and EHLO pass  -- rule: *: reply 450 no; skip=2  + hello
 C: NOOP | RSET  S: 450 no
 == rule: a login is one match  -- auth_users={}  -- rule: AUTH: reply 454 no; skip=1
 C: EHLO a.com  S: 250-Received  S: 250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2
-C: AUTH LOGIN  S: 334 VXNlcm5hbWU6
-C: YQ==        S: 334 UGFzc3dvcmQ6
+C: AUTH LOGIN  S: 334 VXNlcm5hbWU6  C: YQ==  S: 334 UGFzc3dvcmQ6
 C: YQ==        S: 535 Authentication credentials invalid
 C: AUTH LOGIN  S: 334 VXNlcm5hbWU6
 C: YQ==        S: 334 UGFzc3dvcmQ6
 C: YQ==        S: 454 no
-== rule: the second body is cut off  -- rule: message: drop; after=1; skip=1
-+ in body
+== rule: the second body is cut off  -- rule: message: drop; after=1; skip=1  + in body
 C: hi
-C: .     S: 250 Received
-C: MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
+C: . | MAIL FROM:<a@example.com> | RCPT TO:<b@example.com>  S: 250 Received
 C: DATA  S: {READY}
 C: hi    S: <closed>
 == rule: no chance, and every chance  -- rule: NOOP: reply 450 no; probability=0
 -- rule: RSET: reply 450 no; probability=1; times=2
-C: NOOP  S: 250 Ok
-C: RSET | RSET  S: 450 no
+C: NOOP  S: 250 Ok  C: RSET | RSET  S: 450 no
 C: RSET  S: 503 Bad sequence of commands. HELO should be the first
 == rule: 2xx and 3xx take effect, even where the usual is a refusal  -- rule: RCPT: reply 299 fine
--- rule: DATA: reply 399 go
--- rule: message: reply 298 got it
--- rule: MAIL: reply 200 ok
-+ hello
+-- rule: DATA: reply 399 go  -- rule: message: reply 298 got it  -- rule: MAIL: reply 200 ok  + hello
 C: MAIL FROM:nobody   S: 200 ok
 C: RCPT TO:<nowhere>  S: 299 fine
 C: DATA               S: 399 go
@@ -1074,27 +1031,22 @@ C: hi
 C: .                  S: 298 got it
 == rule: a text refuses if it begins with 4 or 5  -- rule: MAIL: reply nonsense  -- rule: EHLO: reply 550 no; times=1
 -- rule: DATA: reply 552 too much
-C: EHLO example.com           S: 550 no
-C: MAIL FROM:<a@example.com>  S: nonsense
-C: EHLO example.com           S: 250 Received
-C: MAIL FROM:<a@example.com>  S: nonsense
-C: RCPT TO:<b@example.com>    S: 250 Received
-C: DATA                       S: 552 too much
-C: NOOP                       S: 250 Ok
+C: EHLO example.com  S: 550 no  C: MAIL FROM:<a@example.com>  S: nonsense
+C: EHLO example.com  S: 250 Received  C: MAIL FROM:<a@example.com>  S: nonsense
+C: RCPT TO:<b@example.com>  S: 250 Received  C: DATA  S: 552 too much
+C: NOOP  S: 250 Ok
 == rule: a verb the server does not know  -- rule: vrfy bob@example.com: reply 252 Maybe
 -- rule: VRFY Carol: reply 250 Carol
-C: vrfy <bob@example.com>  S: 252 Maybe
-C: VRFY carol              S: 250 Carol
-C: VRFY dave               S: {UNRECOGNIZED}
+C: vrfy <bob@example.com>  S: 252 Maybe  C: VRFY carol  S: 250 Carol
+C: VRFY dave  S: {UNRECOGNIZED}
 == rule: too busy to talk  -- rule: connect: reply 421 Too busy; close
 S: 421 Too busy  S: <closed>
-== rule: the order of actions does not matter  -- rule: NOOP: drop; reply 450 no
+== rule: a drop takes the reply away, whatever the order of actions  -- rule: NOOP: drop; reply 450 no
 C: NOOP  S: <closed>
 == rule: the last end counts, and a close comes after the normal reply  -- rule: NOOP: drop; close
 C: NOOP  S: 250 Ok  S: <closed>
 == rule: aspects of several rules add up, and the newest has each  -- rule: NOOP: reply 450 first; close
--- rule: NOOP: reply 451 second
--- rule: *: delay 0
+-- rule: NOOP: reply 451 second  -- rule: *: delay 0
 C: NOOP  S: 451 second  S: <closed>
 == rule: a drop takes the reply of an older one away  -- rule: NOOP: reply 450 first  -- rule: NOOP: drop
 C: NOOP  S: <closed>
@@ -1103,23 +1055,20 @@ C: DATA  S: 354 go  S: <closed>
 == rule: bytes that are no reply  -- rule: NOOP: raw \x21 garbage\r\n250 and more\r\n; times=1
 C: NOOP  S: ! garbage  S: 250 and more
 C: NOOP  S: 250 Ok
-== rule: a delay and a trickle change no reply  -- rule: NOOP: delay 0.001  -- rule: NOOP: trickle 0.0001  + envelope
-C: NOOP  S: 250 Ok
-== rule: a delay leaves a text without a code as it is  -- msg_mailfrom_received="nonsense"  -- rule: MAIL: delay 0.001
-+ hello
+== rule: a delay and a trickle change no reply  -- rule: NOOP: delay 0.001  -- rule: NOOP: trickle 0.0001
+-- rule: MAIL: delay 0.001  -- msg_mailfrom_received="nonsense"  + hello
+C: NOOP                       S: 250 Ok
 C: MAIL FROM:<a@example.com>  S: nonsense
 C: RCPT TO:<b@example.com>    S: 250 Received
 == rule: a line that is too long is in *  -- rule: *: reply 450 no; times=2
 S: 450 no
-C: {x*5000}  S: 450 no
-C: {x*5000}  S: 500 Line too long
+C: {x*5000}  S: 450 no  C: {x*5000}  S: 500 Line too long
 == rule: silence  -- rule: RCPT TO b@example.com: silence  + sender
 C: RCPT TO:<b@example.com>  S: <silence>
 == rule: the body is cut at its first byte  -- rule: message: reset ;after=0  + in body
 R: x  S: <reset>
 == rule: a body shorter than that is not cut  -- rule: message: reset; after=6
--- rule: message nobody@example.com: drop; after=1
-+ in body
+-- rule: message nobody@example.com: drop; after=1  + in body
 R: x\r\n.\r\n  S: 250 Received
 C: DATA        S: {READY}
 R: x\r\n.
@@ -1134,10 +1083,10 @@ for entry in DIALOGUES.values():
 # What only a socket shows: pieces, pipelining, lines of several replies, bodies, and each way to end.
 THROUGH_A_SOCKET = """
 a mail | HELO, lower case, white space, bare LF | pipelining | nothing is answered after QUIT |
-every text can be another | a long body is read to its end | a long line is answered before it ends |
-fail fast: a bad argument | a body in chunks | rule: too busy to talk | rule: an answer, then a close |
-rule: a body shorter than that is not cut | rule: bytes that are no reply |
-rule: a delay and a trickle change no reply | rule: silence
+every text can be another | the size limit is inclusive, without stuffed dots, and a body is read to its end |
+a line of 4096 bytes, and one that is answered before it ends | fail fast: a bad argument | a body in chunks |
+rule: too busy to talk | rule: an answer, then a close | rule: a body shorter than that is not cut |
+rule: bytes that are no reply | rule: a delay and a trickle change no reply | rule: silence
 """
 
 # The lines whose last reply is the text of an option. An on_message of None is one that cannot be called.
@@ -1311,7 +1260,8 @@ class DialogueTest(unittest.TestCase):
 
 # -------------------------------------------------------------------------------------- violations
 
-# What a client sends, and which codes the messages of the session then have, in order; x3 stands for three of a kind.
+# What a client sends, and the codes or the texts of what the messages of the session then have wrong, in order; x3 is
+# three of a kind.
 VIOLATIONS = read_table(r"""
 == the default options
 HELO a.example.com | NOOP {x*505} | MAIL | RCPT | DATA | HEAD | Subject: =?utf-8?q?{x*64}?= | X: {x*995} | | {x*998} |
@@ -1323,88 +1273,75 @@ EHLO [192.0.2.1] | MAIL FROM:<a@[192.0.2.1]> | RCPT TO:<b@[IPv6:2001:db8::1]> | 
     => clean
 ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary="=_1" | | For the readers of 1990 | --=_1 |
     Content-Type: multipart/alternative; boundary="=_2" | | --=_2 | Content-Type: text/plain; charset=utf-8 |
-    CTE: quoted-printable | | Gr=C3=BC=C3=9Fe = | an alle=20 | | --=_2 |
-    Content-Type: text/html; charset=iso-8859-15 | CTE: base64 | | PGI+R3L83zwvYj4= | --=_2-- | | --=_1 |
-    Content-Type: message/rfc822 | | Subject: one in the other | Date: its faults are of others | | Hello | --=_1 |
-    Content-Type: application/pdf; name*=utf-8''%C3%BC.pdf | CTE: base64 (c) |
-    Content-Disposition: attachment; filename*0*=utf-8''%C3%BC; filename*1=".pdf" | | {AAAA*19} | AAAAAA== | --=_1-- |
-    END => clean
+    CTE: quoted-printable | | Gr=C3=BC=C3=9Fe = | an alle=20 | | --=_2 | Content-Type: text/html; charset=iso-8859-15 |
+    CTE: base64 | | PGI+R3L83zwvYj4= | --=_2-- | | --=_1 | Content-Type: message/rfc822 | | Subject: one in the other |
+    Date: its faults are of others | | Hello | --=_1 | Content-Type: application/pdf; name*=utf-8''%C3%BC.pdf |
+    CTE: base64 (c) | Content-Disposition: attachment; filename*0*=utf-8''%C3%BC; filename*1=".pdf" | | {AAAA*19} |
+    AAAAAA== | --=_1-- | END => clean
 ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (CST) | From: =?utf-8?q?J=C3=BCrgen?= <a@example.com> |
     Sender: =?iso-8859-1*en?Q?J=FCrgen?= (=?utf-8?b?w7w=?=) <a@example.com> |
     To: "B, b" <b@example.com>, list: =?utf-8?b?w7w=?= <c@example.com>;, d@example.com | Cc: undisclosed-recipients:; |
     Message-ID: |  <1@example.com> | Subject: =?utf-8?b?w7w=?= | {SP}=?utf-8?q?=C3=BC_x?= and 1=?2 | | END => clean
 LHLO a.example.com | NOOP | HELP | HELLO | VRFY b | NOOP what | ehlo a.example.com | mail from:<a@example.com> |
     rcpt to:<b@example.com> | QUIT => clean
-ENVELOPE | From: a@example | R:.com\nX => unstuffed-dot, bare-lf
+ENVELOPE | From: a@example | R:.com\nX => unstuffed-dot + bare-lf
 ENVELOPE | HEAD | MIME | Content-Type: multipart/digest; boundary="a'()+_,-./:=? 9" | | --a'()+_,-./:=? 9 | |
     Subject: Hi | | Hello | --a'()+_,-./:=? 9-- | END => clean
 R:EHLO a.example.com\n | R:NOOP a\rb\r\n | R:NOOP\r\r\n | R:NOOP a\0b\r\n | NOOP {x*506} | R: NOOP\r\n | R:QUIT \r\n
-    => bare-lf, bare-cr x2, nul-byte, long-command, command-space x2
-HELLO | MAIL FROM:<{a*600}@example.com> | RCPT TO:<{a*1100}@example.com> NOTIFY=NEVER | QUIT
-    => long-command, path-too-long, long-command, path-too-long, unannounced-parameter
+    => bare-lf + bare-cr x2 + nul-byte + long-command + command-space x2
+HELLO | MAIL FROM:<{a*600}@example.com> | RCPT TO:<{a*1100}@example.com> NOTIFY=NEVER | QUIT => long-command +
+    path-too-long + long-command + path-too-long + unannounced-parameter
 ENVELOPE | + DATE | + FROM | + ID | +  | + . | QUIT => data-before-354
 HELLO | MAIL | + RCPT | + RSET | QUIT => pipelining x2
 ENVELOPE | HEAD | | . | + QUIT => pipelining
 HELLO | FOO bar | FOO bar | QÜIT | | AUTH=PLAIN c2VjcmV0 | QUIT => unknown-command x4
 MAIL | QUIT => no-hello
-EHLO my_host | MAIL | EHLO | EHLO a.example.com here | QUIT => hello-invalid, no-hello, hello-invalid x2
+EHLO my_host | MAIL | EHLO | EHLO a.example.com here | QUIT => hello-invalid + no-hello + hello-invalid x2
 HELLO | STARTTLS | AUTH PLAIN AHUAcA== | MAIL | RCPT | BDAT 5 | ETRN a.example.com | RSET | HELO a.example.com |
     AUTH LOGIN | QUIT => unannounced-command x5
 HELLO | MAIL | MAIL FROM:<b@example.com> | QUIT => nested-mail
 HELLO | MAIL FROM: <a@example.com> | RSET | MAIL FROM:a@example.com | RCPT TO:Bob <b@example.com> |
     RCPT TO:<a@b@example.com> | RCPT TO:<> | RCPT TO:<b@example..com> | RCPT <b@example.com> | RSET |
-    R:MAIL FROM:<a\x01b@example.com>\r\n | QUIT => path-syntax x8
+    R:MAIL FROM:<a\x01b@example.com>\r\n | QUIT => there must be no space after the colon +
+    write FROM:<address>, one address and nothing else + write TO:<address>, one address and nothing else +
+    the part before the @ of the address is wrong + the address has no domain + the domain of the address is wrong +
+    write TO:<address>, one address and nothing else + write FROM:<address>, one address and nothing else
 HELLO | MAIL FROM:<{a*65}@example.com> | RSET | MAIL FROM:<{a*64}@example.com> | RCPT TO:<{ä*65}@{b.*10}example.com> |
-    RCPT TO:<a@{bcde.*49}example.com> | RSET | MAIL FROM:<{ü*40}@example.com> | QUIT
-    => path-too-long x2, undeclared-utf8, path-too-long x2, undeclared-utf8
-ENVELOPE | HEAD | | .hidden | R:a\rb\r\n | R:a\0b\r\n | {x*999} | END => unstuffed-dot, bare-cr, nul-byte, long-line
-ENVELOPE | HEAD | | R:a\n.\r\n | END => bare-lf, false-end
-ENVELOPE | HEAD | | R:a\r.\rb\r\n | END => bare-cr, false-end
-ENVELOPE | HEAD | | R:a\r\n.\nb\r\n | END => false-end, bare-lf
+    RCPT TO:<a@{bcde.*49}example.com> | RSET | MAIL FROM:<{ü*40}@example.com> | QUIT => path-too-long x2 +
+    undeclared-utf8 + path-too-long x2 + undeclared-utf8
+ENVELOPE | HEAD | | .hidden | R:a\rb\r\n | R:a\0b\r\n | {x*999} | END => unstuffed-dot + bare-cr + nul-byte + long-line
+ENVELOPE | HEAD | | R:a\n.\r\n | END => bare-lf + false-end
+ENVELOPE | HEAD | | R:a\r.\rb\r\n | END => bare-cr + false-end
+ENVELOPE | HEAD | | R:a\r\n.\nb\r\n | END => false-end + bare-lf
 ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | Grüße | END => 8bit-unannounced
-ENVELOPE | Hello | END => header-syntax, header-missing x2, no-message-id
-ENVELOPE | R: Hello\r\n | END => header-syntax, header-missing x2, no-message-id
+ENVELOPE | Hello | END => header-syntax + header-missing x2 + no-message-id
+ENVELOPE | R: Hello\r\n | END => header-syntax + header-missing x2 + no-message-id
 ENVELOPE | HEAD | Subject : Hi | | END => header-syntax
-ENVELOPE | HEAD | MIXED | | --x | Content-Type : text/plain | | Hello | --x-- | END => header-syntax
+ENVELOPE | PARTS | Content-Type : text/plain | | Hello | LAST => header-syntax
 ENVELOPE | HEAD | X: Grüße | Subject: a | subject: b | TO: c@example.com | Comments: a | Comments: b | | END
-    => header-raw, header-duplicate x2
-ENVELOPE | Date: Ven, 21 nov 1997 09:55:06 GMT | FROM | Message-ID: <1> | | END => bad-date, bad-message-id
-ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 GMT | FROM | ID | | END => obsolete-syntax
-ENVELOPE | DATE | From: =?utf-8?q?J=C3=BCrgen_=3Ca=40example=2Ecom=3E?= | Sender: Doe, John <a@example.com> |
-    Reply-To: bob | To: | Cc: <a@example.com | ID | | END => bad-address x5
+    => header-raw + header-duplicate x2
 ENVELOPE | HEAD | Content-Type: text/plain; charset=utf-8 | CTE: 7bit | | END => no-mime-version
-ENVELOPE | DATE | From: =?utf-8?q?J?=<a@example.com> | ID | X-1: =?utf-8?q??= | X-2: =?utf-8?b?w7w?= |
-    X-3: =?utf-8?q?=C3?= | X-4: =?utf-8?q?a b?= | X-5: =?nothing?q?ab?= | X-6: a=?utf-8?q?ab?= | X-7: =?utf-8?x?ab?= |
-    X-8: =?utf-8?q?caf=?= | X-9: =?utf-8?q?{x*65}?= | | END => encoded-word x8, encoded-word-long
-ENVELOPE | HEAD | MIME | Content-Type: text/plain | Content-Disposition: attachment; filename="=?utf-8?q?=C3=BC?=" | |
-    END => encoded-parameter
-ENVELOPE | HEAD | MIME | Content-Type: text | | END => bad-content-type
-ENVELOPE | HEAD | MIME | Content-Type: text/plain; name==?utf-8?q?a?= | | END => encoded-parameter, bad-content-type
-ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed | | Hello | END => bad-boundary
-ENVELOPE | HEAD | MIXED | | Hello | END => bad-boundary
-ENVELOPE | HEAD | MIXED | | --x | | Hello | END => bad-boundary
+ENVELOPE | HEAD | MIXED | | Hello | END => no line opens the first part
+ENVELOPE | PARTS | | Hello | END => no line closes the last part
 ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary={x*71} | | --{x*71} | | Hello | --{x*71}-- | END
     => bad-boundary
-ENVELOPE | HEAD | MIXED | | --x | CTE: utf-8 | | Hello | --x | CTE: binary | | Hello | --x-- | END => bad-encoding x2
-ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | Hello | --x-- | END => bad-encoding
-ENVELOPE | HEAD | MIXED | | --x | CTE: base64 | | Hello! | --x | CTE: base64 | | AAA | --x | CTE: base64 | |
-    {AAAA*20} | --x-- | END => bad-base64 x3
-ENVELOPE | HEAD | MIXED | | --x | CTE: quoted-printable | | 1 = 1 | --x | CTE: quoted-printable | | Grüße | --x |
-    CTE: quoted-printable | | {x*79} | --x | CTE: quoted-printable | | trailing{SP} | | --x-- | END
-    => 8bit-unannounced, bad-quoted-printable x4
-ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 | CTE: quoted-printable | | =FC | --x |
-    Content-Type: text/html; charset=nothing | | Hello | --x | CTE: base64 | | w7w= | --x-- | END => wrong-charset x2
-ENVELOPE | Date: (c) fri, 21 nov 1997 09:55 -0600 (a (b) c) | FROM | Message-ID: (c) <a@b.c> (c (d)) (e) | | END
-    => clean
-ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/global-headers | CTE: base64 | | YQ== | --x-- | END => clean
-ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | FROM | ID | | END => bad-date
-ENVELOPE | Date: 31 Feb 2025 09:55:06 -0600 | FROM | ID | | END => bad-date
-ENVELOPE | Date: 21 Nov 1997 09:55:06 +0099 | FROM | ID | | END => bad-date
+ENVELOPE | PARTS | CTE: utf-8 | | Hello | --x | CTE: binary | | Hello | LAST => bad-encoding x2
+ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | Hello | LAST
+    => a multipart or a mail in it must be 7bit, 8bit or binary
+ENVELOPE | PARTS | CTE: base64 | | Hello! | --x | CTE: base64 | | AAA | --x | CTE: base64 | | {AAAA*20} | LAST
+    => bad-base64 x3
+ENVELOPE | PARTS | CTE: quoted-printable | | 1 = 1 | --x | CTE: quoted-printable | | Grüße | --x |
+    CTE: quoted-printable | | {x*79} | --x | CTE: quoted-printable | | trailing{SP} | | LAST => 8bit-unannounced +
+    bad-quoted-printable x4
+ENVELOPE | PARTS | Content-Type: text/plain; charset=utf-8 | CTE: quoted-printable | | =FC | --x |
+    Content-Type: text/html; charset=nothing | | Hello | --x | CTE: base64 | | w7w= | LAST => wrong-charset +
+    a text that is not ASCII needs a charset, such as utf-8
+ENVELOPE | PARTS | Content-Type: message/global-headers | CTE: base64 | | YQ== | LAST => clean
 EHLO vm | HELO localhost | EHLO 192.0.2.1 | EHLO bücher.example | EHLO [999.1.1.1] | EHLO [foo:bar] | QUIT
-    => hello-not-fqdn x2, hello-invalid x4
-ENVELOPE | HEAD | | .foo | R:.\nbar\r\n | END => unstuffed-dot, false-end, bare-lf
-ENVELOPE | HEAD | MIXED | | --x | hi there | --x | Content-Type: image/png; name="ä" | | --x-- | END
-    => 8bit-unannounced, header-syntax, header-raw
+    => hello-not-fqdn x2 + hello-invalid x4
+ENVELOPE | HEAD | | .foo | R:.\nbar\r\n | END => unstuffed-dot + false-end + bare-lf
+ENVELOPE | PARTS | hi there | --x | Content-Type: image/png; name="ä" | | LAST => 8bit-unannounced + header-syntax +
+    header-raw
 == SIZE and an extension of one's own  -- extensions=["SIZE", "FOO"]
 HELLO | MAIL FROM:<a@example.com> SIZE=10 BODY=8BITMIME | MAIL FROM:<a@example.com> SIZE=10 FOO=1 |
     RCPT TO:<b@example.com> NOTIFY=NEVER | RSET | HELO a.example.com | MAIL FROM:<a@example.com> SIZE=10 |
@@ -1428,7 +1365,7 @@ HELLO | MAIL | + RCPT | + R:BDAT 110\r\n | + DATE | + FROM | + To: b@example.com
 == a sender refused
 -- extensions=["PIPELINING"], blacklisted_mailfrom_emails=["a@a.com"], msg_mailfrom_blacklisted_email="550 No"
 HELLO | MAIL | + RCPT | + DATA | RSET | QUIT => clean
-ENVELOPE | QUIT => bad-sequence, no-recipient
+ENVELOPE | QUIT => bad-sequence + no-recipient
 == a recipient refused  -- extensions=["PIPELINING"], not_registered_emails=["b@b.com"]
 HELLO | MAIL | + RCPT | + DATA | RSET | + MAIL FROM:<c@example.com> | + RCPT TO:<c@example.com> | + DATA | HEAD | | END
     => clean
@@ -1441,22 +1378,19 @@ HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | MIME |
     Content-Type: text/plain; charset="utf-8" | CTE: 8bit | | Grüße | END => clean
 HELLO | MAIL FROM:<a@example.com> BODY=8BITMIME | RCPT | DATA | HEAD | Content-Type: text/html; | CTE: 8bit | MIME | |
     Grüße | END => clean
-ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | | Grüße | END => 8bit-undeclared, 8bit-in-7bit
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | | Grüße | END => 8bit-undeclared + 8bit-in-7bit
 == STARTTLS  -- ssl_context=True
 HELLO | STARTTLS | ENVELOPE | HEAD | | END => clean
 HELLO | STARTTLS | MAIL | QUIT => no-hello-after-tls
 HELLO | STARTTLS | + EHLO b.example.com | HELLO | QUIT => pipelining
 HELLO | STARTTLS | HELLO | STARTTLS | QUIT => unannounced-command
 HELLO | STARTTLS now | MAIL | RCPT | DATA BODY=8BITMIME | RSET all | QUIT please | QUIT => superfluous-argument x4
-== STARTTLS and AUTH, several mails  -- ssl_context=True, auth_users={"u": "p"}, auth_requires_tls=True
--- multiple_message_receiving=True, multiple_rcptto=True
-HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | RSET | MAIL | RCPT |
-    RCPT TO:<c@example.com> | DATA | HEAD | | END => clean
 == AUTH  -- auth_users={"u": "p"}
 HELLO | AUTH PLAIN | * | AUTH XOAUTH2 | dXNlcj11AWF1dGg9QmVhcmVy{ICAg*900}cAEB | | AUTH LOGIN | dQ== | cA== |
     MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT => clean
-HELLO | AUTH XOAUTH2 dXNlcj11AWF1dGg9QmVhcmVy{ICAg*900}cAEB | | AUTH NTLM AAAA | RCPT | MAIL | AUTH PLAIN AHUAcA== | RSET | QUIT
-    => long-command, unannounced-mechanism, bad-sequence x2
+HELLO | AUTH XOAUTH2 dXNlcj11AWF1dGg9QmVhcmVy{ICAg*900}cAEB | | AUTH NTLM AAAA | RCPT | MAIL | AUTH PLAIN AHUAcA== |
+    RSET | QUIT => long-command + unannounced-mechanism + RCPT needs an accepted MAIL +
+    AUTH is not allowed within a mail
 == SMTPUTF8, 8BITMIME, DSN, DELIVERBY, FUTURERELEASE and XCLIENT
 -- extensions=["SMTPUTF8", "8BITMIME", "DSN", "DELIVERBY", "FUTURERELEASE 100 100", "XCLIENT"]
 HELLO | MAIL FROM:<jürgen@example.com> SMTPUTF8 | RSET | MAIL FROM:<jürgen@example.com> | RSET | MAIL |
@@ -1478,14 +1412,15 @@ HELLO | MAIL | RCPT | RCPT TO:<c@example.com> | DATA | HEAD | Bcc: C <c@example.
 HELLO | QUIT => after-421
 == DATA refused for now  -- extensions=["PIPELINING"], msg_data_received="451 Later"
 ENVELOPE | HEAD | QUIT | | R:Hello\n | . | QUIT => data-after-refusal
-ENVELOPE | + DATE | +  | + . | QUIT => pipelining-order, data-after-refusal
+ENVELOPE | + DATE | +  | + . | QUIT => pipelining-order + data-after-refusal
 == AUTH where STARTTLS is offered  -- auth_users={"u": "p"}, ssl_context=True
 HELLO | AUTH PLAIN AHUAeA== | auth login | dQ== | cA== | QUIT => auth-in-clear x2
 == BINARYMIME  -- extensions=["CHUNKING", "BINARYMIME", "8BITMIME"]
 HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | R:BDAT 164 LAST\r\n | + DATE | + FROM | + ID | + MIME |
     + CTE: binary | +  | + R:\0\n\xff\r\n | QUIT => clean
-HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | DATA | HEAD | | R:a\n\r\n | END => bad-sequence, bare-lf
-HELLO | MAIL | RCPT | R:BDAT 3\r\nabc | DATA | QUIT => bad-sequence
+HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | DATA | HEAD | | R:a\n\r\n | END => BINARYMIME needs BDAT +
+    bare-lf
+HELLO | MAIL | RCPT | R:BDAT 3\r\nabc | DATA | QUIT => after BDAT comes BDAT LAST
 == no recipient, and a lone dot  -- not_registered_emails=["b@b.com"]  -- rule: DATA: reply 354 Go on
 HELLO | MAIL | RCPT | DATA | END => no-recipient
 """)
@@ -1494,222 +1429,76 @@ HELLO | MAIL | RCPT | DATA | END => no-recipient
 MAIL_FAULTS = read_table(r"""
 == the header
 ENVELOPE | HEAD | MIME | MIME | Content-Type: text/plain | content-type: text/html | | END => header-duplicate x2
-ENVELOPE | HEAD | MIXED | | --x | CTE: base64 | Content-Type: application/pdf | CTE: base64 |
-    Content-ID: <1@example.com> | Content-ID: <2@example.com> | | eHh4 | --x-- | END => header-duplicate x2
-ENVELOPE | HEAD | MIXED | | --x | Content-Disposition: inline | Content-Disposition: attachment | | hi | --x-- |
-    END => header-duplicate
-ENVELOPE | DATE | From: a@example.com, C <c@example.com> | ID | | END => header-missing
-ENVELOPE | DATE | From: g: a@example.com, C <c@example.com>; | Sender: a@example.com, b@example.com | ID | |
-    END => group-in-from, bad-address
-ENVELOPE | DATE | From: undisclosed:; | ID | | END => group-in-from
-ENVELOPE | HEAD | Resent-From: b@example.com | | END => header-missing
-ENVELOPE | HEAD | Resent-To: b@example.com | | END => header-missing x2
+ENVELOPE | PARTS | CTE: base64 | Content-Type: application/pdf | CTE: base64 | Content-ID: <1@example.com> |
+    Content-ID: <2@example.com> | | eHh4 | LAST => header-duplicate x2
 ENVELOPE | DATE | From: a@example.com, "C, d" <c@example.com> | Sender: a@example.com | ID |
     Resent-From: b@example.com | Resent-Date: Fri, 21 Nov 1997 09:55:06 -0600 | | END => clean
-ENVELOPE | DATE | From: "a@b, c@d" <a@example.com> | ID | | END => clean
 ENVELOPE | HEAD | X: a | {SP} |  b | | END => header-syntax
 ENVELOPE | HEAD | X: a | R:\t\r\n |  b | | END => header-syntax
-ENVELOPE | HEAD | R:X: a\x07b\r\n | | END => header-syntax
-ENVELOPE | HEAD | MIXED | | --x | R:X: a\x1bb\r\n | X-2: a | {SP} | | hi | --x-- | END => header-syntax x2
+ENVELOPE | PARTS | R:X: a\x1bb\r\n | X-2: a | {SP} | | hi | LAST => a header must not have control characters +
+    a continuation line has nothing but white space
 ENVELOPE | HEAD | R:X: a\tb\r\n | X-2: |  c | | END => clean
-ENVELOPE | DATE | FROM | Message-ID: <a..b@example.com> | In-Reply-To: 1@example.com |
-    References: <1@example.com>, <2@example.com> | Content-ID: logo | | END => bad-message-id x4
-ENVELOPE | DATE | FROM | Message-ID: <a:b@example.com> | | END => bad-message-id
-ENVELOPE | DATE | FROM | Message-ID: <a@b@example.com> | | END => bad-message-id
-ENVELOPE | DATE | FROM | Message-ID: <a b@example.com> | | END => bad-message-id
-ENVELOPE | DATE | FROM | Message-ID: <a@example.com> <b@example.com> | | END => bad-message-id
-ENVELOPE | DATE | FROM | Message-ID: <@example.com> | | END => bad-message-id
-ENVELOPE | DATE | FROM | Message-ID: <a$b=c/d+e%f.g@[127.0.0.1]> | In-Reply-To: <1@example.com> (c) |
-    References: <1@example.com> |  <2@[IPv6:::1]><3@localhost> | | END => clean
-ENVELOPE | DATE | FROM | Message-ID: <"a b"@example.com> | In-Reply-To: Your mail of "today" <1@example.com> | |
-    END => obsolete-syntax x2
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=My File.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=a/b.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=a(1).pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=a[1].pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename="a"b.pdf" | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename="a.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment filename=a.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: filename=a.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; =a.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename= | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*="utf-8''a" | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=a%20b.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=utf-8''a%2.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=utf-8''a%FC.pdf | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*0="a"; filename*2="b.pdf" | |
-    END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*1="a" | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*0="a"; filename*1*=%20b | | END => bad-disposition
-ENVELOPE | HEAD | MIME | Content-Type: text/plain; name*=utf-8'a | | END => bad-content-type
-ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=nothing''a%FC.pdf | | END => unknown-charset
-ENVELOPE | HEAD | MIME |
-    Content-Disposition: attachment; filename="My (\"1\") File.pdf"; size=3 (three); filename*=utf-8'de'%C3%BC | |
-    END => clean
-ENVELOPE | HEAD | MIME | Content-Disposition: inline; filename*1=b; filename*0*=''%20; filename*2*=%20; | |
-    END => clean
-ENVELOPE | HEAD | MIME | Content-Disposition: inline; filename*0*=utf-8''%C3; filename*1*=%BC; a=b; a*=''c | |
-    END => clean
-ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller,_J?= <a@example.com> | ID | | END => encoded-word
-ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller_(J)?= <a@example.com> | ID | | END => encoded-word
-ENVELOPE | DATE | From: "=?utf-8?Q?M=C3=BCller?=" <a@example.com> | ID | | END => encoded-word
-ENVELOPE | DATE | From: "x =?utf-8?Q?M=C3=BCller?= y" <a@example.com> | ID | | END => encoded-word
-ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller?=@example.com | ID | | END => encoded-word
-ENVELOPE | DATE | From: M <a@=?utf-8?Q?M=C3=BCller?=> | ID | | END => encoded-word
-ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller=2C_J?= (=?utf-8?q?a,b?=) <a@example.com> | ID |
-    Subject: "x =?utf-8?Q?M=C3=BCller,_(J)?= y" | | END => clean
-ENVELOPE | HEAD | Subject: =?utf-8?Q?a=C3?= =?utf-8?Q?=BC?= | | END => encoded-word
-ENVELOPE | HEAD | Subject: =?utf-8?B?YcM=?= =?utf-8?B?vA==?= | | END => encoded-word
-ENVELOPE | HEAD | Subject: =?utf-8?Q?a?==?utf-8?Q?b?= | | END => encoded-word
 ENVELOPE | HEAD | Subject: =?nothing?Q?a=FC?= | X: =?nothing?Q?b=FC?= | | END => unknown-charset
-ENVELOPE | HEAD | Subject: =?windows-31j?Q?=82=A0?= =?VISCII?Q?=FC?= =?ISO-8859-8-I?q?=E0?= =?nothing?q?a?= | | END
-    => clean
-ENVELOPE | HEAD | Cc: , b@example.com | | END => bad-address
-ENVELOPE | HEAD | Cc: a@example.com,, b@example.com | | END => bad-address
-ENVELOPE | HEAD | Cc: a@example.com, | | END => bad-address
-ENVELOPE | HEAD | Cc: a@example.com; b@example.com | | END => bad-address
-ENVELOPE | HEAD | Cc: Doe, J. <a@example.com> | | END => bad-address
-ENVELOPE | HEAD | Cc: Sales: J <a@example.com> | | END => bad-address
-ENVELOPE | HEAD | Cc: a@b.com <a@example.com> | | END => bad-address
-ENVELOPE | HEAD | Cc: [x] <a@example.com> | | END => bad-address
-ENVELOPE | HEAD | Cc: a@example.com b@example.com | | END => bad-address
-ENVELOPE | HEAD | Cc: a@example..com | | END => bad-address
-ENVELOPE | HEAD | Cc: <a@example.com>, <> | | END => bad-address
-ENVELOPE | HEAD | Cc: "a <a@example.com> | | END => bad-address
-ENVELOPE | HEAD | Cc: g: a@example.com,; | | END => bad-address
-ENVELOPE | HEAD | Cc: John Q. Public <a@example.com> | | END => obsolete-syntax
-ENVELOPE | HEAD | Cc: <@x.org,@y.org:a@example.com>, b @ c . org | | END => obsolete-syntax
-ENVELOPE | HEAD | Cc: undisclosed-recipients:; |
-    Reply-To: g: a@example.com, B <b@example.com>; , (c) c@[192.0.2.1] (c, d), "q \"r"@example.com | | END => clean
-ENVELOPE | HEAD | Cc: unlisted-recipients:; (no To-header on input) |
-    Reply-To: a(b)@(c)example.com, "a" "b" c <d@e> (f), <a@b> | | END => clean
-ENVELOPE | Date: Fri, 21 Nov 97 09:55:06 GMT | FROM | ID | | END => obsolete-syntax
-ENVELOPE | Date: 1 Jan 25 09:55 EST | FROM | ID | | END => obsolete-syntax
-ENVELOPE | Date: Mon, 21 Nov 97 09:55:06 GMT | FROM | ID | | END => bad-date
-ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 CET | FROM | ID | | END => bad-date
-ENVELOPE | Date: 2024-05-01T10:00:00Z | FROM | ID | | END => bad-date
-ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (a | FROM | ID | | END => bad-date
-ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (a \) b "c) | FROM | ID | | END => clean
-ENVELOPE | HEAD | MIME-Version: 2.0 | | END => bad-mime-version
-ENVELOPE | HEAD | MIME-Version: | | END => bad-mime-version
-ENVELOPE | HEAD | MIME-Version: 1 | | END => bad-mime-version
-ENVELOPE | HEAD | MIME-Version: (a) 1.(b)0 (c) | | END => clean
 ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary="" | | -- | | hi | ---- | END => bad-boundary
 ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary={1} | | --{1} | | hi | --{1}-- | END => bad-boundary
-ENVELOPE | HEAD | MIXED | | --x | Content-Type: multipart/alternative; boundary=xy | | --xy | | hi | --xy-- | --x-- |
-    END => bad-boundary
-ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/delivery-status | CTE: quoted-printable | |
-    Reporting-MTA: dns; a | --x | Content-Type: message/disposition-notification | CTE: base64 | | YTog | --x-- |
-    END => bad-encoding x2
-ENVELOPE | HEAD | MIXED | CTE: 7bit | | --x | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | ä | --x-- |
-    END => 8bit-unannounced, 8bit-in-7bit
-ENVELOPE | HEAD | MIXED | CTE: 7bit | | ä | --x | | a | --x-- | END => 8bit-unannounced, 8bit-in-7bit
-ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | ä | --x-- |
-    END => 8bit-unannounced
-ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: quoted-printable | | =c3=bc |
-    END => bad-quoted-printable
-ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=nothing | CTE: quoted-printable | | =FC |
-    END => unknown-charset
+ENVELOPE | PARTS | Content-Type: multipart/alternative; boundary=xy | | --xy | | hi | --xy-- | LAST => bad-boundary
+ENVELOPE | PARTS | Content-Type: message/delivery-status | CTE: quoted-printable | | Reporting-MTA: dns; a | --x |
+    Content-Type: message/disposition-notification | CTE: base64 | | YTog | LAST => bad-encoding x2
+ENVELOPE | HEAD | MIXED | CTE: 7bit | | --x | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | ä | LAST
+    => 8bit-unannounced + 8bit-in-7bit
+ENVELOPE | HEAD | MIXED | CTE: 7bit | | ä | --x | | a | LAST => 8bit-unannounced + 8bit-in-7bit
+ENVELOPE | PARTS | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | ä | LAST => 8bit-unannounced
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: quoted-printable | | =c3=bc | END
+    => write =C3 and not =c3
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=nothing | CTE: quoted-printable | | =FC | END
+    => unknown-charset
 ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: base64 | | w7zD | END => wrong-charset
-ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=windows-31j | CTE: quoted-printable | | =82=A0 | END => clean
 ENVELOPE | HEAD | Grüße: x | | END => header-syntax
 == PIPELINING, SIZE, DSN, CHUNKING and AUTH
 -- extensions=["PIPELINING", "SIZE", "8BITMIME", "DSN", "CHUNKING", "SMTPUTF8"], auth_users={"u": "p"}
 HELLO | MAIL FROM:<a@example.com> BODY=8BIT | RSET | MAIL FROM:<a@example.com> SIZE=-1 | RSET |
     MAIL FROM:<a@example.com> SIZE=1 size=1 | RSET | MAIL FROM:<a@example.com> SIZE | RSET |
     MAIL FROM:<a@example.com> RET=BODY | RSET | MAIL FROM:<a@example.com> NOTIFY=NEVER | RSET |
-    MAIL FROM:<a@example.com> SMTPUTF8=1 | QUIT => bad-parameter x7
+    MAIL FROM:<a@example.com> SMTPUTF8=1 | QUIT => this is no value of BODY + this is no value of SIZE +
+    SIZE is given twice + this is no value of SIZE + this is no value of RET + NOTIFY belongs to RCPT +
+    this is no value of SMTPUTF8
 HELLO | MAIL | RCPT TO:<b@example.com> NOTIFY=NEVER,FAILURE | RCPT TO:<b@example.com> ORCPT=b@example.com |
-    RCPT TO:<b@example.com> SIZE=1 | RCPT TO:<b@example.com> c@example.com | BDAT abc LAST | BDAT |
-    QUIT => bad-parameter x4, bad-parameter, no-recipient, bad-parameter, no-recipient
-HELLO | MAIL FROM:<a@example.com> SIZE=1 BODY=8BITMIME RET=FULL ENVID=a+2Bb |
-    RCPT TO:<b@example.com> NOTIFY=FAILURE,DELAY ORCPT=rfc822;b | RSET | QUIT => clean
-HELLO | MAIL | RCPT | R:BDAT 4\r\nabcdefgh\r\nij\n | BDAT 0 LAST |
-    QUIT => bad-parameter, header-syntax, header-missing x2, no-message-id
+    RCPT TO:<b@example.com> SIZE=1 | RCPT TO:<b@example.com> c@example.com | BDAT abc LAST | BDAT | QUIT
+    => bad-parameter x4 + bad-parameter + no-recipient + bad-parameter + no-recipient
+HELLO | MAIL | RCPT | R:BDAT 4\r\nabcdefgh\r\nij\n | BDAT 0 LAST | QUIT => bad-parameter + header-syntax +
+    header-missing x2 + no-message-id
 HELLO | AUTH PLAIN u:p | AUTH PLAIN dSBw | AUTH LOGIN | u | p | QUIT => bad-auth x2
-HELLO | AUTH XOAUTH2 {dXNl*19} | {YWJj*4} | QUIT => bad-auth x2
-HELLO | AUTH PLAIN AHUAcA== | AUTH PLAIN AHUAcA== | QUIT => bad-sequence
-HELLO | AUTH PLAIN | AHUAcA== | AUTH PLAIN AHUAeA== | QUIT => bad-sequence
+HELLO | AUTH XOAUTH2 {dXNl*19} | {YWJj*4} | QUIT => bad-auth + AUTH has failed, and this belongs to it
+HELLO | AUTH PLAIN AHUAcA== | AUTH PLAIN AHUAcA== | QUIT => AUTH has succeeded already
+HELLO | AUTH PLAIN | AHUAcA== | AUTH PLAIN AHUAeA== | QUIT => AUTH has succeeded already
 HELLO | AUTH PLAIN AHUAeA== | AUTH PLAIN AHUAcA== | QUIT => clean
 HELLO | R:\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\n\r\n.\n\0 => tls-on-plain-port
-R:\x16\x03\x01\x02\0\x01 => tls-on-plain-port
 == a body that does not end
-ENVELOPE | HEAD | | Hi | R:.\n => false-end, bare-lf
-ENVELOPE | HEAD | | R:Hi\n.\n => bare-lf, false-end
-ENVELOPE | HEAD | | R:Hi\n.\r\n => bare-lf, false-end
+ENVELOPE | HEAD | | Hi | R:.\n => false-end + bare-lf
+ENVELOPE | HEAD | | R:Hi\n.\n => bare-lf + false-end
+ENVELOPE | HEAD | | R:Hi\n.\r\n => bare-lf + false-end
 ENVELOPE | HEAD | | R:Hi\r\n.\r => clean
 ENVELOPE | HEAD | | Hi => clean
 == DATA refused, and the mail comes all the same  -- msg_data_received="554 No"
 ENVELOPE | DATE | + FROM | + ID | +  | + . | QUIT => data-after-refusal
 == SMTPUTF8  -- extensions=["SMTPUTF8", "8BITMIME"]
-HELLO | MAIL FROM:<a@example.com> SMTPUTF8 | RCPT | DATA | HEAD | R:X: a\xfcb\r\n | Subject: Grüße | |
-    END => header-raw
-HELLO | MAIL | RCPT TO:<b@example.com>,<c@example.com> | RCPT TO:b@example.com, c@example.com | RSET |
-    QUIT => path-syntax x2, bad-parameter
+HELLO | MAIL FROM:<a@example.com> SMTPUTF8 | RCPT | DATA | HEAD | R:X: a\xfcb\r\n | Subject: Grüße | | END => header-raw
+HELLO | MAIL | RCPT TO:<b@example.com>,<c@example.com> | RCPT TO:b@example.com, c@example.com | RSET | QUIT
+    => path-syntax x2 + bad-parameter
 # In the manner of the samples of RFC 5322 appendix A, RFC 2046, RFC 2049, RFC 2231, RFC 3464 and RFC 8098.
 == samples
-ENVELOPE | From: John Doe <jdoe@machine.example> | To: Mary Smith <mary@example.net> | Subject: Saying hello | DATE |
-    Message-ID: <1234@local.machine.example> | | This is a message. | END => clean
 ENVELOPE | From: "Joe Q. Public" <john.q.public@example.com> |
     To: Mary Smith <mary@x.test>, jdoe@example.org, Who? <one@y.test> |
     Cc: <boss@nil.test>, "Giant; \"Big\" Box" <sysservices@example.net> | Date: Tue, 1 Jul 2003 10:52:37 +0200 |
     Message-ID: <5678.21-Nov-1997@example.com> | | Hi everyone. | END => clean
 ENVELOPE | From: Pete <pete@silly.example> | To: A Group:Ed Jones <c@a.test>,joe@where.test,John <jdoe@one.test>; |
-    Cc: Undisclosed recipients:; | Date: Thu, 13 Feb 1969 23:32:54 -0330 | Message-ID: <testabcd.1234@silly.example> |
-    | Testing. | END => clean
-ENVELOPE | From: John Doe <jdoe@machine.example> | Sender: Michael Jones <mjones@machine.example> |
-    Reply-To: "Mary Smith: Personal Account" <smith@home.example> | Subject: Re: Saying hello | DATE |
-    Message-ID: <abcd.1234@local.test> | In-Reply-To: <3456@example.net> |
-    References: <1234@local.machine.example> <3456@example.net> | | A reply. | END => clean
-ENVELOPE | Resent-From: Mary Smith <mary@example.net> | Resent-To: Jane Brown <j-brown@other.example> |
-    Resent-Date: Mon, 24 Nov 1997 14:22:01 -0800 | Resent-Message-ID: <78910@example.net> | HEAD | | Forwarded. |
-    END => clean
-ENVELOPE | Received: from x.y.test by example.net via TCP for <mary@example.net>; 21 Nov 1997 10:05:43 -0600 | HEAD |
-    | Traced. | END => clean
+    Cc: Undisclosed recipients:; | Date: Thu, 13 Feb 1969 23:32:54 -0330 | Message-ID: <testabcd.1234@silly.example> | |
+    Testing. | END => clean
 ENVELOPE | From: Pete(A nice \) chap) <pete(his account)@silly.test(his host)> |
     To:A Group(Some people):Chris Jones <c@(Chris's host.)public.example>, John <jdoe@one.test> (my friend); (the end) |
     Cc:(Empty list)(start)Hidden recipients  :(nobody(that I know))  ; | Date: Thu, |       13 |         Feb |
               1969 |       23:32 |                -0330 (Newfoundland Time) |
     Message-ID:              <testabcd.1234@silly.test> | | Testing. | END => clean
-ENVELOPE | HEAD | MIME | Content-type: multipart/mixed; boundary="simple boundary" | | A preamble, to be ignored. | |
-    --simple boundary | | Implicitly plain text. | --simple boundary | Content-type: text/plain; charset=us-ascii | |
-    Explicitly plain text. | | --simple boundary-- | | An epilogue, to be ignored. | END => clean
-ENVELOPE | HEAD | MIME | Content-Type: multipart/digest; boundary="---- next ----" | | ------ next ---- | |
-    From: x@example.com | Subject: my opinion | | One | ------ next ---- | | From: y@example.com | | Two |
-    ------ next ------ | END => clean
-ENVELOPE | HEAD | MIME | Content-Type: message/partial; id="ABC@host.com"; number=1; total=2 | | X-Weird: 1 |
-    Message-ID: <2@host.com> | | First half | END => clean
-ENVELOPE | HEAD | MIME |
-    Content-Type: message/external-body; name="BodyFormats.ps"; site="thumper.example.com"; mode="image";
-    access-type=ANON-FTP; directory="pub"; expiration="Fri, 14 Jun 1991 19:13:14 -0400 (EDT)" |
-    | Content-type: application/postscript | Content-ID: <id42@guppylake.example.com> | | END => clean
-ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary=unique-boundary-1 | | A preamble. | |
-    --unique-boundary-1 | | Text with blank lines | | | --unique-boundary-1 |
-    Content-type: text/plain; charset=US-ASCII | | typed | | --unique-boundary-1 |
-    Content-Type: multipart/parallel; boundary=unique-boundary-2 | | --unique-boundary-2 | Content-Type: audio/basic |
-    Content-Transfer-Encoding: base64 | | AAAA | | --unique-boundary-2 | Content-Type: image/jpeg |
-    Content-Transfer-Encoding: base64 | | AAAA | | --unique-boundary-2-- | | --unique-boundary-1 |
-    Content-type: text/enriched | | This is <bold>enriched</bold> | | --unique-boundary-1 |
-    Content-Type: message/rfc822 | | From: (mailbox in US-ASCII) | Content-Type: Text/plain; charset=ISO-8859-1 |
-    Content-Transfer-Encoding: Quoted-printable | | inner | | --unique-boundary-1-- | END => clean
-ENVELOPE | HEAD | MIME | Content-Type: application/x-stuff; title*=us-ascii'en-us'This%20is%20%2A%2A%2Afun%2A%2A%2A |
-    | x | END => clean
-ENVELOPE | HEAD | MIME | Content-Type: application/x-stuff; |
-    R:\ttitle*0*=us-ascii'en'This%20is%20even%20more%20; title*1*=%2A%2A%2Afun%2A%2A%2A%20;\r\n |
-     title*2="isn't it!" | | x | END => clean
-ENVELOPE | HEAD | MIME |
-    Content-Type: message/external-body; access-type=URL; URL*0="ftp://"; URL*1="cs.utk.example/pub/x.txt" | |
-    Content-Type: text/plain | | END => clean
-ENVELOPE | HEAD | Subject: =?US-ASCII*EN?Q?Keith_Moore?= | | END => clean
-ENVELOPE | HEAD | MIME |
-    Content-Type: multipart/report; report-type=delivery-status; boundary="RAA14128.773615765/CS.UTK.EXAMPLE" | |
-    --RAA14128.773615765/CS.UTK.EXAMPLE | | It could not be delivered. | | --RAA14128.773615765/CS.UTK.EXAMPLE |
-    content-type: message/delivery-status | | Reporting-MTA: dns; cs.utk.example | |
-    Original-Recipient: rfc822;louisl@larry.slip.example | Final-Recipient: rfc822;louisl@larry.slip.example |
-    Action: failed | Status: 4.0.0 | Diagnostic-Code: smtp; 426 connection timed out | |
-    --RAA14128.773615765/CS.UTK.EXAMPLE | content-type: message/rfc822 | | Subject: the original | | gone |
-    --RAA14128.773615765/CS.UTK.EXAMPLE-- | END => clean
 ENVELOPE | HEAD | MIME | Content-Type: multipart/report; report-type=disposition-notification; |
      boundary="RAA14128.773615765/EXAMPLE.COM" | | --RAA14128.773615765/EXAMPLE.COM | Content-type: text/plain | |
     It was displayed. | | --RAA14128.773615765/EXAMPLE.COM | Content-type: message/disposition-notification | |
@@ -1718,109 +1507,121 @@ ENVELOPE | HEAD | MIME | Content-Type: multipart/report; report-type=disposition
     Content-type: message/rfc822 | | Subject: x | | y | --RAA14128.773615765/EXAMPLE.COM-- | END => clean
 """)
 
+# The values of a header, and what is wrong with a mail that has one of them.
+VALUES = read_table(r"""
+== Date
+Fri, 21 Nov 1997 09:55:06 -0600 (a \) b "c) | (c) fri, 21 nov 1997 09:55 -0600 (a (b) c) => clean
+Ven, 21 nov 1997 09:55:06 GMT | 31 Feb 2025 09:55:06 -0600 | 21 Nov 1997 09:55:06 +0099 | 2024-05-01T10:00:00Z |
+    Fri, 21 Nov 1997 09:55:06 CET | Fri, 21 Nov 1997 09:55:06 -0600 (a => bad-date
+Mon, 21 Nov 1997 09:55:06 -0600 | Mon, 21 Nov 97 09:55:06 GMT => this date is on another day of the week
+Fri, 21 Nov 1997 09:55:06 GMT | Fri, 21 Nov 97 09:55:06 -0600 | 1 Jan 25 09:55 EST
+    => write the year with four digits, and the zone like +0000
+== From
+"a@b, c@d" <a@example.com> | =?utf-8?Q?M=C3=BCller=2C_J?= (=?utf-8?q?a,b?=) <a@example.com> => clean
+a@example.com, C <c@example.com> => From has several addresses, and there is no Sender
+undisclosed:; => group-in-from
+=?utf-8?q?J=C3=BCrgen_=3Ca=40example=2Ecom=3E?= => bad-address
+=?utf-8?q?J?=<a@example.com> => an encoded word needs white space around it
+=?utf-8?Q?M=C3=BCller,_J?= <a@example.com> | =?utf-8?Q?M=C3=BCller_(J)?= <a@example.com>
+    => a Q word in a name must have letters, digits and !*+-/=_ only
+"=?utf-8?Q?M=C3=BCller?=" <a@example.com> | "x =?utf-8?Q?M=C3=BCller?= y" <a@example.com>
+    => an encoded word in quotes is not decoded
+=?utf-8?Q?M=C3=BCller?=@example.com | M <a@=?utf-8?Q?M=C3=BCller?=> => an address must not have an encoded word
+== Sender
+Doe, John <a@example.com> => quote a name that has , . : @ [ or ]
+a@example.com, b@example.com => a Sender must have one address only
+== Cc
+undisclosed-recipients:; | unlisted-recipients:; (no To-header on input) |
+    a(b)@(c)example.com, "a" "b" c <d@e> (f), <a@b> |
+    g: a@example.com, B <b@example.com>; , (c) c@[192.0.2.1] (c, d), "q \"r"@example.com => clean
+bob | <a@example.com | a@example.com; b@example.com | g: a@example.com,; | [x] <a@example.com> |
+    a@example.com b@example.com | a@example..com | <a@example.com>, <> | "a <a@example.com> => bad-address
+Doe, J. <a@example.com> | Sales: J <a@example.com> | a@b.com <a@example.com> => quote a name that has , . : @ [ or ]
+, b@example.com | a@example.com,, b@example.com | | a@example.com,
+    => leave out an empty element of a list, or a header without an address
+John Q. Public <a@example.com> | <@x.org,@y.org:a@example.com>, b @ c . org => quote a name that has a dot
+== Message-ID
+<a$b=c/d+e%f.g@[127.0.0.1]> | (c) <a@b.c> (c (d)) (e) => clean
+<1> | <a..b@example.com> | <a:b@example.com> | <a@b@example.com> | <a b@example.com> | <a@example.com> <b@example.com> |
+    <@example.com> => bad-message-id
+<"a b"@example.com> => write only <left@right>
+== Content-ID
+logo => bad-message-id
+== In-Reply-To
+<1@example.com> (c) => clean
+1@example.com => bad-message-id
+Your mail of "today" <1@example.com> => write only <left@right>
+== References
+<1@example.com> <2@[IPv6:::1]><3@localhost> => clean
+<1@example.com>, <2@example.com> => separate ids by white space and not by commas
+== Subject
+"x =?utf-8?Q?M=C3=BCller,_(J)?= y" | =?windows-31j?Q?=82=A0?= =?VISCII?Q?=FC?= =?ISO-8859-8-I?q?=E0?= =?nothing?q?a?= |
+    =?US-ASCII*EN?Q?Keith_Moore?= => clean
+=?utf-8?Q?a=C3?= =?utf-8?Q?=BC?= | =?utf-8?B?YcM=?= =?utf-8?B?vA==?= | =?utf-8?q?=C3?=
+    => a character is split or cut off: encode it as a whole
+=?utf-8?Q?a?==?utf-8?Q?b?= | a=?utf-8?q?ab?= => an encoded word needs white space around it
+=?utf-8?q??= | =?utf-8?q?a b?= => an encoded word is empty or has white space in it
+=?utf-8?b?w7w?= | =?utf-8?x?ab?= | =?utf-8?q?caf=?= => encoded-word
+=?utf-8?q?{x*65}?= => encoded-word-long
+# charsets that IANA registers, though Python cannot decode most of them, and others
+=?VISCII?q?=FC?= =?csVIQR?q?=FC?= =?IBM01141?q?=FC?= =?ISO-2022-CN-EXT?q?=FC?= =?iso-ir-99?q?=FC?=
+    =?ISO646-DE?q?=FC?= =?ISO_5428:1980?q?=FC?= =?NATS-DANO?q?=FC?= =?JIS_C6226-1983?q?=FC?= =?EBCDIC-CP-FR?q?=FC?=
+    =?OSD_EBCDIC_DF04_1?q?=FC?= =?hp-legal?q?=FC?= =?T.61-8bit?q?=FC?= =?x0212?q?=FC?= =?KSC5636?q?=FC?=
+    =?nf_z_62-010_(1973)?q?=FC?= =?CESU-8?q?=FC?= =?pt2?q?=FC?= =?Adobe-Symbol-Encoding?q?=FC?=
+    =?Amiga-1251?q?=FC?= =?greek7-old?q?=FC?= =?us-dk?q?=FC?= =?unknown-8bit?q?=FC?= =?CCSID00924?q?=FC?=
+    =?latin-greek?q?=FC?= => clean
+=?nothing?q?=FC?= | =?utf-9?q?=FC?= | =?iso-8859-99?q?=FC?= | =?windows-1259?q?=FC?= | =?cp9999?q?=FC?= |
+    =?x-unknown?q?=FC?= | =?latin-99?q?=FC?= | =?utf8mb4?q?=FC?= | =?punycode?q?=FC?= | =?hex?q?=FC?=
+    => unknown-charset
+== Resent-To
+b@example.com => header-missing x2
+== MIME-Version
+(a) 1.(b)0 (c) => clean
+2.0 | | 1 => bad-mime-version
+== Content-Transfer-Encoding
+binary => binary needs BODY=BINARYMIME
+== Content-Type
+application/x-stuff; title*=us-ascii'en-us'This%20is%20%2A%2A%2Afun%2A%2A%2A |
+    message/external-body; access-type=URL; URL*0="ftp://"; URL*1="cs.utk.example/pub/x.txt" |
+    application/x-stuff; title*0*=us-ascii'en'This%20is%20; title*1*=%2A%2A%2Afun%2A%20; title*2="isn't it!" => clean
+text => bad-content-type
+text/plain; name==?utf-8?q?a?= => encoded-parameter + bad-content-type
+text/plain; name*=utf-8'a => a charset must come first, as in utf-8''a%20b
+multipart/mixed => there is no boundary parameter
+== Content-Disposition
+attachment; filename="My (\"1\") File.pdf"; size=3 (three); filename*=utf-8'de'%C3%BC |
+    inline; filename*1=b; filename*0*=''%20; filename*2*=%20; |
+    inline; filename*0*=utf-8''%C3; filename*1*=%BC; a=b; a*=''c => clean
+attachment; filename=My File.pdf | attachment; filename=a/b.pdf | attachment; filename=a(1).pdf |
+    attachment; filename=a[1].pdf | attachment; filename="a"b.pdf | attachment; filename="a.pdf | |
+    attachment filename=a.pdf | filename=a.pdf | attachment; =a.pdf | attachment; filename= => bad-disposition
+inline; filename*="utf-8''a" => a value after *= must not be in quotes
+inline; filename*=a%20b.pdf | inline; filename*0="a"; filename*1*=%20b => a charset must come first, as in utf-8''a%20b
+inline; filename*=utf-8''a%2.pdf => a % must have two hexadecimal digits after it
+inline; filename*=utf-8''a%FC.pdf => a value is not in its charset
+inline; filename*0="a"; filename*2="b.pdf" | inline; filename*1="a" => the numbers after * must be 0, 1, 2 and so on
+inline; filename*=nothing''a%FC.pdf => unknown-charset
+inline; filename="=?utf-8?q?=C3=BC?=" => encoded-parameter
+""")
+
 HEADERS = ("From", "To", "Sender", "Message-ID", "References", "Date", "Subject", "Bcc", "MIME-Version")
 MIME_HEADERS = ("Content-Type", "Content-Disposition", "Content-Transfer-Encoding")
 # What a header may have many of.
-UNITS = (
-    *(
-        "a",
-        "(",
-        ")",
-        '"',
-        "\\",
-        '\\"',
-        "<",
-        ">",
-        "@",
-        ",",
-        ";",
-        ":",
-        ".",
-        "=",
-        "[",
-        "]",
-        " ",
-        "\t",
-        "=?",
-        "?=",
-        "a ",
-        "a@b,",
-    ),
-    *("<a@b> ", "a;", "=?utf-8?q?x?= ", "x*0=a;", ";a=b", "; x*1*=%41", "a b=", "\r\n ", "(a)", '"a"', "a@", "a:b;"),
-)
+UNITS = ("\r\n ", "\t", " ", "a ", "<a@b> ", "=?utf-8?q?x?= ", "; x*1*=%41", "a b=")
+UNITS += tuple(re.findall(r"\S+", r'a ( ) " \ \" < > @ , ; : . = [ ] =? ?= a@b, a; x*0=a; ;a=b (a) "a" a@ a:b;'))
 
-# What a client sends, and the text of a violation that its messages then have.
-FAULT_TEXTS = read_table(r"""
-== the default options
-ENVELOPE | HEAD | Subject: =?utf-8?q?a=C3?= =?utf-8?q?=BC?= | | END
-    => a character is split or cut off: encode it as a whole
-ENVELOPE | HEAD | Subject: =?utf-8?q?a?==?utf-8?q?b?= | | END => an encoded word needs white space around it
-ENVELOPE | HEAD | Cc: "=?utf-8?q?a?=" <a@a.com> | | END => an encoded word in quotes is not decoded
-ENVELOPE | HEAD | Cc: =?utf-8?q?a?=@a.com | | END => an address must not have an encoded word
-ENVELOPE | HEAD | Cc: =?utf-8?q?a,b?= <a@a.com> | | END => a Q word in a name must have letters, digits and !*+-/=_ only
-ENVELOPE | HEAD | Cc: Doe, J. <a@a.com> | | END => quote a name that has , . : @ [ or ]
-ENVELOPE | HEAD | Cc: a@a.com, | | END => leave out an empty element of a list, or a header without an address
-ENVELOPE | HEAD | Sender: a@a.com, b@b.com | | END => a Sender must have one address only
-ENVELOPE | HEAD | References: <a@a.com>, <b@a.com> | | END => separate ids by white space and not by commas
-ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | | END => this date is on another day of the week
-ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | a | --x-- | END
-    => a multipart or a mail in it must be 7bit, 8bit or binary
-ENVELOPE | HEAD | MIME | CTE: binary | | a | END => binary needs BODY=BINARYMIME
-ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed | | a | END => there is no boundary parameter
-ENVELOPE | HEAD | MIXED | | a | END => no line opens the first part
-ENVELOPE | HEAD | MIXED | | --x | | a | END => no line closes the last part
-ENVELOPE | HEAD | MIME | CTE: quoted-printable | | =c3 | END => write =C3 and not =c3
-ENVELOPE | HEAD | MIME | CTE: quoted-printable | | =C3 | END => a text that is not ASCII needs a charset, such as utf-8
-HELLO | MAIL FROM: <a@a.com> | QUIT => there must be no space after the colon
-HELLO | MAIL FROM:a@a.com | QUIT => write FROM:<address>, one address and nothing else
-HELLO | MAIL | RCPT TO:<a@a.com>,<b@b.com> | QUIT => write TO:<address>, one address and nothing else
-HELLO | MAIL | RCPT TO:<a@my_host.example.com> | QUIT => the domain of the address is wrong
-HELLO | MAIL | RCPT TO:<root> | QUIT => the address has no domain
-HELLO | MAIL | RCPT TO:<a b@a.com> | QUIT => the part before the @ of the address is wrong
-HELLO | RCPT | QUIT => RCPT needs an accepted MAIL
-== AUTH and CHUNKING  -- auth_users={"u": "p"}, extensions=["CHUNKING", "BINARYMIME", "SIZE"]
-HELLO | AUTH PLAIN AHUAeA== | cA== | QUIT => AUTH has failed, and this belongs to it
-HELLO | AUTH PLAIN AHUAcA== | AUTH PLAIN AHUAcA== | QUIT => AUTH has succeeded already
-HELLO | MAIL | AUTH PLAIN AHUAcA== | QUIT => AUTH is not allowed within a mail
-HELLO | MAIL | RCPT | R:BDAT 1\r\na | DATA | QUIT => after BDAT comes BDAT LAST
-HELLO | MAIL FROM:<a@a.com> BODY=BINARYMIME | RCPT | DATA | QUIT => BINARYMIME needs BDAT
-HELLO | MAIL FROM:<a@a.com> SIZE=1 SIZE=1 | QUIT => SIZE is given twice
-HELLO | MAIL FROM:<a@a.com> NOTIFY=NEVER | QUIT => NOTIFY belongs to RCPT
-HELLO | MAIL FROM:<a@a.com> SIZE=-1 | QUIT => this is no value of SIZE
-""")
-CURES = {
-    "bare-lf": "CRLF",
-    "bare-cr": "CRLF",
-    "early-talker": "wait",
-    "data-before-354": "wait",
-    "pipelining": "wait",
-    "no-hello": "send EHLO first",
-    "hello-invalid": "[192.0.2.1]",
-    "hello-not-fqdn": "host.example.com",
-    "nested-mail": "RSET",
-    "no-recipient": "RSET",
-    "data-after-refusal": "RSET",
-    "unstuffed-dot": "doubled",
-    "long-line": "quoted-printable or base64",
-    "8bit-unannounced": "quoted-printable or base64",
-    "8bit-undeclared": "BODY=8BITMIME",
-    "8bit-in-7bit": "quoted-printable or base64",
-    "undeclared-utf8": "SMTPUTF8",
-    "header-raw": "encoded words",
-    "bad-message-id": "<left@right>",
-    "bad-date": "-0600",
-    "bad-address": "user@example.com",
-    "bcc-disclosed": "leave it out",
-    "no-mime-version": "MIME-Version: 1.0",
-    "bad-mime-version": "1.0",
-    "encoded-word-long": "split it",
-    "encoded-parameter": "utf-8''a%20b",
-    "bad-content-type": "text/plain; charset=utf-8",
-    "bad-disposition": 'filename="a b.pdf"',
-    "unknown-charset": "use utf-8",
-    "false-end": "smuggling",
-    "path-syntax": "<address>",
-}
+# Codes, and what their texts tell to do.
+CURES = """
+bare-lf CRLF | bare-cr CRLF | early-talker wait | data-before-354 wait | pipelining wait | no-hello send EHLO first |
+hello-invalid [192.0.2.1] | hello-not-fqdn host.example.com | nested-mail RSET | no-recipient RSET |
+data-after-refusal RSET | unstuffed-dot doubled | long-line quoted-printable or base64 |
+8bit-unannounced quoted-printable or base64 | 8bit-undeclared BODY=8BITMIME |
+8bit-in-7bit quoted-printable or base64 | undeclared-utf8 SMTPUTF8 | header-raw encoded words |
+bad-message-id <left@right> | bad-date -0600 | bad-address user@example.com | bcc-disclosed leave it out |
+no-mime-version MIME-Version: 1.0 | bad-mime-version 1.0 | encoded-word-long split it |
+encoded-parameter utf-8''a%20b | bad-content-type text/plain; charset=utf-8 | bad-disposition filename="a b.pdf" |
+unknown-charset use utf-8 | false-end smuggling | path-syntax <address>
+"""
 
 
 def list_codes(messages: Iterable[Message]) -> list[str]:
@@ -1829,62 +1630,49 @@ def list_codes(messages: Iterable[Message]) -> list[str]:
 
 
 class ViolationTest(ServerCase):
+    MAIL = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\n%b\r\n.\r\n"
+
     def rows(self) -> Iterator[tuple[Row, dict[str, Any], list[str], list[bytes]]]:
-        """A row, its options, the expected codes, and what the client sends."""
-        for entry in (*VIOLATIONS.values(), *MAIL_FAULTS.values()):
-            for row in entry.rows:
-                counted = [f"{code} x1".split(" x")[:2] for code in row.expected.split(", ") if code != "clean"]
-                codes = [code for code, count in counted for _ in range(int(count))]
-                yield row, entry.options, codes, read_pieces(row.given)
+        """A row, its options, the codes and texts that are expected, and what the client sends."""
+        entries = [
+            (entry, row) for table in (VIOLATIONS, MAIL_FAULTS) for entry in table.values() for row in entry.rows
+        ]
+        for name, values in VALUES.items():
+            head = [word for word in ("DATE", "FROM", "ID", "MIME") if not SHORT[word].startswith(f"{name}:")]
+            for row in values.rows:
+                mails = [["ENVELOPE", *head, f"{name}: {value}", "", "END"] for value in row.given]
+                entries += [(values, row._replace(given=mail)) for mail in mails]
+        for entry, row in entries:
+            counted = [re.fullmatch(r"(.*?)(?: x(\d))?", item) for item in row.expected.split(" + ")]
+            expected = [
+                match[1] for match in counted if match and match[1] != "clean" for _ in range(int(match[2] or 1))
+            ]
+            yield row, entry.options, expected, read_pieces(row.given)
 
     def test_the_table(self) -> None:
-        """Each piece as a whole and, where it is but a line, in parts."""
+        """Each piece as a whole and, where it is but a line, in parts. There is a row for each code."""
+        codes = {"early-talker"}
         for row, options, expected, pieces in self.rows():
             for size in (sys.maxsize,) if any(b"\r\n" in piece[:-2] for piece in pieces) else (sys.maxsize, 7):
                 memory = Memory(**options)
                 memory.greet()
                 memory.converse(pieces, size)
+                found = [violation for message in memory.messages() for violation in Memory.findings(message)]
+                codes.update(violation.code for violation in found)
                 with self.subTest(row, size=size):
-                    self.assertEqual(list_codes(memory.messages()), expected)
-                for found in [found for message in memory.messages() for found in Memory.findings(message)]:
-                    self.assertTrue(len(found.line) <= 200 and str(found).isprintable(), found)
-
-    def test_the_table_is_complete(self) -> None:
-        rows = [expected for _, _, expected, _ in self.rows()]
-        self.assertEqual({code for codes in rows for code in codes} | {"early-talker"}, set(Memory.CODES))
-        self.assertGreater(rows.count([]), 20)
+                    said = [each.text if each.text in expected else each.code for each in found]
+                    self.assertEqual(said, expected)
+                    self.assertTrue(all(len(each.line) <= 200 and str(each).isprintable() for each in found), found)
+        self.assertEqual(codes, set(Memory.CODES))
 
     def test_what_each_text_says(self) -> None:
-        """What is wrong, and what to change."""
-        for entry in FAULT_TEXTS.values():
-            for row in entry.rows:
-                memory = Memory(**entry.options)
-                memory.greet()
-                memory.converse(read_pieces(row.given), sys.maxsize)
-                with self.subTest(row):
-                    texts = [found.text for message in memory.messages() for found in Memory.findings(message)]
-                    self.assertIn(row.expected, texts)
-        for code, cure in CURES.items():
+        """What to change."""
+        for code, cure in (item.split(" ", 1) for item in read_items(CURES)):
             self.assertIn(cure, Memory.CODES[code][0])
-
-    def test_charsets(self) -> None:
-        """Those that IANA registers are known, even if Python cannot decode them."""
-        registered = "VISCII csVIQR IBM01141 ISO-2022-CN-EXT iso-ir-99 ISO646-DE ISO_5428:1980 NATS-DANO JIS_C6226-1983"
-        registered += " EBCDIC-CP-FR OSD_EBCDIC_DF04_1 hp-legal T.61-8bit x0212 KSC5636 nf_z_62-010_(1973) Windows-31J"
-        registered += (
-            " Adobe-Symbol-Encoding Amiga-1251 CESU-8 greek7-old pt2 us-dk unknown-8bit CCSID00924 latin-greek"
-        )
-        unknown = "nothing utf-9 iso-8859-99 windows-1259 cp9999 x-unknown latin-99 utf8mb4 punycode hex"
-        for charset in (*registered.split(), *unknown.split()):
-            memory = Memory(*ENVELOPE, "DATA", f"Subject: =?{charset}?q?=FC?=", "", ".")
-            with self.subTest(charset):
-                self.assertEqual("unknown-charset" in list_codes(memory.messages()), charset in unknown.split())
 
     def test_who_refuses_it(self) -> None:
         memory = Memory(*ENVELOPE, "DATA")
-        memory.feed(
-            b"Date: a\r\nFrom: a@a.com, b@b.com\r\nX: a\r\n \r\nSubject: a\r\nSubject: b\r\n\r\nHello\n\r\n.\r\n"
-        )
+        memory.say("Date: a", "From: a@a.com, b@b.com", "X: a", " ", "Subject: a", "Subject: b", "", "Hello\n", ".")
         found = [(violation.code, violation.refused_by) for violation in Memory.findings(memory.message())]
         expected = [("bare-lf", "Postfix"), ("header-missing", "Gmail"), ("no-message-id", "Gmail"), ("bad-date", "")]
         expected += [("header-syntax", "amavis"), ("header-duplicate", "Gmail, Amazon SES")]
@@ -1923,8 +1711,7 @@ class ViolationTest(ServerCase):
         self.assertEqual(len(message.violations), 2)
 
     def test_strict(self) -> None:
-        mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\nHello\r\n.\r\n"
-        bare_lf, dot = mail.replace(b"Hello", b"Hello\n"), mail.replace(b"Hello", b".Hello")
+        mail, bare_lf, dot = self.MAIL % b"Hello", self.MAIL % b"Hello\n", self.MAIL % b".Hello"
         unknown = "550 5.6.0 unknown-command"  # but commands are answered as ever
         for options, commands, content, reply in (
             ({}, [], mail, RECEIVED),
@@ -1941,24 +1728,15 @@ class ViolationTest(ServerCase):
                 self.assertEqual((said[: len(reply)], len(said) < 512), (reply, True))
                 self.assertEqual(memory.message().is_consistent, reply[0] == "2")
 
-    def test_strict_forgets_the_mails_before(self) -> None:
+    def test_strict_looks_at_each_mail_alone(self) -> None:
         """So that a correct mail after a wrong one is accepted, and the time does not grow with each mail."""
-        mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\n.\r\n"
         for several in (False, True):
             memory = Memory("EHLO a.com", strict=True, multiple_message_receiving=several)
-            for sender, code in (("<a@a.com>", "250"), (" <a@a.com>", "550"), ("<a@a.com>", "250")):
+            for sender, line, code in (("<a@a.com>", b"..", 250), ("<a@a.com>", b".a", 550), (" <a@a.com>", b"", 550)):
                 memory.say(f"MAIL FROM:{sender}", "RCPT TO:<b@b.com>", "DATA")
-                self.assertEqual(memory.feed(mail)[0][:3], code)
+                self.assertEqual(int(memory.feed(self.MAIL % line)[0][:3]), code)
             memory.say("EHLO a_b", "MAIL FROM:<a@a.com>", "HELO vm", "EHLO a.com", *ENVELOPE[1:], "DATA")
-            self.assertEqual(memory.feed(mail)[0][:3], "250")
-
-    def test_strict_looks_at_each_body(self) -> None:
-        """Two of the same size, in one message."""
-        memory = Memory(*ENVELOPE, "DATA", strict=True)
-        mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n\r\n%s\r\n.\r\n"
-        memory.feed(mail % b"..")
-        memory.say(*ENVELOPE[1:], "DATA")
-        self.assertEqual(memory.feed(mail % b".a")[0][:23], "550 5.6.0 unstuffed-dot")
+            self.assertEqual(memory.feed(self.MAIL % b"")[0][:3], "250")
 
     def test_of_all_messages(self) -> None:
         with Server(multiple_message_receiving=True) as server:
@@ -1997,10 +1775,9 @@ class ViolationTest(ServerCase):
         self.assertIn("C: <truncated>", message.transcript)
 
     def test_a_mail_with_so_many_recipients_that_the_dialogue_is_truncated(self) -> None:
-        mail = b"Date: Fri, 21 Nov 1997 09:55:06 -0600\r\nFrom: a@example.com\r\n%b\r\nhi\r\n.\r\n"
         for header, code in ((b"", "250"), (b"Bcc: c@c.com\r\n", "550")):
             memory = Memory(*ENVELOPE[:2], *ENVELOPE[2:] * 10_100, "DATA", strict=True, multiple_rcptto=True)
-            self.assertEqual(memory.feed(mail % header)[0][:3], code)
+            self.assertEqual(memory.feed(header + self.MAIL % b"hi")[0][:3], code)
             self.assertEqual("bcc-disclosed" in list_codes([memory.message()]), bool(header))
 
     def test_large_ones(self) -> None:
@@ -2010,10 +1787,6 @@ class ViolationTest(ServerCase):
             nested,
             b"".join(b"X-%d: =?utf-8?q?x?=\r\n" % i for i in range(10_000)),
             b"Content-Type: text/plain" + b"; a=b" * 100_000,
-            b"To: " + b"a@example.com, " * 25_000,
-            b"Bcc: " + b"(" * 2000,
-            b"Bcc: " + b"a:b," * 2000,
-            b"From: " + b'"' * 9999,
             b"Subject: " + b"=?a?q?" * 100_000,
             b"\r\n" + b"=\n" * 250_000,
         ):
@@ -2078,6 +1851,9 @@ HELLO | SEND => HELLO | MAIL | RCPT | DATA | 552
 HELLO | SEND => HELLO | MAIL | RCPT | DATA | hi 451
 == what rules made of a mail  -- rule: RCPT: reply 250 welcome  -- rule: message: reply 451 try later |
 HELLO | MAIL | RCPT TO:<no body> | DATA | hi | . | NOOP => HELLO | MAIL | RCPT TO:<no body> 250 | DATA | hi 451 | noop
+== greylisting  -- multiple_message_receiving=True  -- rule: RCPT: reply 450 later; times=2
+HELLO | MAIL | RCPT | RSET | MAIL | RCPT | RSET | SEND => HELLO | MAIL | RCPT TO:<b@b.com> 450 | RSET 250 +
+    HELLO | MAIL | RCPT TO:<b@b.com> 450 | RSET 250 + HELLO | SEND
 == a body that a rule refuses ends its mail, which stays  -- multiple_message_receiving=True
 -- rule: message: reply 552 no; times=1
 HELLO | SEND | RSET | SEND | NOOP => HELLO | MAIL | RCPT | DATA | hi 552 | RSET 250 + HELLO | SEND | noop
@@ -2122,6 +1898,7 @@ HELLO | MAIL FROM: John <j@x.com> => mail_from="j@x.com"
 HELLO | MAIL FROM:j => mail_from=None
 HELLO | MAIL | RCPT TO:nobody => received_at=None, received_header=""
 HELO a.com | SEND => esmtp=False
+HELLO | MAIL | RCPT | DATA | R:half\r\n..a => content=b"half\r\n.a", msg=False
 == what only a rule accepted is taken apart  -- extensions=["SIZE"]
 -- rule: MAIL: reply 250 ok
 -- rule: RCPT: reply 250 ok
@@ -2129,15 +1906,20 @@ HELLO | MAIL FROM:<John> SIZE=10 => mail_from="John", mailfrom_parameters={"SIZE
 HELLO | MAIL | RCPT TO:<Jim Doe> X=1 Y => rcpt_tos=["Jim Doe"], rcptto_parameters=[{"X": "1", "Y": ""}]
 == parameters  -- extensions=["SIZE", "SMTPUTF8", "DSN"], multiple_rcptto=True
 HELLO | MAIL FROM:<a@a.com> SIZE=5 smtputf8 => mail_from="a@a.com", mailfrom_parameters={"SIZE": "5", "SMTPUTF8": ""}
+HELLO | MAIL FROM:"a b"@a.com SIZE=3 => mail_from='"a b"@a.com', mailfrom_parameters={"SIZE": "3"}
 HELLO | MAIL | RCPT TO:<b@b.com> NOTIFY=NEVER | RCPT => rcptto_parameters=[{"NOTIFY": "NEVER"}, {}]
 == consistent though a recipient was refused  -- multiple_rcptto=True
 HELLO | MAIL | RCPT TO:<bad> | RCPT | DATA | hi | . => is_consistent=True
+== a greeting that refuses  -- msg_greeting="554 no"  -- rule: EHLO: reply 250 ok  -- rule: MAIL a@a.com: reply 250 a
+HELLO | MAIL | RCPT => helo=True, mail_from="a@a.com", rcptto=False
 == inconsistent by the sender  -- rule: RCPT: reply 250 ok  -- rule: DATA: reply 354 go  -- rule: MAIL: reply 550 no
 HELLO | SEND => is_consistent=False, data=True
 == inconsistent by the recipient  -- rule: DATA: reply 354 go  -- rule: RCPT: reply 550 no
 HELLO | SEND => is_consistent=False, data=True
 == inconsistent by the body  -- rule: message: reply 550 no
 HELLO | SEND => is_consistent=False, data=True, refusals=[("<4 bytes>", "550 no")]
+== refusals are those of each attempt  -- multiple_message_receiving=True  -- rule: RCPT: reply 450 later; times=2
+HELLO | MAIL | RCPT | RSET | MAIL | RCPT => id=2, refusals=[("RCPT TO:<b@b.com>", "450 later")]
 == a mail that was taken, and then a close  -- rule: message: reply 250 got it; close
 HELLO | SEND => is_consistent=True, msg_response="250 got it", id=1
 == logins  -- auth_users={"alice": "sécret", "bob": ""}
@@ -2149,6 +1931,15 @@ HELLO | AUTH XOAUTH2 {b64 user=bob\1auth=Bearer wrong\1\1} | * => auth=False, au
 HELLO | AUTH LOGIN {b64 alice} | {b64 sécret} => auth_mechanism="LOGIN", auth_response="235 Authentication succeeded"
 HELLO | AUTH PLAIN {b64 \0mallory\0guess} => auth_user="mallory", auth_response="535 Authentication credentials invalid"
 HELLO | AUTH PLAIN {b64 \0bob\0} | AUTH LOGIN | HELLO | SEND => auth=True, auth_user="bob"
+== a login of several mails  -- auth_users={"bob": ""}, multiple_message_receiving=True
+HELLO | AUTH PLAIN {b64 \0bob\0} | SEND | SEND => id=2, auth_user="bob", auth_request="AUTH PLAIN ***"
+== any login  -- auth_users="*"
+HELLO | AUTH PLAIN {b64 \0bob\0x} => auth=True, auth_user="bob"
+HELLO | AUTH LOGIN | {b64 bob} | {b64 x} => auth=True, auth_user="bob"
+HELLO | AUTH CRAM-MD5 | {b64 bob 0123} => auth=True, auth_user="bob"
+HELLO | AUTH XOAUTH2 {b64 user=bob\1auth=Bearer x\1\1} => auth=True, auth_user="bob"
+HELLO | AUTH PLAIN x => auth=False, auth_response="501 Cannot decode response"
+HELLO | AUTH PLAIN {b64 bob} => auth=False, auth_response="501 Cannot decode response"
 """)
 
 
@@ -2200,18 +1991,12 @@ class RecordTest(unittest.TestCase):
         for title, entry in FACTS.items():
             for row in entry.rows:
                 memory = Memory(**entry.options)
+                memory.greet()
                 memory.feed(*read_pieces(row.given))
                 with self.subTest(title, given=row.given):
                     message, expected = memory.message(), read_options(row.expected)
                     self.assertEqual({name: getattr(message, name) for name in expected}, expected)
                     self.assertNotRegex(str(message.to_dict()), "sécret|c8OpY3JldA")
-
-    def test_a_client_that_leaves_in_the_body(self) -> None:
-        memory = Memory(*ENVELOPE, "DATA", "half")
-        memory.feed(b"..a")
-        message = memory.message()
-        self.assertEqual((message.content, message.msg), (b"half\r\n.a", False))
-        self.assertEqual(message.transcript.splitlines()[-1], "C: <9 bytes>")
 
     def test_the_body_is_kept_as_it_is(self) -> None:
         for body in b"|\r\n|\n\r\x00\xff\r\n|no header\r\n|.\n\r\n|..\r\n.a\r\n|\r\n\r\n.\r.\r\n".split(b"|"):
@@ -2219,11 +2004,8 @@ class RecordTest(unittest.TestCase):
                 memory = Memory(*ENVELOPE, "DATA")
                 memory.feed(re.sub(rb"(^|(?<=\r\n))\.", b"..", body) + b".\r\n")
                 message = memory.message()
-                self.assertEqual(message.content, body)
+                self.assertEqual((message.content, message.is_consistent), (body, True))
                 self.assertEqual(message.msg_request.encode("utf-8", "surrogateescape"), body)
-                self.assertTrue(message.is_consistent)
-
-    # When it is in the mailbox.
 
     def test_what_was_handed_out_does_not_change(self) -> None:
         memory = receive_mail(multiple_rcptto=True)
@@ -2233,8 +2015,8 @@ class RecordTest(unittest.TestCase):
         memory.say("RCPT TO:<c@c.com>", "QUIT")
         self.assertEqual(summarize(message), keep("HELLO | SEND"))
         self.assertEqual(message.transcript.splitlines()[-1], f"S: {RECEIVED}")
-        self.assertEqual(memory.messages()[0].rcpt_tos, ["b@b.com", "c@c.com"])
-        self.assertEqual(memory.messages()[0].transcript.splitlines()[-1], "S: <closed>")
+        (changed,) = memory.messages()
+        self.assertEqual((changed.rcpt_tos, changed.quit_sent), (["b@b.com", "c@c.com"], True))
         with self.assertRaisesRegex(AttributeError, "read-only: helo"):
             message.helo = False
 
@@ -2244,31 +2026,27 @@ class RecordTest(unittest.TestCase):
 
     def test_after_a_purge(self) -> None:
         """What is not new does not come again, and what is new comes when it is complete; the dialogue is the same."""
-        new = ["HELLO | MAIL | RCPT | DATA | new 250"]
+        new = [keep("HELLO | MAIL | RCPT | DATA | new 250")]
         for lines, replies, before, after in (
             (["RSET", "NOOP", "QUIT"], 4, [], []),
             (["DATA", "new", "."], 2, new, new),
-            (["NOOP", *SEND[:3]], 4, [], ["HELLO | MAIL | RCPT | DATA"]),
+            (["NOOP", *SEND[:3]], 4, [], [keep("HELLO | MAIL | RCPT | DATA")]),
         ):
             memory = receive_mail()
             (purged,) = memory.messages(purge=True)
             self.assertEqual(len(memory.say(*lines)), replies)
-            self.assertEqual(list(map(summarize, memory.messages())), list(map(keep, before)))
+            self.assertEqual(list(map(summarize, memory.messages())), before)
             memory.end()
-            self.assertEqual(list(map(summarize, memory.messages())), list(map(keep, after)))
+            self.assertEqual(list(map(summarize, memory.messages())), after)
             self.assertNotIn(purged.id, ids(memory.messages()))
 
     def test_a_purge_at_any_moment_loses_nothing(self) -> None:
         """The second mail of a session, and a purge in the middle of each of its commands."""
-
-        def purge(request: str, message: Message) -> None:
-            purged.extend(memory.messages(purge=True))
-
         lines = [*SEND[:3], "new\r\n.", "NOOP", "QUIT"]
         for moment, line in enumerate(lines):
             memory, purged = receive_mail(), list[Message]()
             memory.say(*lines[:moment])
-            rule = memory.on("*")(purge)
+            rule = memory.on("*")(lambda *_, memory=memory, to=purged: to.extend(memory.messages(purge=True)))
             memory.say(line)
             rule.remove()
             memory.say(*lines[moment + 1 :])
@@ -2284,42 +2062,31 @@ class RecordTest(unittest.TestCase):
         memory = Memory("NOOP", rules=["NOOP: drop"])
         self.assertEqual(repr(memory.message()), "<Message 1 from None to []: 0 bytes, no reply>")
 
-    # The dialogue as text.
-
     def test_a_body_is_one_line_of_a_transcript(self) -> None:
-        ends = "S: 221 Closing connection | S: <closed>"
         for lines, end in (
-            (["DATA", "hi", "..", ".", "QUIT"], f"S: {READY} | C: <8 bytes> | S: {RECEIVED} | C: QUIT | {ends}"),
-            (["BDAT 4 LAST", "hi", "BDAT 4", "hi", "BDAT 10 LAST", "half"], "C: BDAT 10 LAST | C: <10 bytes>"),
-            (["DATA", "hi"], f"S: {READY} | C: <4 bytes>"),
-            (["BDAT 4 LAST", "hi"], "C: BDAT 4 LAST | C: <4 bytes> | S: 250 Received"),
+            ("DATA | hi | .. | .", f"S: {READY} | C: <8 bytes> | S: {RECEIVED}"),
+            ("DATA | hi", f"S: {READY} | C: <4 bytes>"),
+            ("BDAT 4 LAST | hi | BDAT 4 | hi | BDAT 10 LAST | half", "C: BDAT 10 LAST | C: <10 bytes>"),
+            ("BDAT 4 LAST | hi", "C: BDAT 4 LAST | C: <4 bytes> | S: 250 Received"),
         ):
-            transcript = Memory(*ENVELOPE, *lines, extensions=["CHUNKING"]).message().transcript
-            self.assertEqual(transcript.splitlines()[-len(read_items(end)) :], read_items(end))
+            transcript = Memory(*ENVELOPE, *read_items(lines), extensions=["CHUNKING"]).message().transcript
+            self.assertTrue(transcript.endswith("\n".join(read_items(end))), transcript)
 
     def test_the_transcript_of_each_mail_of_a_session(self) -> None:
         memory = Memory(multiple_message_receiving=True)
         memory.greet()
-        memory.say("NOOP", "EHLO a.com", *SEND, "RSET", "MAIL FROM:nobody", *SEND, "QUIT")
-        first, abandoned, second = (message.transcript.splitlines() for message in memory.messages())
-        self.assertEqual(first[:5], ["S: 220 Welcome", "C: NOOP", "S: 250 Ok", "C: EHLO a.com", "S: 250 Received"])
-        self.assertEqual(first[-2:], ["C: RSET", "S: 250 Ok"])
-        start = ["S: 220 Welcome", "C: EHLO a.com", "S: 250 Received"]
-        refused = ["C: MAIL FROM:nobody", "S: 501 MAIL FROM requires valid email address"]
-        self.assertEqual(abandoned, [*start, *refused])
-        self.assertEqual((second[:4], second[-1]), ([*start, "C: MAIL FROM:<a@a.com>"], "S: <closed>"))
-
-    def test_of_an_endless_session_only_the_greeting_is_kept(self) -> None:
-        memory = Memory(multiple_message_receiving=True)
-        memory.greet()
-        memory.say(ENVELOPE[0])
+        memory.say("NOOP", "EHLO a.com", *SEND, "RSET", "MAIL FROM:nobody")
         for _ in range(30):
             memory.feed(b"NOOP\r\n" * 1000)
-        memory.say(*SEND, *SEND)
-        first, second = (message.transcript for message in memory.messages())
-        self.assertLess(len(first.splitlines()), 30000)
-        self.assertTrue(first.startswith("S: 220 Welcome\n"))
-        self.assertTrue(second.startswith("S: 220 Welcome\nC: EHLO a.com\nS: 250 Received\nC: MAIL"))
+        memory.say(*SEND, "QUIT")
+        first, abandoned, second = (message.transcript.splitlines() for message in memory.messages())
+        hello = ["C: EHLO a.com", f"S: {RECEIVED}"]
+        start = ["S: 220 Welcome", *hello]
+        self.assertEqual(first[:5], ["S: 220 Welcome", "C: NOOP", "S: 250 Ok", *hello])
+        self.assertEqual(first[-2:], ["C: RSET", "S: 250 Ok"])
+        self.assertEqual(abandoned[:5], ["S: 220 Welcome", "C: <truncated>", *hello, "C: MAIL FROM:nobody"])
+        self.assertLess(len(abandoned), 30000)
+        self.assertEqual((second[:4], second[-1]), ([*start, f"C: {SEND[0]}"], "S: <closed>"))
 
 
 class ExchangeTest(unittest.TestCase):
@@ -2328,35 +2095,29 @@ class ExchangeTest(unittest.TestCase):
     def test_requests_and_responses(self) -> None:
         memory = Memory(auth_users={"bob": "pw"}, extensions=["CHUNKING"])
         memory.greet()
-        memory.say("EHLO a.com", "AUTH LOGIN", b64("bob"), b64("pw"), *SEND[:2], "BDAT 4 LAST", "hi", "QUIT")
-        expected = [
-            (None, "220 Welcome"),
-            ("EHLO a.com", "250-Received\n250-CHUNKING\n250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2"),
-            ("AUTH LOGIN", "334 VXNlcm5hbWU6"),
-            ("***", "334 UGFzc3dvcmQ6"),
-            ("***", "235 Authentication succeeded"),
-            *((line, RECEIVED) for line in SEND[:2]),
-            ("BDAT 4 LAST", None),
-            ("<4 bytes>", RECEIVED),
-            ("QUIT", "221 Closing connection"),
-        ]
+        memory.say("FOO", "EHLO a.com", "AUTH LOGIN", b64("bob"), b64("pw"), *SEND[:2], "BDAT 4 LAST", "hi", "QUIT")
         (message,) = memory.messages()
-        self.assertEqual([said[:2] for said in message.exchanges], expected)
-        self.assertEqual({said.accepted for said in message.exchanges}, {True})
-        self.assertEqual(message.auth_request, "AUTH LOGIN")
-        refused = Memory(*ENVELOPE[:1], "FOO").message().exchanges[-1]
-        self.assertEqual((refused.request, refused.response, refused.accepted), ("FOO", UNRECOGNIZED, False))
+        expected = [
+            (None, "220 Welcome", True),
+            ("FOO", UNRECOGNIZED, False),
+            ("EHLO a.com", "250-Received\n250-CHUNKING\n250 AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2", True),
+            ("AUTH LOGIN", "334 VXNlcm5hbWU6", True),
+            ("***", "334 UGFzc3dvcmQ6", True),
+            ("***", "235 Authentication succeeded", True),
+            *((line, RECEIVED, True) for line in SEND[:2]),
+            ("BDAT 4 LAST", None, True),
+            ("<4 bytes>", RECEIVED, True),
+            ("QUIT", "221 Closing connection", True),
+        ]
+        self.assertEqual([said[:3] for said in message.exchanges], expected)
 
     def test_times(self) -> None:
         """Of the read that a request came with."""
         memory = Memory(multiple_message_receiving=True)
         memory.greet()
-        memory.clock += 1
-        memory.say(*ENVELOPE)
-        memory.clock += 0.5
-        memory.feed(b"DATA\r\nhi\r\n")
-        memory.clock += 1
-        memory.feed(b".\r\n")
+        for seconds, data in ((1, "\r\n".join([*ENVELOPE, ""])), (0.5, "DATA\r\nhi\r\n"), (1, ".\r\n")):
+            memory.clock += seconds
+            memory.feed(data.encode())
         memory.clock += 1
         memory.end("421 bye")
         (message,) = memory.messages()
@@ -2365,9 +2126,8 @@ class ExchangeTest(unittest.TestCase):
         times = [(said.at - base).total_seconds() for said in message.exchanges]
         self.assertEqual(times, [0, 1, 1, 1, 1.5, 2.5, 3.5])
         self.assertEqual(message.received_at, message.exchanges[-2].at)
-        shown = message.to_dict()["exchanges"][-1]
-        at = "2020-09-13T12:26:43.750000+00:00"
-        self.assertEqual(shown, {"request": None, "response": "421 bye", "accepted": False, "at": at})
+        shown = {"request": None, "response": "421 bye", "accepted": False, "at": "2020-09-13T12:26:43.750000+00:00"}
+        self.assertEqual(message.to_dict()["exchanges"][-1], shown)
 
     def test_what_is_in_force_stays_in_its_order(self) -> None:
         memory = Memory(auth_users={"bob": "pw"}, multiple_message_receiving=True)
@@ -2380,8 +2140,7 @@ class ExchangeTest(unittest.TestCase):
     def test_the_clock_of_a_server(self) -> None:
         with Server() as server, Client(server) as client:
             before = datetime.datetime.now(datetime.timezone.utc)
-            client.ask("NOOP")
-            client.ask("QUIT")
+            client.ask("NOOP", "QUIT")
             after = datetime.datetime.now(datetime.timezone.utc)
             at = [said.at for said in server.messages()[0].exchanges]
             self.assertEqual(at, sorted(at))
@@ -2389,47 +2148,33 @@ class ExchangeTest(unittest.TestCase):
             self.assertTrue(before - slack <= at[-1] <= after + slack)
 
     def test_each_mail_covers_what_came_since_the_one_before(self) -> None:
-        for several in (False, True):
+        start = ["S: 220 Welcome", "C: EHLO a.com", f"S: {RECEIVED}"]
+        for several, noted in ((False, ["C: RSET", "S: 250 Ok", "C: NOOP", "S: 250 Ok"]), (True, [])):
             with self.subTest(several=several):
-                shown: list[str] = []
-                options: dict[str, Any] = {"on_message": lambda message, to=shown: to.append(message.transcript)}
-                memory = Memory(multiple_message_receiving=several, **options)
+                seen: list[Message] = []
+                memory = Memory(multiple_message_receiving=several, on_message=seen.append)
                 memory.greet()
-                memory.say(ENVELOPE[0], *SEND, "RSET", "NOOP")
-                for _ in range(100):
-                    memory.say(*SEND)
-                start = ["S: 220 Welcome", "C: EHLO a.com", f"S: {RECEIVED}"]
-                mail = [*start, f"C: {SEND[0]}"]
-                noted = [] if several else ["C: RSET", "S: 250 Ok", "C: NOOP", "S: 250 Ok"]
-                self.assertEqual(shown[1].splitlines()[: 4 + len(noted)], [*start, *noted, f"C: {SEND[0]}"])
-                self.assertEqual(shown[2].splitlines()[:4], mail)
-                self.assertEqual(shown[2:], shown[2:3] * 99)
+                memory.say(ENVELOPE[0], *SEND, "RSET", "NOOP", *SEND * 100)
+                _, second, *others = [message.transcript.splitlines() for message in seen]
+                self.assertEqual(second[: 4 + len(noted)], [*start, *noted, f"C: {SEND[0]}"])
+                self.assertEqual(others[0][:4], [*start, f"C: {SEND[0]}"])
+                self.assertEqual(others, others[:1] * 99)
 
     def test_abandoned_mails_are_recorded_before_the_reply(self) -> None:
-        accepted: list[Message] = []
-        others: list[Message] = []
-        options: dict[str, Any] = {"multiple_message_receiving": True}
-        options |= {"on_message": accepted.append, "on_unaccepted": others.append}
+        accepted, others = list[Message](), list[Message]()
+        options: dict[str, Any] = {"on_message": accepted.append, "on_unaccepted": others.append}
+        options["multiple_message_receiving"] = True
         for line in ("RSET", "RSET x", "QUIT", "QUIT x", "STARTTLS", "MAIL", "HELO b.com", "EHLO", "ehlo b.com"):
             with self.subTest(line):
                 others.clear()
-                memory = Memory(*ENVELOPE, **options)
-                self.assertEqual(memory.messages(), [])
-                memory.say(line)
-                self.assertEqual(memory.recorded[-1], 1)
+                memory = Memory(*ENVELOPE, line, **options)
+                self.assertEqual(memory.recorded[-2:], [0, 1])
                 self.assertEqual([message.rcpt_tos for message in others], [["b@b.com"]])
                 is_noted = line[:4] in ("RSET", "QUIT")
                 self.assertEqual(f"C: {line}" in memory.messages()[0].transcript.splitlines(), is_noted)
         for line in ("NOOP", "FOO", "AUTH PLAIN", "RCPT TO:<c@c.com>", "VRFY a"):
             self.assertEqual(len(Memory(*ENVELOPE, line, **options).messages()), 0, line)
         self.assertEqual(accepted, [])
-
-    def test_a_greylisted_mail_is_a_message_for_each_attempt(self) -> None:
-        rules = ["RCPT: reply 450 later; times=2"]
-        memory = Memory(ENVELOPE[0], rules=rules, multiple_message_receiving=True)
-        memory.say(*SEND[:2], "RSET", *SEND[:2], "RSET", *SEND)
-        expected = [([(SEND[1], "450 later")], False)] * 2 + [([], True)]
-        self.assertEqual([(message.refusals, message.is_consistent) for message in memory.messages()], expected)
 
     def test_of_many_attempts_the_oldest_are_kept_as_refusals(self) -> None:
         memory = Memory(rules=["RCPT: reply 450 later"])
@@ -2462,27 +2207,10 @@ class ExchangeTest(unittest.TestCase):
         codes = list_codes([memory.message()])
         self.assertEqual(len(codes), len(set(codes)))
 
-    def test_a_greeting_that_refuses(self) -> None:
-        codes = {"EHLO a.com": "503", "NOOP": "503", "FOO": "503", "MAIL FROM:<a@a.com>": "503", "QUIT": "221"}
-        for options, expected in (
-            ({"msg_greeting": "554 no"}, codes),
-            ({"rules": ["connect: reply 554 no"]}, codes),
-            ({"msg_greeting": "554 no", "rules": ["NOOP: reply 250 fine"]}, {**codes, "NOOP": "250"}),
-            ({"msg_greeting": "421 busy"}, {"EHLO a.com": "250", "FOO": "502", "QUIT": "221"}),
-        ):
-            memory = Memory(**dict[str, Any](options))
-            self.assertIn(memory.greet()[0][:3], ("554", "421"))
-            self.assertEqual({line: memory.say(line)[0][:3] for line in expected}, expected, options)
-        self.assertEqual(Memory(msg_greeting="554 no", fail_fast=True).greet(), ["554 no", "<closed>"])
-        secret = Memory(msg_greeting="554 no", auth_users={}, handlers=[make_handler("XKEY", has_secret=True)])
-        secret.greet()
-        secret.say("AUTH PLAIN c2VjcmV0", "XKEY c2VjcmV0")
-        self.assertNotIn("c2VjcmV0", secret.message().transcript)
-        ruled = Memory(msg_greeting="554 no", rules=["EHLO: reply 250 ok", "MAIL a@a.com: reply 250 a"])
-        ruled.greet()
-        self.assertEqual(ruled.say("EHLO a.com", SEND[0], SEND[1])[:2], ["250 ok", "250 a"])
-        message = ruled.message()
-        self.assertEqual((message.helo, message.mail_from, message.rcptto), (True, "a@a.com", False))
+    def test_a_secret_after_a_greeting_that_refuses(self) -> None:
+        handlers = [make_handler("XKEY", has_secret=True)]
+        memory = Memory("AUTH PLAIN c2VjcmV0", "XKEY c2VjcmV0", msg_greeting="554 no", auth_users={}, handlers=handlers)
+        self.assertNotIn("c2VjcmV0", memory.message().transcript)
 
     def test_rules_look_at_the_line(self) -> None:
         seen: list[str] = []
@@ -2540,12 +2268,9 @@ class ExchangeTest(unittest.TestCase):
         memory.feed(b"BDAT 3\r\nabcQUIT\r\n")
         (before,) = memory.messages()
         memory.end()
-        (after,) = memory.messages()
-        self.assertEqual(before.to_dict(), after.to_dict())
+        self.assertEqual(before.to_dict(), memory.messages()[0].to_dict())
         self.assertEqual(before.content, b"abc")
-        self.assertEqual(
-            before.transcript.splitlines()[-4:], ["C: <3 bytes>", "C: QUIT", "S: 221 Closing connection", "S: <closed>"]
-        )
+        self.assertTrue(before.transcript.endswith("C: <3 bytes>\nC: QUIT\nS: 221 Closing connection\nS: <closed>"))
 
     def test_what_came_early(self) -> None:
         """It stays so if on_message fails, and in each mail that has the same HELO."""
@@ -2554,13 +2279,10 @@ class ExchangeTest(unittest.TestCase):
             memory.feed(b"hi\r\n.\r\nQUIT\r\n")
             self.assertIn("pipelining", list_codes(memory.messages()))
         memory = Memory(multiple_message_receiving=True)
-        memory.greet()
         memory.feed(b"EHLO a.com \r\nMAIL FROM:<a@a.com>\r\n")
         memory.say(*SEND[1:], *SEND)
-        codes = [
-            [code for code in list_codes([m]) if code in ("pipelining", "command-space")] for m in memory.messages()
-        ]
-        self.assertEqual(codes, [["command-space", "pipelining"]] * 2)
+        for message in memory.messages():
+            self.assertLessEqual({"command-space", "pipelining"}, set(list_codes([message])))
 
     def test_what_is_no_discarded_mail_or_recipient(self) -> None:
         interrupted = Memory(*ENVELOPE, "DATA", rules=["message: reply 250 fine; after=3"])
@@ -3060,16 +2782,17 @@ class ReadingTest(unittest.TestCase):
 
 # ----------------------------------------------------------------------------------------- grammar
 
-# Arguments of commands, and the code of the reply, or for a recipient what is kept of it; = is what was given.
+# What * can be in a command, and the code of the reply, or for a recipient what is kept of it; = is what was given.
+# What is accepted with lenient_addresses is refused without that option.
 ARGUMENTS = read_table("""
-== a domain
+== EHLO *
 example.com | EXAMPLE.COM | a-b.example.com | a--b.com | 1.example.com | 3f2a9c1b7d4e.com | x.co | localhost | myhost |
     skMac2-5 | 3f2a9c1b7d4e | a | пример.рф | उदाहरण.भारत | example.xn--p1ai | xn--80ak6aa92e.com | 1.2.3.4 |
     [1.2.3.4] | [IPv6:::1] | [ipv6:2001:db8::1] | [IPv6:::ffff:1.2.3.4] => 250
 999.999.999.999 |  | a b | a\u3000b.com | 256.1.1.1 | 1.2.3 | [999.1.1.1] | 1.2.3.4] | [1.2.3.4 | [::1] | [IPv6:zz] |
     [IPv6:1.2.3.4] | name.zone42 | example.c | a..com | .com | a. | -a.com | a-.com | a.-b.com | user@host.com | 42 |
     4-2 | - | a_b.com | [] | [example.com] | example.com. | a.com/b | a\x00.com | a.c\udcffm => 501
-== a recipient
+== RCPT TO:*
 user@example.com | <user@example.com> | user+tag@example.com | <o'brien@example.com> | a@localhost | <a@LocalHost> |
     user.name+tag!#$%@example.com | user/dept=x@example.com | <user@[1.2.3.4]> | <user@[IPv6:::1]> | "a"@x.com |
     <"a>b@c\\""@x.com> | <user@пример.рф> | дядя@пример.рф | a@xn--80ak6aa92e.com | {a}@x.com | <"John Doe"@x.com> |
@@ -3082,15 +2805,34 @@ user | @ | user@ | @example.com | user@invalid | a@a.com@b.com | user@example..c
     .a@x.com | a.@x.com | "a@x.com | a"@x.com | user@exa_mple.com | a@[1.2.3] | a@[x@y] | a@[IPv6:x] | a@1.2.3.4 |
     a@x.com. | a(b)@x.com | <> | < | ><a@x.com> | <@a.com> | <@:b@x.com> | a@-x.com | a\x00@x.com | PostMaster |
     "John Doe" <john@x.com> | john@y.com <john@x.com> | < john@x.com> | John <john@x.com> Doe | a b@x.com |  |
-    a@x.com x | <a@x.com> x =>
-== parameters of MAIL FROM:<a@a.com>
+    a@x.com x | <a@x.com> x => 501
+== MAIL FROM:<a@a.com> *  -- extensions=["SIZE", "8BITMIME", "SMTPUTF8", "DSN", "XFOO"]
 SIZE=5 | size=10485760 | BODY=8BITMIME | Body=7bit | SMTPUTF8 | RET=HDRS | RET=full | XFOO | XFOO=1 | ENVID=a+3Db |
     SIZE=1 BODY=7BIT  SMTPUTF8 RET=FULL => 250
 SIZE=x | SIZE | SIZE=-1 | BODY=9BIT | BODY | SMTPUTF8=1 | RET=ALL | ENVID=a=b | ENVID=+3 | XBAR | SIZE=1 SIZE=2 |
     NOTIFY=NEVER | AUTH=<> | = | SIZE=1 foo => 555
-== parameters of RCPT TO:<b@b.com>
-NOTIFY=NEVER | notify=SUCCESS,DELAY,failure | ORCPT=rfc822;b@b.com | ORCPT=utf-8;a+2Bb NOTIFY=DELAY => 250
-NOTIFY= | NOTIFY=NEVER,DELAY | ORCPT=b@b.com | SIZE=1 => 555
+== MAIL FROM:* SIZE=3  -- extensions=["SIZE"]
+<a@a.com> | a@a.com | John Doe <a@a.com> | <> | <"a> b"@a.com> | "a b"@a.com => 250
+<a@a.com>SIZE=3 | <a@a.com | a => 501
+== RCPT TO:* NOTIFY=NEVER  -- extensions=["DSN"]
+<b@b.com> | <Postmaster> | <b@b.com> ORCPT=utf-8;a+2Bb => 250
+<b@b.com> ORCPT=b@b.com | <b@b.com> SIZE=1 | <b@b.com> NOTIFY=DELAY | <b@b.com> NOTIFY= => 555
+== RCPT TO:<b@b.com> NOTIFY=*  -- extensions=["DSN"]
+DELAY | SUCCESS,DELAY,failure | DELAY ORCPT=rfc822;b@b.com => 250
+NEVER,DELAY |  => 555
+
+# ---- Names that are in use and that the grammar of SMTP does not have
+== HELO *  -- lenient_addresses=True
+123456789012 | web_1.proj_default | _x | a.com. => 250
+a b |  | a..b | .a | a@b | [1.2.3] | a\u0080 => 501
+== RCPT TO:<*>  -- lenient_addresses=True
+root | root@web1 | a@srv_1.example.com | a@example.com. | "a b" | a@1234 | a.b@_ => =
+a b |  | a@ | @a | a@b@c | a@b..c | a..b@c | a@[1.2.3] | a\u0080 | {a_*2000}!@ | a@{1_*1900}.. | {a.*2000}@ |
+    "{a*4000} => 501
+== RCPT TO: *  -- lenient_addresses=True
+root | root@web1 | "a b" | a@1234 | <a@_> => =
+Jo <root> => root
+<root |  | root> | <> | root@ | "a => 501
 """)
 
 # Command lines in which the part in braces is repeated thousands of times.
@@ -3108,43 +2850,19 @@ a{ *}b
 class GrammarTest(unittest.TestCase):
     """What HELO, MAIL and RCPT take for their arguments."""
 
-    EXTENSIONS = ("SIZE", "8BITMIME", "SMTPUTF8", "PIPELINING", "DSN", "CHUNKING", "ENHANCEDSTATUSCODES", "XFOO")
-
-    def test_domains(self) -> None:
-        memory = Memory()
-        for domains, code, _ in ARGUMENTS["a domain"].rows:
-            for domain, verb in itertools.product(domains, ("HELO", "EHLO")):
-                self.assertEqual(memory.say(f"{verb} {domain}")[0][:3], code, domain)
-
-    def recipient(self, path: str) -> list[str]:
-        """The recipient that this path is."""
-        return Memory(*ENVELOPE[:2], f"RCPT TO:{path}").message().rcpt_tos
-
-    def test_addresses(self) -> None:
-        for addresses, expected, _ in ARGUMENTS["a recipient"].rows:
-            for address in addresses:
-                kept = re.sub("^<(.*)>$", r"\1", address) if expected == "=" else expected
-                self.assertEqual(self.recipient(address), [kept] * bool(kept), address)
-
-    def parameters(self) -> Memory:
-        return Memory("EHLO a.com", extensions=self.EXTENSIONS, multiple_rcptto=True)
-
-    def test_parameters(self) -> None:
-        for command in ("MAIL FROM:<a@a.com>", "RCPT TO:<b@b.com>"):
-            memory = self.parameters()
-            memory.say("MAIL FROM:<a@a.com>")
-            for words, code, _ in ARGUMENTS[f"parameters of {command}"].rows:
-                for word in words:
-                    self.assertEqual(memory.say(f"{command} {word}")[0][:3], code, word)
-
-    def test_the_forms_of_paths_with_parameters(self) -> None:
-        for path in ("<a@a.com>", "a@a.com", "John Doe <a@a.com>", "<>", '<"a> b"@a.com>', '"a b"@a.com'):
-            memory = self.parameters()
-            self.assertEqual(memory.say(f"MAIL FROM:{path} SIZE=3"), [RECEIVED], path)
-            self.assertEqual(memory.message().mailfrom_parameters, {"SIZE": "3"})
-        for path in ("<a@a.com>SIZE=3", "<a@a.com", "a", "<a@a.com> SIZE=3>"):
-            self.assertIn(self.parameters().say(f"MAIL FROM:{path}")[0][:3], ("501", "555"), path)
-        self.assertEqual(self.parameters().say("MAIL FROM:<>", "RCPT TO:<Postmaster> NOTIFY=NEVER"), [RECEIVED] * 2)
+    def test_arguments(self) -> None:
+        for command, entry in ARGUMENTS.items():
+            for given, expected, _ in entry.rows:
+                for argument in given:
+                    line = command.replace("*", argument)
+                    with self.subTest(line, **entry.options):
+                        memory = Memory(*ENVELOPE[:2], **entry.options)
+                        kept = re.sub("^<(.*)>$", r"\1", argument) if expected == "=" else expected
+                        self.assertEqual(memory.say(line)[0][:3], kept if kept.isdigit() else "250")
+                        if not kept.isdigit():
+                            self.assertEqual(memory.message().rcpt_tos, [kept])
+                        if "lenient_addresses" in entry.options:
+                            self.assertIn("501", Memory(*ENVELOPE[:2]).say(line)[0])
 
     def test_hostile_lines_cost_what_their_length_does(self) -> None:
         """With a pattern that is quadratic in it, this would last for minutes."""
@@ -3158,41 +2876,10 @@ class GrammarTest(unittest.TestCase):
                     memory.feed(line)
                     self.assertLess(time.thread_time() - began, 2)
 
-    # Names that are in use and that the grammar of SMTP does not have: lenient_addresses.
-
-    HOSTS = ("123456789012", "web_1.proj_default", "_x", "a.com.")
-    ADDRESSES = ("root", "root@web1", "a@srv_1.example.com", "a@example.com.", '"a b"', "a@1234", "a.b@_")
-    BAD_HOSTS = ("", "a b", "a..b", ".a", "a@b", "[1.2.3]", "a\u0080")
-    BAD_ADDRESSES = ("", "<root", "root>", "a b", "a@", "@a", "a@b@c", "a@b..c", "a..b@c", "a@[1.2.3]", "<a\u0080>")
-    LONG_ADDRESSES = ("a_" * 2000 + "!@", "a@" + "1_" * 1900 + "..", "a." * 2000 + "@", '"' + "a" * 4000)
-
-    def test_lenient_addresses_are_accepted_only_with_the_option(self) -> None:
-        for lenient, code in ((True, "250"), (False, "501")):
-            for line in (f"{verb} {host}" for host in self.HOSTS for verb in ("HELO", "EHLO")):
-                self.assertEqual(Memory(lenient_addresses=lenient).say(line)[0][:3], code, line)
-            for address, form in itertools.product(self.ADDRESSES, ("{}", "<{}>", "Jo <{}>")):
-                with self.subTest(address, lenient=lenient, form=form):
-                    memory = Memory("EHLO a.com", lenient_addresses=lenient)
-                    path = form.format(address)
-                    replies = memory.say(f"MAIL FROM:{path}", "MAIL FROM:<a@a.com>", f"RCPT TO:{path}")
-                    self.assertEqual([reply[:3] for reply in replies], [code, "250", code])
-                    self.assertEqual(memory.message().rcpt_tos, [address] * lenient)
-
-    def test_what_is_not_even_lenient_is_refused(self) -> None:
-        """And takes no long time."""
-        memory = Memory(lenient_addresses=True)
-        for host in self.BAD_HOSTS:
-            self.assertIn("501", memory.say(f"EHLO {host}")[0], host)
-        memory.say("EHLO a.com")
-        for path in (*self.BAD_ADDRESSES, *(f"<{path}>" for path in self.LONG_ADDRESSES)):
-            self.assertIn("501", memory.say(f"MAIL FROM:{path}")[0], path)
-        replies = memory.say("MAIL FROM:<>", "RCPT TO:<Postmaster>", "RCPT TO:<a@[127.0.0.1]>", "RCPT TO:<>")
-        self.assertEqual(replies, [RECEIVED] * 3 + ["501 RCPT TO requires valid email address"])
-
     def test_lenient_addresses_with_parameters_lists_and_rules(self) -> None:
         options: dict[str, Any] = {"extensions": ["SIZE"], "blacklisted_rcptto_emails": ["root"]}
         memory = Memory("EHLO web_1", lenient_addresses=True, rules=["RCPT a_1.com: reply 450 later"], **options)
-        replies = memory.say("MAIL FROM:root SIZE=5", "RCPT TO:<ROOT>", "RCPT TO:<b@a_1.com>", "RCPT TO:<b@a.com>")
+        replies = memory.say("MAIL FROM:root SIZE=5", "RCPT TO:<ROOT>", "RCPT TO:<b@a_1.com>", "RCPT TO:<Postmaster>")
         self.assertEqual(replies, [RECEIVED, "421 Service not available", "450 later", RECEIVED])
         message = memory.message()
         self.assertEqual((message.mail_from, message.mailfrom_parameters), ("root", {"SIZE": "5"}))
@@ -3203,125 +2890,111 @@ class GrammarTest(unittest.TestCase):
 
 # Options that are refused, and their errors.
 BAD_OPTIONS = read_rows("""
-prot=25                           => prot=25: there is no such option; did you mean port?
-qqqqqqqq=None                     => qqqqqqqq=None: there is no such option
-port=65536                        => port=65536: must be an integer from 0 to 65535
-port=-1                           => port=-1:{MORE}
-port="25"                         => port='25':{MORE}
-port=True                         => port=True:{MORE}
-port=25.0                         => port=25.0:{MORE}
-host=None                         => host=None: must be a host name or an address
-fail_fast=1                       => fail_fast=1: must be true or false
-msg_greeting="220 \\ud800"        => msg_greeting={MORE}: must be a string without lone surrogates
-msg_size_limit=-1                 => msg_size_limit=-1: must be an integer from 0 up
-session_timeout=0                 => session_timeout=0: must be a number of seconds from 0.001 to 1000000
-response_delay_quit=-1            => response_delay_quit=-1: must be a number of seconds from 0 to {MORE}
-shutdown_timeout=1e999            => shutdown_timeout=inf:{MORE}
-shutdown_timeout=1e999-1e999      => shutdown_timeout=nan:{MORE}
-shutdown_timeout=None             => shutdown_timeout=None:{MORE}
-not_registered_emails="a@a.com"   => not_registered_emails='a@a.com': must be a list{MORE}
-not_registered_emails=[1]         => not_registered_emails=[1]: must be a list of strings
-auth_users="a:b"                  => auth_users: must be a mapping of users{MORE}
-auth_users=["a"]                  => auth_users: must be a mapping of users{MORE}
-auth_users={"a": 1}               => auth_users: must be a mapping of users{MORE}
-auth_users={1: "a"}               => auth_users: must be a mapping of users{MORE}
-auth_required=True                => auth_required=True: needs auth_users
-auth_requires_tls=True            => auth_requires_tls=True: needs ssl_context
-implicit_tls=True                 => implicit_tls=True: needs ssl_context
-tls_required=True                 => tls_required=True: needs ssl_context
-ssl_context=1                     => ssl_context=1: must be an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) with a certificate, or 'test', 'expired' or 'wrong host'
-ssl_context="tset"                => ssl_context='tset': must be{MORE}'test'{MORE}
-auth_users="**"                   => auth_users: must be a mapping of users{MORE} or * for anybody
-ssl_context=ssl.create_default_context() => {MORE}must be an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER){MORE}
+prot=25 => prot=25: there is no such option; did you mean port?
+qqqqqqqq=None => qqqqqqqq=None: there is no such option
+port=65536 => port=65536: must be an integer from 0 to 65535
+port=-1 | port="25" | port=True | port=25.0 => port={MORE}: must be an integer from 0 to 65535
+host=None => host=None: must be a host name or an address
+msg_greeting="220 \\ud800" => msg_greeting={MORE}: must be a string without lone surrogates
+fail_fast=1 => fail_fast=1: must be true or false
+msg_size_limit=-1 => msg_size_limit=-1: must be an integer from 0 up
+session_timeout=0 => session_timeout=0: must be a number of seconds from 0.001 to 1000000
+response_delay_quit=-1 => response_delay_quit=-1: must be a number of seconds from 0 to {MORE}
+shutdown_timeout=1e999 | shutdown_timeout=1e999-1e999 | shutdown_timeout=None => shutdown_timeout={MORE}: must be{MORE}
+not_registered_emails="a@a.com" | not_registered_emails=[1] => not_registered_emails={MORE}: must be a list of strings
+auth_users="a:b" | auth_users=["a"] | auth_users={"a": 1} | auth_users={1: "a"} | auth_users="**" =>
+    auth_users: must be a mapping of users{MORE} or * for anybody
+auth_required=True => auth_required=True: needs auth_users
+auth_requires_tls=True | implicit_tls=True | tls_required=True => {MORE}=True: needs ssl_context
+ssl_context=1 | ssl_context="tset" | ssl_context=ssl.create_default_context() => ssl_context={MORE}
+    must be an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) with a certificate, or 'test', 'expired' or 'wrong host'
 auth_mechanisms=["PLAIN","plian"] => auth_mechanisms: plian is unknown; did you mean PLAIN?
-auth_mechanisms="PLAIN"           => auth_mechanisms='PLAIN': must be a list of words
-tolerated=["bare-fl"]             => tolerated: bare-fl is unknown; did you mean bare-lf?
-extensions=["SIEZ"]               => extensions: SIEZ is unknown; did you mean SIZE{MORE}
-extensions=["STARTTLS"]           => extensions: STARTTLS is announced with the option ssl_context
-extensions=["auth"]               => extensions: AUTH is announced with the option auth_users
+auth_mechanisms="PLAIN" => auth_mechanisms='PLAIN': must be a list of words
+tolerated=["bare-fl"] => tolerated: bare-fl is unknown; did you mean bare-lf?
+extensions=["SIEZ"] => extensions: SIEZ is unknown; did you mean SIZE{MORE}
+extensions=["STARTTLS"] => extensions: STARTTLS is announced with the option ssl_context
+extensions=["auth"] => extensions: AUTH is announced with the option auth_users
 """)
 
 # Other calls that are refused, where vrfy() makes a Handler with these attributes, and server has a session.
 BAD_CALLS = read_rows(r"""
-Server(configuration="x")                      => configuration='x': must be a Configuration
-Server(logger=object())                        => logger={MORE}must be a logger with methods info(), warning() and error()
-Server(on_message=1)                           => on_message=1: must be a function that is not async
-Server(on_mesage=1)                            => on_mesage=1: there is no such option; did you mean on_message?
-Server(handlers=1)                             => handlers=1: must be a list of subclasses of Handler
-Server(handlers=[object])                      => handlers{MORE} subclass of Handler
-Server(handlers=[vrfy()(Configuration())])     => handlers{MORE} subclass of Handler
-Server(handlers=[vrfy(verbs="VRFY")])          => Vrfy.verbs{MORE}must be a tuple of strings, as{MORE}
-Server(handlers=[vrfy(verbs=())])              => Vrfy.verbs{MORE}must be a tuple of strings, as{MORE}
-Server(handlers=[vrfy(verbs=("V R",))])        => Vrfy.verbs{MORE}'V R' is no verb
-Server(handlers=[vrfy(needs="helo")])          => Vrfy.needs{MORE}must be a tuple of strings, as{MORE}
-Server(handlers=[vrfy(needs=("hello",))])      => Vrfy.needs{MORE}'hello' is no step of a session
-Server(handlers=[vrfy(received="")])           => Vrfy.received{MORE}must be a text that begins with three digits, or an option
-Server(handlers=[vrfy(received="msg_noop_recieved")]) => Vrfy.received{MORE}or an option; did you mean msg_noop_received{MORE}
-Server(handlers=[vrfy(bad_argument="what?")])  => Vrfy.bad_argument{MORE}must be a text that begins with three digits{MORE}
-Server(handlers=[vrfy(parse=None)])            => Vrfy.parse{MORE}must be a function{MORE}
-server.wait_for_messages(-1)                   => count=-1: must be an integer from 0 up
-server.wait_for_messages(1, -1)                => timeout=-1: must be a number of seconds from 0 to 1000000
-server.wait_for_messages(1, 1, "x")            => where='x': must be a function of a Message; timeout is the argument after it
-server.wait_for_messages_and_purge(1, 1, "x")  => where='x': must be a function of a Message; timeout is the argument after it
-server.disconnect(1)                           => reset=1: must be true or false
-configure(host="::1")                          => host='::1': cannot be changed by configure(), only by Server()
-configure(fail_fsat=True)                      => fail_fsat=True: there is no such option; did you mean fail_fast?
+Server(configuration="x") | configure(configuration="x") => configuration='x': must be a Configuration
+Server(logger=object()) => logger={MORE}must be a logger with methods info(), warning() and error()
+Server(on_message=1) => on_message=1: must be a function that is not async
+Server(on_mesage=1) => on_mesage=1: there is no such option; did you mean on_message?
+Server(handlers=1) => handlers=1: must be a list of subclasses of Handler
+Server(handlers=[object]) | Server(handlers=[vrfy()(Configuration())]) => handlers{MORE} subclass of Handler
+Server(handlers=[vrfy(verbs="VRFY")]) | Server(handlers=[vrfy(verbs=())]) => Vrfy.verbs{MORE}must be a tuple of {MORE}
+Server(handlers=[vrfy(verbs=("V R",))]) => Vrfy.verbs{MORE}'V R' is no verb
+Server(handlers=[vrfy(needs="helo")]) => Vrfy.needs{MORE}must be a tuple of strings, as{MORE}
+Server(handlers=[vrfy(needs=("hello",))]) => Vrfy.needs{MORE}'hello' is no step of a session
+Server(handlers=[vrfy(received="")]) => Vrfy.received{MORE}must be a text that begins with three digits, or an option
+Server(handlers=[vrfy(received="msg_noop_recieved")]) => Vrfy.received{MORE}did you mean msg_noop_received{MORE}
+Server(handlers=[vrfy(bad_argument="what?")]) => Vrfy.bad_argument{MORE}must be a text that begins with three digits{MORE}
+Server(handlers=[vrfy(parse=None)]) => Vrfy.parse{MORE}must be a function{MORE}
+server.wait_for_messages(-1) => count=-1: must be an integer from 0 up
+server.wait_for_messages(1, -1) => timeout=-1: must be a number of seconds from 0 to 1000000
+server.wait_for_messages(1, 1, "x") | server.wait_for_messages_and_purge(1, 1, "x") =>
+    where='x': must be a function of a Message; timeout is the argument after it
+server.disconnect(1) => reset=1: must be true or false
+configure(host="::1") => host='::1': cannot be changed by configure(), only by Server()
 configure(configuration=Configuration(port=1)) => port=1: cannot be changed by configure(), only by Server()
-configure(configuration="x")                   => configuration='x': must be a Configuration
-server.on("")                                  => stage='': must be connect, message, * or a verb{MORE}
-server.on("MAIL TWICE")                        => stage='MAIL TWICE': {MORE}
-server.on("RCTP")                              => stage='RCTP': {MORE}did you mean RCPT?
-server.on("MAILFROM")                          => stage='MAILFROM': {MORE}did you mean MAIL?
-server.on("BODY")                              => stage='BODY': {MORE}did you mean message?
-server.on("END")                               => stage='END': {MORE}did you mean message?
-server.on("MAIL", 1)                           => match=1: must be an address, a domain, a pattern of str or a function
-server.on("MAIL", re.compile(b"x"))            => {MORE}must be an address, a domain, a pattern of str or a function
-server.on("RCPT", "")                          => match='': no address or domain can be this{MORE}
-server.on("RCPT", "bob@")                      => match='bob@': no address or domain can be this{MORE}
-server.on("RCPT", "<bob@example.com>")         => {MORE}did you mean 'bob@example.com'?
-server.on("RCPT", "Bob <bob@example.com>")     => {MORE}did you mean 'bob@example.com'?
-server.on("QUIT", "bob@example.com")           => {MORE}there is no address or domain at QUIT
-server.on("connect", "example.com")            => {MORE}there is no address or domain at connect
-server.on("RCPT", "@example.com")              => {MORE}did you mean 'example.com'?
-server.on("RCPT", r".*@example\.com")          => {MORE}did you mean re.compile({MORE}
-server.on("RCPT", r"bob@example\.com")         => {MORE}did you mean re.compile({MORE}
-server.on("RCPT", r"\w@x.com")                 => {MORE}did you mean re.compile({MORE}
-server.on("RCPT", "^bob@x.com")                => {MORE}did you mean re.compile({MORE}
-server.on("RCPT", "bob@x.com$")                => {MORE}did you mean re.compile({MORE}
-server.on("RCPT", "*@x.com")                   => {MORE}did you mean 'x.com'?
-server.on("MAIL", skip=-1)                     => skip=-1: must be an integer from 0 up
-server.on("MAIL", skip=None)                   => skip=None: must be an integer from 0 up
-server.on("MAIL", skpi=1)                      => skpi=1: on() has no such argument; did you mean skip?
-server.on("MAIL", times=0)                     => times=0: must be an integer from 1 up
-server.on("MAIL", probability=2)               => probability=2: must be a number from 0 to 1
-server.on("MAIL", time=2)                      => time=2: on() has no such argument; did you mean times?
-server.on("MAIL", q=2)                         => q=2: on() has no such argument; there are stage, match, skip, times, {MORE}
-server.on("MAIL", after=1)                     => after=1: is for the stage message, not for MAIL
-server.on("message", after=-1)                 => after=-1: must be an integer from 0 up
-server.on("MAIL").reply()                      => reply=(): must be a string such as '550 No', with one last line{MORE}
-server.on("MAIL").reply(450)                   => reply=450: {MORE}
-server.on("MAIL").reply("\ud800")              => reply='{MORE}ud800': must be a string such as{MORE}
-server.on("MAIL").delay(-1)                    => delay=-1: must be a number of seconds{MORE}
-server.on("MAIL").trickle("x")                 => trickle='x': must be a number of seconds{MORE}
-server.on("MAIL").raw("x")                     => raw='x': must be bytes
-server.on("MAIL")(1)                           => rule=1: must be a function that is not async
-Action(time=2)                                 => time=2: there is no such option; there are reply, raw, delay, tri{MORE}
-Action(then="closed")                          => then='closed': must be one of close, drop, reset, silence
+configure(fail_fsat=True) => fail_fsat=True: there is no such option; did you mean fail_fast?
+server.on("") | server.on("MAIL TWICE") => stage={MORE}: must be connect, message, * or a verb{MORE}
+server.on("RCTP") => stage='RCTP': {MORE}did you mean RCPT?
+server.on("MAILFROM") => stage='MAILFROM': {MORE}did you mean MAIL?
+server.on("BODY") | server.on("END") => stage={MORE}did you mean message?
+server.on("MAIL", 1) => match=1: must be an address, a domain, a pattern of str or a function
+server.on("MAIL", re.compile(b"x")) => match={MORE}: must be an address, a domain, a pattern of str or a function
+server.on("RCPT", "") | server.on("RCPT", "bob@") => match={MORE}: no address or domain can be this{MORE}
+server.on("RCPT", "<bob@b.com>") | server.on("RCPT", "Bob <bob@b.com>") => match={MORE}: did you mean 'bob@b.com'?
+server.on("QUIT", "bob@example.com") => match={MORE}there is no address or domain at QUIT
+server.on("connect", "example.com") => match={MORE}there is no address or domain at connect
+server.on("RCPT", "@x.com") | server.on("RCPT", "*@x.com") => match={MORE}did you mean 'x.com'?
+server.on("RCPT", r".*@example\.com") | server.on("RCPT", r"bob@x\.com") | server.on("RCPT", r"\w@x.com") |
+    server.on("RCPT", "^bob@x.com") | server.on("RCPT", "bob@x.com$") =>
+    match={MORE}did you mean re.compile({MORE}
+server.on("MAIL", skip=-1) | server.on("MAIL", skip=None) => skip={MORE}: must be an integer from 0 up
+server.on("MAIL", skpi=1) => skpi=1: on() has no such argument; did you mean skip?
+server.on("MAIL", time=2) => time=2: on() has no such argument; did you mean times?
+server.on("MAIL", q=2) => q=2: on() has no such argument; there are stage, match, skip, times, {MORE}
+server.on("MAIL", times=0) => times=0: must be an integer from 1 up
+server.on("MAIL", probability=2) => probability=2: must be a number from 0 to 1
+server.on("MAIL", after=1) => after=1: is for the stage message, not for MAIL
+server.on("message", after=-1) => after=-1: must be an integer from 0 up
+server.on("MAIL").reply() => reply=(): must be a string such as '550 No', with one last line{MORE}
+server.on("MAIL").reply(450) | server.on("MAIL").reply("\ud800") =>
+    reply={MORE}: must be a string such as{MORE}
+server.on("MAIL").delay(-1) => delay=-1: must be a number of seconds{MORE}
+server.on("MAIL").trickle("x") => trickle='x': must be a number of seconds{MORE}
+server.on("MAIL").raw("x") => raw='x': must be bytes
+server.on("MAIL")(1) => rule=1: must be a function that is not async
+Action(time=2) => time=2: there is no such option; there are reply, raw, delay, tri{MORE}
+Action(then="closed") => then='closed': must be one of close, drop, reset, silence
 """)
 GOOD_CALLS = r"""
-Server(extensions=["XSIZE", "FOO", "size 5"]) |
-server.on("VRFY"), server.on("HELP"), server.on("XCLIENT"), server.on("Mail From"), server.on("rcpt") |
-server.on("RCPT", "a.b+c@example.com"), server.on("RCPT", "example.com"), server.on("RCPT", '"a b"@x.com') |
-server.on("RCPT", r'"a\"b"@x.com'), server.on("RCPT", "a@[1.2.3.4]")
+Server(extensions=["XSIZE", "FOO", "size 5"]) | server.on("VRFY") | server.on("HELP") | server.on("XCLIENT") |
+server.on("Mail From") | server.on("rcpt") | server.on("RCPT", "a.b+c@example.com") | server.on("RCPT", "example.com") |
+server.on("RCPT", '"a b"@x.com') | server.on("RCPT", r'"a\"b"@x.com') | server.on("RCPT", "a@[1.2.3.4]")
 """
 
 
 class ConfigurationTest(ServerCase):
+    def assert_refused(self, call: str, names: dict[str, Any], pattern: str) -> None:
+        """The error has the name of the option, also after it was pickled."""
+        error = catch(ConfigurationError, eval, call, names)
+        self.assertRegex(str(error), pattern)
+        option = re.match(r"([\w.]+)=(?!.*three digits)|(\w+): (?!<)", str(error))
+        needed = re.search(r"(?:: needs|the option) (\w+)$", str(error))
+        expected = (str(error), option[1] or option[2] if option else "", needed[1] if needed else "")
+        for found in (error, pickle.loads(pickle.dumps(error))):
+            self.assertEqual((str(found), found.option, found.needed), expected)
+
     def test_bad_options(self) -> None:
         for row in BAD_OPTIONS:
-            for make in ("Configuration", "Server"):
-                with self.subTest(row.given), self.assertRaisesRegex(ConfigurationError, row.pattern):
-                    eval(f"smtpmock.{make}({row.given[0]})")
+            for given, make in itertools.product(row.given, ("Configuration", "Server")):
+                with self.subTest(given):
+                    self.assert_refused(f"smtpmock.{make}({given})", globals(), row.pattern)
 
     def test_bad_calls(self) -> None:
         """They have no effect."""
@@ -3334,11 +3007,11 @@ class ConfigurationTest(ServerCase):
             "vrfy": lambda **attributes: make_handler("VRFY", "252 maybe", **attributes),
         }
         for row in BAD_CALLS:
-            with self.subTest(row.given):
-                with self.assertRaisesRegex(ConfigurationError, row.pattern):
-                    eval(row.given[0], names)
-                with Client(server) as other:
-                    self.assertEqual(other.greeting, "220 old")
+            for call in row.given:
+                with self.subTest(call):
+                    self.assert_refused(call, names, row.pattern)
+                    with Client(server) as other:
+                        self.assertEqual(other.greeting, "220 old")
         self.assertEqual(client.ask(*ENVELOPE, *SEND[2:]), [*[RECEIVED] * 3, READY, RECEIVED])
         for call in read_items(GOOD_CALLS):
             eval(call, names)
@@ -3347,26 +3020,6 @@ class ConfigurationTest(ServerCase):
         errors = (ConfigurationError, ServerStateError, ServerStartError, WaitTimeoutError)
         for error, builtin in zip(errors, (ValueError, RuntimeError, OSError, TimeoutError), strict=True):
             self.assertTrue(issubclass(error, builtin) and issubclass(error, smtpmock.SMTPMockError))
-
-    def test_errors_have_the_name_of_the_option(self) -> None:
-        for call, option, needed in (
-            ("Configuration(prot=25)", "prot", ""),
-            ("Configuration(port='25')", "port", ""),
-            ("Server(tolerated=['x'])", "tolerated", ""),
-            ("Server(implicit_tls=True)", "implicit_tls", "ssl_context"),
-            ("Server(extensions=['AUTH'])", "extensions", "auth_users"),
-            ("Server().configure(host='::1')", "host", ""),
-            ("Server().on('RCTP')", "stage", ""),
-            ("Server().on('RCPT', '.*')", "match", ""),
-            ("Server().on('RCPT', time=1)", "time", ""),
-            ("Server().on('RCPT').delay('1')", "delay", ""),
-            ("Server(handlers=[int])", "", ""),
-        ):
-            with self.subTest(call):
-                error = catch(ConfigurationError, eval, f"smtpmock.{call}", {"smtpmock": smtpmock})
-                for found in (error, pickle.loads(pickle.dumps(error))):
-                    self.assertEqual((found.option, found.needed, str(found)), (option, needed, str(error)))
-                self.assertTrue(str(error).startswith(option) and str(error).endswith(needed))
 
     def test_it_cannot_be_changed(self) -> None:
         names = ["a@a.com"]
@@ -3381,7 +3034,7 @@ class ConfigurationTest(ServerCase):
     OWN = ("logger", "on_message", "handlers")  # the keywords of a Server that are no options
 
     def test_signatures(self) -> None:
-        fields = dataclasses.fields(Configuration)
+        fields = [(field.name, field.default, field.type) for field in dataclasses.fields(Configuration)]
         for shown, own in ((Configuration, ()), (Server, self.OWN), (type("Mine", (Server,), {}), self.OWN)):
             with self.subTest(shown):
                 parameters = list(inspect.signature(shown).parameters.values())
@@ -3389,12 +3042,10 @@ class ConfigurationTest(ServerCase):
                     first, *parameters = parameters
                     self.assertEqual((first.name, first.kind.name), ("configuration", "POSITIONAL_OR_KEYWORD"))
                 self.assertEqual({parameter.kind.name for parameter in parameters}, {"KEYWORD_ONLY"})
-                expected = [(field.name, field.default, field.type) for field in fields]
                 found = [(parameter.name, parameter.default, parameter.annotation) for parameter in parameters]
-                self.assertEqual(found[: len(fields)], expected)
-                self.assertEqual(tuple(parameter.name for parameter in parameters[len(fields) :]), own)
+                self.assertEqual(found[: len(fields)], fields)
+                self.assertEqual(tuple(name for name, *_ in found[len(fields) :]), own)
 
-    def test_other_signatures(self) -> None:
         class Mine(Server):
             def __init__(self, size: int) -> None:
                 super().__init__(msg_size_limit=size)
@@ -3418,32 +3069,25 @@ class ConfigurationTest(ServerCase):
         self.assertNotRegex(pydoc.plain(pydoc.render_doc(Server.configure)), "host:|port:|500 Line")
 
     def test_repr_shows_what_differs(self) -> None:
-        expected = "Configuration(host='::1', fail_fast=True)"
-        self.assertEqual(repr(Configuration()), "Configuration()")
-        self.assertEqual(repr(Configuration(fail_fast=True, host="::1", seed=None)), expected)
-        self.assertEqual(repr(smtpmock.Action("450 later", then="close")), "Action(reply='450 later', then='close')")
+        for made, expected in (
+            (Configuration(), "Configuration()"),
+            (Configuration(fail_fast=True, host="::1", seed=None), "Configuration(host='::1', fail_fast=True)"),
+            (smtpmock.Action("450 later", then="close"), "Action(reply='450 later', then='close')"),
+        ):
+            self.assertEqual(repr(made), expected)
 
     def test_equality(self) -> None:
         make = functools.partial(Configuration, auth_users={"u": "s"}, extensions=["SIZE"], ssl_context="test")
-        same = [make(), make(port=0), make(extensions=("SIZE",), auth_users={"u": "s"}), dataclasses.replace(make())]
-        self.assertEqual(same, [make()] * 4)
-        self.assertEqual(len(set(same)), 1)
+        same = [make(port=0), make(extensions=("SIZE",), auth_users={"u": "s"}), dataclasses.replace(make())]
+        same += [copy.copy(make()), copy.deepcopy(make()), pickle.loads(pickle.dumps(make()))]
+        self.assertEqual((same, len(set(same))), ([make()] * 6, 1))
         others = [make(port=1), make(auth_users={"u": "t"}), Configuration(), Configuration(host="Server"), None]
         for other in [*others, smtpmock.Action(), "Configuration()"]:
             self.assertNotEqual(make(), other)
         self.assertNotEqual(smtpmock.Action(), Configuration())
         self.assertEqual(smtpmock.Action(delay=1), smtpmock.Action(delay=1.0))
-
-    def test_copies(self) -> None:
-        original = Configuration(port=25, not_registered_emails=["a@A.com"], ssl_context="test")
-        for made in (copy.copy(original), copy.deepcopy(original), pickle.loads(pickle.dumps(original))):
-            self.assertEqual((made, made.port, made.not_registered_emails), (original, 25, {"a@a.com"}))
-        self.assertEqual(dataclasses.asdict(original)["msg_greeting"], "220 Welcome")
         for replace in (dataclasses.replace, getattr(copy, "replace", dataclasses.replace)):  # new in 3.13
-            self.assertEqual(
-                replace(original, port=26),
-                Configuration(port=26, not_registered_emails=["a@a.com"], ssl_context="test"),
-            )
+            self.assertEqual(replace(make(), port=26), make(port=26))
 
     def test_it_is_a_dataclass(self) -> None:
         """So that users can extend it, match it, and have pprint and pytest show it."""
@@ -3455,6 +3099,7 @@ class ConfigurationTest(ServerCase):
         self.assertTrue(dataclasses.is_dataclass(Configuration) and dataclasses.is_dataclass(smtpmock.Action()))
         self.assertEqual((Mine(port=25).ours, inspect.signature(Mine).parameters["ours"].default), ("x", "x"))
         self.assertEqual(smtpmock.Action.__match_args__, ("reply", "raw", "delay", "trickle", "then"))
+        self.assertEqual(dataclasses.asdict(Configuration())["msg_greeting"], "220 Welcome")
         self.assertIn("msg_greeting", pprint.pformat(Configuration(msg_greeting="220 " + 100 * "x"), width=20))
 
     def test_positional_arguments(self) -> None:
@@ -3511,18 +3156,6 @@ class WaitingTest(unittest.TestCase):
         left = weakref.ref(server.messages_and_purge()[0])
         self.assertTrue(wait_until(lambda: gc.collect() < 0 or left() is None), "the wait has left something")
 
-    def test_where_may_do_what_it_likes(self) -> None:
-        """It is called without a lock: it can send mail, or ask the server in another thread."""
-        server = self.receive("hi")
-        asked = iter([1])
-
-        def where(message: Message) -> bool:
-            for _ in asked:
-                send(server, "from within")
-            return bool(in_threads(lambda: message in server.messages())[0])
-
-        self.assertEqual(len(server.wait_for_messages(2, TIMEOUT, where)), 2)
-
     def test_where_of_a_message_that_changes(self) -> None:
         server = self.receive()
         with Smtp(server) as client:
@@ -3531,14 +3164,12 @@ class WaitingTest(unittest.TestCase):
             waiter = lambda: len(server.wait_for_messages(1, TIMEOUT, lambda message: message.quit_sent))  # noqa: E731
             self.assertEqual(in_threads(waiter, client.quit)[0], 1)
 
-    def test_a_waiter_is_woken_when_there_can_be_enough(self) -> None:
-        """After the first look at what is there, it looks again when there are as many as it waits for."""
-        server = self.receive("hi")
-        looked = threading.Event()
-        seen: list[int] = []
+    def wait_meanwhile(self, count: int, where: Callable[[Server], object]) -> list[Message]:
+        """Wait for mails, of which the first is there, and the others come after where() was called for that."""
+        server, looked = self.receive("hi"), threading.Event()
 
-        def where(message: Message) -> bool:
-            seen.append(len(server.messages()))
+        def look(message: Message) -> bool:
+            where(server)
             looked.set()
             return True
 
@@ -3546,24 +3177,18 @@ class WaitingTest(unittest.TestCase):
             looked.wait(TIMEOUT)
             send(server, *["hi"] * 99)
 
-        in_threads(lambda: server.wait_for_messages(100, TIMEOUT, where), send_more)
+        return list(in_threads(lambda: server.wait_for_messages(count, TIMEOUT, look), send_more)[0])
+
+    def test_a_waiter_is_woken_when_there_can_be_enough(self) -> None:
+        """After the first look at what is there, it looks again when there are as many as it waits for."""
+        seen: list[int] = []
+        self.wait_meanwhile(100, lambda server: seen.append(len(server.messages())))
         self.assertEqual(seen, [1] + [100] * 99)
 
     def test_what_is_purged_while_one_waits_does_not_count(self) -> None:
-        server = self.receive("hi")
-        purged = threading.Event()
-
-        def where(message: Message) -> bool:
-            if not purged.is_set():
-                server.messages_and_purge()
-                purged.set()
-            return True
-
-        def send_more() -> None:
-            purged.wait(TIMEOUT)
-            send(server, "hi", "hi")
-
-        self.assertEqual(ids(in_threads(lambda: server.wait_for_messages(2, TIMEOUT, where), send_more)[0]), [2, 3])
+        purges = iter([Server.messages_and_purge])
+        found = self.wait_meanwhile(99, lambda server: [purge(server) for purge in purges])
+        self.assertEqual(ids(found), list(range(2, 101)))
 
     def test_a_timeout_says_what_there_is(self) -> None:
         server = self.receive(*["Subject: Grüße".encode()] * 12)
@@ -3574,8 +3199,7 @@ class WaitingTest(unittest.TestCase):
         lines = str(error).splitlines()
         start = ["1 of 2 matching messages came in 0.01 seconds", "  recorded messages: 12", "    ..."]
         self.assertEqual(lines[:3], start)
-        recorded = "    <Message 12 from 'a@a.com' to ['b@b.com']: 18 bytes, accepted>, subject 'Grüße'"
-        self.assertIn(recorded, lines)
+        self.assertIn("    <Message 12 from 'a@a.com' to ['b@b.com']: 18 bytes, accepted>, subject 'Grüße'", lines)
         self.assertEqual(lines[-1], f"    127.0.0.1:{port}: C: MAIL FROM:<a@a.com> / S: 250 Received")
         server.on("*").reply("250 ok")
         with Client(server) as client:
@@ -3583,8 +3207,8 @@ class WaitingTest(unittest.TestCase):
         server.wait_for_messages(14, TIMEOUT)
         self.assertRegex(report(server), "(?s)^14 of 1000000000 messages .* recorded messages: 14.*last reply '250 ok'")
         error = catch(WaitTimeoutError, Server().wait_for_messages, 1, 0)
-        lines = ["0 of 1 messages came in 0 seconds", "  recorded messages: 0", "  open sessions: 0"]
-        self.assertEqual(str(error).splitlines(), lines)
+        expected = "0 of 1 messages came in 0 seconds\n  recorded messages: 0\n  open sessions: 0"
+        self.assertEqual(str(error), expected)
 
     def test_a_slow_where_does_not_extend_the_timeout(self) -> None:
         """While mail keeps coming."""
@@ -3602,25 +3226,19 @@ class WaitingTest(unittest.TestCase):
     def test_purging_while_clients_send(self) -> None:
         """Every message is handed out once, whatever purges it."""
         server = self.receive()
-        found: list[Message] = []
-        done = threading.Event()
+        found, done = list[Message](), threading.Event()
 
-        def purge() -> None:
+        def purge(wait: bool) -> None:
             while not done.wait(0.0001):  # which lets others run
-                found.extend(server.messages_and_purge())
-
-        def wait() -> None:
-            while not done.is_set():
                 with contextlib.suppress(WaitTimeoutError):
-                    found.extend(server.wait_for_messages_and_purge(2, 0.001))
+                    found.extend(server.wait_for_messages_and_purge(2, 0.001) if wait else server.messages_and_purge())
 
         def send_all() -> None:
             in_threads(*[lambda: send(server, *["hi"] * 25)] * 8)
             done.set()
 
-        in_threads(purge, wait, send_all)
-        found += server.messages_and_purge()
-        self.assertEqual(sorted(ids(found)), list(range(1, 201)))
+        in_threads(lambda: purge(True), lambda: purge(False), send_all)
+        self.assertEqual(sorted(ids(found + server.messages())), list(range(1, 201)))
 
 
 class OutboxTest(ServerCase):
@@ -3717,30 +3335,26 @@ class OnMessageTest(unittest.TestCase):
             client.assert_silence()
             self.assertEqual(server.messages(), [])
             hold.release.set()
-            self.assertEqual(client.read(), RECEIVED)
-            self.assertEqual(server.messages(), hold.seen)
+            self.assertEqual((client.read(), server.messages()), (RECEIVED, hold.seen))
         (message,) = hold.seen
         self.assertEqual((message.id, message.peer[0], message.received_at is None), (1, "127.0.0.1", False))
         self.assertEqual((message.is_consistent, message.transcript.splitlines()[-1]), (True, "S: 250 Received"))
 
     def test_if_it_raises(self) -> None:
+        failed = "451 Local error in processing"
         for error in (ValueError("no"), SystemExit()):
-            with Server(on_message=mock.Mock(side_effect=[error, None]), logger=(recorder := Recorder())) as server:
-                with Client(server) as client:
-                    replies = client.ask(ENVELOPE[0], *SEND, "QUIT")
-                self.assertEqual(replies[-2:], ["451 Local error in processing", "221 Closing connection"])
-                level, text = recorder.wait_for("on_message failed: Traceback")
-                self.assertEqual((level, type(error).__name__ in text), ("error", True))
-                send(server, "hi")
-                refused, accepted = server.messages()
-            self.assertEqual((refused.msg, refused.msg_response), (False, "451 Local error in processing"))
-            self.assertEqual((refused.is_consistent, refused.received_at, refused.content), (False, None, b"hi\r\n"))
-            self.assertIn("C: <4 bytes>\nS: 451 Local error in processing\nC: QUIT", refused.transcript)
+            memory = receive_mail(on_message=mock.Mock(side_effect=[error, None]), multiple_message_receiving=True)
+            level, text = memory.recorder.wait_for("on_message failed: Traceback")
+            self.assertEqual((level, type(error).__name__ in text), ("error", True))
+            self.assertEqual(memory.say("NOOP", *SEND)[-1], RECEIVED)
+            refused, accepted = memory.messages()
+            self.assertEqual((refused.msg, refused.msg_response, refused.content), (False, failed, b"hi\r\n"))
+            self.assertEqual((refused.is_consistent, refused.received_at), (False, None))
+            self.assertIn(f"C: <4 bytes>\nS: {failed}\nC: NOOP", refused.transcript)
             self.assertTrue(accepted.is_consistent)
 
     def test_what_it_was_given_does_not_change(self) -> None:
-        seen: list[Message] = []
-        others: list[Message] = []
+        seen, others = list[Message](), list[Message]()
         raises: Any = lambda message: [seen.append(message), 1 / 0]  # type: ignore[func-returns-value]  # noqa: E731
         memory = receive_mail(on_message=raises, on_unaccepted=others.append)
         self.assertEqual(seen[0].msg_response, RECEIVED)
@@ -3797,36 +3411,34 @@ class RuleTest(ServerCase):
         memory = Memory()
         rule, other = memory.on("NOOP", times=3).reply("450 no"), memory.on("RSET").drop()
         self.assertEqual(memory.say("NOOP", "NOOP"), ["450 no"] * 2)
-        self.assertEqual((rule.hits, other.hits), (2, 0))
         rule.remove()
         rule.remove()
         self.assertEqual(memory.say("NOOP"), ["250 Ok"])
-        self.assertEqual(rule.hits, 2)
-        self.assertEqual(repr(rule), "<Rule for NOOP: 2 hits>")
+        self.assertEqual((rule.hits, other.hits, repr(rule)), (2, 0, "<Rule for NOOP: 2 hits>"))
         self.assertEqual(repr(memory.on("rcpt to:", "B@C.com")), "<Rule for RCPT B@c.com: 0 hits>")
 
     def test_what_ends_rules_and_what_does_not(self) -> None:
         server, client, _ = self.serve("connect: reply 220 Moin")
-        self.assertEqual(client.greeting, "220 Moin")
+        greetings = [client.greeting]
         server.stop()
-        with server, Client(server) as other:
-            self.assertEqual(other.greeting, "220 Moin")
+        for _ in range(2):
+            with server, Client(server) as client:
+                greetings.append(client.greeting)
             server.clear_rules()
-        with server, Client(server) as other:
-            self.assertEqual(other.greeting, "220 Welcome")
+        self.assertEqual(greetings, ["220 Moin", "220 Moin", "220 Welcome"])
 
     def test_no_action_and_the_same_one_twice(self) -> None:
         """Without one, a rule does nothing; a second call replaces the first."""
         memory = Memory()
         memory.on("NOOP")
-        self.assertEqual(memory.say("NOOP"), ["250 Ok"])
-        older, newer = memory.on("NOOP").reply("450 one"), memory.on("NOOP").reply("450 two")
-        self.assertEqual(memory.say("NOOP"), ["450 two"])
-        older.reply("450 three")
-        self.assertEqual(memory.say("NOOP"), ["450 two"])
-        newer.reply("450 four")
-        self.assertEqual(memory.say("NOOP"), ["450 four"])
-        self.assertEqual((older.hits, newer.hits), (0, 3))
+        older = memory.on("NOOP")
+        replies = memory.say("NOOP")
+        newer = memory.on("NOOP")
+        for rule, reply in ((older, "450 one"), (newer, "450 two"), (older, "450 three"), (newer, "450 four")):
+            rule.reply(reply)
+            replies += memory.say("NOOP")
+        self.assertEqual(replies, ["250 Ok", "450 one", "450 two", "450 two", "450 four"])
+        self.assertEqual((older.hits, newer.hits), (1, 3))
 
     def test_a_rule_is_hit_if_an_aspect_of_it_is_used(self) -> None:
         memory = Memory()
@@ -3861,12 +3473,12 @@ class RuleTest(ServerCase):
         memory.on("message", has("virus")).reply("554 virus")
         lines = ["MAIL FROM:<big@a.com> SIZE=100", "MAIL FROM:<a@a.com> SIZE=100", "mail from:<a@a.com>"]
         self.assertEqual(memory.say("EHLO a.com", *lines), [RECEIVED, "553 no", "552 no", RECEIVED])
-        memory.say("RCPT TO:<b@b.com>", "DATA")
-        self.assertEqual(memory.say("a virus", "."), ["554 virus"])
+        self.assertEqual(memory.say("RCPT TO:<b@b.com>", "DATA", "a virus", ".")[-1], "554 virus")
         self.assertEqual(seen, [*lines, "a virus\r\n"])
 
     def test_functions(self) -> None:
         memory = Memory("EHLO a.com")
+        failed = "451 Local error in processing"
         answers = iter([None, "450 later", smtpmock.Action("299 fine", delay=0.5), 1, smtpmock.Action(then="reset")])
         seen: list[tuple[str, bool]] = []
 
@@ -3875,30 +3487,21 @@ class RuleTest(ServerCase):
             seen.append((request, message.helo))
             return next(answers)
 
-        replies = [RECEIVED, "450 later", "299 fine", "451 Local error in processing", "<reset>"]
-        self.assertEqual(memory.say(*[ENVELOPE[1]] * 5), replies)
-        self.assertEqual(memory.delays[1:], [0, 0, 0.5, 0, 0])
-        self.assertEqual((seen, quota.hits), ([(ENVELOPE[1], True)] * 5, 5))
+        self.assertEqual(memory.say(*[SEND[0]] * 5), [RECEIVED, "450 later", "299 fine", failed, "<reset>"])
+        self.assertEqual((memory.delays[1:], seen, quota.hits), ([0, 0, 0.5, 0, 0], [(SEND[0], True)] * 5, 5))
         memory.recorder.wait_for("a rule returned 1: must be None, a reply or an Action")
-
         memory = Memory(*ENVELOPE)
-
-        @memory.on("message")
-        def refuse(request: str, message: Message) -> str | None:
-            found = (message.subject, message.content, message.mail_from, message.is_consistent)
-            return "554 spam" if found == ("spam", b"Subject: spam\r\n\r\n", "a@a.com", False) else None
-
-        self.assertEqual(memory.say("DATA", "Subject: spam", "", ".")[-1], "554 spam")
         memory.on("NOOP")(lambda *_: 1 / 0)
-        self.assertEqual(memory.say("NOOP"), ["451 Local error in processing"])
+        memory.on("message")(lambda _, message: f"554 {message.subject} {message.is_consistent}")
+        self.assertEqual(memory.say("DATA", "Subject: spam", "", ".", "NOOP"), [READY, "554 spam False", failed])
         text = memory.recorder.wait_for("a rule failed: Traceback")[1]
         self.assertRegex(text, "(?s) in <lambda>\n.*ZeroDivisionError: division by zero")
 
     def test_challenges_are_delayed_and_trickle(self) -> None:
         memory = Memory("EHLO a.com", auth_users={"a": "b"}, rules=["*: delay 0.5", "AUTH: trickle 0.25"])
         replies = [reply for line in (b"AUTH LOGIN", b"YQ==", b"Yg==") for reply in memory.replies(line + b"\r\n")]
-        self.assertEqual([reply.text[:3] for reply in replies], ["334", "334", "235"])
-        self.assertEqual([(reply.delay, reply.trickle) for reply in replies], [(0.5, 0.25)] * 3)
+        found = [(reply.text[:3], reply.delay, reply.trickle) for reply in replies]
+        self.assertEqual(found, [("334", 0.5, 0.25), ("334", 0.5, 0.25), ("235", 0.5, 0.25)])
 
     def test_bodies(self) -> None:
         """The last chunk has the delays of both its stages, rules for either, and those for a size of the body."""
@@ -3928,8 +3531,7 @@ class RuleTest(ServerCase):
         for action, unread in itertools.product(("close", "drop", "reset"), (0, 500_000)):
             with self.subTest(action, unread=unread):
                 server, client, _ = self.serve(f"message: {action}; after=4096")
-                client.ask(*ENVELOPE, "DATA")
-                client.send(b"x" * 4096)
+                client.mail(b"x" * 4096)
                 ends = []
                 try:
                     if unread:  # even an empty send would take the error away from the read
@@ -3950,68 +3552,45 @@ class RuleTest(ServerCase):
             self.assertEqual(client.ask("NOOP"), ["250 Ok"])
             self.assertGreaterEqual(time.monotonic() - began, least)
 
-    def test_times_are_exact(self) -> None:
-        with Server() as server:
-            rule = server.on("NOOP", times=100).reply("450 no")
+    def test_times_and_what_is_let_pass_are_exact(self) -> None:
+        server = self.serve()[0]
+        rule, other = server.on("NOOP", skip=100, times=50).reply("450 no"), server.on("NOOP", skip=600).drop()
 
-            def count() -> int:
-                with Client(server) as client:
-                    return client.ask(*["NOOP"] * 20).count("450 no")
+        def count() -> int:
+            with Client(server) as client:
+                return client.ask(*["NOOP"] * 20).count("450 no")
 
-            self.assertEqual(sum(in_threads(*[count] * 32)), 100)
-            self.assertEqual(rule.hits, 100)
+        self.assertEqual((sum(in_threads(*[count] * 30)), rule.hits, other.hits), (50, 50, 0))
+        nearest = "<Rule for NOOP: 0 hits, 600 of 600 skipped> was never hit; the nearest command was 'NOOP'"
+        self.assertEqual(told(server), nearest)
 
-    def test_what_is_let_pass_is_exact(self) -> None:
-        with Server() as server:
-            rule, other = server.on("NOOP", skip=100, times=50).reply("450 no"), server.on("NOOP", skip=600).drop()
-
-            def count() -> int:
-                with Client(server) as client:
-                    return client.ask(*["NOOP"] * 20).count("450 no")
-
-            self.assertEqual(sum(in_threads(*[count] * 30)), 50)
-            self.assertEqual((rule.hits, other.hits), (50, 0))
-            self.assertEqual(
-                told(server),
-                "<Rule for NOOP: 0 hits, 600 of 600 skipped> was never hit; the nearest command was 'NOOP'",
-            )
-
-    def test_the_third_connection(self) -> None:
-        with Server() as server:
-            server.on("connect", skip=2, times=1).drop()
-            server.on("connect", times=1).reply("421 busy").delay(0).trickle(0).close()  # leaves nothing to decide
-            greetings = []
-            for _ in range(4):
-                with Client(server) as client:
-                    greetings.append(client.greeting)
-            self.assertEqual(greetings, ["421 busy", "220 Welcome", "<closed>", "220 Welcome"])
-
-    def test_chances_begin_after_what_is_let_pass(self) -> None:
-        def refusals(skip: int) -> list[int]:
-            memory = Memory(seed=7, rules=[f"NOOP: reply 450 no; probability=0.5; times=9; skip={skip}"])
-            return [index - skip for index, reply in enumerate(memory.say(*["NOOP"] * 90)) if reply == "450 no"]
-
-        self.assertEqual(refusals(0), refusals(10))
-        self.assertEqual(len(refusals(10)), 9)
+    def test_what_a_newer_rule_answers_in_full_is_let_pass_too(self) -> None:
+        rules = ["connect: drop; skip=2; times=1", "connect: reply 421 busy; delay 0; trickle 0; close; times=1"]
+        memory, greetings = Memory(rules=rules), list[str]()
+        for _ in range(4):
+            memory.begin()
+            greetings.append(memory.greet()[0])
+        self.assertEqual(greetings, ["421 busy", "220 Welcome", "<closed>", "220 Welcome"])
 
     def test_chance(self) -> None:
-        def refusals(seed: int | None, others: int = 0, verb: str = "NOOP") -> list[int]:
-            rules = ["NOOP: reply 450 no; probability=0.3", "RSET: reply 450 no; probability=0.3"]
+        def refusals(seed: int | None, others: int = 0, verb: str = "NOOP", conditions: str = "") -> list[int]:
+            rules = [f"{verb}: reply 450 no; probability=0.3{conditions}" for verb in ("NOOP", "RSET")]
             memory = Memory("EHLO a.com", *["RSET"] * others, seed=seed, rules=rules)
             return [index for index, reply in enumerate(memory.say(*[verb] * 1000)) if reply == "450 no"]
 
-        self.assertEqual(refusals(7), refusals(7, others=5))
-        self.assertNotEqual(refusals(7), refusals(8))
-        self.assertNotEqual(refusals(7), refusals(7, verb="RSET"))
-        self.assertNotEqual(refusals(None), refusals(None))
-        self.assertTrue(200 < len(refusals(7)) < 400)
+        found = refusals(7)
+        self.assertTrue(200 < len(found) < 400)
+        self.assertEqual(found, refusals(7, others=5))
+        self.assertNotIn(found, [refusals(8), refusals(7, verb="RSET"), refusals(None)])
+        # Chances begin after what is let pass.
+        self.assertEqual(refusals(7, conditions="; skip=10; times=9"), [index + 10 for index in found[:9]])
         server, client, _ = self.serve(seed=3)
-        found = []
+        replies = []
         for _ in range(2):
             server.reset()  # begins the same chances again
             Memory.add_rules(server, ["NOOP: reply 450 no; probability=0.5"])
-            found.append(client.ask(*["NOOP"] * 50))
-        self.assertEqual(found[0], found[1])
+            replies.append(client.ask(*["NOOP"] * 50))
+        self.assertEqual(replies[0], replies[1])
 
     def test_a_rule_of_the_command_line_applies_as_a_whole(self) -> None:
         """A bad one does not apply, and does not change what the chances of the next one are."""
@@ -4037,165 +3616,80 @@ class RuleTest(ServerCase):
         self.assertEqual(client.read(), "<closed>")
         recorder.wait_for("SMTP session finished")
         self.assertNotIn("warning", [level for level, _ in recorder.seen])
-        self.assertTrue(server.wait_for_messages(1, TIMEOUT)[0].transcript.endswith("C: EHLO a.com\nS: <silence>"))
+        self.assertTrue(server.messages()[0].transcript.endswith("C: EHLO a.com\nS: <silence>"))
 
 
 # --------------------------------------------------------------------------------------- transcripts
 
-# What these tools printed in one session with a server that does not know bob: swaks 20201014, curl 7.88 with a progress
-# meter, PHPMailer 6.6, and smtplib of Python 3.11. Some headers are left out.
+# What these tools printed in one session with a server that does not know bob: swaks 20201014, PHPMailer 6.6, smtplib of
+# Python 3.11, and curl 7.88 with a progress meter. A | is a line break; some headers are left out.
 LOGS = {
-    "swaks": """
-=== Trying 127.0.0.1:45275...
-=== Connected to 127.0.0.1.
-<-  220-mx.example.com ESMTP
-<-  220 ready
- -> EHLO a.com
-<-  250-Received
-<-  250-SIZE 10485760
-<-  250 AUTH LOGIN
- -> AUTH LOGIN
-<-  334 VXNlcm5hbWU6
- -> YWxpY2U=
-<-  334 UGFzc3dvcmQ6
- -> c2VjcmV0
-<-  235 Authentication succeeded
- -> MAIL FROM:<a@example.com>
-<-  250 Received
- -> RCPT TO:<bob@example.com>
-<** 550-5.1.1 That doesn't exist
-<** 550 5.1.1 Learn more
- -> RCPT TO:<c@example.com>
-<-  250 Received
- -> DATA
-<-  354 Ready for receive message. End data with <CR><LF>.<CR><LF>
- -> Subject: test Mon, 30 Nov 2026 19:37:45 +0000\r
- -> \r
- -> hi\r
- -> \r
- -> \r
- -> .
-<-  250 Received
- -> QUIT
-<-  221 Closing connection
-=== Connection closed with remote host.
-""",
+    "swaks": """\
+=== Trying 127.0.0.1:45275... | === Connected to 127.0.0.1. | <-  220-mx.example.com ESMTP | <-  220 ready
+ -> EHLO a.com | <-  250-Received | <-  250-SIZE 10485760 | <-  250 AUTH LOGIN |  -> AUTH LOGIN | <-  334 VXNlcm5hbWU6
+ -> YWxpY2U= | <-  334 UGFzc3dvcmQ6 |  -> c2VjcmV0 | <-  235 Authentication succeeded |  -> MAIL FROM:<a@example.com>
+<-  250 Received |  -> RCPT TO:<bob@example.com> | <** 550-5.1.1 That doesn't exist | <** 550 5.1.1 Learn more
+ -> RCPT TO:<c@example.com> | <-  250 Received |  -> DATA
+<-  354 Ready for receive message. End data with <CR><LF>.<CR><LF> |  -> Subject: test Mon, 30 Nov 2026 19:37:45 +0000\r
+ -> \r |  -> hi\r |  -> \r |  -> \r |  -> . | <-  250 Received |  -> QUIT | <-  221 Closing connection
+=== Connection closed with remote host.""",
+    "PHPMailer": """\
+TIME SERVER -> CLIENT: 220-mx.example.com ESMTP | INDENT 220 ready | TIME CLIENT -> SERVER: EHLO a.com
+TIME SERVER -> CLIENT: 250-Received | INDENT 250-SIZE 10485760 | INDENT 250 AUTH LOGIN
+TIME CLIENT -> SERVER: AUTH LOGIN | TIME SERVER -> CLIENT: 334 VXNlcm5hbWU6
+TIME CLIENT -> SERVER: [credentials hidden] | TIME SERVER -> CLIENT: 334 UGFzc3dvcmQ6
+TIME CLIENT -> SERVER: [credentials hidden] | TIME SERVER -> CLIENT: 235 Authentication succeeded
+TIME CLIENT -> SERVER: MAIL FROM:<a@example.com> | TIME SERVER -> CLIENT: 250 Received
+TIME CLIENT -> SERVER: RCPT TO:<bob@example.com> | TIME SERVER -> CLIENT: 550-5.1.1 That doesn't exist
+INDENT 550 5.1.1 Learn more | TIME SMTP ERROR: RCPT TO command failed: 550-5.1.1 That doesn't exist
+INDENT 550 5.1.1 Learn more | TIME CLIENT -> SERVER: RCPT TO:<c@example.com> | TIME SERVER -> CLIENT: 250 Received
+TIME CLIENT -> SERVER: DATA | TIME SERVER -> CLIENT: 354 Ready for receive message. End data with <CR><LF>.<CR><LF>
+TIME CLIENT -> SERVER: Subject: hi | TIME CLIENT -> SERVER: | TIME CLIENT -> SERVER: 220 hello
+TIME CLIENT -> SERVER: | TIME CLIENT -> SERVER: . | TIME SERVER -> CLIENT: 250 Received
+TIME CLIENT -> SERVER: QUIT | TIME SERVER -> CLIENT: 221 Closing connection
+TIME SMTP Error: The following recipients failed: bob@example.com: That doesn't exist | INDENT Learn more""",
+    "smtplib": r"""
+connect: to ('127.0.0.1', 45275) None | reply: b'220-mx.example.com ESMTP\r\n' | reply: b'220 ready\r\n'
+reply: retcode (220); Msg: b'mx.example.com ESMTP\nready' | connect: b'mx.example.com ESMTP\nready'
+send: 'ehlo a.com\r\n' | reply: b'250-Received\r\n' | reply: b'250-SIZE 10485760\r\n' | reply: b'250 AUTH LOGIN\r\n'
+reply: retcode (250); Msg: b'Received\nSIZE 10485760\nAUTH LOGIN' | send: 'AUTH LOGIN YWxpY2U=\r\n'
+reply: b'334 UGFzc3dvcmQ6\r\n' | reply: retcode (334); Msg: b'UGFzc3dvcmQ6' | send: 'c2VjcmV0\r\n'
+reply: b'235 Authentication succeeded\r\n' | reply: retcode (235); Msg: b'Authentication succeeded'
+send: 'mail FROM:<a@example.com> size=30\r\n' | reply: b'250 Received\r\n' | send: 'rcpt TO:<bob@example.com>\r\n'
+reply: b"550-5.1.1 That doesn't exist\r\n" | reply: b'550 5.1.1 Learn more\r\n'
+reply: retcode (550); Msg: b"5.1.1 That doesn't exist\n5.1.1 Learn more" | send: 'rcpt TO:<c@example.com>\r\n'
+reply: b'250 Received\r\n' | send: 'data\r\n' | reply: b'354 Ready for receive message. End data with <CR><LF>.<CR><LF>\r\n'
+reply: retcode (354); Msg: b'Ready for receive message. End data with <CR><LF>.<CR><LF>'
+data: (354, b'Ready for receive message. End data with <CR><LF>.<CR><LF>')
+send: b"Subject: hi\r\n\r\nit's me\r\n..220 x\r\n.\r\n" | reply: b'250 Received\r\n' | data: (250, b'Received')
+send: 'quit\r\n' | reply: b'221 Closing connection\r\n' | reply: retcode (221); Msg: b'Closing connection'""",
     "curl": """
   % Total    % Received % Xferd  Average Speed   Time    Time     Time  Current
-                                 Dload  Upload   Total   Spent    Left  Speed
-\r  0     0    0     0    0     0      0      0 --:--:-- --:--:-- --:--:--     0*   Trying 127.0.0.1:34591...
-* Connected to 127.0.0.1 (127.0.0.1) port 34591 (#0)
-< 220-mx.example.com ESMTP\r
-< 220 ready\r
-> EHLO a.com\r
-\r  0     0    0     0    0     0      0      0 --:--:-- --:--:-- --:--:--     0< 250-Received\r
-< 250-SIZE 10485760\r
-< 250 AUTH LOGIN\r
-> AUTH LOGIN\r
-< 334 VXNlcm5hbWU6\r
-> YWxpY2U=\r
-\r  0     0    0     0    0     0      0      0 --:--:--  0:00:01 --:--:--     0< 334 UGFzc3dvcmQ6\r
-> c2VjcmV0\r
-< 235 Authentication succeeded\r
-\r  0     0    0     0    0     0      0      0 --:--:--  0:00:02 --:--:--     0> MAIL FROM:<a@example.com> SIZE=42\r
-< 250 Received\r
-> RCPT TO:<bob@example.com>\r
-< 550-5.1.1 That doesn't exist\r
-< 550 5.1.1 Learn more\r
-> RCPT TO:<c@example.com>\r
-\r  0     0    0     0    0     0      0      0 --:--:--  0:00:03 --:--:--     0< 250 Received\r
-> DATA\r
-\r  0     0    0     0    0     0      0      0 --:--:--  0:00:04 --:--:--     0< 354 Ready for receive message. End data with <CR><LF>.<CR><LF>\r
-} [42 bytes data]
+METER*   Trying 127.0.0.1:34591... | * Connected to 127.0.0.1 (127.0.0.1) port 34591 (#0) | < 220-mx.example.com ESMTP\r
+< 220 ready\r | > EHLO a.com\r | METER< 250-Received\r | < 250-SIZE 10485760\r | < 250 AUTH LOGIN\r | > AUTH LOGIN\r
+< 334 VXNlcm5hbWU6\r | > YWxpY2U=\r | METER< 334 UGFzc3dvcmQ6\r | > c2VjcmV0\r | < 235 Authentication succeeded\r
+METER> MAIL FROM:<a@example.com> SIZE=42\r | < 250 Received\r | > RCPT TO:<bob@example.com>\r
+< 550-5.1.1 That doesn't exist\r | < 550 5.1.1 Learn more\r | > RCPT TO:<c@example.com>\r | METER< 250 Received\r
+> DATA\r | METER< 354 Ready for receive message. End data with <CR><LF>.<CR><LF>\r | } [42 bytes data]
 * We are completely uploaded and fine
 \r100    42    0     0  100    42      0      7  0:00:06  0:00:05  0:00:01     8< 250 Received\r
 \r100    42    0     0  100    42      0      7  0:00:06  0:00:05  0:00:01    10
-* Connection #0 to host 127.0.0.1 left intact
-""",
-    "PHPMailer": """
-2026-11-30 19:37:45\tSERVER -> CLIENT: 220-mx.example.com ESMTP
-                   \t                  220 ready
-2026-11-30 19:37:45\tCLIENT -> SERVER: EHLO a.com
-2026-11-30 19:37:45\tSERVER -> CLIENT: 250-Received
-                   \t                  250-SIZE 10485760
-                   \t                  250 AUTH LOGIN
-2026-11-30 19:37:45\tCLIENT -> SERVER: AUTH LOGIN
-2026-11-30 19:37:45\tSERVER -> CLIENT: 334 VXNlcm5hbWU6
-2026-11-30 19:37:45\tCLIENT -> SERVER: [credentials hidden]
-2026-11-30 19:37:45\tSERVER -> CLIENT: 334 UGFzc3dvcmQ6
-2026-11-30 19:37:45\tCLIENT -> SERVER: [credentials hidden]
-2026-11-30 19:37:45\tSERVER -> CLIENT: 235 Authentication succeeded
-2026-11-30 19:37:45\tCLIENT -> SERVER: MAIL FROM:<a@example.com>
-2026-11-30 19:37:45\tSERVER -> CLIENT: 250 Received
-2026-11-30 19:37:45\tCLIENT -> SERVER: RCPT TO:<bob@example.com>
-2026-11-30 19:37:45\tSERVER -> CLIENT: 550-5.1.1 That doesn't exist
-                   \t                  550 5.1.1 Learn more
-2026-11-30 19:37:45\tSMTP ERROR: RCPT TO command failed: 550-5.1.1 That doesn't exist
-                   \t                  550 5.1.1 Learn more
-2026-11-30 19:37:45\tCLIENT -> SERVER: RCPT TO:<c@example.com>
-2026-11-30 19:37:45\tSERVER -> CLIENT: 250 Received
-2026-11-30 19:37:45\tCLIENT -> SERVER: DATA
-2026-11-30 19:37:45\tSERVER -> CLIENT: 354 Ready for receive message. End data with <CR><LF>.<CR><LF>
-2026-11-30 19:37:45\tCLIENT -> SERVER: Subject: hi
-2026-11-30 19:37:45\tCLIENT -> SERVER:
-2026-11-30 19:37:45\tCLIENT -> SERVER: 220 hello
-2026-11-30 19:37:45\tCLIENT -> SERVER:
-2026-11-30 19:37:45\tCLIENT -> SERVER: .
-2026-11-30 19:37:45\tSERVER -> CLIENT: 250 Received
-2026-11-30 19:37:45\tCLIENT -> SERVER: QUIT
-2026-11-30 19:37:45\tSERVER -> CLIENT: 221 Closing connection
-2026-11-30 19:37:45\tSMTP Error: The following recipients failed: bob@example.com: That doesn't exist
-                   \t                  Learn more
-""",
-    "smtplib": r"""
-connect: to ('127.0.0.1', 45275) None
-reply: b'220-mx.example.com ESMTP\r\n'
-reply: b'220 ready\r\n'
-reply: retcode (220); Msg: b'mx.example.com ESMTP\nready'
-connect: b'mx.example.com ESMTP\nready'
-send: 'ehlo a.com\r\n'
-reply: b'250-Received\r\n'
-reply: b'250-SIZE 10485760\r\n'
-reply: b'250 AUTH LOGIN\r\n'
-reply: retcode (250); Msg: b'Received\nSIZE 10485760\nAUTH LOGIN'
-send: 'AUTH LOGIN YWxpY2U=\r\n'
-reply: b'334 UGFzc3dvcmQ6\r\n'
-reply: retcode (334); Msg: b'UGFzc3dvcmQ6'
-send: 'c2VjcmV0\r\n'
-reply: b'235 Authentication succeeded\r\n'
-reply: retcode (235); Msg: b'Authentication succeeded'
-send: 'mail FROM:<a@example.com> size=30\r\n'
-reply: b'250 Received\r\n'
-send: 'rcpt TO:<bob@example.com>\r\n'
-reply: b"550-5.1.1 That doesn't exist\r\n"
-reply: b'550 5.1.1 Learn more\r\n'
-reply: retcode (550); Msg: b"5.1.1 That doesn't exist\n5.1.1 Learn more"
-send: 'rcpt TO:<c@example.com>\r\n'
-reply: b'250 Received\r\n'
-send: 'data\r\n'
-reply: b'354 Ready for receive message. End data with <CR><LF>.<CR><LF>\r\n'
-reply: retcode (354); Msg: b'Ready for receive message. End data with <CR><LF>.<CR><LF>'
-data: (354, b'Ready for receive message. End data with <CR><LF>.<CR><LF>')
-send: b"Subject: hi\r\n\r\nit's me\r\n..220 x\r\n.\r\n"
-reply: b'250 Received\r\n'
-data: (250, b'Received')
-send: 'quit\r\n'
-reply: b'221 Closing connection\r\n'
-reply: retcode (221); Msg: b'Closing connection'
-""",
+* Connection #0 to host 127.0.0.1 left intact""",
 }
+for before, after in {
+    " | ": "\n",
+    "TIME ": "2026-11-30 19:37:45\t",
+    "INDENT ": "                   \t                  ",
+    "METER": "\r  0     0    0     0    0     0      0      0 --:--:--  0:00:01 --:--:--     0",
+}.items():
+    LOGS = {tool: log.replace(before, after) for tool, log in LOGS.items()}
 
 # What the server says in each of them.
 LOGGED = f"""
-connect: 220-mx.example.com ESMTP/220 ready
-EHLO: 250-Received/250-SIZE 10485760/250 AUTH LOGIN
-AUTH: 235 Authentication succeeded
-MAIL: 250 Received
-RCPT: 550-5.1.1 That doesn't exist/550 5.1.1 Learn more
-RCPT: 250 Received
-DATA: {READY}
-message: 250 Received
-""".strip().splitlines()
+connect: 220-mx.example.com ESMTP/220 ready, EHLO: 250-Received/250-SIZE 10485760/250 AUTH LOGIN,
+AUTH: 235 Authentication succeeded, MAIL: 250 Received, RCPT: 550-5.1.1 That doesn't exist/550 5.1.1 Learn more,
+RCPT: 250 Received, DATA: {READY}, message: 250 Received, QUIT: 221 Closing connection
+"""
 
 # Lines of transcripts, and what the server says in them at each stage; || is between sessions. The first x is skipped.
 TRANSCRIPTS = read_rows(r"""
@@ -4207,7 +3701,8 @@ S: <closed>                                                       => connect: <c
 S: 999 odd | C: NOOP | S: 999 odd                                 => connect: 999 odd, NOOP: 999 odd
 S: odd | S: odder | C: NOOP | S: odd                              => connect: odd/odder, NOOP: odd
 x | C: DATA | S: 354 go | C: <9 bytes> | S: 250 ok | C: NOOP | S: 250 ok => DATA: 354 go, message: 250 ok, NOOP: 250 ok
-x | C: DATA | S: 354 go | C: QUIT | C: . | S: 250 ok | C: QUIT | S: 221 bye => DATA: 354 go, message: 250 ok, QUIT: 221 bye
+x | C: NOOP | S: 550 no | C: DATA | S: 354 go | C: QUIT | C: . | S: 250 ok | C: QUIT | S: 221 bye
+                                         => NOOP: 550 no, DATA: 354 go, message: 250 ok, QUIT: 221 bye
 x | C: DATA | S: 354 go | S: 250 ok                               => DATA: 354 go, message: 250 ok
 x | C: DATA | S: 354 go | S: <closed>                             => DATA: 354 go <closed>
 x | C: DATA | S: 354 go | C: hi | S: <closed>                     => DATA: 354 go, message: <closed>
@@ -4218,6 +3713,8 @@ x | C: BDAT 2 | S: 250 ok | C: BDAT 3 LAST | C: <5 bytes> | S: 250 ok | C: NOOP 
 x | C: AUTH LOGIN | S: 334 VXNlcm5hbWU6 | C: *** | S: 334 UGFzc3dvcmQ6 | C: *** | S: 535 no => AUTH: 535 no
 x | C: AUTH LOGIN | S: 334 VXNlcm5hbWU6 | S: 535 no               => AUTH: 535 no
 x | C: AUTH LOGIN | S: 530 no | C: AUTH PLAIN AAAA | S: 535 no    => AUTH: 530 no at once, AUTH: 535 no
+x | C: EHLO a | C: AUTH LOGIN | S: 250 a | S: 334 VXNlcm5hbWU6 | S: <closed> => EHLO: 250 a, AUTH: <closed>
+x | C: MAIL FROM:<> | C: RCPT TO:<a@a.com> | S: 250 a | S: <closed> => MAIL: 250 a, RCPT: <closed>
 x | C: NOOP | S: 250 ok | S: 421 Timeout | S: <closed>            => NOOP: 250 ok/421 Timeout <closed>
 x | C: NOOP | S: <silence>                                        => NOOP: <silence>
 S: 220 a | C: NOOP | S: 250 ok | S: 220 b | C: QUIT | S: 221 bye | S: 554 c => connect: 220 a, NOOP: 250 ok || connect: 220 b,
@@ -4284,9 +3781,8 @@ class PlayTest(ServerCase):
         """Each is answered to another client as it was to the tool; a secret in it is not shown again."""
         for tool, log in LOGS.items():
             with self.subTest(tool):
-                said, *others = Memory.read_transcript(log)
-                self.assertEqual((said[:8], others), (LOGGED, []))
-                self.assertEqual(said[8:], ["QUIT: 221 Closing connection"] * (tool != "curl"))
+                (said,) = Memory.read_transcript(log)
+                self.assertEqual(said, re.split(r",\s+", LOGGED.strip())[: 8 if tool == "curl" else 9])
                 server = self.run_server()
                 server.play(log)
                 with Smtp(server.port) as client:
@@ -4315,21 +3811,7 @@ class PlayTest(ServerCase):
         stages = ["EHLO", "HELO", "MAIL", "RCPT", "DATA", "message", "RSET", "NOOP", "QUIT", "FOO", "connect", "*"]
         greetings = ["450 4.2.0 later", "550 no", "", "odd", "421 Busy", "999"]
         replies = [*greetings, "250 ok", "250-a\n250 b", "354 go", "200 a\nb", None]
-        lines = [
-            *ENVELOPE,
-            *ENVELOPE[1:],
-            "DATA",
-            "RSET",
-            "NOOP",
-            "VRFY a",
-            "FOO",
-            "HELO",
-            ".",
-            "hi",
-            "",
-            "дядя",
-            "QUIT",
-        ]
+        lines = ["DATA", "RSET", "NOOP", "VRFY a", "FOO", "HELO", ".", "hi", "", "дядя", "QUIT"]
         for seed in range(500):
             rng = random.Random(seed)
             options: dict[str, Any] = {name: rng.random() < 0.3 for name in ("fail_fast", "multiple_rcptto")}
@@ -4340,7 +3822,8 @@ class PlayTest(ServerCase):
                     rule.reply(*rng.choices(greetings if stage in ("connect", "*") else replies, k=rng.randrange(1, 4)))
                 if rng.random() < 0.2:
                     rng.choice((rule.close, rule.drop, rule.reset, rule.silence))()
-            pieces = [line.encode() + b"\r\n" for line in rng.choices(lines, k=rng.randrange(30))]
+            chosen = rng.choices([*ENVELOPE, *ENVELOPE[1:], *lines], k=rng.randrange(30))
+            pieces = [line.encode() + b"\r\n" for line in chosen]
             with self.subTest(seed=seed):
                 recorded = memory.record(pieces)
                 self.assertEqual(play_anew(recorded, pieces), recorded)
@@ -4364,57 +3847,46 @@ class PlayTest(ServerCase):
     def test_sessions_and_what_comes_after(self) -> None:
         """Each session of a transcript is for one connection. Replies after that are normal, but what was announced
         stays accepted, until reset()."""
-        server = self.run_server(not_registered_emails=["x@x.com"])
+        server = Server(not_registered_emails=["x@x.com"])
+        items = ["EHLO a.com", "MAIL FROM:<> RET=FULL", "RCPT TO:<b@b.com>", "RCPT TO:<x@x.com>", "QUIT"]
+
+        def hear() -> list[str]:
+            return re.findall("(?m)^S: (.*)", Memory.of(server).record(read_pieces(items)))
+
         greylisted = "S: 220 a\nC: EHLO a\nS: 250-a\nS: 250 DSN\nC: RCPT TO:<b@b.com>\nS: 450 Later"
         server.play(f"{greylisted}\nC: QUIT\nS: 221 bye\n{greylisted.replace('450', '451')}")
-        lines = ("EHLO a.com", "MAIL FROM:<> RET=FULL", "RCPT TO:<b@b.com>", "RCPT TO:<x@x.com>", "QUIT")
-        heard = []
-        for _ in range(3):
-            with Client(server) as client:
-                for line in lines:
-                    client.send(line.encode() + b"\r\n")
-                heard.append([client.greeting, *client.read_all()])
-        ends = [RECEIVED, "450 Later", "550 User not found"]
-        self.assertEqual(heard[0], ["220 a", "250-a", "250 DSN", *ends, "221 bye", "<closed>"])
-        ends[1] = "451 Later"
-        self.assertEqual(heard[1], ["220 a", "250-a", "250 DSN", *ends, "221 Closing connection", "<closed>"])
-        ends[1] = RECEIVED
-        self.assertEqual(
-            heard[2], ["220 Welcome", "250-Received", "250 DSN", *ends, "221 Closing connection", "<closed>"]
-        )
+        for *hello, reply, goodbye in (
+            ("220 a", "250-a", "450 Later", "221 bye"),
+            ("220 a", "250-a", "451 Later", "221 Closing connection"),
+            ("220 Welcome", "250-Received", RECEIVED, "221 Closing connection"),
+        ):
+            self.assertEqual(hear(), [*hello, "250 DSN", RECEIVED, reply, "550 User not found", goodbye, "<closed>"])
         server.check()
         server.play(greylisted)
         server.on("RCPT").reply("550 Mine")
-        with Client(server) as client:
-            self.assertEqual([client.greeting, *client.ask("HELO a.com", *lines[2:3])], ["220 a", RECEIVED, "550 Mine"])
+        items[0] = "HELO a.com"
+        self.assertEqual([hear()[0], hear()[3]], ["220 a", "550 Mine"])
+        missed = "'250-a\\n250 DSN' at EHLO, of the {0}\n'450 Later' at RCPT, of the {0}"
         with self.assertRaises(AssertionError) as caught:
             server.check()
-        text = (
-            "'250-a\\n250 DSN' at EHLO, of the transcript, was never reached\n'450 Later' at RCPT, of the transcript,"
-        )
-        self.assertEqual(str(caught.exception), f"{text} was never reached")
-        server.play(greylisted)
-        for forget in (server.clear_rules, server.reset):
+        self.assertEqual(str(caught.exception), missed.format("transcript, was never reached"))
+        items[0] = "EHLO a.com"
+        for forget, extensions in ((server.clear_rules, ["250-Received", "250 DSN"]), (server.reset, [RECEIVED])):
+            server.play(f"{greylisted}\n{greylisted}")
             forget()
-            with Client(server) as client:
-                self.assertEqual(client.greeting, "220 Welcome")
-                replies = client.ask("EHLO a.com")
-        self.assertEqual(replies, [RECEIVED])
+            self.assertEqual(hear()[: 1 + len(extensions)], ["220 Welcome", *extensions])
         server.check()
+        server.play(greylisted)
+        self.assertEqual(hear()[0], "220 a")
 
     def test_long_transcripts(self) -> None:
         """Of 20 recipients, of two mails, and of 2 MB, in linear time."""
-        ask = "C: RCPT TO:<a@a.com>\nS: 250 {}\n"
-        many = "S: 220 a\n" + "".join(ask.format(number) for number in range(20))
-        said = play_anew(many, [b"HELO a.com\r\n", b"MAIL FROM:<>\r\n", *[b"RCPT TO:<b@b.com>\r\n"] * 21]).splitlines()
-        self.assertEqual(said[6::2], [*(f"S: 250 {number}" for number in range(20)), f"S: {RECEIVED}"])
+        ask = "C: RCPT TO:<a@a.com>\nS: 250 {0}\n"
         mail = "C: MAIL FROM:<>\nS: 250 a{0}\nC: DATA\nS: 354 b{0}\nC: <4 bytes>\nS: 250 c{0}\n"
-        mails = "S: 220 a\n" + mail.format(1) + mail.format(2)
-        pieces = read_pieces(["HELO a.com", "MAIL FROM:<>", "DATA", "hi", ".", "MAIL FROM:<>", "DATA", "ho", "."])
-        said = [line for line in play_anew(mails, pieces).splitlines() if line[0] == "S"]
-        self.assertEqual(
-            said[2:], [f"S: {reply}{number}" for number in (1, 2) for reply in ("250 a", "354 b", "250 c")]
-        )
+        for unit, count, items in ((ask, 20, ["RCPT TO:<b@b.com>"]), (mail, 2, ["MAIL FROM:<>", "DATA", "hi", "."])):
+            transcript = "S: 220 a\n" + "".join(map(unit.format, range(count)))
+            played = play_anew(transcript, read_pieces(items * count))
+            self.assertEqual(*(re.findall("S: .*", text) for text in (played, transcript)))
         for unit in (ask, "S: 250-a\n", "C: hi\n", "S: 220 a\n", "S: <closed>\n", " \t", "\n", "C: BDAT 9\n"):
             times = []
             for size in (100_000, 400_000):
@@ -4436,35 +3908,24 @@ class PlayTest(ServerCase):
         self.assertEqual(Memory.of(server).record([b"NOOP\r\n"]), "S: 220 Welcome\nC: NOOP\nS: 250 Ok")
 
     def test_elsewhere(self) -> None:
-        """The command line, its commands, and the mark of pytest."""
+        """On the command line."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "session.log")
             path.write_bytes(LOGS["curl"].encode() + b"\xff")
-            heard: list[str] = []
+            codes: list[int] = []
 
             def use(port: int) -> None:
                 for _ in range(2):
-                    with Client(types.SimpleNamespace(host="127.0.0.1", port=port)) as client:  # type: ignore[arg-type]
-                        heard.append(client.greeting)
+                    with Smtp(port) as client:
+                        codes.append(client.rcpt("b@b.com")[0])
 
             run_main(use, "-port=0", f"-play={path}", "-quiet")
-            self.assertEqual(heard, ["220-mx.example.com ESMTP", "220 Welcome"])
+            self.assertEqual(codes, [550, 503])
             error = f"smtpmock: -play='{path}2': cannot be read: No such file or directory\n"
             self.assertEqual(call_main(f"-play={path}2"), (2, "", error))
             path.write_text("nothing")
-            self.assertIn(
-                "-play: the server says nothing in it; it begins with 'nothing'\n", call_main(f"-play={path}")[2]
-            )
-
-    def test_an_interrupted_body(self) -> None:
-        transcript = "C: MAIL FROM:<>\nS: 250 a\nC: DATA\nS: 354 b\nC: <9 bytes>\nS: <reset>"
-        server = self.run_server()
-        server.play("x\n" + transcript)
-        with Client(server) as client:
-            client.ask(*ENVELOPE, "DATA")
-            client.send(b"0123456789")
-            self.assertEqual(client.read(), "<reset>")
-        server.check()
+            error = "-play: the server says nothing in it; it begins with 'nothing'\n"
+            self.assertIn(error, call_main(f"-play={path}")[2])
 
 
 # ------------------------------------------------------------------------------------------ profiles
@@ -4489,16 +3950,13 @@ HELLO | MAIL | RCPT | DATA => 354 b@b.com  -- msg_data_received="354 {address}"
 
 
 class ProfileTest(unittest.TestCase):
-    OPTIONS: Mapping[str, Any] = {"not_registered_emails": ["x@x.com"], "blacklisted_helo_domains": ["y.com"]}
-
-    def ask(self, memory: Memory, items: Iterable[str]) -> str:
-        """The reply to the last of these."""
-        return "\n".join([memory.feed(piece) for piece in read_pieces(items)][-1]).removesuffix("\n<closed>")
-
     def test_replies(self) -> None:
+        options: Any = {"not_registered_emails": ["x@x.com"], "blacklisted_helo_domains": ["y.com"]}
         for row in PROFILED:
             with self.subTest(row):
-                self.assertEqual(self.ask(Memory(**self.OPTIONS, **row.options), row.given), row.expected)
+                memory = Memory(**options, **row.options)
+                said = [memory.feed(piece) for piece in read_pieces(row.given)][-1]
+                self.assertEqual([line for line in said if line != "<closed>"], [row.expected])
 
     def test_each_profile(self) -> None:
         """It has replies with codes, and accepts what it announces."""
@@ -4506,12 +3964,10 @@ class ProfileTest(unittest.TestCase):
             with self.subTest(name):
                 options = Configuration(profile=name)
                 fields = [field for field in dataclasses.fields(options) if field.name.startswith("msg_")]
-                texts = {field.name: getattr(options, field.name) for field in fields if field.type == "str"}
-                own = {field.name for field in fields if getattr(options, field.name) != field.default}
-                self.assertGreater(len(own), 9)
-                for text in texts.values():
-                    self.assertRegex(text, r"\A(\d{3}-.+\n)*\d{3} .+\Z")
-                lines = self.ask(Memory(profile=name), ["EHLO a.com"]).split("\n")[1:]
+                self.assertGreater(sum(getattr(options, field.name) != field.default for field in fields), 9)
+                for field in fields:
+                    self.assertRegex(str(getattr(options, field.name)), r"\A((\d{3}-.+\n)*\d{3} .+|\d{8,})\Z")
+                lines = Memory(profile=name).feed(b"EHLO a.com\r\n")[1:]
                 self.assertIn(f"250-SIZE {options.msg_size_limit}", lines[:-1])
                 self.assertEqual(len(lines), len(options.extensions))
 
@@ -4519,41 +3975,38 @@ class ProfileTest(unittest.TestCase):
         """Over the profile, wherever either is given; the profile can be changed."""
         given = Configuration(profile="exim", msg_noop_received="250 mine")
         server = Server(given, profile="postfix")
-        steps: list[Callable[[], object]] = [
-            lambda: None,
-            lambda: server.configure(profile="ses"),
-            lambda: server.configure(msg_quit_cmd="221 other"),
-            lambda: server.configure(profile=None),
-            server.reset,
-        ]
-        for step, quit_reply in zip(steps, ("2.0.0 Bye", "Bye", "other", "other", "2.0.0 Bye"), strict=True):
-            step()
+        for changes, goodbye in (
+            ({}, "2.0.0 Bye"),
+            ({"profile": "ses"}, "Bye"),
+            ({"msg_quit_cmd": "221 other"}, "other"),
+            ({"profile": None}, "other"),
+            (None, "2.0.0 Bye"),
+        ):
+            server.reset() if changes is None else server.configure(**changes)
             said = Memory.of(server).record([b"NOOP\r\n", b"QUIT\r\n"]).splitlines()
-            self.assertEqual(said[2:5:2], ["S: 250 mine", f"S: 221 {quit_reply}"])
+            self.assertEqual(said[2:5:2], ["S: 250 mine", f"S: 221 {goodbye}"])
         self.assertEqual(given, copy.copy(given))
         self.assertEqual(pickle.loads(pickle.dumps(given)), given)
         self.assertNotEqual(given, Configuration(profile="exim"))
-        for name, text in (
-            ("exmi", "exmi is unknown; did you mean exim"),
-            ("", " is unknown"),
-            (1, "=1: must be a string"),
-        ):
+        wrong: dict[Any, str] = {
+            "exmi": "exmi is unknown; did you mean exim",
+            "": " is unknown",
+            1: "=1: must be a str",
+        }
+        for name, text in wrong.items():
             with self.assertRaisesRegex(ConfigurationError, f"profile.*{text}"):
-                Configuration(profile=name)  # type: ignore[arg-type]
+                Configuration(profile=name)
 
     def test_an_address_in_a_reply(self) -> None:
         """Also in that of a rule. It cannot end the reply. Other replies are made once."""
         memory = Memory(*ENVELOPE[:2], rules=["RCPT: reply 550 <{address}> no", "VRFY: reply 550 {address}."])
         self.assertEqual(memory.say("RCPT TO:<b@b.com>", "VRFY x"), ["550 <b@b.com> no", "550 x."])
-        memory = Memory(ENVELOPE[0], msg_mailfrom_received="250 {address}", lenient_addresses=True)
-        self.assertEqual(memory.feed(b'MAIL FROM:<"a\r"@a.com>\r\n'), ["501 MAIL FROM requires valid email address"])
-        memory.add_rules(memory, ["MAIL: reply 250 {address}"])
+        memory = Memory(ENVELOPE[0], rules=["MAIL: reply 250 {address}"])
         self.assertEqual(memory.feed(b"MAIL FROM:<a\rb\xff>\r\n"), [r"250 a\rb\udcff"])
         memory = Memory(handlers=[make_handler("XTRA", "250 {address}!", parse=staticmethod(str))])
         self.assertEqual(memory.say("XTRA you"), ["250 you!"])
         for text in (RECEIVED, "250 {address}"):
-            memory = Memory(msg_mailfrom_received=text)
-            first, second = memory.replies(b"NOOP\r\nNOOP\r\n")
+            first, second = Memory(msg_mailfrom_received=text).replies(b"NOOP\r\nNOOP\r\n")
             self.assertIs(first, second)
 
 
@@ -4566,8 +4019,7 @@ class HandlerTest(unittest.TestCase):
         memory = Memory(handlers=[expand], msg_size_limit=9, msg_invalid_cmd_helo_sequence="503 custom")
         replies = memory.say("EXPN x", "HELO a.com", "EXPN", "expn x", "EXPAND y", "NOOP")
         self.assertEqual(replies, ["503 custom", RECEIVED, "501 whom?", "250 one of 9", "250 one of 9", "250 Ok"])
-        memory = Memory(handlers=[expand], rules=["expn x: reply 252 maybe"])
-        self.assertEqual(memory.say("EXPN x"), ["252 maybe"])
+        self.assertEqual(Memory(handlers=[expand], rules=["expn x: reply 252 maybe"]).say("EXPN x"), ["252 maybe"])
 
     def test_verbs_that_are_also_stages(self) -> None:
         memory = Memory(handlers=[make_handler("", "250 hello", verbs=("CONNECT", "MESSAGE"))])
@@ -4579,9 +4031,7 @@ class HandlerTest(unittest.TestCase):
         """Return any text from refuse(), read the message so far, raise, and have a secret."""
 
         class Login(smtpmock.Handler):
-            verbs = ("LOGIN",)
-            received = "msg_noop_received"
-            has_secret = True
+            verbs, received, has_secret = ("LOGIN",), "msg_noop_received", True
 
             def parse(self, argument: str) -> str:
                 return argument[:1] or str(1 / 0)
@@ -4616,73 +4066,45 @@ def b64(text: str) -> str:
 class AuthTest(ServerCase):
     """What the dialogues do not show: what is kept, and what is not."""
 
-    USERS = {"alice": "sécret", "bob": ""}
-    LOGIN = "AUTH PLAIN " + b64("\0bob\0")
     SUCCEEDED, FAILED = "235 Authentication succeeded", "535 Authentication credentials invalid"
 
-    def memory(self, *lines: str, users: Any = USERS, **options: Any) -> Memory:
-        return Memory("EHLO a.com", *lines, auth_users=users, **options)
-
-    def test_a_login_is_one_use_of_a_rule(self) -> None:
-        memory = Memory(auth_users={"u": "p"}, rules=["AUTH: reply 454 later; delay 0.5; times=1"])
-        for end in ("454 later", self.SUCCEEDED):
-            self.assertEqual(memory.say("EHLO a.com", "AUTH LOGIN", b64("u"), b64("p"))[-1], end)
+    def memory(self, users: Any) -> Memory:
+        return Memory("EHLO a.com", auth_users=users)
 
     def test_cram_md5(self) -> None:
         challenges = set()
         for secret, expected in (("sécret", self.SUCCEEDED), ("", self.FAILED), ("wrong", self.FAILED)):
-            memory = self.memory()
-            (reply,) = memory.say("AUTH CRAM-MD5")
-            challenge = base64.b64decode(reply.removeprefix("334 "))
+            memory = self.memory({"alice": "sécret"})
+            challenge = base64.b64decode(memory.say("AUTH CRAM-MD5")[0].removeprefix("334 "))
             challenges.add(challenge)
             digest = hmac.new(secret.encode(), challenge, "md5").hexdigest()
             self.assertEqual(memory.say(b64(f"alice {digest}")), [expected])
         self.assertEqual(len(challenges), 3)
-        for answer, expected in (("nobody x", self.FAILED), ("bob x", self.FAILED)):
-            self.assertEqual(self.memory().say("AUTH CRAM-MD5", b64(answer))[1], expected)
-
-    def test_each_mail_has_it(self) -> None:
-        memory = self.memory(self.LOGIN, *SEND, *SEND, multiple_message_receiving=True)
-        self.assertEqual([message.auth_user for message in memory.messages()], ["bob", "bob"])
-        self.assertIn("C: AUTH PLAIN ***\nS: 235", memory.messages()[1].transcript)
-        self.assertIn(" with ESMTPA id ", memory.messages()[1].received_header)
+        for answer in ("nobody x", "bob x"):
+            self.assertEqual(self.memory({"bob": ""}).say("AUTH CRAM-MD5", b64(answer))[1], self.FAILED)
 
     def test_a_function(self) -> None:
-        seen: list[tuple[str, str, str]] = []
+        seen: list[tuple[str, ...]] = []
 
-        def check(mechanism: str, user: str, secret: str) -> bool:
-            seen.append((mechanism, user, secret))
-            return user == "alice"
+        def check(*asked: str) -> bool:
+            seen.append(asked)
+            return asked[1] == "alice"
 
-        self.assertEqual(self.memory(users=check).say("AUTH PLAIN " + b64("\0alice\0s")), [self.SUCCEEDED])
-        self.assertEqual(self.memory(users=check).say("AUTH LOGIN " + b64("bob"), b64("t"))[1], self.FAILED)
-        challenge, reply = self.memory(users=check).say("AUTH CRAM-MD5", b64("alice abc"))
+        self.assertEqual(self.memory(check).say("AUTH PLAIN " + b64("\0alice\0s")), [self.SUCCEEDED])
+        self.assertEqual(self.memory(check).say("AUTH LOGIN " + b64("bob"), b64("t"))[1], self.FAILED)
+        challenge, reply = self.memory(check).say("AUTH CRAM-MD5", b64("alice abc"))
         self.assertEqual(reply, self.SUCCEEDED)
         text = base64.b64decode(challenge[4:]).decode()
         self.assertEqual(seen, [("PLAIN", "alice", "s"), ("LOGIN", "bob", "t"), ("CRAM-MD5", "alice", f"{text} abc")])
 
-    def test_any_login(self) -> None:
-        for lines in (
-            ["AUTH PLAIN " + b64("\0bob\0x")],
-            ["AUTH LOGIN", b64("bob"), b64("")],
-            ["AUTH CRAM-MD5", b64("bob 0123")],
-            ["AUTH XOAUTH2 " + b64("user=bob\1auth=Bearer x\1\1")],
-        ):
-            memory = self.memory(*lines[:-1], users="*")
-            self.assertEqual(memory.say(lines[-1]), [self.SUCCEEDED])
-            self.assertEqual((memory.message().auth, memory.message().auth_user), (True, "bob"))
-        for line in ("AUTH PLAIN x", "AUTH PLAIN " + b64("bob")):
-            self.assertEqual(self.memory(users="*").say(line), ["501 Cannot decode response"])
-
     def test_an_exchange_that_fails_leaves_nothing(self) -> None:
         for lines, reply in (
-            ([self.LOGIN], "451 Local error in processing"),
+            (["AUTH PLAIN " + b64("\0bob\0")], "451 Local error in processing"),
             (["AUTH LOGIN", b64("a"), b64("b")], "451 Local error in processing"),
             (["AUTH LOGIN", "x" * 13000], "500 Line too long"),
         ):
-            memory = self.memory(users=lambda *_: 1 / 0)
-            self.assertEqual(memory.say(*lines)[-1], reply)
-            self.assertEqual(memory.say("AUTH CRAM-MD5", "*")[1], "501 Authentication cancelled")
+            replies = self.memory(lambda *_: 1 / 0).say(*lines, "AUTH CRAM-MD5", "*")
+            self.assertEqual((replies[-3], replies[-1]), (reply, "501 Authentication cancelled"))
 
     def test_a_secret_is_not_shown(self) -> None:
         """But the verb is, and a mechanism that is known."""
@@ -4708,8 +4130,8 @@ class AuthTest(ServerCase):
                     (message,) = server.wait_for_messages(1, TIMEOUT)
                     server.stop()
                     recorder.wait_for("was stopped")
-                    self.assertNotIn("c2VjcmV0", str(recorder.seen) + pickle.dumps(message).decode("latin-1"))
-                    self.assertNotIn("c2VjcmV0", repr(message.to_dict()))
+                    kept = str(recorder.seen) + pickle.dumps(message).decode("latin-1") + repr(message.to_dict())
+                    self.assertNotIn("c2VjcmV0", kept)
                     requests = re.findall("(?m)^C: (.*)", message.transcript)
                     self.assertEqual(requests, ["EHLO a.com", *read_items(shown), "QUIT"])
 
@@ -4812,18 +4234,18 @@ class TlsTest(ProcessCase):
                 client.login("u", "s")
                 client.sendmail("a@a.com", ["b@b.com"], b"Subject: x\r\n\r\n" + b"y" * 100_000)
             (message,) = server.messages()
-            self.assertRegex(str(message.tls), r"^\('TLSv1\.[23]', '[A-Z0-9_-]+'\)$")
-            self.assertEqual((len(message.content), message.auth_user, message.quit_sent), (100_016, "u", True))
-            self.assertIn("with ESMTPSA id", message.received_header)
-            self.assertEqual(message.to_dict()["tls"], list(message.tls or ()))
-            self.assertTrue(message.transcript.startswith("S: 220 Welcome\nC: ehlo"))
+        self.assertRegex(str(message.tls), r"^\('TLSv1\.[23]', '[A-Z0-9_-]+'\)$")
+        self.assertEqual((len(message.content), message.auth_user, message.quit_sent), (100_016, "u", True))
+        self.assertIn("with ESMTPSA id", message.received_header)
+        self.assertEqual(message.to_dict()["tls"], list(message.tls or ()))
+        self.assertTrue(message.transcript.startswith("S: 220 Welcome\nC: ehlo"))
 
     def test_what_was_said_before_it_is_forgotten(self) -> None:
         """The hello and the login. Each mail after it has its cipher."""
         options: dict[str, Any] = {"auth_users": {"u": "s"}, "auth_required": True, "ssl_context": True}
-        options["multiple_message_receiving"] = True
         login = f"AUTH PLAIN {b64(chr(0) + 'u' + chr(0) + 's')}"
-        memory = Memory("EHLO a.com", login, "STARTTLS", msg_invalid_cmd_starttls_sequence="503 custom", **options)
+        options |= {"multiple_message_receiving": True, "msg_invalid_cmd_starttls_sequence": "503 custom"}
+        memory = Memory("EHLO a.com", login, "STARTTLS", **options)
         memory.secure()
         replies = memory.say("STARTTLS", "HELO a.com", "MAIL FROM:<a@a.com>", login)
         self.assertEqual([reply[:10] for reply in replies], ["503 custom", "250 Receiv", "530 Authen", "235 Authen"])
@@ -4835,8 +4257,8 @@ class TlsTest(ProcessCase):
         """It is sent as a whole, and the client is told that nothing follows."""
         with self.server(implicit_tls=True, msg_noop_received="250 " + "x" * 5_000_000) as server:
             with Client(server, greets=False) as plain:
-                context, name = self.trusting(), "localhost"
-                with context.wrap_socket(plain.socket, server_hostname=name, suppress_ragged_eofs=False) as client:
+                options: dict[str, Any] = {"server_hostname": "localhost", "suppress_ragged_eofs": False}
+                with self.trusting().wrap_socket(plain.socket, **options) as client:
                     client.sendall(b"NOOP\r\n")
                     self.recorder.wait_for("response: 250 x")
                     client.sendall(b"QUIT\r\n")
@@ -4858,24 +4280,21 @@ class TlsTest(ProcessCase):
 
     def test_a_disconnect(self) -> None:
         """Within TLS, and in the middle of a handshake."""
-        for reset in (False, True):
+        for reset, end in ((False, "<closed>"), (True, "<reset>")):
             with self.subTest(reset=reset), self.server(implicit_tls=True) as server:
                 with Client(server, greets=False) as begins, self.connect_ssl(server) as client:
                     client.ehlo()
                     self.assertFalse(client.has_extn("starttls"))
-                    self.assertEqual(server.url, f"smtps://127.0.0.1:{server.port}")
                     self.assertTrue(wait_until(lambda: "open sessions: 2" in report(server)))
                     server.disconnect(reset=reset)
-                    self.assertEqual([message.helo for message in server.messages()], [True])
-                    self.assertEqual(begins.read(), "<reset>" if reset else "<closed>")
-                    with self.assertRaises(smtplib.SMTPServerDisconnected if not reset else OSError):
-                        client.noop()
+                    self.assertEqual(([message.helo for message in server.messages()], begins.read()), ([True], end))
+                    catch(OSError if reset else smtplib.SMTPServerDisconnected, client.noop)
                 with self.connect_ssl(server) as client:
                     self.assertEqual(client.noop()[0], 250)
 
     def test_certificates_as_a_client_sees_them(self) -> None:
         for context, host, expected in (
-            (ssl.create_default_context(), "localhost", "self-signed certificate|self signed certificate"),
+            (ssl.create_default_context(), "localhost", "self.signed certificate"),
             (self.trusting(), "mx.example.com", "(?i)hostname mismatch"),
         ):
             with self.server(implicit_tls=True) as server, Client(server, greets=False) as client:
@@ -4889,7 +4308,6 @@ class TlsTest(ProcessCase):
             with Client(server, greets=False) as client:
                 client.send(b"EHLO a.com\r\n")
                 self.assertNotEqual(client.read()[:3], "220")
-                self.assertEqual(len(self.recorder.wait_for("TLS handshake failed")[1].splitlines()), 1)
             text = "TLS handshake failed: .*; the client must begin TLS, because of implicit_tls"
             self.assertTrue(wait_until(lambda: re.search(text, report(server))), report(server))
 
@@ -4905,31 +4323,23 @@ class TlsTest(ProcessCase):
             stop_in_time(server)
         self.recorder.wait_for("SMTP mock server was stopped successfully")
 
-    def test_a_handshake_has_the_timeout_of_the_session(self) -> None:
-        with self.server(implicit_tls=True, session_timeout=0.05) as server, Client(server) as client:
-            self.assertIn(client.greeting, ("<closed>", "<reset>"))
-
-    def test_farewells_in_tls(self) -> None:
-        server = self.server(implicit_tls=True).start()
-        with contextlib.closing(self.connect_ssl(server)) as client:
-            client.noop()
-            server.stop()
-            self.assertEqual(client.getreply()[0], 421)
+    def test_timeouts(self) -> None:
         with self.server(implicit_tls=True, session_timeout=0.2) as server:
-            with contextlib.closing(self.connect_ssl(server)) as client:
-                self.assertEqual(client.getreply(), (421, b"Session timeout, closing connection"))
+            with Client(server) as client, contextlib.closing(self.connect_ssl(server)) as other:
+                self.assertEqual(other.getreply(), (421, b"Session timeout, closing connection"))
+                self.assertIn(client.greeting, ("<closed>", "<reset>"))  # it did not begin the handshake
 
-    def test_quit_in_a_stop(self) -> None:
-        with mock.patch.object(smtpmock, "_QUIT_TIMEOUT", 10 * TIMEOUT), contextlib.ExitStack() as stack:
+    def test_stops(self) -> None:
+        """A client may QUIT, and is told when it is too late."""
+        for seconds in (0.0, 10 * TIMEOUT):
             server = self.server(implicit_tls=True, shutdown_timeout=10 * TIMEOUT).start()
-            client = stack.enter_context(contextlib.closing(self.connect_ssl(server)))
-            client.sendmail("a@a.com", ["b@b.com"], "hi")
-            stopper = threading.Thread(target=stop_in_time, args=(server,))
-            stopper.start()
-            self.recorder.wait_for("shutdown mode")
-            self.assertEqual(client.quit()[0], 221)
-            stopper.join(TIMEOUT)
-            self.assertFalse(server.is_running)
+            patch = mock.patch.object(smtpmock, "_QUIT_TIMEOUT", seconds)
+            with patch, contextlib.closing(self.connect_ssl(server)) as client:
+                client.sendmail("a@a.com", ["b@b.com"], "hi")
+                with in_background(functools.partial(stop_in_time, server)):
+                    self.recorder.wait_for("shutdown mode")
+                    self.assertEqual(client.quit()[0] if seconds else client.getreply()[0], 221 if seconds else 421)
+                self.assertFalse(server.is_running)
 
     def test_a_farewell_that_the_client_does_not_read(self) -> None:
         """It is tried once, and the session breaks off."""
@@ -5065,17 +4475,12 @@ class StartTest(ServerCase):
         self.assertEqual((server.is_running, port != 0), (True, True))
         with self.assertRaisesRegex(ServerStateError, f"127.0.0.1:{port}.*cannot start: it is running"):
             server.start()
-        with Client(server) as client:
-            self.assertEqual(client.greeting, "220 Welcome")
         server.stop()
         self.assertEqual((server.port, server.is_running), (port, False))
         self.assert_nothing_is_left(server)
-
-    def test_restart(self) -> None:
-        server = Server()
         for count in (1, 2, 3):
             with server, Client(server) as client:
-                client.ask("HELO a.com", "QUIT")
+                self.assertEqual(client.ask("HELO a.com", "QUIT")[0], RECEIVED)
             self.assertEqual(len(server.messages()), count)
         with server:
             server.stop()
@@ -5087,11 +4492,9 @@ class StartTest(ServerCase):
     def test_port_in_use(self) -> None:
         with Server() as first:
             second = Server(port=first.port, logger=(recorder := Recorder()))
-            pattern = f"^cannot listen on 127.0.0.1:{first.port}: .*in use"
-            with self.assertRaisesRegex(ServerStartError, pattern) as caught:
-                second.start()
-            self.assertIsInstance(caught.exception.errno, int)
-            self.assertEqual(recorder.wait_for("cannot listen")[0], "error")
+            error = catch(ServerStartError, second.start)
+            self.assertRegex(str(error), f"^cannot listen on 127.0.0.1:{first.port}: .*in use")
+            self.assertEqual((type(error.errno), recorder.wait_for("cannot listen")[0]), (int, "error"))
             self.assertFalse(second.is_running)
             with contextlib.redirect_stderr(io.StringIO()) as err:
                 catch(ServerStartError, Server(port=first.port, log_to_stdout=True).start)
@@ -5163,10 +4566,9 @@ class StartTest(ServerCase):
         ):
             with self.subTest(name), mock.patch.object(owner, name, side_effect=error), warnings.catch_warnings():
                 warnings.simplefilter("error")
-                with self.assertRaisesRegex(ServerStartError, f"{error.args[-1]}$") as caught:
-                    server.start()
-                self.assertEqual(caught.exception.errno, getattr(error, "errno", None))
-            self.assertFalse(server.is_running)
+                found = catch(ServerStartError, server.start)
+                self.assertTrue(str(found).endswith(str(error.args[-1])))
+                self.assertEqual((found.errno, server.is_running), (getattr(error, "errno", None), False))
         with server:
             pass
         self.assert_nothing_is_left(server)
@@ -5193,32 +4595,35 @@ class StopTest(ServerCase):
             clients[0].send(b"HELO a.com\r\nhalf a li")
             self.assertEqual(clients[0].read(), RECEIVED)
             stop_in_time(server)
-            for client in clients:
-                self.assertEqual(client.read_all(), [SHUTDOWN, "<closed>"])
+            self.assertEqual([client.read_all() for client in clients], [[SHUTDOWN, "<closed>"]] * 10)
             self.assertEqual([message.helo for message in server.messages()], [True])
         self.assert_nothing_is_left(server)
 
     def test_a_body_or_a_delay_may_be_finished(self) -> None:
         server, client, recorder = self.serve(shutdown_timeout=TIMEOUT, response_delay_message=0.03)
         client.ask(*ENVELOPE, "DATA")
-        stopper = threading.Thread(target=server.stop)
-        stopper.start()
-        recorder.wait_for("shutdown mode")
-        client.send(b"late\r\n.\r\n")
-        self.assertEqual(client.read_all(), [RECEIVED, SHUTDOWN, "<closed>"])
-        stopper.join(TIMEOUT)
+        with in_background(server.stop):
+            recorder.wait_for("shutdown mode")
+            client.send(b"late\r\n.\r\n")
+            self.assertEqual(client.read_all(), [RECEIVED, SHUTDOWN, "<closed>"])
         self.assertEqual([message.content for message in server.messages()], [b"late\r\n"])
         recorder.wait_for("stopped successfully")
         self.assert_nothing_is_left(server)
 
+    STOPPED, FORCED = "was stopped successfully", "was force stopped"
+    AT_WORK: Sequence[tuple[str, Sequence[str], float, list[str], str]] = (
+        ("NOOP: silence", ["NOOP"], 10 * TIMEOUT, [], STOPPED),
+        (f"NOOP: trickle {10 * TIMEOUT}", ["NOOP"], 0.05, ["2"], FORCED),
+        (f"NOOP: delay {10 * TIMEOUT}", ["NOOP"], 0.05, [], FORCED),
+        ("NOOP: drop", [*ENVELOPE, "DATA"], 0.05, [READY], FORCED),  # in a body
+    )
+
     def test_it_keeps_its_promise(self) -> None:
         """Sessions in the middle of something are cut off when its time is over, but not before that."""
-        stopped, forced = "was stopped successfully", "was force stopped"
-
-        def keep_promise(rule: str, lines: Sequence[str], timeout: float, ends: list[str], outcome: str) -> Server:
-            server, client, recorder = self.serve(rule, shutdown_timeout=timeout)
-            with contextlib.ExitStack() as stack:
-                clients = [client, *(stack.enter_context(Client(server)) for _ in range(9))]
+        for rule, lines, timeout, ends, outcome in self.AT_WORK:
+            with self.subTest(rule), contextlib.ExitStack() as stack:
+                server, client, recorder = self.serve(rule, shutdown_timeout=timeout)
+                clients = [client, *(stack.enter_context(Client(server)) for _ in range(4))]
                 for other in clients:
                     other.ask(*lines[:-1])
                     other.send(lines[-1].encode() + b"\r\n")
@@ -5226,24 +4631,11 @@ class StopTest(ServerCase):
                     recorder.wait_for(f"SMTP request: {lines[-1]}")
                 began = time.monotonic()
                 stop_in_time(server)
-                self.assertTrue(outcome == stopped or time.monotonic() - began >= timeout)
-                self.assertEqual([other.read_all() for other in clients], [[*ends, "<closed>"]] * 10)
+                self.assertTrue(outcome == self.STOPPED or time.monotonic() - began >= timeout)
+                self.assertEqual([other.read_all() for other in clients], [[*ends, "<closed>"]] * 5)
                 self.assertIn(outcome, recorder.wait_for("SMTP mock server was")[1])
-                self.assertEqual([message.data for message in server.messages()], [lines[-1] == "DATA"] * 10)
-            return server
-
-        rows: Sequence[tuple[str, Sequence[str], float, list[str], str]] = (
-            ("NOOP: silence", ["NOOP"], 10 * TIMEOUT, [], stopped),
-            (f"NOOP: trickle {10 * TIMEOUT}", ["NOOP"], 0.05, ["2"], forced),
-            (f"NOOP: delay {10 * TIMEOUT}", ["NOOP"], 0.05, [], forced),
-            ("NOOP: drop", [*ENVELOPE, "DATA"], 0.05, [READY], forced),  # in a body
-        )
-        results = in_threads(*(functools.partial(keep_promise, *row) for row in rows))
-        for row, result in zip(rows, results, strict=True):
-            with self.subTest(row[0]):
-                if isinstance(result, Exception):
-                    raise result
-                self.assert_nothing_is_left(result)
+                self.assertEqual([message.data for message in server.messages()], [lines[-1] == "DATA"] * 5)
+                self.assert_nothing_is_left(server)
 
     def test_a_client_that_does_not_read_is_cut_off(self) -> None:
         server, client, recorder = self.serve(shutdown_timeout=0.05, msg_noop_received="250 " + "x" * 5_000_000)
@@ -5257,12 +4649,12 @@ class StopTest(ServerCase):
         server = Server(shutdown_timeout=0.05, msg_size_limit=1000).start()
         flooding = threading.Barrier(4)
 
-        def flood(flood_of: bytes, *lines: str) -> None:
+        def flood(data: bytes, *lines: str) -> None:
             with Client(server) as client, contextlib.suppress(ConnectionError):  # but no timeout
                 client.ask(*lines)
                 flooding.wait(TIMEOUT)
                 while True:
-                    client.send(flood_of)
+                    client.send(data)
 
         def user() -> str:
             with Client(server) as client:
@@ -5271,9 +4663,9 @@ class StopTest(ServerCase):
             server.stop()
             return replies[-1]
 
-        bodies, commands = b"x" * 65536, b"NOOP\r\n" * 10_000
-        floods = [lambda: flood(bodies), lambda: flood(bodies, *ENVELOPE, "DATA"), lambda: flood(commands)]
-        self.assertEqual(in_threads(user, *floods), [RECEIVED, None, None, None])
+        floods = ((b"x" * 65536,), (b"x" * 65536, *ENVELOPE, "DATA"), (b"NOOP\r\n" * 10_000,))
+        results = in_threads(user, *(functools.partial(flood, *arguments) for arguments in floods))
+        self.assertEqual(results, [RECEIVED, None, None, None])
         self.assert_nothing_is_left(server)
 
     def test_code_that_holds_up_a_session_does_not_hold_up_stop(self) -> None:
@@ -5297,11 +4689,10 @@ class StopTest(ServerCase):
             with contextlib.suppress(ServerStateError):
                 server.stop()
 
-        server = Server(logger=types.SimpleNamespace(info=log, warning=log, error=log, info_activity=log))
+        server = Server(logger=mock.Mock(spec=["info", "warning", "error"], info=log, warning=log))
         for text in ("started on port", "shutdown mode", "was stopped"):
             with self.subTest(text):
-                self.assertEqual(in_threads(live), [None])
-                self.assertFalse(server.is_running)
+                self.assertEqual((in_threads(live), server.is_running), ([None], False))
                 self.assert_nothing_is_left(server)
 
     def test_a_session_that_stops_the_server(self) -> None:
@@ -5318,12 +4709,10 @@ class StopTest(ServerCase):
             if is_alone:
                 recorder.wait_for("stopped")
                 self.assertFalse(server.is_running)
-                self.assertEqual(client.read_all(), [RECEIVED, SHUTDOWN, "<closed>"])
-                self.assertTrue(wait_until(lambda: not self.threads()))
             else:
                 server.stop()
-                self.assertEqual((len(server.messages()), client.read()), (1, RECEIVED))
-                self.assert_nothing_is_left(server)
+            self.assertEqual((len(server.messages()), client.read()), (1, RECEIVED))
+            self.assertTrue(wait_until(lambda: not self.threads()))
 
     def test_a_client_that_is_sending_gets_an_rst(self) -> None:
         """It does not hang when the server cuts it off, though nobody reads what it sends."""
@@ -5490,9 +4879,7 @@ class InterruptTest(ServerCase):
         with contextlib.suppress(ServerStateError):
             server.stop()
         self.assertFalse(server.is_running)
-        for thread in self.threads():
-            thread.join(TIMEOUT)
-        self.assertEqual(self.threads(), [])
+        self.assertTrue(wait_until(lambda: not self.threads()))
         with server:
             send(server, "hi")
 
@@ -5527,12 +4914,8 @@ class InterruptTest(ServerCase):
 
         client.send(b"NOOP\r\n")
         recorder.wait_for("SMTP request: NOOP")
-        thread = threading.Thread(target=interrupt)
-        thread.start()
-        with self.assertRaises(KeyboardInterrupt):
+        with self.assertRaises(KeyboardInterrupt), in_background(interrupt):
             server.stop()
-            thread.join(TIMEOUT)  # the interrupt comes now at the latest
-        thread.join(TIMEOUT)
         client.reset()
         self.assert_can_be_stopped(server)
 
@@ -5558,20 +4941,20 @@ class SessionTest(ServerCase):
             self.assertTrue(message.transcript.endswith("\nS: ".join(["", RECEIVED, *said])), message.transcript)
 
     def test_clients_that_vanish_are_recorded(self) -> None:
-        for lines in (ENVELOPE[:1], ENVELOPE, [*ENVELOPE, "DATA"], ["\x00\udcff"]):
-            for reset in (False, True):
-                with self.subTest(lines=lines, reset=reset), Server() as server:
-                    with Client(server) as client:
-                        client.ask(*lines)
-                        client.send(b"half a line")
-                        if reset:
-                            client.reset()
-                    (message,) = server.wait_for_messages(1, TIMEOUT)
-                    self.assertEqual((message.helo, message.data), ("EHLO a.com" in lines, "DATA" in lines))
-                    if message.data and not reset:
-                        self.assertEqual(message.content, b"half a line")
-                    with Client(server) as other:
-                        self.assertEqual(other.greeting, "220 Welcome")
+        ends = (ENVELOPE[:1], ENVELOPE, [*ENVELOPE, "DATA"], ["\x00\udcff"])
+        for lines, reset in itertools.product(ends, (False, True)):
+            with self.subTest(lines=lines, reset=reset), Server() as server:
+                with Client(server) as client:
+                    client.ask(*lines)
+                    client.send(b"half a line")
+                    if reset:
+                        client.reset()
+                (message,) = server.wait_for_messages(1, TIMEOUT)
+                self.assertEqual((message.helo, message.data), ("EHLO a.com" in lines, "DATA" in lines))
+                if message.data and not reset:
+                    self.assertEqual(message.content, b"half a line")
+                with Client(server) as other:
+                    self.assertEqual(other.greeting, "220 Welcome")
 
     def test_a_mail_is_there_when_the_sendmail_of_smtplib_returns(self) -> None:
         with Server(multiple_message_receiving=True) as server, Smtp(server) as client:
@@ -5592,18 +4975,18 @@ class SessionTest(ServerCase):
     def test_the_default_timeout_of_a_program_is_not_that_of_a_session(self) -> None:
         socket.setdefaulttimeout(0.01)
         self.addCleanup(socket.setdefaulttimeout, None)
-        with Server() as server, Client(server) as client:
-            client.assert_silence()
-            self.assertEqual(client.ask("NOOP"), ["250 Ok"])
+        _, client, _ = self.serve()
+        client.assert_silence()
+        self.assertEqual(client.ask("NOOP"), ["250 Ok"])
 
     def test_a_session_that_fails_is_logged(self) -> None:
-        with Server(logger=(recorder := Recorder())) as server:
-            with mock.patch.object(socket.socket, "recv", side_effect=ZeroDivisionError("a bug")):
-                with Client(server) as client:
-                    self.assertEqual(client.read(), "<closed>")
-            self.assertEqual(recorder.wait_for("ZeroDivisionError: a bug")[0], "error")
+        server, _, recorder = self.serve()
+        with mock.patch.object(socket.socket, "recv", side_effect=ZeroDivisionError("a bug")):
             with Client(server) as client:
-                self.assertEqual(client.greeting, "220 Welcome")
+                self.assertEqual(client.read(), "<closed>")
+        self.assertEqual(recorder.wait_for("ZeroDivisionError: a bug")[0], "error")
+        with Client(server) as client:
+            self.assertEqual(client.greeting, "220 Welcome")
 
 
 # ----------------------------------------------------------------- a running server that is changed
@@ -5635,9 +5018,8 @@ class ConfigureTest(ServerCase):
             server.configure(msg_greeting="220 new", extensions=["VRFY"])
             server.configure(Configuration(msg_noop_received="250 new", fail_fast=False), fail_fast=True)
             with Client(server) as client:
-                self.assertEqual((open_client.ask("NOOP"), client.greeting), (["250 old"], "220 new"))
-                replies = [*client.ask("NOOP", "nonsense"), client.read()]
-                self.assertEqual(replies, ["250 new", UNRECOGNIZED, "<closed>"])
+                replies = [*open_client.ask("NOOP"), client.greeting, *client.ask("NOOP", "nonsense"), client.read()]
+                self.assertEqual(replies, ["250 old", "220 new", "250 new", UNRECOGNIZED, "<closed>"])
             server.reset()
             with Client(server) as client:
                 self.assertEqual([client.greeting, *client.ask("NOOP")], ["220 old", "250 old"])
@@ -5653,75 +5035,66 @@ class ConfigureTest(ServerCase):
 
     def test_on_message(self) -> None:
         """An output of the command line stays."""
-        given: list[str] = []
-        taken: list[Message] = []
-        server = Server(on_message=lambda message: given.append("old"))
+        old, new, output = list[Message](), list[Message](), list[Message]()
+        server = Server(on_message=old.append)
         changes: Sequence[Callable[[], object]] = (
-            lambda: server.configure(on_message=lambda message: given.append("new")),
+            lambda: None,
+            lambda: server.configure(on_message=new.append),
             lambda: server.configure(fail_fast=True),
             lambda: server.configure(on_message=None),
             server.reset,
-            lambda: [Memory.set_output(server, taken.append), server.configure(fail_fast=False)],
+            lambda: [Memory.set_output(server, output.append), server.configure(fail_fast=False)],
             server.reset,
         )
         with server:
-            send(server, "hi")
             for change in changes:
                 change()
                 send(server, "hi")
-        self.assertEqual((given, len(taken)), (["old", "new", "new", "old"], 2))
+        self.assertEqual([len(seen) for seen in (old, new, output)], [2, 2, 2])
 
     def test_a_warning_about_discarded_mail(self) -> None:
         """It is turned off by an option that is set explicitly, as long as that is in force."""
         server = Server(multiple_rcptto=True)
         server.configure(multiple_message_receiving=False)
         for warns in (False, True):
-            with self.subTest(warns=warns), warnings.catch_warnings(record=True) as caught:
+            with self.subTest(warns=warns), warnings.catch_warnings(record=True) as caught, server:
                 warnings.simplefilter("always")
-                with server:
-                    send(server, "1", "2")
-                    server.messages()
+                send(server, "1", "2")
+                server.messages()
                 self.assertEqual(len(caught), warns)
             server.reset()
 
-    def test_rules_made_later_use_the_new_seed_and_handlers(self) -> None:
-        def hits(server: Server) -> list[bool]:
-            rule = server.on("NOOP", probability=0.5).reply("250 hit")
+    def test_rules_made_later_use_the_new_seed(self) -> None:
+        def refusals(server: Server) -> list[int]:
+            rule = server.on("NOOP", probability=0.5).reply("450 no")
             with server, Client(server) as client:
                 replies = client.ask(*["NOOP"] * 20)
             rule.remove()
-            return [reply == "250 hit" for reply in replies]
+            return [index for index, reply in enumerate(replies) if reply == "450 no"]
 
         configured = Server()
         configured.configure(seed=5)
-        self.assertEqual(hits(configured), hits(Server(seed=5)))
-
-        server = Server(handlers=iter([make_handler("XTRA")]))
-        server.configure(msg_greeting="220 new")
-        with server, Client(server) as client:
-            self.assertEqual(client.ask("HELO a.com", "XTRA"), [RECEIVED, "250 Ok"])
+        self.assertEqual(refusals(configured), refusals(Server(seed=5)))
 
     def test_loggers_and_handlers(self) -> None:
-        server, client, first = self.serve()
+        server, client, first = self.serve(handlers=iter([make_handler("XTRA")]))
         second, third = Recorder(), Recorder()
         catch(ConfigurationError, server.on, "RCPX")
-        server.configure(logger=second, handlers=[make_handler("RCPX")])
+        server.configure(logger=second, handlers=[make_handler("RCPX"), make_handler("XTRA")])
         server.on("RCPX")
         for logger, reply in ((second, "250 Ok"), (third, UNRECOGNIZED)):
             with Client(server) as other:
-                self.assertEqual(other.ask("HELO a.com", "RCPX")[1], reply)
+                self.assertEqual(other.ask("HELO a.com", "RCPX", "XTRA")[1:], [reply, "250 Ok"])
                 logger.wait_for("request: RCPX")
             server.with_logger(third)
             server.reset()
+            server.configure(msg_greeting="220 new")
         catch(ConfigurationError, server.on, "RCPX")
         client.ask("NOOP")
         first.wait_for("request: NOOP")
 
     def test_check_tells_what_failed_before_and_after(self) -> None:
-        def fail(message: Message) -> None:
-            raise ValueError(message.content.decode().strip())
-
-        server, client, _ = self.serve(on_message=fail)
+        server, client, _ = self.serve(on_message=mock.Mock(side_effect=ValueError))
         client.ask(ENVELOPE[0], *SEND)
         server.configure(fail_fast=True)
         server.with_logger(Recorder())
@@ -5733,32 +5106,36 @@ class ConfigureTest(ServerCase):
 
     def test_url_and_repr(self) -> None:
         tls: dict[str, Any] = {"implicit_tls": True, "ssl_context": mock.Mock(spec=ssl.SSLContext)}
-        for host, options, address in (("::1", {}, "[::1]:25"), ("[::1]", {}, "[::1]:25"), ("a.com", tls, "a.com:25")):
+        for host, options, url in (
+            ("::1", {}, "smtp://[::1]:25"),
+            ("[::1]", {}, "smtp://[::1]:25"),
+            ("a.com", tls, "smtps://a.com:25"),
+        ):
             server = Server(host=host, port=25, **options)
-            self.assertEqual(server.url, f"smtp{'s' if options else ''}://{address}")
-            self.assertEqual(repr(server), f"<smtpmock.Server on {address}, not running>")
+            expected = f"<smtpmock.Server on {url.partition('//')[2]}, not running>"
+            self.assertEqual((server.url, repr(server)), (url, expected))
         with Server() as server:
-            self.assertEqual(server.url, f"smtp://127.0.0.1:{server.port}")
-            self.assertEqual(repr(server), f"<smtpmock.Server on 127.0.0.1:{server.port}>")
+            address = f"127.0.0.1:{server.port}"
+            self.assertEqual((server.url, repr(server)), (f"smtp://{address}", f"<smtpmock.Server on {address}>"))
 
 
 class DisconnectTest(ServerCase):
     """disconnect() ends the open sessions, and only these."""
 
     ENDS = ((False, "<closed>"), (True, "<reset>"))
+    WAITS: Sequence[tuple[Sequence[str], bytes, str | None]] = (
+        ([], b"EHLO a.com", None),  # for the rest of the first line
+        (ENVELOPE[:1], b"", None),  # a command
+        (ENVELOPE[:1], b"half", None),
+        ([*ENVELOPE, "DATA"], b"half\r\n", None),  # the rest of a body
+        (ENVELOPE[:1], b"RSET\r\n", None),  # the end of a delay
+        (ENVELOPE[:1], b"EXPN\r\n", "S: <closed>"),
+        (ENVELOPE[:1], b"VRFY\r\n", "S: <silence>"),
+    )
 
     def test_what_a_session_waits_for(self) -> None:
         rules = ("RSET: delay 1000", "VRFY: silence", "EXPN: delay 1000; close", "NOOP: delay 0.001")
-        waits: Sequence[tuple[Sequence[str], bytes, str | None]] = (
-            ([], b"EHLO a.com", None),  # the rest of the first line
-            (ENVELOPE[:1], b"", None),  # a command
-            (ENVELOPE[:1], b"half", None),
-            ([*ENVELOPE, "DATA"], b"half\r\n", None),  # that of a body
-            (ENVELOPE[:1], b"RSET\r\n", None),  # the end of a delay
-            (ENVELOPE[:1], b"EXPN\r\n", "S: <closed>"),
-            (ENVELOPE[:1], b"VRFY\r\n", "S: <silence>"),
-        )
-        for (reset, end), (lines, sent, last) in itertools.product(self.ENDS, waits):
+        for (reset, end), (lines, sent, last) in itertools.product(self.ENDS, self.WAITS):
             with self.subTest(lines=lines, sent=sent, reset=reset):
                 server, client, recorder = self.serve(*rules)
                 client.ask(*lines)
@@ -5777,20 +5154,17 @@ class DisconnectTest(ServerCase):
         for reset, _ in self.ENDS:
             server, client, recorder = self.serve("NOOP: delay 1000", msg_rset_received="250 " + "x" * 5_000_000)
             with self.subTest(reset=reset), Client(server) as other:
-                client.ask(ENVELOPE[0])
-                client.send(b"NOOP\r\n")
+                for user, line, logged in ((client, "NOOP", "request: NOOP"), (other, "RSET", "response: 250 x")):
+                    user.ask(ENVELOPE[0])
+                    user.send(line.encode() + b"\r\n")
+                    recorder.wait_for(logged)
                 client.socket.shutdown(socket.SHUT_WR)
-                recorder.wait_for("request: NOOP")
-                other.ask(ENVELOPE[0])
-                other.send(b"RSET\r\n")
-                recorder.wait_for("response: 250 x")
                 server.disconnect(reset)
                 self.assertEqual(len(server.messages()), 2)
 
     def test_in_a_callback(self) -> None:
         """Of two sessions at once, which do not wait for each other."""
-        both = threading.Barrier(2)
-        returned: list[Message] = []
+        both, returned = threading.Barrier(2), list[Message]()
 
         def on_message(message: Message) -> None:
             both.wait(TIMEOUT)
@@ -5808,19 +5182,16 @@ class DisconnectTest(ServerCase):
 
     def test_nothing_is_said_after_it(self) -> None:
         """By a session that was held up by a callback."""
-        holds = [Hold() for _ in self.ENDS]
-        served = [(end, *self.serve(on_message=hold), hold) for end, hold in zip(self.ENDS, holds, strict=True)]
-        with mock.patch.object(smtpmock, "_ABORT_TIMEOUT", 0):
-            for _, _, client, _, hold in served:
+        for reset, end in self.ENDS:
+            server, client, _ = self.serve(on_message=(hold := Hold()))
+            with self.subTest(reset=reset), mock.patch.object(smtpmock, "_ABORT_TIMEOUT", 0):
                 client.mail(b"hi\r\n.\r\nHELO b.com\r\n")
                 hold.wait()
-            in_threads(*(functools.partial(server.disconnect, reset) for (reset, _), server, *_ in served))
-            for (reset, end), server, client, _, hold in served:
-                with self.subTest(reset=reset):
-                    hold.release.set()
-                    self.assertIn(client.read(), (end, "<closed>"))
-                    stop_in_time(server)
-                    self.assertEqual([message.helo_request for message in server.messages()], [ENVELOPE[0]])
+                server.disconnect(reset)
+                hold.release.set()
+                self.assertIn(client.read(), (end, "<closed>"))
+                stop_in_time(server)
+                self.assertEqual([message.helo_request for message in server.messages()], [ENVELOPE[0]])
 
     @unittest.skipUnless(sys.platform == "linux", "other systems have no error for an RST after a FIN")
     def test_no_rst_follows_a_fin(self) -> None:
@@ -5869,107 +5240,103 @@ class DisconnectTest(ServerCase):
 # ------------------------------------------------------------------------------------ other systems
 
 
-class OtherSystem:
-    """Makes this system resemble another one, as far as the module can see, which is imported anew for that."""
+TICK = 0.015625  # of the clocks of Windows before Python 3.13
 
-    TICK = 0.015625  # of the clocks of Windows before Python 3.13
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.options: list[tuple[int, int]] = []  # of sockets that were set, and the lengths of their values
-        self.shutdowns: set[int] = set()
-        self.real = {name: getattr(socket.socket, name) for name in ("accept", "shutdown", "setsockopt")}
+@functools.cache
+def compiled_module() -> Any:
+    path = HERE / "smtpmock.py"
+    return compile(path.read_bytes(), path, "exec", dont_inherit=True)
 
-    def __enter__(self) -> Any:
-        """The module. What the tests call smtpmock, Server and so on is from it, too."""
-        with contextlib.ExitStack() as stack:
-            for owner in (select, os, socket):
-                stack.enter_context(mock.patch.dict(vars(owner)))
-            patch: Any = {"macOS": self.resemble_macos, "Windows": self.resemble_windows}.get(
-                self.name, lambda stack: None
-            )
-            patch(stack)
-            for name in self.real:
-                fake: Any = getattr(self, name)
-                stack.enter_context(mock.patch.object(socket.socket, name, lambda *args, fake=fake: fake(*args)))
-            spec = importlib.util.spec_from_file_location("smtpmock", HERE / "smtpmock.py")
-            assert spec is not None
-            module: Any = importlib.util.module_from_spec(spec)
-            stack.enter_context(mock.patch.dict(sys.modules, smtpmock=module))
-            with mock.patch.object(os, "name", "nt" if self.name == "Windows" else "posix"):
-                exec(self.compile(), vars(module))
-            names = {name: getattr(module, name) for name in module.__all__ if name in globals()}
-            stack.enter_context(mock.patch.dict(globals(), names, smtpmock=module))
-            self.stack = stack.pop_all()
-        return module
 
-    @staticmethod
-    @functools.cache
-    def compile() -> Any:
-        path = HERE / "smtpmock.py"
-        return compile(path.read_bytes(), path, "exec", dont_inherit=True)
+def import_anew(stack: contextlib.ExitStack, os_name: str) -> None:
+    """Import the module as on a system of this name; what the tests call smtpmock, Server and so on is from it, too."""
+    module: Any = types.ModuleType("smtpmock")
+    stack.enter_context(mock.patch.dict(sys.modules, smtpmock=module))
+    with mock.patch.object(os, "name", os_name):
+        exec(compiled_module(), vars(module))
+    names = {name: getattr(module, name) for name in module.__all__ if name in globals()}
+    stack.enter_context(mock.patch.dict(globals(), names, smtpmock=module))
 
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
 
-    def resemble_macos(self, stack: contextlib.ExitStack) -> None:
+def make_socketpair() -> tuple[socket.socket, socket.socket]:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        sock = socket.create_connection(listening.getsockname(), TIMEOUT)
+        sock.settimeout(None)
+        return sock, listening.accept()[0]
+
+
+def replace_what_is_missing(stack: contextlib.ExitStack, system: str) -> Any:
+    """Take from the modules what this system does not have; what patches an attribute further."""
+    patch: Any = lambda *arguments: stack.enter_context(mock.patch.object(*arguments))  # noqa: E731
+    for owner in (select, os, socket):
+        stack.enter_context(mock.patch.dict(vars(owner)))
+    if system == "macOS":
         vars(select).pop("POLLRDHUP", None)
-        stack.enter_context(mock.patch.object(selectors, "DefaultSelector", selectors.PollSelector))
-
-    def resemble_windows(self, stack: contextlib.ExitStack) -> None:
+        patch(selectors, "DefaultSelector", selectors.PollSelector)
+    if system == "Windows":
         for name in ("poll", "POLLIN", "POLLRDHUP", "epoll"):
             vars(select).pop(name, None)
         for name in ("MSG_DONTWAIT", "AF_UNIX"):
             vars(socket).pop(name, None)
         del vars(os)["register_at_fork"]
-        stack.enter_context(mock.patch.object(selectors, "DefaultSelector", selectors.SelectSelector))
-        stack.enter_context(mock.patch.object(socket, "socketpair", self.socketpair))
+        patch(selectors, "DefaultSelector", selectors.SelectSelector)
+        patch(socket, "socketpair", make_socketpair)
         for name in ("time", "monotonic", "perf_counter"):
-            coarse = functools.partial(lambda clock: clock() // self.TICK * self.TICK, getattr(time, name))
-            stack.enter_context(mock.patch.object(time, name, coarse))
+            patch(time, name, functools.partial(lambda clock: clock() // TICK * TICK, getattr(time, name)))
+    return patch
 
-    @staticmethod
-    def socketpair() -> tuple[socket.socket, socket.socket]:
-        with socket.socket() as listening:
-            listening.bind(("127.0.0.1", 0))
-            listening.listen()
-            sock = socket.create_connection(listening.getsockname(), TIMEOUT)
-            sock.settimeout(None)
-            return sock, listening.accept()[0]
 
-    def accept(self, listening: socket.socket) -> Any:
-        client, address = self.real["accept"](listening)
+@contextlib.contextmanager
+def other_system(system: str) -> Iterator[set[tuple[str, int, int]]]:
+    """Make this system resemble another one, as far as the module can see, which is imported anew for that.
+
+    The value has the calls of setsockopt() and shutdown(), with an option and the length of its value.
+    """
+    real: dict[str, Any] = {name: getattr(socket.socket, name) for name in ("accept", "shutdown", "setsockopt")}
+    calls: set[tuple[str, int, int]] = set()
+
+    def accept(listening: socket.socket) -> Any:
+        client, address = real["accept"](listening)
         client.setblocking(listening.getblocking())
         return client, address
 
-    def shutdown(self, sock: socket.socket, how: int) -> None:
-        self.shutdowns.add(how)
-        if self.name != "Windows" or how == socket.SHUT_WR:  # which wakes no read
-            self.real["shutdown"](sock, how)
+    def shutdown(sock: socket.socket, how: int) -> None:
+        calls.add(("shutdown", how, 0))
+        if system != "Windows" or how == socket.SHUT_WR:  # which wakes no read
+            real["shutdown"](sock, how)
 
-    def setsockopt(self, sock: socket.socket, level: int, option: int, value: Any) -> None:
+    def setsockopt(sock: socket.socket, level: int, option: int, value: Any) -> None:
         size = len(value) if isinstance(value, bytes) else 0
-        self.options.append((option, size))
-        if self.name == "32 bits" and option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        calls.add(("setsockopt", option, size))
+        if system == "32 bits" and option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             raise OSError(errno.EINVAL, "Invalid argument")
         if option == socket.SO_LINGER and size == 4:
             value = struct.pack("ii", *struct.unpack("hh", value))
-        self.real["setsockopt"](sock, level, option, value)
+        real["setsockopt"](sock, level, option, value)
+
+    with contextlib.ExitStack() as stack:
+        patch = replace_what_is_missing(stack, system)
+        for fake in (accept, shutdown, setsockopt):
+            patch(socket.socket, fake.__name__, fake)
+        import_anew(stack, "nt" if system == "Windows" else "posix")
+        yield calls
 
 
 @unittest.skipUnless(sys.platform == "linux", "it simulates other systems on this one")
 class OtherSystemsTest(ServerCase):
     """What differs between systems, simulated on the one that runs the tests."""
 
+    TESTS = ("DialogueTest.test_through_a_socket", "SessionTest", "StopTest", "QuitTest", "DisconnectTest")
     # Tests that are slow, or that take it for granted that a session waits in a read.
-    LEFT_OUT = ("purging_while", "does_not_read_is_cut_off", "no_rst_follows", "session_that_fails", "command_line")
+    LEFT_OUT = "purging_while|does_not_read_is_cut_off|no_rst_follows|session_that_fails|command_line"
 
     def run_tests(self, *names: str) -> None:
-        suite = unittest.TestSuite()
-        for name in names:
-            tests: Any = unittest.TestLoader().loadTestsFromName(name, sys.modules[__name__])
-            tests = tests if isinstance(tests, unittest.TestSuite) else [tests]
-            suite.addTests(test for test in tests if not any(part in test.id() for part in self.LEFT_OUT))
+        tests = unittest.TestLoader().loadTestsFromNames(names, sys.modules[__name__])
+        flat: Any = [test for group in tests for test in (group if isinstance(group, unittest.TestSuite) else [group])]
+        suite = unittest.TestSuite(test for test in flat if not re.search(self.LEFT_OUT, test.id()))
         self.assertGreaterEqual(suite.countTestCases(), len(names))
         with mock.patch.object(smtpmock, "_POLL_SECONDS", 0.005):  # it only looks more often
             suite.run(result := unittest.TestResult())
@@ -5978,26 +5345,20 @@ class OtherSystemsTest(ServerCase):
 
     def test_macos(self) -> None:
         """poll() without POLLRDHUP, and accepted sockets that do not block."""
-        with OtherSystem("macOS"):
-            self.run_tests(
-                "DialogueTest.test_through_a_socket", "SessionTest", "StopTest", "QuitTest", "DisconnectTest"
-            )
+        with other_system("macOS"):
+            self.run_tests(*self.TESTS)
 
     def test_windows(self) -> None:
         """No poll(), no fork(), shutdown() interrupts nothing, other options of sockets, and clocks that tick slowly."""
-        with (system := OtherSystem("Windows")):
-            self.run_tests(
-                "DialogueTest.test_through_a_socket", "SessionTest", "StopTest", "QuitTest", "DisconnectTest"
-            )
-            self.run_tests("TlsTest", "WaitingTest")
+        with other_system("Windows") as calls:
+            self.run_tests(*self.TESTS, "TlsTest", "WaitingTest")
             for option, data in (("msg_noop_received", b"NOOP\r\n"), ("msg_server_shutdown", b"")):
-                options: dict[str, Any] = {"shutdown_timeout": 0.05, option: "250 " + "x" * 5_000_000}
-                with Server(**options) as server:
-                    with Client(server) as client:
-                        client.send(data)
-                        began = time.monotonic()
-                        server.stop()  # while it writes
-                        self.assertLess(time.monotonic() - began, 4)
+                server, client, _ = self.serve(**{"shutdown_timeout": 0.05, option: "250 " + "x" * 5_000_000})
+                client.send(data)
+                began = time.monotonic()
+                server.stop()  # while it writes
+                self.assertLess(time.monotonic() - began, 4)
+                client.__exit__()
                 self.assert_nothing_is_left(server)
             server, client, _ = self.serve("NOOP: drop", shutdown_timeout=10 * TIMEOUT)
             with mock.patch.object(smtpmock, "_LINGER", 10 * TIMEOUT):
@@ -6005,32 +5366,31 @@ class OtherSystemsTest(ServerCase):
                 time.sleep(0.05)  # it would be enough if this were so now and then
                 stop_in_time(server)  # while it waits for the client's FIN
             self.doCleanups()
-        used = {option for option, _ in system.options}
-        self.assertFalse(used & {socket.SO_REUSEADDR, socket.SO_RCVTIMEO, socket.SO_SNDTIMEO})
-        self.assertIn((socket.SO_LINGER, 4), system.options)
-        self.assertNotIn(socket.SHUT_RD, system.shutdowns)  # after it, Windows answers input with an RST
+        unwanted = {socket.SO_REUSEADDR, socket.SO_RCVTIMEO, socket.SO_SNDTIMEO}
+        self.assertFalse(unwanted & {option for name, option, _ in calls if name == "setsockopt"})
+        self.assertIn(("setsockopt", socket.SO_LINGER, 4), calls)
+        self.assertNotIn(("shutdown", socket.SHUT_RD, 0), calls)  # after it, Windows answers input with an RST
 
     def test_a_timeval_of_another_size(self) -> None:
-        with OtherSystem("32 bits"):
+        with other_system("32 bits"):
             self.run_tests("DialogueTest.test_through_a_socket", "SessionTest.test_silence")
 
     def test_what_a_forked_child_does_is_registered_if_it_can_be(self) -> None:
-        with mock.patch.object(os, "register_at_fork") as register, OtherSystem("macOS"):
+        with mock.patch.object(os, "register_at_fork") as register, other_system("macOS"):
             self.assertEqual([set(call.kwargs) for call in register.call_args_list], [{"after_in_child"}])
 
     def test_a_clock_that_stands_still(self) -> None:
         with contextlib.ExitStack() as stack:
             for name in ("time", "monotonic", "time_ns", "monotonic_ns"):
                 stack.enter_context(mock.patch.object(time, name, return_value=1_600_000_000))
-            server = Server(auth_users={"a": "b"}, multiple_message_receiving=True).start()
-            stack.callback(server.stop)
-            with Client(server) as client:
-                client.ask(ENVELOPE[0], *SEND * 3)
-                challenges = [client.ask("AUTH CRAM-MD5", "*")[0] for _ in range(3)]
+            server, client, _ = self.serve(auth_users={"a": "b"}, multiple_message_receiving=True)
+            client.ask(ENVELOPE[0], *SEND * 3)
+            challenges = [client.ask("AUTH CRAM-MD5", "*")[0] for _ in range(3)]
+            client.__exit__()
             found = ids(server.wait_for_messages(3, 0))  # and that of the session with the challenges
             self.assertEqual(len(found), len(set(found)))
-            with self.assertRaises(WaitTimeoutError):
-                server.wait_for_messages(9, 0.01)
+            catch(WaitTimeoutError, server.wait_for_messages, 9, 0.01)
+            server.stop()
         self.assertEqual(({challenge[:4] for challenge in challenges}, len(set(challenges))), ({"334 "}, 3))
 
     def test_a_delay_without_poll_is_no_busy_loop(self) -> None:
@@ -6041,26 +5401,16 @@ class OtherSystemsTest(ServerCase):
             return recv(sock, size, flags)
 
         for name in ("macOS", "Windows"):
-            with OtherSystem(name), mock.patch.object(socket.socket, "recv", count):
-                with self.subTest(name), Server(response_delay_noop=0.05) as server, Client(server) as client:
+            with self.subTest(name), other_system(name), mock.patch.object(socket.socket, "recv", count):
+                with Server(response_delay_noop=0.05) as server, Client(server) as client:
                     looks.clear()
                     self.assertEqual(client.ask("NOOP"), ["250 Ok"])
                     self.assertTrue(1 <= len(looks) <= 10, len(looks))
 
-    def run_command_line(self, *argv: str) -> str:
-        """Run it in this process, which has no SIGQUIT but SIGBREAK, send a mail to it, and stop it by that signal."""
-
-        with OtherSystem("Windows"), mock.patch.dict(vars(signal), SIGBREAK=signal.SIGUSR1):
-            del vars(signal)["SIGQUIT"]
-            mail = b"Subject: hi\r\n\r\nbare\nCRLF\r\n"
-            out, err, status = run_main(lambda port: send(port, mail), *argv, end=signal.SIGUSR1)
-            self.assertEqual((err, status), ("", 0))
-            return out
-
     def test_saved_mails(self) -> None:
         """The names are ones that Windows takes, the bytes are the same, and no file is open when it gets its name.
 
-        That of the mail it gets last.
+        That of the mail it gets last. The signal that stops it is SIGBREAK, for there is no SIGQUIT.
         """
         opened, named = list[Any](), list[str]()
         real_open: Any = open
@@ -6079,20 +5429,27 @@ class OtherSystemsTest(ServerCase):
             named.extend(path.suffix for path in Path(folder).glob("saved/*.*") if path.suffix in (".eml", ".json"))
             real_replace(source, target)
 
+        mail = b"Subject: hi\r\n\r\nbare\nCRLF\r\n"
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch("builtins.open", open_like_windows))
-            stack.enter_context(mock.patch("os.replace", replace_like_windows))
-            stack.enter_context(mock.patch("os.linesep", "\r\n"))
-            stack.enter_context(mock.patch("mailbox.linesep", b"\r\n"))
-            out = self.run_command_line(f"-saveDir={folder}/saved", f"-maildir={folder}/maildir")
-            self.assertIn("a@a.com", out)
+            for name, value in (
+                ("builtins.open", open_like_windows),
+                ("os.replace", replace_like_windows),
+                ("os.linesep", "\r\n"),
+                ("mailbox.linesep", b"\r\n"),
+            ):
+                stack.enter_context(mock.patch(name, value))
+            stack.enter_context(other_system("Windows"))
+            stack.enter_context(mock.patch.dict(vars(signal), SIGBREAK=signal.SIGUSR1))
+            del vars(signal)["SIGQUIT"]
+            flags = (f"-saveDir={folder}/saved", f"-maildir={folder}/maildir")
+            out, err, status = run_main(lambda port: send(port, mail), *flags, end=signal.SIGUSR1)
+            self.assertEqual(("a@a.com" in out, err, status), (True, "", 0))
             files = {
                 path.suffix if path.parent.name == "saved" else "maildir": path for path in Path(folder).rglob("*.*")
             }
-            mail, record, maildir = (files[kind].read_bytes() for kind in (".eml", ".json", "maildir"))
-        self.assertEqual(named, [".json"])
-        self.assertTrue(mail.endswith(b"Subject: hi\r\n\r\nbare\nCRLF\r\n"))
-        self.assertEqual(maildir, mail.replace(b"bare\n", b"bare\r\n"))  # the lines of a Maildir are the system's
+            saved, record, maildir = (files[kind].read_bytes() for kind in (".eml", ".json", "maildir"))
+        self.assertEqual((named, saved.endswith(mail)), ([".json"], True))
+        self.assertEqual(maildir, saved.replace(b"bare\n", b"bare\r\n"))  # the lines of a Maildir are the system's
         self.assertEqual((b"\r\n" in record, json.loads(record)["content"][-11:]), (False, "bare\nCRLF\r\n"))
 
 
@@ -6105,26 +5462,30 @@ class ResourceTest(ServerCase, ProcessCase):
     def test_no_session_is_left_for_the_garbage_collector(self) -> None:
         gc.disable()
         self.addCleanup(gc.enable)
-        for line in ("NOOP", "QUIT", "STARTTLS", "AUTH LOGIN", "MAIL FROM:<a@a.com>", "DATA", "x" * 20_000, "BDAT 9"):
+        for line in ("NOOP", "QUIT", "STARTTLS", "AUTH LOGIN", SEND[0], "DATA", "x" * 20_000, "BDAT 9"):
             memory = Memory("EHLO a.com", auth_users={"u": "p"}, ssl_context=True, extensions=["CHUNKING"])
             memory.say(*ENVELOPE[1:] * (line in ("DATA", "BDAT 9")), line)
             memory.end()
             self.assertTrue(memory.is_forgotten(), line)
 
     def test_what_is_endless_or_too_long_is_not_kept(self) -> None:
-        for start in (b"", b"DATA\r\n", b"BDAT 99999999999\r\n", b"BDAT 99999999999 LAST\r\n"):
+        self.addCleanup(tracemalloc.stop)
+        for start, code in (
+            (b"", "502"),
+            (b"DATA\r\n", "552"),
+            (b"BDAT 99999999\r\n", ""),
+            (b"BDAT 99999999 LAST\r\n", ""),
+        ):
             memory = Memory(*ENVELOPE, msg_size_limit=1000, extensions=["CHUNKING"])
             memory.feed(start)
             tracemalloc.start()
-            try:
-                for _ in range(100):
-                    memory.feed(b"x" * 65536)
-                self.assertLess(tracemalloc.get_traced_memory()[0], 10_000, start)
-            finally:
-                tracemalloc.stop()
-            if start in (b"", b"DATA\r\n"):
+            for _ in range(100):
+                memory.feed(b"x" * 65536)
+            self.assertLess(tracemalloc.get_traced_memory()[0], 10_000, start)
+            tracemalloc.stop()
+            if code:
                 replies = memory.say("", ".", "NOOP")
-                self.assertEqual([reply[:3] for reply in replies[-2:]], ["552" if start else "502", "250"])
+                self.assertEqual([reply[:3] for reply in replies[-2:]], [code, "250"])
 
     @unittest.skipIf(sys.platform == "win32", "Windows has no such limit")
     def test_no_more_descriptors(self) -> None:
@@ -6132,20 +5493,17 @@ class ResourceTest(ServerCase, ProcessCase):
         code = """
             import resource, selectors, sys, smtpmock
             class Logger:
-                def info_activity(self, message): pass
+                def info(self, message): pass
                 def error(self, message): print(message, flush=True)
-                info = warning = info_activity
-            class Selector(selectors.DefaultSelector):
-                calls = 0
-                def select(self, timeout=None):
-                    Selector.calls += 1
-                    return super().select(timeout)
-            selectors.DefaultSelector = Selector
+                warning = info
+            calls = []
+            select = selectors.DefaultSelector.select
+            selectors.DefaultSelector.select = lambda *args: calls.append(1) or select(*args)
             with smtpmock.Server(logger=Logger()) as server:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (30, 30))
                 print(server.port, flush=True)
                 sys.stdin.readline()
-            print(Selector.calls, flush=True)
+            print(len(calls), flush=True)
         """
         process = self.launch("-c", textwrap.dedent(code), stdin=subprocess.PIPE)
         address = ("127.0.0.1", int(process.stdout.readline()))
@@ -6173,25 +5531,22 @@ class ResourceTest(ServerCase, ProcessCase):
         self.assertEqual(self.run_python(code, "-W", "error", "-X", "dev"), "0 1\n")
 
     def test_stop_while_clients_connect(self) -> None:
+        def connect() -> None:
+            # Only until the first refusal: one of many tries to reach a port that is free would get that port for
+            # its own end, and connect to itself. And not for long: Linux may forget a connection that is made
+            # while the listening socket is closed, and tell the client nothing.
+            with contextlib.suppress(OSError):
+                while server.is_running:
+                    with Client(server, greets=False) as client:
+                        client.socket.settimeout(1)
+                        client.read()
+
+        def stop() -> None:
+            Client(server).__exit__()
+            server.stop()
+
         for _ in range(5):
             server = Server(shutdown_timeout=0.1).start()
-            stopped = threading.Event()
-
-            def connect(server: Server = server, stopped: threading.Event = stopped) -> None:
-                # Only until the first refusal: one of many tries to reach a port that is free would get that port for
-                # its own end, and connect to itself. And not for long: Linux may forget a connection that is made
-                # while the listening socket is closed, and tell the client nothing.
-                with contextlib.suppress(OSError):
-                    while not stopped.is_set():
-                        with Client(server, greets=False) as client:
-                            client.socket.settimeout(1)
-                            client.read()
-
-            def stop(server: Server = server, stopped: threading.Event = stopped) -> None:
-                Client(server).__exit__()
-                server.stop()
-                stopped.set()
-
             self.assertEqual(in_threads(stop, connect, connect, connect)[0], None)
             self.assertEqual(self.threads(), [])
 
@@ -6199,55 +5554,56 @@ class ResourceTest(ServerCase, ProcessCase):
     def test_fork(self) -> None:
         """A child has the server's sockets but not its threads; what it does with them is not the parent's matter."""
         code = """
-            import os, smtplib, smtpmock, socket, time, warnings
+            import os, smtplib, smtpmock, warnings
             warnings.simplefilter("ignore", DeprecationWarning)
 
             def count():
                 return len(os.listdir("/dev/fd")) if os.path.exists("/dev/fd") else 0
 
-            with smtpmock.Server() as server, smtplib.SMTP(server.host, server.port, timeout=10) as client:
+            def send(sender, client):
+                with client:
+                    client.sendmail(sender, ["b@b.com"], "hi")
+
+            connect = lambda: smtplib.SMTP(server.host, server.port, timeout=10)
+            with smtpmock.Server() as server:
+                client = connect()
                 before = count()
                 child = os.fork()
                 if child == 0:
                     server.stop()
                     assert not before or count() <= before - 4  # two to listen, two to wake
-                    server.start()
-                    with smtplib.SMTP(server.host, server.port, timeout=10) as own:
-                        own.sendmail("child@a.com", ["b@b.com"], "hi")
-                    server.stop()
+                    with server:
+                        send("child@a.com", connect())
                     os._exit(0 if len(server.messages()) == 1 else 1)
                 assert os.waitpid(child, 0)[1] == 0
-                client.sendmail("a@a.com", ["b@b.com"], "hi")
-                with smtplib.SMTP(server.host, server.port, timeout=10) as other:
-                    other.sendmail("a@a.com", ["b@b.com"], "hi")
+                send("1@a.com", client)
+                send("2@a.com", connect())
                 print([message.mail_from for message in server.messages()])
         """
-        self.assertEqual(self.run_python(code, "-W", "error", "-X", "dev"), "['a@a.com', 'a@a.com']\n")
+        self.assertEqual(self.run_python(code, "-W", "error", "-X", "dev"), "['1@a.com', '2@a.com']\n")
 
     @unittest.skipUnless(hasattr(os, "fork"), "this system cannot fork")
     def test_a_forked_child_has_no_share_in_the_port(self) -> None:
         """Nor in a connection: while the child lives, the parent can reset that, and give up its port."""
-        server = Server().start()
-        with Client(server) as client:
-            wakened, waker = socket.socketpair()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)
-                child = os.fork()
-            if not child:
-                waker.close()
-                wakened.recv(1)
-                os._exit(0)
-            wakened.close()
-            try:
-                server.on("NOOP").reset()
-                self.assertEqual(client.ask("NOOP"), ["<reset>"])
-                server.stop()
-                self.assert_nothing_is_left(server)
-                with Server(port=server.port) as again:
-                    send(again, "hi")
-            finally:
-                waker.close()
-                os.waitpid(child, 0)
+        server, client, _ = self.serve("NOOP: reset")
+        wakened, waker = socket.socketpair()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
+        if not child:
+            waker.close()
+            wakened.recv(1)
+            os._exit(0)
+        wakened.close()
+        try:
+            self.assertEqual(client.ask("NOOP"), ["<reset>"])
+            server.stop()
+            self.assert_nothing_is_left(server)
+            with Server(port=server.port) as again:
+                send(again, "hi")
+        finally:
+            waker.close()
+            os.waitpid(child, 0)
 
     def test_an_exit_with_a_running_server(self) -> None:
         """One with a session in a delay, and one that waits for a command."""
@@ -6267,17 +5623,12 @@ class ResourceTest(ServerCase, ProcessCase):
 
 
 class LoggingTest(unittest.TestCase):
-    SESSION: Sequence[str] = [
-        "SMTP session started",
-        "SMTP response: 220 Welcome",
-        "SMTP request: EHLO example.com",
-        "SMTP response: 250 Received",
-        "SMTP request: \\x00\\x1b[1mä\\udcff",
-        f"SMTP response: {UNRECOGNIZED}",
-        "SMTP request: QUIT",
-        "SMTP response: 221 Closing connection",
-        "SMTP session finished",
-    ]
+    SESSION = (
+        "SMTP session started | SMTP response: 220 Welcome | SMTP request: EHLO example.com | "
+        r"SMTP response: 250 Received | SMTP request: \x00\x1b[1mä\udcff | "
+        f"SMTP response: {UNRECOGNIZED} | SMTP request: QUIT | "
+        "SMTP response: 221 Closing connection | SMTP session finished"
+    ).split(" | ")
 
     def run_session(self, server: Server) -> None:
         with server, Client(server) as client:
@@ -6293,11 +5644,9 @@ class LoggingTest(unittest.TestCase):
             "WARNING: SMTP mock server is in the shutdown mode and won't accept new connections",
             "INFO: SMTP mock server was stopped successfully",
         ]
-        stamp = re.compile(r"(?<=: )\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d{6} ")
-        lines = out.getvalue().splitlines()
-        self.assertTrue(all(stamp.search(line) for line in lines))
+        lines, count = re.subn(r"(?<=: )\d{4}/\d\d/\d\d \d\d:\d\d:\d\d\.\d{6} ", "", out.getvalue())
         # The last line of the session and the first of the stop are by two threads.
-        self.assertEqual(sorted(stamp.sub("", line) for line in lines), sorted(expected))
+        self.assertEqual((count, sorted(lines.splitlines())), (len(expected), sorted(expected)))
 
     def test_without_activity(self) -> None:
         for names, count in ((["log_to_stdout"], 3), ([], 0)):
@@ -6312,12 +5661,11 @@ class LoggingTest(unittest.TestCase):
             self.assertIn(rb"response: 220 \xe4", raw.getvalue())
 
     def test_a_custom_logger(self) -> None:
-        recorder = Recorder()
-        self.run_session(Server().with_logger(recorder))
+        self.run_session(Server().with_logger(recorder := Recorder()))
         recorder.wait_for("stopped")
         activity = [text for level, text in recorder.seen if level == "activity"]
-        self.assertEqual(activity, list(self.SESSION))
-        self.assertEqual([level for level, _ in recorder.seen if level != "activity"], ["info", "warning", "info"])
+        others = [level for level, _ in recorder.seen if level != "activity"]
+        self.assertEqual((activity, others), (self.SESSION, ["info", "warning", "info"]))
 
     def test_a_standard_logger(self) -> None:
         with self.assertLogs("smtpmock.test", "DEBUG") as logs:
@@ -8311,11 +7659,10 @@ class PytestTest(unittest.TestCase):
         def decorate(function: Any = None, **_: object) -> Any:
             return function or decorate
 
-        config = mock.Mock()
+        self.config = mock.Mock()
         with mock.patch.dict(sys.modules, pytest=mock.Mock(fixture=decorate, hookimpl=decorate)):
-            smtpmock.pytest_configure(config)
-        self.config = config
-        self.plugin = config.pluginmanager.register.call_args.args[0]
+            smtpmock.pytest_configure(self.config)
+        self.plugin = self.config.pluginmanager.register.call_args.args[0]
         shared = contextlib.contextmanager(self.plugin.shared_smtp_server)()
         self.server: Server = shared.__enter__()
         self.addCleanup(shared.__exit__, None, None, None)
@@ -8358,43 +7705,34 @@ class PytestTest(unittest.TestCase):
             self.assertEqual(client.greeting, "220 Welcome")
 
     def test_a_transcript(self) -> None:
-        for transcript, replies in (
-            ("S: 220 a\nC: NOOP\nS: 250 b", ["220 a", "250 b"]),
-            (None, ["220 Welcome", "250 Ok"]),
-        ):
+        for transcript, greeting in (("S: 220 a", "220 a"), (None, "220 Welcome")):
             with self.run_test(self.mark(play=transcript, fail_fast=True)) as item:
                 with Client(self.server) as client:
-                    self.assertEqual(
-                        [client.greeting, *client.ask("NOOP", "FOO"), client.read()],
-                        [*replies, UNRECOGNIZED, "<closed>"],
-                    )
+                    said = [client.greeting, *client.ask("FOO"), client.read()]
+                self.assertEqual(said, [greeting, UNRECOGNIZED, "<closed>"])
                 self.plugin.pytest_runtest_call(item)
         with self.assertRaises(ConfigurationError), self.run_test(self.mark(play="")):
             pass
 
     def test_a_client_may_quit_at_the_end_of_a_test(self) -> None:
         """Also one whose last command is not answered yet."""
-
         for is_held in (False, True):
             hold, replies = Hold(), list[str]()
             with contextlib.ExitStack() as test, contextlib.ExitStack() as stack:
                 test.enter_context(self.run_test(self.mark(on_message=hold, shutdown_timeout=10 * TIMEOUT)))
-                ender = threading.Thread(target=test.pop_all().close)
                 client = stack.enter_context(Client(self.server))
                 stack.enter_context(mock.patch.object(smtpmock, "_QUIT_TIMEOUT", 0))
                 client.ask(*ENVELOPE, "DATA")
                 stack.enter_context(mock.patch.object(smtpmock, "_QUIT_TIMEOUT", 10 * TIMEOUT))
                 client.send(b"hi\r\n.\r\n")
                 hold.wait()
-                began = time.monotonic()
-                if is_held:
-                    ender.start()
-                hold.release.set()
-                replies.append(client.read())
                 if not is_held:
-                    ender.start()
-                replies += [*client.ask("QUIT"), client.read()]
-                ender.join(TIMEOUT)
+                    hold.release.set()
+                    replies.append(client.read())
+                began = time.monotonic()
+                with in_background(test.pop_all().close):
+                    hold.release.set()
+                    replies += [*([client.read()] if is_held else []), *client.ask("QUIT"), client.read()]
                 self.assertLess(time.monotonic() - began, TIMEOUT)
                 self.assertEqual(replies, [RECEIVED, "221 Closing connection", "<closed>"])
 
