@@ -2405,9 +2405,8 @@ class _Rules:
                 from random import Random
 
                 # For this rule alone, so that its numbers do not depend on what other rules meet.
-                seed = self.options.seed
                 self._seeded += 1
-                rule._random = Random(None if seed is None else f"{seed} {self._seeded}")
+                rule._random = Random(None if self.options.seed is None else f"{self.options.seed} {self._seeded}")
             self.newest_first = (rule, *self.newest_first)
         return rule
 
@@ -2662,6 +2661,7 @@ class Handler:
         # Limited, because refuse() may return any number of texts.
         self._find_reply = functools.lru_cache(maxsize=64)(self._make_reply)
         self._accepting = self._make_reply(self.received)
+        self.needs = tuple(self.needs)
         if options.auth_required and not self._before_auth:
             self.needs = ("auth", *self.needs)
         if options.tls_required and not self._before_tls:
@@ -3881,6 +3881,8 @@ _Where = Callable[[Message], object] | None
 
 
 class _Entry:
+    __slots__ = ("is_purged", "message", "number")
+
     def __init__(self, message: Message) -> None:
         self.message = message  # replaced with the lock of the mailbox, and read without it
         self.number = 0  # in the order of recording; set with the lock, before others see the entry
@@ -3888,8 +3890,6 @@ class _Entry:
 
 
 class _Waiter:
-    """What a waiting thread has found, and what it still has to look at."""
-
     def __init__(self, entries: Iterable[_Entry]) -> None:
         # The lock of the mailbox guards the first two; only the waiting thread uses the third.
         self.unseen = dict.fromkeys(entries)  # new, or changed since it was looked at
@@ -4368,8 +4368,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
         self.plain.settimeout(0)  # the handshake is not to wait in OpenSSL, where nothing may interrupt it
         try:
-            context = self.options.ssl_context
-            assert context is not None  # STARTTLS and implicit_tls need it
+            context: Any = self.options.ssl_context
             context = _load_test_context(context) if isinstance(context, str) else context
             self.request = context.wrap_socket(self.plain, server_side=True, do_handshake_on_connect=False)
             self.is_idle = True
@@ -4540,8 +4539,6 @@ _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
 class _Listener(socketserver.ThreadingTCPServer):
-    """Accepts clients, from open() to close()."""
-
     allow_reuse_address = _IS_POSIX  # on Windows it would let two servers have one port
     request_queue_size = socket.SOMAXCONN
 
@@ -5026,8 +5023,8 @@ class Server:
             hint = _suggest(name, known) or f"; there are {', '.join(known)}"
             hint = f"; did you mean on(...).{name}(...)?" if hasattr(Rule, name) else hint
             raise ConfigurationError(f"on() has no such argument{hint}", name, value)
-        conditions = {"skip": skip, "times": times, "probability": probability, "after": after}
-        return self._rules.add(Rule(self._rules, stage, match, **conditions))
+        rule = Rule(self._rules, stage, match, skip=skip, times=times, probability=probability, after=after)
+        return self._rules.add(rule)
 
     def client_context(self) -> ssl.SSLContext:
         """A new context for clients, which trusts the certificates for tests. ServerStateError if there is none."""
