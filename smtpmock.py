@@ -3246,8 +3246,8 @@ def _check_handler(handler: Any) -> None:
         text = getattr(handler, attribute)
         if not (_is_text(text) and (text in known or re.match("[0-9]{3}", text))):
             hint = _suggest(text, known) if isinstance(text, str) else ""
-            allowed = f"must be a text that begins with three digits, or an option{hint}"
-            raise ConfigurationError(allowed, f"{name}.{attribute}", text)
+            allowed = f"a text that begins with three digits, or an option{hint}"
+            raise ConfigurationError(f"{name}.{attribute}={text!r}: must be {allowed}")
 
 
 class _ParsedLines(dict[str, tuple[Handler, _Request]]):
