@@ -5517,6 +5517,7 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
     class Connection(BaseHTTPRequestHandler):
         """One request and its answer."""
 
+        default_request_version = "HTTP/1.0"  # of a request without one, so that its answer has headers
         protocol_version = "HTTP/1.1"  # else a client that sends Expect: 100-continue waits for a second
         timeout = _HTTP_SECONDS
         is_idle, leaves_at = True, 0.0  # a stop interrupts it at once
@@ -5535,6 +5536,7 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
                     self.send(self.find_answer())
 
         def find_answer(self) -> _HttpAnswer:
+            self.headers = self.headers or self.MessageClass()  # newer Pythons leave a dict without a version
             is_page = self.command in ("GET", "HEAD") and re.match(r"/(view/[0-9]+)?(\?|$)", self.path)
             is_visit = (self.headers["Sec-Fetch-Mode"], self.headers["Sec-Fetch-Dest"]) == ("navigate", "document")
             try:
