@@ -1906,11 +1906,16 @@ class Message:
 
     def __init__(self, mail: _Mail, peer: tuple[str, int], id: int, tolerated: Collection[str]) -> None:
         # The session goes on appending to the lists, so their present lengths are kept with them.
-        vars(self).update(  # because __setattr__() allows nothing
-            _id=id, _peer=peer, _tolerated=tolerated, _discarded=mail.discarded, _steps=mail.steps.copy(),
-            _recipients=mail.recipients, _count=len(mail.recipients),
-            _exchanges=mail.exchanges, _length=len(mail.exchanges),
-        )  # fmt: skip
+        fields = self.__dict__  # because __setattr__() allows nothing; items are set faster than by update()
+        fields["_id"] = id
+        fields["_peer"] = peer
+        fields["_tolerated"] = tolerated
+        fields["_steps"] = mail.steps.copy()
+        fields["_recipients"] = mail.recipients
+        fields["_count"] = len(mail.recipients)
+        fields["_exchanges"] = mail.exchanges
+        fields["_length"] = len(mail.exchanges)
+        fields["_discarded"] = mail.discarded
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
@@ -3842,7 +3847,7 @@ class _Session:
             if mailbox.update(mail.entry, message) or follows_mail:
                 return
             # It was purged while this command ran, so what the command has begun is another message.
-            if mail.entry.message.id == message.id:
+            if mail.entry.message._id == message._id:
                 mail.number = 0
                 message = self._make_message()
             mail.entry = None
@@ -3944,7 +3949,7 @@ class _Mailbox:
         """Replace the message of an entry. False if the entry was purged, and nothing is replaced."""
         with self._lock:
             if not entry.is_purged:
-                if message.id != entry.message.id:  # the session's next mail takes the place of its last
+                if message._id != entry.message._id:  # the session's next mail takes the place of its last
                     self._recorded += 1
                     entry.number = self._recorded
                 entry.message = message
