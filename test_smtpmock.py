@@ -7907,9 +7907,8 @@ class ReadmeTest(ProcessCase):
         lines = re.findall(r"^\| .* \| `(.*)` \|$", table, re.MULTILINE)
         self.assertGreater(len(lines), 10)
         for line in lines:
-            with self.subTest(line), Server(auth_users={"alice": "secret"}) as server:
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                exec(line, {"server": server, "smtpmock": smtpmock, "re": re, "context": context})
+            with self.subTest(line), Server(keep_all=True) as server:
+                exec(line, {"server": server})
 
     def test_commands(self) -> None:
         """Every command line of the README is one that the parser takes."""
