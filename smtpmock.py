@@ -16,6 +16,7 @@ One module, standard library only, one thread per connection. It reads from top 
     violations      what a client can do wrong: the checks, each with its RFC
     records         what the server records of a session
     rules           when the server deviates from its normal replies, and how
+    transcripts     what the server of a transcript said, to be said again
     handlers        how a command is processed, and one class per command
     session         one SMTP conversation, without a socket
     mailbox         the list of recorded messages
@@ -240,6 +241,91 @@ _EXTENSIONS = "SIZE 8BITMIME SMTPUTF8 PIPELINING DSN CHUNKING BINARYMIME ENHANCE
 _EXTENSIONS += " LIMITS ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE NO-SOLICITING"
 _AUTH_MECHANISMS = ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2")
 
+# What real servers answer. A row has options, as patterns that leave out msg_, invalid_cmd_ and _received, with their
+# values. The first three are Debian's servers, see .ci/profiles.py. The others are quoted from what is above each row.
+_PROFILES = r"""
+== postfix
+rcptto_not_registered 550 5.1.1 <{address}>: Recipient address rejected: User unknown in local recipient table
+extensions PIPELINING,SIZE,VRFY,ETRN,ENHANCEDSTATUSCODES,8BITMIME,DSN,SMTPUTF8,CHUNKING | vrfy 252 2.0.0 {address}
+rcptto_blacklisted 554 5.7.1 <{address}>: Recipient address rejected: Access denied | helo_arg 501 Syntax: HELO hostname
+auth_(failed|bad_response|unknown_mechanism) 535 5.7.8 Error: authentication failed | rset_arg 501 5.5.4 Syntax: RSET
+mailfrom_blacklisted 554 5.7.1 <{address}>: Sender address rejected: Access denied | rcptto 250 2.1.5 Ok
+helo_blacklisted 554 5.7.1 <{address}>: Helo command rejected: Access denied | rset|noop|rset_sequence|bdat 250 2.0.0 Ok
+(helo|mailfrom)_sequence 503 5.5.1 Error: send HELO/EHLO first | starttls_sequence 554 5.5.1 Error: TLS already active
+msg_size_is_too_big 552 5.3.4 Message size exceeds fixed limit | auth_sequence 503 5.5.1 Error: already authenticated
+tls_required 530 5.7.0 Must issue a STARTTLS command first | invalid_cmd 500 5.5.2 Error: command not recognized
+rcptto_sequence 503 5.5.1 Error: need MAIL command | rcptto_arg 501 5.1.3 Bad recipient address syntax
+mailfrom_arg 501 5.1.7 Bad sender address syntax | data_sequence 503 5.5.1 Error: need RCPT command | quit 221 2.0.0 Bye
+auth_cancelled 501 5.7.0 Authentication aborted | unknown_parameter 555 5.5.4 Unsupported option | mailfrom 250 2.1.0 Ok
+bdat_arg 521 5.5.4 Syntax: BDAT count [LAST] | greeting 220 mail.example.com ESMTP Postfix | helo 250 mail.example.com
+data 354 End data with <CR><LF>.<CR><LF> | auth 235 2.7.0 Authentication successful | size_limit 10240000
+starttls_arg 501 5.5.4 Syntax: STARTTLS | msg 250 2.0.0 Ok: queued as 4B1C62E3F8 | starttls 220 2.0.0 Ready to start TLS
+== exim
+extensions SIZE,8BITMIME,DSN,PIPELINING,PIPECONNECT,CHUNKING,SMTPUTF8,HELP | auth_cancelled 501 Authentication cancelled
+auth_unknown_mechanism 504 authentication mechanism not supported | helo_arg 501 Syntactically invalid HELO argument(s)
+starttls_sequence 503 STARTTLS command used when not advertised | data_sequence 503 valid RCPT command must precede DATA
+msg_size_is_too_big 552 Message size exceeds maximum permitted | (mailfrom|rcptto)_arg 501 '>' missing at end of address
+data 354 Enter message, ending with "." on a line by itself | helo 250 mail.example.com Hello {address} [127.0.0.1]
+(helo|mailfrom)_sequence 503 HELO or EHLO required | (rset|starttls)_arg 501 unexpected argument data
+\w+_blacklisted 550 Administrative prohibition | greeting 220 mail.example.com ESMTP Exim 4.96 | bdat 250 chunk received
+rcptto_not_registered 550 Unrouteable address | auth_failed 535 Incorrect authentication data | noop|mailfrom 250 OK
+quit 221 mail.example.com closing connection | bdat_arg 501 missing size for BDAT command | starttls 220 TLS go ahead
+auth_bad_response 501 Invalid base64 data | rcptto_sequence 503 sender not yet given | auth 235 Authentication succeeded
+unknown_parameter 501 malformed address | auth_sequence 503 already authenticated | invalid_cmd 500 unrecognized command
+rset|rset_sequence 250 Reset OK | msg 250 OK id=1xY6cB-0007jY-2R | size_limit 52428800 | rcptto 250 Accepted
+== opensmtpd
+\w+_sequence 503 5.5.1 Invalid command: Command not allowed at this point. | noop|mailfrom 250 2.0.0 Ok
+msg_size_is_too_big 554 5.3.4 Message too big for system: Transaction failed, message too big | size_limit 36700160
+rset_arg 500 5.5.4 Invalid command arguments: command does not accept arguments. | starttls 220 2.0.0 Ready to start TLS
+helo 250 mail.example.com Hello {address} [127.0.0.1], pleased to meet you | help 214 2.0.0 End of HELP info
+unknown_parameter 503 5.5.4 Invalid command arguments: Unsupported option | rset 250 2.0.0 Reset state
+starttls_arg 501 5.5.4 Invalid command arguments: No parameters allowed | greeting 220 mail.example.com ESMTP OpenSMTPD
+rcptto_(not_registered|blacklisted) 550 Invalid recipient: <{address}> | quit 221 2.0.0 Bye
+helo_arg 501 5.5.1 Invalid command: HELO requires domain name | rcptto 250 2.1.5 Destination address valid: Recipient ok
+invalid_cmd 500 5.5.1 Invalid command: Command unrecognized | extensions 8BITMIME,ENHANCEDSTATUSCODES,SIZE,DSN,HELP
+data 354 Enter mail, end with "." on a line by itself | msg 250 2.0.0 94c306d8 Message accepted for delivery
+rcptto_arg 501 5.1.3 Recipient address syntax error | mailfrom_arg 553 5.1.0 Sender address syntax error
+== gmail
+# github.com/PHPMailer/PHPMailer/issues/1076
+extensions SIZE,8BITMIME,ENHANCEDSTATUSCODES,PIPELINING,CHUNKING,SMTPUTF8 | auth_mechanisms LOGIN,PLAIN,XOAUTH2
+greeting 220 smtp.gmail.com ESMTP - gsmtp | quit 221 2.0.0 closing connection - gsmtp | size_limit 35882577
+helo 250 smtp.gmail.com at your service, [127.0.0.1]
+# github.com/The-Login/SMTP-Smuggling-Tools/issues/11, sendgrid.com/docs/for-developers/sending-email
+mailfrom 250 2.1.0 OK - gsmtp | rcptto 250 2.1.5 OK - gsmtp | data 354 Go ahead - gsmtp | msg 250 2.0.0 OK 1376 - gsmtp
+# pastebin.com/uXqSaYa4, pastebin.com/FbfKGUtT, stackoverflow.com/questions/386083
+starttls 220 2.0.0 Ready to start TLS | tls_required 530 5.7.0 Must issue a STARTTLS command first
+auth_failed 535-5.7.8 Username and Password not accepted. Learn more at\n535 5.7.8 https://support.google.com/mail
+auth_required 530-5.7.0 Authentication Required. Learn more at\n530 5.7.0 https://support.google.com/mail/ - gsmtp
+# github.com/MISP/MISP/issues/6481
+rcptto_not_registered 550-5.1.1 The email account that you tried to reach does not exist. Please try\n550-5.1.1 \
+double-checking the recipient's email address for typos or\n550 5.1.1 unnecessary spaces. Learn more at - gsmtp
+== outlook
+# github.com/PHPMailer/PHPMailer/issues/2194
+extensions SIZE,PIPELINING,DSN,ENHANCEDSTATUSCODES,8BITMIME,BINARYMIME,CHUNKING,SMTPUTF8 | size_limit 157286400
+greeting 220 HK0PR01CA0063.outlook.office365.com Microsoft ESMTP MAIL Service ready at Sun, 15 Nov 2020 13:08:20 +0000
+helo 250 HK0PR01CA0063.outlook.office365.com Hello [127.0.0.1]
+# github.com/ietf-tools/datatracker/pull/5888, github.com/python/cpython/issues/115251
+mailfrom 250 2.1.0 Sender OK | rcptto 250 2.1.5 Recipient OK | starttls 220 2.0.0 SMTP server ready
+# learn.microsoft.com/exchange/mail-flow/test-smtp-with-telnet
+data 354 Start mail input; end with <CRLF>.<CRLF> | quit 221 2.0.0 Service closing transmission channel
+msg 250 2.6.0 <5c6d1a2b@HK0PR01CA0063.apcprd01.prod.outlook.com> Queued mail for delivery
+# github.com/nodemailer/nodemailer/issues/1484, github.com/tarickb/sasl-xoauth2/issues/96, pastebin.com/4NLVeuUu
+auth_failed 535 5.7.139 Authentication unsuccessful, SmtpClientAuthentication is disabled for the Tenant.
+auth_required 530 5.7.57 Client not authenticated to send mail.
+rcptto_not_registered 550 5.1.10 RESOLVER.ADR.RecipientNotFound; Recipient not found by SMTP address lookup
+== ses
+# github.com/mautic/mautic/issues/3704
+greeting 220 email-smtp.amazonaws.com ESMTP SimpleEmailService-1868680137 rgpk5uMlEb7VBtpdVluX | rset 250 Ok
+helo 250 email-smtp.amazonaws.com | extensions 8BITMIME,SIZE,Ok | size_limit 10485760 | auth_mechanisms PLAIN,LOGIN
+starttls 220 Ready to start TLS | auth_failed 535 Authentication Credentials Invalid
+# aws.amazon.com/blogs/messaging-and-targeting/debugging-smtp-conversations-part-1-how-to-speak-smtp
+mailfrom|rcptto 250 Ok | data 354 End data with <CR><LF>.<CR><LF> | quit 221 Bye | auth 235 Authentication successful.
+msg 250 Ok 0000012345678e09-123a4cdc-b56c-78dd-b90e-d123be456789-000000
+# pastebin.com/t22G4F69, repost.aws/knowledge-center/ses-554-400-message-rejected-error
+auth_required 530 Authentication required | tls_required 530 Must issue a STARTTLS command first
+rcptto_not_registered 554 Message rejected: Email address is not verified.
+"""
+
 # Options that require another one.
 _NEEDED = {
     "auth_required": "auth_users",
@@ -392,6 +478,7 @@ class _SessionOptions(_Options):
     response_delay_rset: float = _option(0, _SECONDS, "seconds before the reply to RSET")
     response_delay_noop: float = _option(0, _SECONDS, "seconds before the reply to NOOP")
     response_delay_quit: float = _option(0, _SECONDS, "seconds before the reply to QUIT")
+    profile: str | None = _option(None, _TEXT, "texts of postfix, exim, opensmtpd, gmail, outlook, ses")
     tolerated: Collection[str] = _option((), _WORDS, "codes of violations and warnings that are not reported")
     strict: bool = _option(False, _FLAG, "refuse mails that have violations")
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
@@ -428,7 +515,7 @@ class _SessionOptions(_Options):
     msg_msg_size_is_too_big: str = _reply("552 Message exceeded max size of {msg_size_limit} bytes", "too long a body")
     msg_msg_received: str = _reply(_RECEIVED, "the message body")
     msg_violation: str = _reply("550 5.6.0 {violation}", "a mail that has violations, with strict")
-    msg_msg_failed: str = _reply("451 Local error in processing", "a command if your code raised an exception")
+    msg_msg_failed: str = _reply("451 Local error in processing", "a command on which your code failed")
     msg_invalid_cmd_rset_sequence: str = _reply(f"{_BAD} HELO should be the first", "an early RSET")
     msg_invalid_cmd_rset_arg: str = _reply(_UNRECOGNIZED, "RSET with an argument")
     msg_rset_received: str = _reply("250 Ok", "RSET")
@@ -461,6 +548,8 @@ class _SessionOptions(_Options):
     msg_line_too_long: str = _reply("500 Line too long", "a command line of over 4096 bytes")
 
     def __post_init__(self) -> None:
+        if self.profile is not None:
+            _check_choices("profile", [self.profile], re.findall("(?m)^== (.+)", _PROFILES))
         known = _EXTENSIONS.split()
         for name in (extension.split()[0].upper() for extension in self.extensions):
             if option := {"AUTH": "auth_users", "STARTTLS": "ssl_context"}.get(name):
@@ -484,6 +573,35 @@ class _KeepAllDefault:
 
 
 _SessionOptions.multiple_rcptto = _SessionOptions.multiple_message_receiving = _KeepAllDefault()  # type: ignore[assignment]
+
+
+@functools.cache
+def _read_profile(name: str) -> dict[str, Any]:
+    rows = _PROFILES.partition(f"== {name}\n")[2].partition("\n==")[0].replace("\\\n", "")
+    profile: dict[str, Any] = {}
+    for entry in (entry for row in re.findall("(?m)^[^#].+", rows) for entry in row.split(" | ")):
+        names, _, text = entry.partition(" ")
+        pattern = f"(msg_)?(invalid_cmd_)?({names})(_received|_cmd|_email|_domain)?"
+        for option, (_, kind, _) in _SessionOptions._declared.items():
+            if kind is not _FLAG and re.fullmatch(pattern, option):
+                profile[option] = kind.normalise(kind.parse(text.replace("\\n", "\n")))
+    return profile
+
+
+class _ProfileDefault:
+    """The default of an option that profiles have."""
+
+    def __init__(self, name: str, default: Any) -> None:
+        self._name, self._default = name, default
+
+    def __get__(self, options: _SessionOptions | None, owner: object) -> Any:
+        profile = None if options is None else options.profile
+        return self._default if profile is None else _read_profile(profile).get(self._name, self._default)
+
+
+for _name, _declared in _SessionOptions._declared.items():
+    if _name.startswith("msg_") or _name in ("extensions", "auth_mechanisms"):
+        setattr(_SessionOptions, _name, _ProfileDefault(_name, _declared.default))
 
 
 class Configuration(_SessionOptions, _AddressOptions):
@@ -554,6 +672,7 @@ _VERBS = {
     "SOML": _Verb("address"),
     "SAML": _Verb("address"),
     "connect": _Verb(),
+    "TLS handshake": _Verb(),
     "answer": _Verb("secret", ends_group=True),
     "message": _Verb(has_recipients=True),
     "partial message": _Verb(),
@@ -711,9 +830,9 @@ class _Request:
         self.faults = faults  # codes of violations that the line does not show, each with the line to report
         self.kind = _VERBS.get(verb, _UNKNOWN_VERB)
 
-    def hide(self, line: str, argument: str = "") -> _Request:
-        """A copy with this line, because the real one may hold a secret."""
-        return _Request(self.verb, line, argument, tuple((code, line) for code, _ in self.faults))
+    def hide(self, line: str, argument: str = "", verb: str = "") -> _Request:
+        """The request with this line, because its own may hold a secret, as may its verb."""
+        return _Request(verb or self.verb, line, argument, tuple((code, line) for code, _ in self.faults))
 
 
 def _find_faults(line: bytes, shown: str) -> tuple[tuple[str, str], ...]:
@@ -1085,66 +1204,95 @@ class Violation(NamedTuple):
     def __str__(self) -> str:
         return f"{self.code}: {self.text} (RFC {self.rfc})" + (f": {self.line!r}" if self.line else "")
 
+    @property
+    def refused_by(self) -> str:
+        """Well-known providers and programs whose refusal of this is public, such as "Gmail, Amazon SES"; or empty."""
+        return ", ".join(name for name, what in _REFUSED_BY.items() if self.code in what or self.text in what)
+
 
 _VIOLATIONS = {
-    "early-talker": ("a command came before the greeting", "5321 4.3.1", "error"),
+    "early-talker": ("a command came before the greeting: wait for it", "5321 4.3.1", "error"),
     "bare-lf": ("a line ends in LF and not in CRLF", "5321 2.3.8", "error"),
-    "bare-cr": ("there is a CR without LF", "5321 2.3.8", "error"),
+    "bare-cr": ("there is a CR without LF: lines end in CRLF", "5321 2.3.8", "error"),
     "nul-byte": ("there is a NUL byte", "5322 2.1", "error"),
     "long-command": ("a command is longer than 512 bytes", "5321 4.5.3.1.4", "error"),
     "command-space": ("there is white space around a command", "5321 4.1.1", "warning"),
     "after-421": ("a command other than QUIT follows a 421", "5321 3.8", "warning"),
     "no-hello-after-tls": ("EHLO is not the first command within TLS", "3207 4.2", "error"),
-    "data-after-refusal": ("the mail was sent although DATA was refused", "5321 3.3", "error"),
-    "data-before-354": ("the mail was sent before the reply to DATA", "5321 3.3", "error"),
-    "pipelining": ("more was sent before the reply, and PIPELINING is not announced", "5321 4.3.1", "error"),
+    "data-after-refusal": ("the mail was sent although DATA was refused: send RSET", "5321 3.3", "error"),
+    "data-before-354": ("the mail was sent before the reply to DATA: wait for the 354", "5321 3.3", "error"),
+    "pipelining": ("without PIPELINING, wait for each reply before more is sent", "5321 4.3.1", "error"),
     "pipelining-order": ("more was sent after a command that must be the last of its group", "2920 3.1", "error"),
     "unknown-command": ("no RFC defines this command", "5321 4.1.5", "error"),
-    "no-hello": ("MAIL without EHLO or HELO", "5321 4.1.1.1", "error"),
-    "hello-invalid": ("the client's name is neither a domain nor an address literal", "5321 4.1.1.1", "error"),
-    "hello-not-fqdn": ("the client's name is not fully qualified", "5321 2.3.5", "warning"),
-    "unannounced-command": ("the extension of this command is not announced", "5321 4.1.1.1", "error"),
+    "no-hello": ("MAIL without EHLO or HELO: send EHLO first", "5321 4.1.1.1", "error"),
+    "hello-invalid": ("the client's name is neither a domain nor like [192.0.2.1]", "5321 4.1.1.1", "error"),
+    "hello-not-fqdn": ("the client's name is not fully qualified, like host.example.com", "5321 2.3.5", "warning"),
+    "unannounced-command": ("the reply to EHLO does not announce this command", "5321 4.1.1.1", "error"),
     "unannounced-mechanism": ("this AUTH mechanism is not announced", "4954 4", "error"),
-    "auth-in-clear": ("a password was sent in clear although STARTTLS is offered", "4954 4", "warning"),
+    "auth-in-clear": ("a password was sent in clear: STARTTLS is offered", "4954 4", "warning"),
     "superfluous-argument": ("this command takes no argument", "5321 4.1.1", "error"),
     "bad-sequence": ("this command is not allowed at this point", "5321 3.3", "error"),
-    "nested-mail": ("MAIL while another mail is open", "5321 4.1.4", "error"),
-    "path-syntax": ("the address is not written as FROM:<address> or TO:<address>", "5321 3.3", "error"),
+    "nested-mail": ("MAIL while another mail is open: end it, or send RSET", "5321 4.1.4", "error"),
+    "path-syntax": ("the argument is not FROM:<address> or TO:<address>", "5321 3.3", "error"),
+    "bad-parameter": ("a parameter has no valid value, or does not belong here", "5321 4.1.1.11", "error"),
+    "bad-auth": ("what AUTH sends is not base64 in one line, or not what is asked for", "4954 4", "error"),
+    "tls-on-plain-port": ("the client began TLS on a port that begins in plain text", "8314 3.3", "error"),
     "path-too-long": ("a local part is over 64 bytes or a path over 256", "5321 4.5.3.1", "error"),
-    "unannounced-parameter": ("the extension of a parameter is not announced", "5321 4.1.1.3", "error"),
+    "unannounced-parameter": ("the reply to EHLO does not announce this parameter", "5321 4.1.1.3", "error"),
     "undeclared-utf8": ("an address is not ASCII, and MAIL had no SMTPUTF8", "6531 3.4", "error"),
-    "no-recipient": ("DATA although no recipient was accepted", "5321 3.3", "error"),
+    "no-recipient": ("DATA although no recipient was accepted: send RSET", "5321 3.3", "error"),
     "unstuffed-dot": ("a dot at the start of a line is not doubled", "5321 4.5.2", "error"),
-    "false-end": ("some servers take this for the end of the mail", "5321 4.1.1.4", "error"),
-    "long-line": ("a line is longer than 998 bytes", "5322 2.1.1", "error"),
+    "false-end": ("at a dot with a bare LF, some servers end the mail (SMTP smuggling)", "5321 4.1.1.4", "error"),
+    "long-line": ("a line is longer than 998 bytes: use quoted-printable or base64", "5322 2.1.1", "error"),
     "size-understated": ("the mail is larger than its SIZE", "1870 6", "warning"),
-    "8bit-unannounced": ("the body is not ASCII, and 8BITMIME is not announced", "5321 2.4", "warning"),
+    "8bit-unannounced": ("without 8BITMIME, use quoted-printable or base64", "5321 2.4", "warning"),
     "8bit-undeclared": ("the body is not ASCII, and MAIL had no BODY=8BITMIME", "6152 3", "warning"),
     "header-syntax": ("a line of the header is neither a field nor its continuation", "5322 2.2", "error"),
-    "header-raw": ("a header is not ASCII, and MAIL had no SMTPUTF8", "5322 2.2", "error"),
+    "header-raw": ("a header is not ASCII, and MAIL had no SMTPUTF8: use encoded words", "5322 2.2", "error"),
     "header-missing": ("a required header is missing", "5322 3.6", "error"),
     "header-duplicate": ("a header occurs twice", "5322 3.6", "error"),
     "no-message-id": ("there is no Message-ID", "5322 3.6.4", "warning"),
-    "bad-message-id": ("the Message-ID is not <left@right>", "5322 3.6.4", "error"),
+    "bad-message-id": ("a message id is not like <left@right>", "5322 3.6.4", "error"),
     "bad-date": ("the Date is not like Fri, 21 Nov 1997 09:55:06 -0600", "5322 3.3", "error"),
-    "bad-address": ("a header has no readable address", "5322 3.4", "error"),
-    "bcc-disclosed": ("Bcc tells other recipients who is hidden", "5322 3.6.3", "error"),
-    "no-mime-version": ("there are MIME headers and no MIME-Version", "2045 4", "error"),
-    "encoded-word": ("an encoded word cannot be decoded, or no white space separates it", "2047 5", "error"),
-    "encoded-word-long": ("an encoded word is longer than 75 characters", "2047 2", "warning"),
-    "encoded-parameter": ("there is an encoded word in a parameter", "2047 5", "warning"),
-    "bad-content-type": ("the Content-Type cannot be parsed", "2045 5.1", "error"),
-    "bad-boundary": ("the boundary is missing, too long, or does not end its parts", "2046 5.1.1", "error"),
+    "bad-address": ("a header has no readable address, such as user@example.com", "5322 3.4", "error"),
+    "bcc-disclosed": ("Bcc tells other recipients who is hidden: leave it out", "5322 3.6.3", "error"),
+    "no-mime-version": ("there are MIME headers and no MIME-Version: 1.0", "2045 4", "error"),
+    "encoded-word": ("an encoded word cannot be decoded, or is not allowed at this place", "2047 5", "error"),
+    "encoded-word-long": ("an encoded word is longer than 75 characters: split it", "2047 2", "warning"),
+    "encoded-parameter": ("there is an encoded word in a parameter: write name*=utf-8''a%20b", "2047 5", "warning"),
+    "bad-content-type": ("the Content-Type is not like text/plain; charset=utf-8", "2045 5.1", "error"),
+    "bad-boundary": ("the boundary is missing, malformed, or does not separate the parts", "2046 5.1.1", "error"),
     "bad-encoding": ("the Content-Transfer-Encoding is unknown or not allowed here", "2045 6.4", "error"),
-    "8bit-in-7bit": ("a part is not ASCII, and its Content-Transfer-Encoding is 7bit", "2045 6.2", "error"),
+    "8bit-in-7bit": ("a part labelled 7bit is not ASCII: use quoted-printable or base64", "2045 6.2", "error"),
     "bad-base64": ("the base64 cannot be decoded, or a line is over 76 characters", "2045 6.8", "error"),
     "bad-quoted-printable": ("there are bytes that quoted-printable encodes, or lines over 76", "2045 6.7", "error"),
+    "bad-disposition": ('the Content-Disposition is not like attachment; filename="a b.pdf"', "2183 2", "error"),
     "wrong-charset": ("the text cannot be decoded with its charset", "2046 4.1.2", "error"),
+    "unknown-charset": ("the text is not ASCII, and its charset is not registered: use utf-8", "2046 4.1.2", "warning"),
+    "bad-mime-version": ("the MIME-Version is not 1.0", "2045 4", "warning"),
+    "group-in-from": ("From has a group: write the address of a sender", "6854 3", "warning"),
+    "obsolete-syntax": ("this is obsolete, and must not be written any more", "5322 4", "warning"),
+}
+
+_BLANK_LINE = "a continuation line has nothing but white space"
+_NO_SPACE = "an encoded word needs white space around it"
+_NO_SENDER = "From has several addresses, and there is no Sender"
+# The codes or texts of what somebody refuses. The issues on GitHub quote the replies.
+_REFUSED_BY = {
+    "Gmail": ("no-message-id", "bad-message-id", "header-duplicate", _NO_SENDER),
+    # element-hq/matrix-authentication-service#4747, Chaste/Chaste#268, fudforum/FUDforum#49
+    "Amazon SES": ("header-duplicate",),  # xreef/EMailSender#49
+    "Yahoo": (_NO_SPACE,),  # python/cpython#144156
+    "GMX": ("long-line",),  # minosiants/pencil#16
+    "amavis": (_BLANK_LINE,),  # docker-mailserver/docker-mailserver#3501
+    "Postfix": ("bare-lf", "pipelining"),  # VernissageApp/VernissageServer#28, xymon-monitoring/xymon#450
+    "Exim": ("early-talker",),  # nodemailer/nodemailer#56
 }
 
 _HELLO, _PATHS, _PLAINTEXT_MECHANISMS = ("EHLO", "HELO"), ("MAIL", "RCPT"), ("PLAIN", "LOGIN")
 
 # The strict grammar of RFC 5321 section 4.1.2, where the server's own is tolerant.
+_KEYWORD = "[A-Z0-9][A-Z0-9-]*"
 _HOST = rf"{_LABEL}(?:\.{_LABEL})*"
 _IPV4 = r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}"
 _STRICT_NAME = rf"(?=[ -~]*$)(?!{_IPV4}$){_HOST}"  # ASCII, RFC 6531 section 3.7.1
@@ -1160,14 +1308,14 @@ def _is_too_long(path: str) -> bool:
 class _ClientState:
     """One request, and the state of the client when it sent it."""
 
-    line = reply = verb = argument = path = mechanism = ""
+    line = reply = verb = argument = path = mechanism = chunk = ""
     kind = _UNKNOWN_VERB
     given: dict[str, str] = {}  # parameters of this request
     parameters: dict[str, str] = {}  # of the last MAIL
     recipients: list[str] = []  # accepted since
     announced: dict[str, list[str]] = {}  # extensions, each with its words
     is_greeted = is_in_mail = has_begun_tls = was_told_421 = False
-    was_refused_data = ignores_refusal = has_chunks = False
+    was_refused_data = ignores_refusal = ignores_rest = has_chunks = has_logged_in = False
     was_pipelined = may_be_blind = False  # sent before the last reply, and allowed to be (RFC 2920)
 
     def read(self, request: _Request, exchange: _Exchange) -> None:
@@ -1175,11 +1323,14 @@ class _ClientState:
         self.reply = reply.text if reply is not None and reply.data else ""
         self.verb, self.line, self.argument, self.kind = request.verb, request.line, request.argument, request.kind
         self.mechanism = request.argument.partition(" ")[0].upper() if self.verb == "AUTH" else ""
-        self.path, words = _split_path(request.argument) if self.verb in _PATHS else ("", [])
-        self.given = {name: value.upper() for name, value in _read_parameters(words).items()}
-        self.needed = {_PARAMETERS.get(name, ("", name))[1] for name in self.given}  # the extensions of those
+        self.path, self.words = _split_path(request.argument) if self.verb in _PATHS else ("", [])
+        self.given = {name: value.upper() for name, value in _read_parameters(self.words).items()}
+        self.chunk = self.line if self.verb == "BDAT" else self.chunk if self.verb == "message" else ""
+        names = [name for name in self.given if re.fullmatch(_KEYWORD, name)]
+        self.needed = {_PARAMETERS.get(name, ("", name))[1] for name in names}  # the extensions of those
         self.needed |= {"BINARYMIME"} & {self.given.get("BODY", "")}
         self.has_literal = _is_address_literal(self.argument)
+        self.login = getattr(exchange.value, "response", "")  # the outcome of AUTH
         self.is_refused, self.may_pipeline = self.reply[:1] in ("4", "5"), "PIPELINING" in self.announced
         self.has_more = exchange.was_early and bool(self.reply)
         self._read_faults(request)
@@ -1189,7 +1340,9 @@ class _ClientState:
         is_long = self.line != "***" if self.verb == "answer" else not self.given or len(self.line) > 1010
         self.faults = [fault for fault in request.faults if fault[0] != "long-command" or is_long]
         self.sends_mail_early = self.has_more and self.verb == "DATA" and not self.is_refused
-        self.is_unknown = self.verb not in _VERBS and not self.was_refused_data
+        self.ignores_reply = self.was_refused_data and self.verb not in _VERBS
+        is_other = self.verb not in (*_VERBS, *self.announced)
+        self.is_unknown = is_other and not self.ignores_reply and self.reply[:1] == "5"
         # A mechanism of one round trip may be followed by more (RFC 4954 section 4).
         self.may_go_on = self.sends_mail_early or (self.mechanism in ("PLAIN", "EXTERNAL") and self.line[-3:] == "***")
 
@@ -1199,13 +1352,12 @@ class _ClientState:
         self.was_pipelined, self.may_be_blind = self.has_more, self.has_more and self.may_pipeline
         self.was_told_421 = self.was_told_421 or self.reply.startswith("421")
         self.has_begun_tls = accepted == "STARTTLS"
-        self.ignores_refusal = self.was_refused_data and self.verb not in _VERBS and self.line != "."
+        has_now = self.login != "" and self.reply[:1] == "2"
+        self.has_logged_in = accepted != "STARTTLS" and (self.has_logged_in or has_now)
+        self.ignores_refusal = self.ignores_reply and self.line != "."
         self.was_refused_data = self.verb == "DATA" and self.is_refused
-        self.is_in_mail &= self.verb not in ("message", "partial message") and accepted not in (
-            *_HELLO,
-            "STARTTLS",
-            "RSET",
-        )
+        begins_again = self.verb in ("message", "partial message") or accepted in (*_HELLO, "STARTTLS", "RSET")
+        self.is_in_mail = self.is_in_mail and not begins_again
         if accepted in (*_HELLO, "STARTTLS"):
             self.is_greeted, self.announced = accepted in _HELLO, {}
             for line in self.reply.upper().replace("AUTH=", "AUTH ").splitlines()[1:]:
@@ -1217,90 +1369,102 @@ class _ClientState:
         elif accepted == "RCPT" and self.is_in_mail:
             self.recipients.append(self.path.strip("<>").lower())
 
+    def find_bad_parameter(self) -> str:
+        """What is wrong with the parameters of this request, or nothing."""
+        for name, _, value in (word.upper().partition("=") for word in self.words):
+            verb, _, pattern = _PARAMETERS.get(f"{name}={value}", _PARAMETERS.get(name, (self.verb, name, ".*")))
+            if self.given[name] == "?":
+                return f"{name} is given twice"
+            if verb != self.verb:
+                return f"{name} belongs to {verb}"
+            if not (re.fullmatch(pattern, value) and re.fullmatch(_KEYWORD, name)):
+                return f"this is no value of {name}" if name in _PARAMETERS else "this is not like NAME or NAME=value"
+        return ""
 
-# A code, the requests that it is about (none: all), and when a request is wrong.
-_DIALOGUE_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[_ClientState], object]], ...] = (
-    ("after-421", (), lambda client: client.was_told_421 and not client.was_pipelined and client.verb != "QUIT"),
-    ("no-hello-after-tls", (), lambda client: client.has_begun_tls and client.verb not in (*_HELLO, "QUIT")),
-    ("data-after-refusal", (), lambda client: client.was_refused_data and client.verb not in _VERBS),
-    ("data-before-354", ("DATA",), lambda client: client.sends_mail_early),
-    ("pipelining", (), lambda client: client.has_more and not (client.may_pipeline or client.sends_mail_early)),
-    (
-        "pipelining-order",
-        (),
-        lambda client: client.kind.ends_group and client.has_more and client.may_pipeline and not client.may_go_on,
-    ),
-    (
-        "unknown-command",
-        (),
-        lambda client: client.is_unknown and client.reply[:1] == "5" and client.verb not in client.announced,
-    ),
-    ("no-hello", ("MAIL",), lambda client: not (client.is_greeted or client.has_begun_tls or client.may_be_blind)),
-    (
-        "hello-invalid",
-        _HELLO,
-        lambda client: not re.fullmatch(_STRICT_NAME, client.argument) and not client.has_literal,
-    ),
-    ("hello-not-fqdn", _HELLO, lambda client: re.fullmatch(_LABEL, client.argument)),
-    ("unannounced-command", (), lambda client: client.kind.extension not in ("", *client.announced)),
-    (
-        "unannounced-mechanism",
-        ("AUTH",),
-        lambda client: client.mechanism not in client.announced.get("AUTH", client.mechanism),
-    ),
-    (
-        "auth-in-clear",
-        ("AUTH",),
-        lambda client: client.mechanism in _PLAINTEXT_MECHANISMS and "STARTTLS" in client.announced,
-    ),
-    ("superfluous-argument", (), lambda client: client.argument and not client.kind.argument),
-    ("bad-sequence", ("AUTH",), lambda client: client.is_in_mail),
-    (
-        "bad-sequence",
-        ("DATA",),
-        lambda client: client.has_chunks or client.parameters.get("BODY") == "BINARYMIME",
-    ),  # RFC 3030
-    ("bad-sequence", ("RCPT",), lambda client: not (client.is_in_mail or client.may_be_blind)),
-    ("nested-mail", ("MAIL",), lambda client: client.is_in_mail and not client.may_be_blind),
-    (
-        "path-syntax",
-        _PATHS,
-        lambda client: not (re.fullmatch(_STRICT_COMMAND, client.line) and client.line.isprintable()),
-    ),
-    ("path-too-long", _PATHS, lambda client: _is_too_long(client.path)),
-    ("unannounced-parameter", _PATHS, lambda client: client.needed.difference(client.announced)),
-    ("undeclared-utf8", ("MAIL",), lambda client: not client.path.isascii() and "SMTPUTF8" not in client.given),
-    ("undeclared-utf8", ("RCPT",), lambda client: not client.path.isascii() and "SMTPUTF8" not in client.parameters),
-    (
-        "no-recipient",
-        ("DATA", "BDAT"),
-        lambda client: not ((client.is_in_mail and client.recipients) or client.may_be_blind),
-    ),
+    def find_bad_path(self) -> str:
+        """What is wrong with the argument of this MAIL or RCPT, or nothing."""
+        if re.fullmatch(_STRICT_COMMAND, self.line) and self.line.isprintable():
+            return ""
+        keyword = "FROM" if self.verb == "MAIL" else "TO"
+        form = re.fullmatch(rf"(?i)\S+ {keyword}:( *)<([^<>]*)>(?: .*)?", self.line)
+        if form is None or not self.line.isprintable():
+            return f"write {keyword}:<address>, one address and nothing else"
+        if form[1]:
+            return "there must be no space after the colon"
+        local, at, _ = form[2].rpartition("@")
+        part = "part before the @" if at and not re.fullmatch(_LOCAL_PART, local) else "domain"
+        return f"the {part} of the address is wrong" if at else "the address has no domain"
+
+
+# A code, the requests that it is about (none: all), and when one is wrong, or a text that says what is.
+_DIALOGUE_CHECKS: tuple[tuple[str, Collection[str], Callable[[_ClientState], object]], ...] = (
+    ("after-421", (), lambda it: it.was_told_421 and not it.was_pipelined and it.verb != "QUIT"),
+    ("no-hello-after-tls", (), lambda it: it.has_begun_tls and it.verb not in (*_HELLO, "QUIT")),
+    ("data-after-refusal", (), lambda it: it.ignores_reply),
+    ("data-before-354", ("DATA",), lambda it: it.sends_mail_early),
+    ("pipelining", (), lambda it: it.has_more and not (it.may_pipeline or it.sends_mail_early or it.ignores_reply)),
+    ("pipelining-order", (), lambda it: it.kind.ends_group and it.has_more and it.may_pipeline and not it.may_go_on),
+    ("unknown-command", (), lambda it: it.is_unknown and it.line != "***"),
+    ("no-hello", ("MAIL",), lambda it: not (it.is_greeted or it.has_begun_tls or it.may_be_blind)),
+    ("hello-invalid", _HELLO, lambda it: not re.fullmatch(_STRICT_NAME, it.argument) and not it.has_literal),
+    ("hello-not-fqdn", _HELLO, lambda it: re.fullmatch(_LABEL, it.argument)),
+    ("unannounced-command", (), lambda it: it.kind.extension not in ("", *it.announced)),
+    ("unannounced-mechanism", ("AUTH",), lambda it: it.mechanism not in it.announced.get("AUTH", it.mechanism)),
+    ("auth-in-clear", ("AUTH",), lambda it: it.mechanism in _PLAINTEXT_MECHANISMS and "STARTTLS" in it.announced),
+    ("bad-auth", (), lambda it: it.login == "msg_auth_bad_response"),
+    ("bad-auth", (), lambda it: it.is_unknown and it.line == "***" and "AUTH has failed, and this belongs to it"),
+    ("superfluous-argument", (), lambda it: it.argument != "" and not it.kind.argument),
+    ("bad-sequence", ("AUTH",), lambda it: it.is_in_mail and "AUTH is not allowed within a mail"),
+    ("bad-sequence", ("AUTH",), lambda it: it.has_logged_in and "AUTH has succeeded already"),
+    ("bad-sequence", ("DATA",), lambda it: it.has_chunks and "after BDAT comes BDAT LAST"),  # RFC 3030
+    ("bad-sequence", ("DATA",), lambda it: it.parameters.get("BODY") == "BINARYMIME" and "BINARYMIME needs BDAT"),
+    ("bad-sequence", ("RCPT",), lambda it: not (it.is_in_mail or it.may_be_blind) and "RCPT needs an accepted MAIL"),
+    ("nested-mail", ("MAIL",), lambda it: it.is_in_mail and not it.may_be_blind),
+    ("path-syntax", _PATHS, lambda it: it.find_bad_path()),
+    ("path-too-long", _PATHS, lambda it: _is_too_long(it.path)),
+    ("unannounced-parameter", _PATHS, lambda it: it.needed.difference(it.announced)),
+    ("bad-parameter", _PATHS, lambda it: it.find_bad_parameter()),
+    ("bad-parameter", ("BDAT",), lambda it: _parse_chunk(it.argument) is None and "BDAT needs a size"),
+    ("undeclared-utf8", ("MAIL",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.given),
+    ("undeclared-utf8", ("RCPT",), lambda it: not it.path.isascii() and "SMTPUTF8" not in it.parameters),
+    ("no-recipient", ("DATA", "BDAT"), lambda it: not ((it.is_in_mail and it.recipients) or it.may_be_blind)),
 )
 
-_Findings = Iterator[tuple[str, str]]  # codes, each with its line
+# A code, its line and, if the text of the code is too general, a text.
+_Findings = Iterator[tuple[str, ...]]
 
 
-def _check_dialogue(exchanges: Iterable[_Exchange], client: _ClientState) -> _Findings:
-    for exchange in exchanges:
+def _check_dialogue(exchanges: Sequence[_Exchange], client: _ClientState) -> _Findings:
+    begins_tls = any(exchange.verb == "TLS handshake" for exchange in exchanges)
+    following = [*(exchange.verb for exchange in exchanges[1:]), "QUIT"]
+    for exchange, next_verb in zip(exchanges, following, strict=True):
         request = exchange.request
         if request is None:
             client.was_told_421 = client.was_told_421 or exchange.response.startswith("421")
-            if exchange.was_early:
+            if exchange.was_early and not begins_tls:
                 yield "early-talker", ""
+        elif request.verb == "TLS handshake":
+            yield "tls-on-plain-port", request.line
+        elif client.ignores_rest and request.verb not in _VERBS:
+            continue
         elif client.ignores_refusal:  # up to the end of the mail that was sent all the same
             client.ignores_refusal = request.line != "."
         else:
             client.read(request, exchange)
+            client.ignores_rest = False
+            if client.chunk and client.has_more and next_verb not in _VERBS:
+                yield "bad-parameter", client.chunk, "a chunk is longer than BDAT says"
+                client.has_more, client.ignores_rest = False, True
             yield from client.faults
             for code, verbs, is_wrong in _DIALOGUE_CHECKS:
-                if (not verbs or client.verb in verbs) and is_wrong(client):
-                    yield code, client.line
+                found = is_wrong(client) if not verbs or client.verb in verbs else None
+                if found:
+                    yield code, client.line, *([found] if isinstance(found, str) else [])
             client.advance()
 
 
 # Patterns for a mail or a body with a CRLF before it. Most begin with a byte, which is found fast.
-_HEAD_END = rb"\A\r\n(?=[ \t])|\n(?![!-9;-~]+:|[ \t])"
+_HEAD_END = rb"\A\r\n(?=[ \t])|\n(?![!-9;-~\x80-\xff]+:|[ \t])"  # a name that is not ASCII is still a name
 _NO_BODY = rb"\A(?!\r?\n)."  # it must be empty, or begin with the empty line
 _NOT_ASCII = rb"[^\0-\x7f]"
 _NOT_QUOTED = (  # lines of 77 and 78 are let through, because CPython's `email` makes them
@@ -1313,21 +1477,74 @@ _CONTENT_CHECKS = {
     "false-end": rb"\n(?<!\r\n)\.\r?\n|\r\.[\r\n]",
     "long-line": rb"\n[^\r\n]{999}",
 }
+_LOWER_HEX = rb"=(?:[a-f][0-9A-Fa-f]|[0-9A-F][a-f])"
 _ENCODINGS = {
     "7bit": ("8bit-in-7bit", _NOT_ASCII),
-    "base64": ("bad-base64", rb"\n[^\r\n]{77}|[^A-Za-z0-9+/=\s]"),
+    "base64": ("bad-base64", rb"\n[^\r\n]{77}|[^A-Za-z0-9+/=\s]|=\s*(?:[^=\s]|=\s*=)"),
     "quoted-printable": ("bad-quoted-printable", _NOT_QUOTED),
 }
 
 _ADDRESS_HEADERS = ("from", "sender", "reply-to", "to", "cc")
-_SINGULAR_HEADERS = (*_ADDRESS_HEADERS, "date", "bcc", "message-id", "in-reply-to", "references", "subject")
-_BOUNDARY_DEFECTS = ("NoBoundaryInMultipartDefect", "StartBoundaryNotFoundDefect", "CloseBoundaryNotFoundDefect")
-_MESSAGE_ID = r"\s*<[^\s<>()@]+@[^\s<>()@]+>\s*"
+_SINGULAR_HEADERS = {*_ADDRESS_HEADERS, *_MIME, "date", "bcc", "message-id", "in-reply-to", "references", "subject"}
+_SINGULAR_HEADERS |= {"mime-version", "content-id"}
+_REPORTS = ("message/delivery-status", "message/disposition-notification")  # RFC 3464 section 2.1, RFC 8098 section 3.1
+# What begins the names that IANA registers for charsets, and that Python does not know.
+_REGISTERED_CHARSETS = (
+    r"(?i)(?:iso(?![-_]?8859-?\d+$)|cs|(?:ccsid|cp|ibm)(?=0|[2489]\d\d$|1047|50220|51932)|cp-ar|ibm-|ebcdic|osd_|nats|hp-|"
+    r"[jk][ips]s?[-_]|ksc_?5|n[cfs]_|jus_|ventura|inis|greek|latin(?:-9$|-[gl]|1-)|ansi_|bs_|ds_?2|gb_|ami|asmo|x02|t\.|"
+    r"pc[8-]|adobe|mnem|[a-z]{2}2?$|windows-(?:31j|874|936)$|(?:us|dk)-|851|904|arabic7|bocu|brf|cesu|cuba|de[cn]|din_|e13b|"
+    r"ecma-|extended_|gost|iec_|invar|irv|katakana|koi[78]-|lap|mac|microsoft-|msz|naplps|ref|scsu|sen_|serbian|st_|tscii|"
+    r"unicode-1|unknown-8|utf-7-|videotex|viqr|viscii)[\w.:()+-]*"
+)
+_NOT_IN_NAME = r"[^\w!*+/=-]"  # RFC 2047 section 5 (3)
 _WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_DATE = (
-    r"(?i)\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{4})\s+"
-    r"(?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9]|:60)?\s+[+-][0-9]{2}[0-5][0-9]\s*"
+_DATE = (  # with the years and zones of RFC 5322 section 4.3
+    r"(?i)\s*(?:(Mon|Tue|Wed|Thu|Fri|Sat|Sun)\s*,\s*)?([0-9]{1,2})\s+([A-Z]{3})\s+([0-9]{2,4})\s+(?:[01][0-9]|2[0-3])"
+    r":[0-5][0-9](?::[0-5][0-9]|:60)?\s+([+-][0-9]{2}[0-5][0-9]|UT|GMT|[ECMP][SD]T|[A-IK-Z])\s*"
+)
+
+# The grammar of RFC 5322 section 3 is that of an outline: a for an atom, q for a quoted string, l for a domain literal,
+# a space for comments and white space, and other characters as they are. Only one way leads through each pattern, so
+# that the time is linear. What is obsolete (section 4) is understood.
+_TOKENS = r"(?P<q>\"+)|(?P<l>\[[^][\\]*\])|(?P<a>[^\0- \"(),.:;<>@[\\\]\x7f]+)|\s+"
+_ADDR_SPEC = r" ?(?:a(?:\.a)*|q) ?@ ?(?:a(?:\.a)*|l) ?"
+_OLD_ADDR_SPEC = r" ?[aq] ?(?:\. ?[aq] ?)*@ ?(?:a ?(?:\. ?a ?)*|l ?)"
+_ID = r"<a(?:\.a)*@(?:a(?:\.a)*|l)>"
+
+
+def _list_addresses(name: str, address: str, route: str = "") -> str:
+    mailbox = rf"(?:(?:{name}| ?)<{route}{address}> ?|{address})"
+    item = rf"(?:{mailbox}|{name}:(?: ?|{mailbox}(?:,{mailbox})*); ?)"
+    return rf"{item}(?:,{item})*"
+
+
+# The code, the grammar, the same with what is obsolete, and what to change in that.
+_OLD_LIST = _list_addresses(r" ?[aq][aq. ]*", _OLD_ADDR_SPEC, r"(?:@a(?:\.a)*(?:,@a(?:\.a)*)*:)?")
+_ADDRESSES = "bad-address", _list_addresses(r" ?[aq][aq ]*", _ADDR_SPEC), _OLD_LIST, "quote a name that has a dot"
+_IDS = "bad-message-id", rf" ?{_ID}(?: ?{_ID})* ?", rf"[aq ]*(?:<{_OLD_ADDR_SPEC}>[aq ]*)+", "write only <left@right>"
+_GRAMMARS = {
+    **dict.fromkeys(_ADDRESS_HEADERS, _ADDRESSES),
+    **dict.fromkeys(("in-reply-to", "references"), _IDS),
+    **dict.fromkeys(("message-id", "content-id"), (_IDS[0], rf" ?{_ID} ?", rf" ?<{_OLD_ADDR_SPEC}> ?", _IDS[3])),
+}
+_SEVERAL = r"@[^,@]*,[^,@]*@"  # addresses
+_CURES = (  # by the code and a pattern of the outline
+    ("bad-address", r"(?:\A|[,:]) ?(?:,|\Z)", "leave out an empty element of a list, or a header without an address"),
+    ("bad-address", r"<[^<>@]*@[^<>@]*>", "quote a name that has , . : @ [ or ]"),
+    ("bad-message-id", r">[^<>]*,", "separate ids by white space and not by commas"),
+)
+# The grammar of RFC 2045 section 5.1 and RFC 2183 section 2 is that of the value, with quotes for what is quoted.
+_STRICT_PARAMETER = rf";\s*({_TOKEN})\s*=\s*({_TOKEN}|\"+)"
+_MIME_GRAMMARS = {
+    _TYPE: ("bad-content-type", rf"\s*({_TOKEN})\s*/\s*({_TOKEN})(?:\s*{_STRICT_PARAMETER})*[\s;]*"),
+    _DISPOSITION: ("bad-disposition", rf"\s*{_TOKEN}(?:\s*{_STRICT_PARAMETER})*[\s;]*"),
+    "mime-version": ("bad-mime-version", r"\s*1\s*\.\s*0\s*"),
+}
+_BOUNDARY = r"[\w'()+,./:=? -]{0,69}[\w'()+,./:=?-]"  # RFC 2046 section 5.1.1
+_BAD_CHARACTERS = (
+    ("header-syntax", r"\n[ \t]+(?:[\r\n]|\Z)", _BLANK_LINE),
+    ("header-syntax", r"[\1-\x08\x0b\x0c\x0e-\x1f\x7f]", "a header must not have control characters"),
 )
 
 
@@ -1349,153 +1566,253 @@ def _check_content(content: bytes, client: _ClientState, is_counted: bool) -> _F
     end = re.search(_HEAD_END, data)
     head, body = (data[: end.end()], data[end.end() :]) if end else (data, b"")
     yield from _find_line("header-syntax", _NO_BODY, body)
-    if "SMTPUTF8" not in client.parameters:
-        yield from _find_line("header-raw", _NOT_ASCII, head)
+    yield from _find_line("header-syntax", rb"\n[!-9;-~]*[\x80-\xff][!-9;-~\x80-\xff]*:", head)
     if "8BITMIME" not in client.announced or kind not in ("8BITMIME", "BINARYMIME"):
         code = "8bit-undeclared" if "8BITMIME" in client.announced else "8bit-unannounced"
         yield from _find_line(code, _NOT_ASCII, body)
 
 
-@functools.lru_cache(maxsize=64)  # addresses are parsed twice
-def _parse_header(name: str, value: str) -> tuple[Any, bool]:
-    """The header as `email` parses it, without encoded words, and whether it is malformed."""
-    from email.errors import InvalidHeaderDefect
-
-    if len(value) > _HEADER_LIMIT:
-        return None, False
-    # Encoded words have a check of their own, but for one in place of a parameter's value that is not quoted.
-    text = re.sub(rf"(?<!=)(?<!= ){_ENCODED_WORD}", "x", value)
-    header = _make_email_policy().header_fetch_parse(name, text.rstrip("; \t\r\n") if name == _TYPE else text)
-    return header, any(isinstance(defect, InvalidHeaderDefect) for defect in header.defects)
+def _hide_words(value: str) -> str:
+    return re.sub(_ENCODED_WORD, lambda match: "x" * len(match[0]), value)
 
 
-def _is_bad_date(value: str) -> bool:
+def _mask(value: str) -> str:
+    """The value with spaces in place of comments, and quotes of what is quoted; positions stay.
+
+    If a quote or a comment is not closed, there is a backslash at the end, which no grammar allows.
+    """
+    depth, is_quoted, masked = 0, False, []
+    for token in re.findall(r"(?s)\\.?|[\"()]|[^\\\"()]+", value):
+        is_quoted ^= token == '"' and not depth
+        depth += token == "(" and not is_quoted
+        masked.append(" " * len(token) if depth else '"' * len(token) if is_quoted else token)
+        depth -= token == ")" and depth > 0
+    return "".join(masked) + "\\" * (depth > 0 or is_quoted)
+
+
+def _outline(value: str) -> str:
+    return re.sub(_TOKENS, lambda match: match.lastgroup or " ", _mask(_hide_words(value)))
+
+
+def _is_cut_off(data: bytes, encoding: str) -> bool:
+    return encoding == "base64" and len(b"".join(data.split())) % 4 > 0
+
+
+def _check_charset(data: bytes, charset: str, *finding: str) -> _Findings:
+    """The finding is that of data that cannot be decoded."""
+    try:
+        data.decode(_find_codec(charset))
+    except LookupError:
+        if not (data.isascii() or re.fullmatch(_REGISTERED_CHARSETS, charset)):
+            yield "unknown-charset", f"charset={charset}"
+    except ValueError as error:
+        is_cut = getattr(error, "reason", "") in ("unexpected end of data", "incomplete multibyte sequence")
+        yield (*finding[:2], "a character is split or cut off: encode it as a whole") if is_cut else finding
+
+
+def _pick(code: str, line: str, faults: Mapping[str, object]) -> list[tuple[str, ...]]:
+    """The first fault that is there, as a finding."""
+    return [(code, line, *([text] if text else [])) for text, is_wrong in faults.items() if is_wrong][:1]
+
+
+def _check_word(match: re.Match[str], line: str, place: str) -> _Findings:
+    """The place is that in a list of addresses: " in a quoted string, x outside of it and of comments."""
+    charset, kind, text = match.groups()
+    around = match.string[max(match.start() - 1, 0) : match.start()], match.string[match.end() : match.end() + 1]
+    is_name = place == "x"
+    is_q, encoding = kind in "Qq", {"b": "base64", "q": "quoted-printable"}.get(kind.lower(), "")
+    raw = text.encode("utf-8", "surrogateescape")
+    is_wrong = not encoding or re.search(_ENCODINGS[encoding][1], raw + b"x" * is_q)  # for a = at the end of a word
+    faults = {
+        "an encoded word in quotes is not decoded": '"' in (*around, place),
+        "an address must not have an encoded word": "@" in around or around == ("<", ">"),
+        _NO_SPACE: "".join(around).strip("( \t\r\n)"),
+        "an encoded word is empty or has white space in it": not re.fullmatch(r"[!-~]+", text),
+        "a Q word in a name must have letters, digits and !*+-/=_ only": is_q
+        and is_name
+        and re.search(_NOT_IN_NAME, text),
+        "": is_wrong or _is_cut_off(raw, encoding),
+    }
+    found = _pick("encoded-word", line, faults)
+    data = b"" if found else _decode_content(raw, encoding)
+    yield from found or _check_charset(data, charset.partition("*")[0], "encoded-word", line)
+
+
+def _check_date(value: str, line: str) -> _Findings:
     import datetime
 
-    match = re.fullmatch(_DATE, _strip_comments(value))
-    if match is None:
-        return True
-    weekday, day, month, year = match.groups()
+    match = re.fullmatch(_DATE, _mask(value))
+    weekday, day, month, year, zone = match.groups() if match else (None, "0", "", "0", "")
+    century = {2: 1900 if year > "49" else 2000, 3: 1900}.get(len(year), 0)
     try:
-        date = datetime.date(int(year), _MONTHS.index(month.lower()) + 1, int(day))
+        date = datetime.date(int(year) + century, _MONTHS.index(month.lower()) + 1, int(day))
     except ValueError:
-        return True
-    return weekday is not None and weekday.lower() != _WEEKDAYS[date.weekday()]
+        yield "bad-date", line
+    else:
+        if weekday is not None and weekday.lower() != _WEEKDAYS[date.weekday()]:
+            yield "bad-date", line, "this date is on another day of the week"
+        elif century or zone.isalpha():
+            yield "obsolete-syntax", line, "write the year with four digits, and the zone like +0000"
 
 
-def _has_no_address(value: str) -> bool:
-    header, is_malformed = _parse_header("to", value)
-    return is_malformed or (header is not None and not header.groups)
+def _check_grammar(name: str, value: str, line: str) -> _Findings:
+    (code, grammar, old_grammar, cure), outline = _GRAMMARS[name], _outline(value)
+    if not re.fullmatch(old_grammar, outline):
+        cures = [text for about, pattern, text in _CURES if about == code and re.search(pattern, outline)]
+        yield code, line, *cures[:1]
+    elif name == "sender" and re.search(_SEVERAL, outline):
+        yield code, line, "a Sender must have one address only"
+    elif not re.fullmatch(grammar, outline):
+        yield "obsolete-syntax", line, cure
+    elif name == "from" and ";" in outline:
+        yield "group-in-from", line
 
 
-def _can_decode(data: bytes, encoding: str, charset: str | None = None) -> bool:
-    import base64
-    import binascii
-
-    try:
-        if encoding == "base64":
-            data = base64.b64decode(b"".join(data.split()), validate=True)
-        elif encoding == "quoted-printable":
-            data = binascii.a2b_qp(data)
-        codec = "latin-1" if charset is None else _find_codec(charset)
-        data.decode(codec or "latin-1")
-        return codec != ""
-    except (LookupError, ValueError):
-        return False
+def _read_sections(value: str) -> list[tuple[str, str]]:
+    """The names in lower case; values may be in quotes."""
+    return [(match[1].lower(), value[slice(*match.span(2))]) for match in re.finditer(_STRICT_PARAMETER, _mask(value))]
 
 
-def _is_bad_word(match: re.Match[str]) -> bool:
-    charset, kind, text = match.groups()
-    around = match.string[max(match.start() - 1, 0) : match.start()] + match.string[match.end() : match.end() + 1]
-    encoding = {"b": "base64", "q": "quoted-printable"}.get(kind.lower())
-    if encoding is None or not text.isascii() or not re.fullmatch(r"\S+", text) or around.strip("( \t\r\n)"):
-        return True
-    data = text.encode() + b"x" * (encoding != "base64")  # which would make a = at the end of a word wrong
-    return bool(re.search(_ENCODINGS[encoding][1], data)) or not _can_decode(data, encoding, charset.partition("*")[0])
+def _check_sections(code: str, value: str, line: str) -> _Findings:
+    """Of parameters with a * in their names (RFC 2231)."""
+    import urllib.parse
+
+    sections: dict[str, list[tuple[str, str]]] = {}
+    for name, text in _read_sections(value):
+        base, star, number = name.partition("*")
+        sections.setdefault(base, []).extend([(number, text)] if star else [])
+    for parts in sections.values():
+        parts.sort(key=lambda part: (len(part[0].rstrip("*")), part[0]))
+        numbers = [number.rstrip("*") for number, _ in parts if number]
+        texts = [text for number, text in parts if not number.isdigit()]
+        encoded, charset = "".join(texts), re.match(r"([^']*)'[^']*'", "".join(texts[:1]))
+        faults = {
+            "the numbers after * must be 0, 1, 2 and so on": numbers != [*map(str, range(len(numbers)))],
+            "a value after *= must not be in quotes": '"' in encoded,
+            "a % must have two hexadecimal digits after it": re.search("%(?![0-9A-Fa-f]{2})", encoded),
+            "a charset must come first, as in utf-8''a%20b": encoded and not charset,
+        }
+        found = _pick(code, line, faults)
+        data = urllib.parse.unquote_to_bytes(encoded[charset.end() :]) if charset else b""
+        name = (charset and charset[1]) or "latin-1"  # it may be empty
+        yield from found or _check_charset(data, name, code, line, "a value is not in its charset")
 
 
-# A code, the headers that it is about (none: all but those of MIME), and when a value is wrong.
-_HEADER_CHECKS: tuple[tuple[str, tuple[str, ...], Callable[[str], object]], ...] = (
-    ("bad-date", ("date",), _is_bad_date),
-    ("bad-message-id", ("message-id",), lambda value: not re.fullmatch(_MESSAGE_ID, _strip_comments(value))),
-    ("bad-address", _ADDRESS_HEADERS, _has_no_address),
-    ("encoded-word", (), lambda value: any(map(_is_bad_word, re.finditer(_ENCODED_WORD, value)))),
-    # CPython's `email` makes words of 76.
-    ("encoded-word-long", (), lambda value: any(len(match[0]) > 76 for match in re.finditer(_ENCODED_WORD, value))),
-    ("encoded-parameter", (_TYPE, _DISPOSITION), lambda value: re.search(_ENCODED_WORD, value)),
-    ("bad-content-type", (_TYPE,), lambda value: _parse_header(_TYPE, value)[1]),
-)
+def _check_mime_grammar(name: str, value: str, line: str) -> _Findings:
+    code, grammar = _MIME_GRAMMARS[name]
+    if re.search(_ENCODED_WORD, value):
+        yield "encoded-parameter", line
+    if re.fullmatch(grammar, _mask(value)):
+        yield from _check_sections(code, value, line)
+    else:
+        yield code, line
 
 
-def _check_headers(fields: list[tuple[str, str]]) -> _Findings:
-    """Of several headers with the same name, only the first is checked."""
+def _check_headers(fields: list[tuple[str, str]], client: _ClientState) -> _Findings:
+    """Of several headers with the same name, only the characters of the others are checked."""
     seen: set[str] = set()
+    raw = r"[\ud800-\udfff]" if "SMTPUTF8" in client.parameters else r"[^\0-\x7f]"
     for name, value in fields:
-        key = name.lower()
-        if key in seen and key in _SINGULAR_HEADERS:
-            yield "header-duplicate", f"{name}: {value}"
-        for code, names, is_wrong in _HEADER_CHECKS if key not in seen else ():
-            if (key in names if names else key not in _MIME) and is_wrong(value):
-                yield code, f"{name}: {value}"
+        key, line = name.lower(), f"{name}: {value[:200]}"
+        yield from ((code, line, text) for code, pattern, text in _BAD_CHARACTERS if re.search(pattern, value))
+        if re.search(raw, _decode(value.encode("utf-8", "surrogateescape"))):
+            yield "header-raw", line, *["with SMTPUTF8, a header must be UTF-8"]["SMTPUTF8" not in client.parameters :]
+        if key in seen:
+            yield from [("header-duplicate", line)] if key in _SINGULAR_HEADERS else []
+            continue
         seen.add(key)
+        yield from _check_date(value, line) if key == "date" else ()
+        yield from _check_grammar(key, value, line) if key in _GRAMMARS else ()
+        yield from _check_mime_grammar(key, value, line) if key in _MIME_GRAMMARS else ()
+        masked = _mask(_hide_words(value)) if "=?" in value and key in _ADDRESS_HEADERS else ""
+        for match in re.finditer(_ENCODED_WORD, value) if key not in _MIME else ():
+            yield from _check_word(match, line, masked[match.start() : match.start() + 1])
+            yield from [("encoded-word-long", line)] * (len(match[0]) > 76)  # CPython's `email` makes words of 76
 
 
 def _check_header_set(first: dict[str, str], client: _ClientState) -> _Findings:
     """Which headers must be there, and which must not."""
-    yield from (("header-missing", name) for name in ("Date", "From") if name.lower() not in first)
+    resent = ["Resent-Date", "Resent-From"] if any(name.startswith("resent-") for name in first) else []
+    yield from (("header-missing", name) for name in ("Date", "From", *resent) if name.lower() not in first)
+    if "sender" not in first and re.search(_SEVERAL, _outline(first.get("from", ""))):
+        yield "header-missing", "Sender", _NO_SENDER
     if "message-id" not in first:
         yield "no-message-id", ""
     if "mime-version" not in first:
         yield from [("no-mime-version", f"{name}: {first[name]}") for name in _MIME if name in first][:1]
-    hidden = re.findall(
-        r"(?<![^\s<>(),:;\"])[^\s<>(),:;\"@]+@[^\s<>(),:;\"]+", f"{first.get('bcc')} {first.get('resent-bcc')}".lower()
-    )
+    words = re.findall(r"[^\s<>(),:;\"]+", f"{first.get('bcc')} {first.get('resent-bcc')}".lower())
+    hidden = [word for word in words if "@" in word]
     if not set(hidden).issuperset(client.recipients):  # else this is the copy for the hidden ones
         yield from (("bcc-disclosed", address) for address in hidden)
 
 
-def _check_part(part: Any, first: dict[str, str], client: _ClientState, *, is_mail: bool) -> _Findings:
-    encoding = _strip_comments(first.get(_ENCODING, "7bit")).strip().lower()
-    kind = _parse_header(_TYPE, first.get(_TYPE, "text/plain"))[0]
-    name, parameters = getattr(kind, "content_type", "text"), getattr(kind, "params", {})
-    is_composite = name.startswith("multipart/") or name in ("message/rfc822", "message/partial")
-    allowed = ["7bit", "8bit"] if is_composite else [*_ENCODINGS, "8bit"]
-    allowed += ["binary"] if client.parameters.get("BODY") == "BINARYMIME" else []
-    if encoding not in allowed and not encoding.startswith("x-"):  # RFC 2045 section 6.3 allows private ones
-        yield "bad-encoding", f"Content-Transfer-Encoding: {encoding}"
+def _check_encoding(kind: str, encoding: str, client: _ClientState) -> _Findings:
+    is_composite = kind.startswith("multipart/") or kind in ("message/rfc822", "message/partial")
+    is_plain = encoding in ("7bit", "8bit", "binary")
+    faults = {
+        f"a {kind} must be 7bit": kind in _REPORTS and encoding != "7bit",
+        "binary needs BODY=BINARYMIME": encoding == "binary" and client.parameters.get("BODY") != "BINARYMIME",
+        "a multipart or a mail in it must be 7bit, 8bit or binary": is_composite and not is_plain,
+        "": not (is_plain or encoding in _ENCODINGS or encoding.startswith("x-")),  # RFC 2045 section 6.3 allows x-
+    }
+    yield from _pick("bad-encoding", f"Content-Transfer-Encoding: {encoding}", faults)
+
+
+def _check_boundary(part: Any, boundary: str | None, outer: tuple[str, ...], line: str) -> _Findings:
     defects = {type(defect).__name__ for defect in part.defects}
-    if not is_mail and "MissingHeaderBodySeparatorDefect" in defects:
-        yield "header-syntax", f"Content-Type: {first.get(_TYPE)}"
-    if not is_mail and "SMTPUTF8" not in client.parameters:
-        yield from (("header-raw", f"{name}: {value}") for name, value in first.items() if not value.isascii())
-    if len(parameters.get("boundary", "")) > 70 or defects.intersection(_BOUNDARY_DEFECTS):
-        yield "bad-boundary", f"Content-Type: {first.get(_TYPE)}"
-    if is_composite or part.is_multipart():
-        return
+    is_malformed = boundary is not None and not re.fullmatch(_BOUNDARY, boundary, re.ASCII)
+    faults = {
+        "there is no boundary parameter": boundary is None and "NoBoundaryInMultipartDefect" in defects,
+        "a boundary has 1 to 70 letters, digits, '()+_,-./:=? and spaces": is_malformed,
+        "the boundary begins with that of the multipart around it": (boundary or "").startswith(outer),
+        "no line opens the first part": "StartBoundaryNotFoundDefect" in defects,
+        "no line closes the last part": "CloseBoundaryNotFoundDefect" in defects,
+    }
+    yield from _pick("bad-boundary", line, faults)
+
+
+def _check_body(part: Any, kind: str, encoding: str, charset: str | None) -> _Findings:
     data = b"\r\n" + str(part._payload).encode("utf-8", "surrogateescape")  # get_payload() would decode it
-    code, pattern = _ENCODINGS.get(encoding, ("", _NOT_ASCII))
-    found = list(_find_line(code, pattern, data)) if code else []
-    if not found and not _can_decode(data, encoding):
-        found = [(code, encoding)]
+    code, pattern = _ENCODINGS.get(encoding, ("", rb"(?!)"))
+    found = list(_find_line(code, pattern, data)) or [(code, encoding)] * _is_cut_off(data, encoding)
     yield from found
-    charset = parameters.get("charset", "us-ascii" if name == "text/plain" else None)
-    if not found and name.startswith("text/") and not _can_decode(data, encoding, charset):
-        yield "wrong-charset", f"charset={charset}"
+    if encoding == "quoted-printable" and not found:
+        yield from ((*lower, "write =C3 and not =c3") for lower in _find_line(code, _LOWER_HEX, data))
+    if found or not kind.startswith("text/") or (charset is None and kind != "text/plain"):
+        return
+    cure = ["a text that is not ASCII needs a charset, such as utf-8"] if charset is None else []
+    charset = charset or "us-ascii"
+    yield from _check_charset(_decode_content(data, encoding), charset, "wrong-charset", f"charset={charset}", *cure)
 
 
 def _check_mail(message: Message, client: _ClientState) -> _Findings:
-    parts: list[Any] = [message.email]
+    # Each part with the boundaries of the multiparts around it, and the line of one of those that is labelled 7bit.
+    parts: list[tuple[Any, tuple[str, ...], str]] = [(message.email, (), "")]
     while parts:
-        part = parts.pop()
+        part, outer, label = parts.pop()
         is_mail = part is message.email
         ours = message.mailfrom + bool(message.received_header) if is_mail else 0
         fields = list(part.raw_items())[ours:]
         first = {name.lower(): value for name, value in reversed(fields)}
         yield from _check_header_set(first, client) if is_mail else ()
-        yield from _check_headers(fields)
-        yield from _check_part(part, first, client, is_mail=is_mail)
-        if part.is_multipart() and part.get_content_maintype() == "multipart":  # a mail within the mail is by others
-            parts += reversed(part.get_payload())
+        yield from _check_headers(fields, client)
+        (kind, parameters), line = _read_mime(part, _TYPE), f"Content-Type: {first.get(_TYPE)}"
+        encoding, boundary = _mask(first.get(_ENCODING, "7bit")).strip().lower(), parameters.get("boundary")
+        yield from _check_encoding(kind, encoding, client)
+        if not is_mail and any(type(defect).__name__ == "MissingHeaderBodySeparatorDefect" for defect in part.defects):
+            yield "header-syntax", line
+        texts = [part.preamble, part.epilogue] if part.is_multipart() else [part._payload]
+        if kind.startswith("multipart/"):
+            yield from _check_boundary(part, boundary, outer, line)
+            label = label or line * (_ENCODING in first and encoding == "7bit")
+        elif not part.is_multipart():
+            found = [*_check_body(part, kind or "text/plain", encoding, parameters.get("charset"))]
+            texts = [] if found else texts
+            yield from found
+        if label and not all(str(text or "").isascii() for text in texts):
+            yield "8bit-in-7bit", label, "a multipart that is labelled 7bit has a part that is not ASCII"
+        if part.is_multipart() and kind.startswith("multipart/"):  # a mail within the mail is by others
+            parts += [(inner, (*outer, str(boundary)), label) for inner in reversed(part.get_payload())]
 
 
 def _find_violations(message: Message) -> list[Violation]:
@@ -1510,12 +1827,16 @@ def _find_violations(message: Message) -> list[Violation]:
     if body is not None and body.verb == "message" and body.value is not None and (body.value or client.recipients):
         found += _check_content(body.value, client, data is not None and data.verb == "BDAT")
         found += _check_mail(message, client)
-    violations: dict[Violation, None] = {}
-    for code, line in found:
+    elif body is not None and body.verb == "partial message" and body.value and not (data and data.verb == "BDAT"):
+        for code in ("bare-lf", "false-end"):  # what is certain of a body that has not ended
+            found += _find_line(code, _CONTENT_CHECKS[code], b"\r\n" + body.value)
+    violations: dict[tuple[str, str], Violation] = {}
+    for code, line, *texts in found:
         if code not in message._tolerated:
-            text = line[:200].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")[:200]
-            violations[Violation(code, *_VIOLATIONS[code], text)] = None
-    return list(violations)
+            text, rfc, severity = _VIOLATIONS[code]
+            said = line[:200].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")[:200]
+            violations.setdefault((code, said), Violation(code, [*texts, text][0], rfc, severity, said))
+    return list(violations.values())
 
 
 # ----------------------------------------------------------------------------------------- records
@@ -1648,6 +1969,8 @@ class Message:
         """For pickle and copy: the record, without what was parsed from it and cached."""
         cached = ("transcript", "received_header", "_mail", "_parts", "_findings")
         values = vars(self).copy()  # at once: another thread may cache something meanwhile
+        values["_recipients"] = self._recipients[: self._count]
+        values["_exchanges"] = self._exchanges[: self._length]
         return {name: value for name, value in values.items() if name not in cached}
 
     @property
@@ -1878,7 +2201,7 @@ _ASPECTS = ("reply", "delay", "trickle", "then")
 def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The aspects of a reply that these fields of an Action set. A reply of None is the normal one; raw comes last."""
     aspects = {"reply" if name in ("reply", "raw") else name: value for name, value in fields.items()}
-    if "then" in fields:
+    if isinstance(fields.get("then"), str):
         aspects["then"] = _THEN[fields["then"]]
         if fields["then"] != "close":
             aspects["reply"] = b""
@@ -1971,6 +2294,7 @@ class Rule:
         # and they replace them, so that sessions can read them without the lock.
         self._uses: tuple[dict[str, Any], ...] = ({},)
         self._function: _Function | None = None
+        self._script: _Script | None = None  # the session of a transcript that it plays; None if it is for all sessions
 
     def reply(self, *texts: str | None) -> Rule:
         """Say these texts, one per use, and the last one from then on; None is the normal reply.
@@ -2070,7 +2394,8 @@ class _Rules:
         self.newest_first: tuple[Rule, ...] = ()  # replaced, never changed; so it can be read without the lock
         self.seed = seed
         self._seeded = 0  # how many rules have a generator of random numbers
-        self._lock = threading.Lock()  # guards newest_first, _seeded, hits, _skipped; configure() sets the other two
+        self.scripts: tuple[_Script, ...] = ()  # for the next sessions; replaced likewise
+        self._lock = threading.Lock()  # guards all but verbs and seed, and of rules hits and _skipped
 
     def add(self, rule: Rule) -> Rule:
         """Have the rule apply from now on."""
@@ -2090,7 +2415,18 @@ class _Rules:
 
     def clear(self) -> None:
         with self._lock:
-            self.newest_first, self._seeded = (), 0
+            self.newest_first, self._seeded, self.scripts = (), 0, ()
+
+    def play(self, scripts: Sequence[_Script]) -> None:
+        """Have each of the next sessions answered like one of these."""
+        rules = [rule for script in scripts for rule in script.make_rules(self)]
+        with self._lock:
+            self.newest_first, self.scripts = (*reversed(rules), *self.newest_first), (*self.scripts, *scripts)
+
+    def take_script(self) -> _Script | None:
+        with self._lock:
+            script, self.scripts = next(iter(self.scripts), None), self.scripts[1:]
+        return script
 
     def body_thresholds(self) -> list[int]:
         """The sizes of a body at which rules apply, smallest first."""
@@ -2101,6 +2437,7 @@ class _Rules:
         texts: Mapping[str, str],
         names: Sequence[str],
         message: Callable[[], Message],
+        script: _Script | None,
         after: int | None = None,
         wanted: Collection[str] = _ASPECTS,
     ) -> dict[str, Any]:
@@ -2112,7 +2449,8 @@ class _Rules:
         counts = "reply" in wanted  # a challenge of AUTH is no use of its own
         for rule in self.newest_first:
             text = texts.get(rule._stage)
-            if text is not None and rule._after == after and rule._matches(text, names):
+            is_meant = text is not None and rule._after == after and rule._script in (None, script)
+            if text is not None and is_meant and rule._matches(text, names):
                 missing = [aspect for aspect in wanted if aspect not in found]
                 with self._lock:
                     aspects, function = rule._use(missing, counts=counts) if rule in self.newest_first else ({}, None)
@@ -2126,14 +2464,173 @@ class _Rules:
         return found
 
 
+# ------------------------------------------------------------------------------------- transcripts
+
+
+def _unescape(text: str) -> str:
+    """The line whose repr() this is."""
+    data = re.sub(r"\\r(?:\\n)?['\"]?$", "", text[1:]).encode("latin-1", "backslashreplace")
+    return _decode(data.decode("unicode_escape", "ignore").encode("latin-1", "replace"))
+
+
+def _split(text: str) -> str:
+    """The lines of a reply of PHPMailer, which have no line breaks on a web page."""
+    return re.sub(rf"(?!^)(?={text[:3]}[- ])", "\n", text) if re.match(r"\d{3}-", text) else text
+
+
+# How the lines of client and server begin, and how the rest is read. The first one counts that has a server's line.
+_METER = r"[\r\t \d.:kMG-]*"  # curl may print it first
+_NOTATIONS = (
+    (r"[ \t]*S:(?! ?<) ?", r"[ \t]*R: ?(?=[2-5]\d\d[ -])", str),  # the sender and the receiver of RFC 821 to RFC 3030
+    (r"[ \t]*C:(?! ?<[a-z]| &) ?", r"[ \t]*S:(?! ?<wait) ?", str),  # Message.transcript, and later RFCs
+    (r"[ \t]*(?:[-~]|\*[*~])> ?", r"[ \t]*<(?:-|~\*?|\*\*) {0,2}", str),  # swaks
+    (r".*?CLIENT -> SERVER: ?", r".*?SERVER -> CLIENT: ?", _split),  # PHPMailer
+    (r"[\d:. \t]*send: b?(?=['\"])", r"[\d:. \t]*reply: b?(?=['\"])", _unescape),  # smtplib
+    (rf"{_METER}> ", rf"{_METER}< ", str),  # curl
+)
+_OTHER_LINES = (  # of all of them; PHPMailer indents what follows the first line of a reply
+    r"(?P<opened>[ \t]*=== Trying|[\d:. \t]*connect: to |.*\*  +Trying |.*Connection: opening)"
+    r"|(?P<lost>.*(?:connection unexpectedly|unexpectedly closed|reading failed|EOF caught))"
+    r"|(?P<reset>.*reset by peer)|[ \t]+(?P<more>\d{3}[ -].*)"
+)
+_ENDINGS = {ending.value: ending for ending in _Next} | {"lost": _Next.CLOSE, "reset": _Next.RESET}
+
+
+class _Script:
+    """One session of a transcript."""
+
+    def __init__(self) -> None:
+        self.said: list[tuple[str, int | None, dict[str, Any]]] = []  # stage, size of its body, aspects of the reply
+        self.lines: list[str] = []  # of the reply to the last request
+        self.waiting: deque[str] = deque()  # the stages of the requests without a reply
+        self.expected: str | None = "connect"  # the stage of what comes next, or "body"; None is a command
+        self.bodies: list[int] = []  # their sizes, where they are known
+        self.is_refused = self.has_credentials = self.is_over = False
+
+    def read(self, kind: str, line: str) -> bool:
+        """Read a line. False if it begins another session."""
+        stage = self.waiting[0] if self.waiting else self.expected
+        is_greeting = line.startswith("220") and stage not in ("connect", "STARTTLS")
+        is_complete = not self.lines or (line[:3].isdigit() and re.match(r"\d{3}(?!-)", self.lines[-1]))
+        if kind in ("server", "more") and not is_complete:
+            self.lines.append(line)
+        elif kind == "opened" or (kind == "server" and (is_greeting or (self.is_over and line[:3].isdigit()))):
+            return False
+        elif kind == "server":
+            self._read_reply(line)
+        elif kind == "client" and not self.is_over:
+            self._read_request(line)
+        elif kind in _ENDINGS and not self.is_over:
+            self._read_ending(_ENDINGS[kind])
+        return True
+
+    def _read_request(self, line: str) -> None:
+        end = re.fullmatch(r"<(\d+) bytes>|\.", line)
+        self.bodies += [int(size) for size in end.groups() if size] if end else []
+        if self.expected in ("message", "body"):
+            self.waiting += ["message"] * (self.expected == "message")
+            self.expected, self.lines = None if end else "body", []
+            return
+        verb = "message" if end and end[1] else _parse_line(line.replace(r"\t", " ").encode()).verb
+        if self.waiting and self.waiting[-1] == "BDAT" and (verb == "message" or verb not in _VERBS):
+            return  # a part of the chunk
+        self.has_credentials = self.expected == "AUTH" or line.count(" ") > 1
+        verb = "AUTH" if self.expected == "AUTH" else verb
+        self.waiting.append("too long" if line.startswith("line of over ") else verb)
+        self.expected, self.lines = None, []
+
+    def _take_stage(self) -> str | None:
+        stage, self.expected = self.waiting.popleft() if self.waiting else self.expected, None
+        return stage
+
+    def _read_reply(self, line: str) -> None:
+        stage, accepts = self._take_stage(), not line.startswith(("4", "5"))
+        # A line without a code is the next one of a text of ours, and a 421 may come unasked.
+        if re.match({None: "(?!421)[2-5][0-9]{2}", "connect": "2[35]|3"}.get(stage, "$."), line):
+            raise ConfigurationError(f"there is no command before {_shorten(line)}", "play")
+        if stage is None:
+            self.lines.append(line)
+        elif stage == "AUTH" and line.startswith("334"):
+            self.expected, self.has_credentials = stage, True
+        else:
+            self.lines = [line]
+            # A login may be refused before its challenge.
+            at_once = {"at_once": True} if stage == "AUTH" and not (accepts or self.has_credentials) else {}
+            self.said.append((stage, None, {"reply": self.lines, **at_once}))
+            self.is_refused = self.is_refused or (stage == "connect" and line.startswith("5"))
+            self.expected = "message" if stage == "DATA" and accepts and not self.is_refused else None
+            self.is_over = stage == "QUIT" and accepts
+
+    def _read_ending(self, ending: _Next) -> None:
+        stage, self.is_over = None if self.expected == "message" else self._take_stage(), True
+        if stage is not None:
+            after = self.bodies[-1] if stage == "message" and self.bodies else None
+            self.said.append((stage, after, {"reply": b"", "then": ending}))
+        elif self.said:
+            self.said[-1][2]["then"] = ending
+
+    def make_rules(self, rules: _Rules) -> Iterator[Rule]:
+        """A rule for each stage, which says one thing after the other."""
+        uses: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+        for stage, after, use in self.said:
+            if lines := use["reply"]:  # the last - is missing in the greeting of RFC 4954
+                use["reply"] = "\n".join([*lines[:-1], re.sub(r"^(\d{3})-", r"\1 ", lines[-1])])
+            uses.setdefault((stage, after), []).append(use)
+        for (stage, after), of_stage in uses.items():
+            skip = 0 if after is None else sum(size >= after for size in self.bodies[:-1])
+            rule = Rule(rules, "*", skip=skip, times=len(of_stage))
+            rule._stage, rule._after, rule._uses, rule._script = stage, after, tuple(of_stage), self
+            yield rule
+
+
+def _read_transcript(text: str) -> list[_Script]:
+    """The sessions of a transcript."""
+    _check("play", text, _TEXT)
+    scripts = [_Script()]
+    for client, server, decode in [row for row in _NOTATIONS if re.search(f"(?m)^{row[1]}", text)][:1]:
+        pattern = re.compile(f"{client}(?P<client>.*)|{server}(?P<server>.*)|{_OTHER_LINES}")
+        for match in filter(None, (pattern.match(line.rstrip("\r")) for line in text.split("\n"))):
+            for line in decode(match[match.lastgroup or 0]).split("\n"):
+                kind = line if line in _ENDINGS else match.lastgroup or ""
+                if not scripts[-1].read(kind, line):
+                    scripts.append(_Script())
+                    scripts[-1].read(kind, line)
+    scripts = [script for script in scripts if script.said]
+    if not scripts:
+        line = re.sub(r"(?i)(AUTH +\S+ ).*", r"\1***", text.strip().partition("\n")[0])
+        raise ConfigurationError(f"the server says nothing in it; it begins with {_shorten(line)}", "play")
+    return scripts
+
+
+def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[str, Any]:
+    """The options with which a server accepts what these sessions announce, and use."""
+    said = [(stage, use["reply"]) for script in scripts for stage, _, use in script.said]
+    lines = [
+        line[4:].upper().replace("AUTH=", "AUTH ") for stage, reply in said if stage == "EHLO" for line in reply[1:]
+    ]
+    words: dict[str, list[str]] = {_VERBS.get(stage, _UNKNOWN_VERB).extension: [] for stage, _ in said}
+    words |= {name: others for name, *others in filter(None, map(str.split, lines))}
+    known = [name for name in words if name in _EXTENSIONS.split() or name.startswith("X")]
+    changes: dict[str, Any] = {"extensions": dict.fromkeys([*options.extensions, *known])}
+    if "AUTH" in words and options.auth_users is None:
+        mechanisms = [name for name in words["AUTH"] if name in _AUTH_MECHANISMS]
+        changes |= {"auth_users": "*", "auth_mechanisms": mechanisms or _AUTH_MECHANISMS}
+    if "STARTTLS" in words and options.ssl_context is None:
+        changes["ssl_context"] = "test"
+    return changes
+
+
 # ---------------------------------------------------------------------------------------- handlers
 
 # The steps of a session in order, by the names that they have in a message.
 _STEPS = ("helo", "mailfrom", "rcptto", "data", "msg", "rset", "noop", "quit")
 _TRANSACTION = _STEPS[1:]
 
-# The replies to commands that come before a step that only some servers require.
-_DEMANDS = {"tls": "msg_tls_required", "auth": "msg_auth_required"}
+# The steps that are in force beyond a mail.
+_LASTING = ("greeting", "tls", "helo", "auth")
+
+# The replies to commands that come before a step which only some servers demand, or after a greeting that refused.
+_DEMANDS = {"session": "msg_invalid_cmd_helo_sequence", "tls": "msg_tls_required", "auth": "msg_auth_required"}
 
 
 def _name_extensions(options: Configuration) -> set[str]:
@@ -2213,10 +2710,11 @@ class Handler:
             reply = self._apply(self._decide(session, request, argument, value), reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
         mail = session.mail
+        step = self._step  # without one nothing needs the value, which may be a secret
         # Calling _Exchange() would run a Python function, and take twice as long.
-        exchange = tuple.__new__(_Exchange, (request, reply, value, session.at, session.has_more))
+        exchange = tuple.__new__(_Exchange, (request, reply, step and value, session.at, session.has_more))
         mail.exchanges.append(exchange)
-        if self._step:
+        if step:
             self._record(mail, exchange)
         return reply
 
@@ -2266,10 +2764,22 @@ class Handler:
         return reply.replace(next=aspects["then"]) if "then" in aspects else reply
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
-        mail.steps[self._step] = exchange
-        reply = exchange.reply
+        step, reply = self._step, exchange.reply
+        mail.steps[step] = exchange
         if reply is not None and reply.accepts:
-            mail.accepted_steps.add(self._step)
+            mail.accepted_steps.add(step)
+
+
+def _fill_address(text: str, names: Sequence[str]) -> str:
+    return text.replace("{address}", _printable(names[0] if names else ""))
+
+
+def _choose_with_address(handler: Handler, session: _Session, value: Any) -> _Reply:
+    """Like Handler._choose(), if a text has {address}. Other replies are made only once."""
+    reply = type(handler)._choose(handler, session, value)
+    if "{address}" in reply.text:
+        reply = reply.replace(text=_fill_address(reply.text, handler._names(session, None, value)), data=None)
+    return reply
 
 
 class _Greeting(Handler):
@@ -2380,10 +2890,6 @@ class _Rcptto(_PathHandler):
         mail.recipients.append(exchange)
 
 
-def _name_recipients(handler: Handler, session: _Session, argument: Any, value: Any) -> Sequence[str]:
-    return session.mail.accepted_recipients()
-
-
 class _Data(Handler):
     """DATA, which asks for permission to send the body."""
 
@@ -2400,7 +2906,9 @@ class _Data(Handler):
     def refuse(self, session: _Session, value: Any) -> str | None:
         return None if session.mail.body is None else self._bad_sequence  # after a chunk, RFC 3030 section 2
 
-    _names = _name_recipients
+    @staticmethod
+    def _names(session: _Session, argument: Any, value: Any) -> Sequence[str]:
+        return session.mail.accepted_recipients()
 
     def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         reply = super()._run(session, request, argument)
@@ -2454,7 +2962,7 @@ class _EndOfBody(Handler):
     received = "msg_msg_received"
     _delay = "response_delay_message"
     _step = "msg"
-    _names = _name_recipients
+    _names = staticmethod(_Data._names)
 
     def _decide(self, session: _Session, request: _Request | None, argument: Any, value: Any) -> dict[str, Any]:
         texts, names = self._texts(session, request, argument), self._names(session, argument, value)
@@ -2606,7 +3114,7 @@ class _Auth(Handler):
         words = (request.line.split(maxsplit=1)[0], shown, "***" if initial else "")
         mechanism = name if re.fullmatch(_MECHANISM_NAME, name) else "***"
         command = request.hide(" ".join(filter(None, words)), " ".join(filter(None, (mechanism, words[2]))))
-        return session.run(self, command, (self._log_in(session, name.upper(), initial), command, None))
+        return session.run(self, command, (self._log_in(session, mechanism.upper(), initial), command, None))
 
     def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         """Take the login in progress, its command, and the answer to the last challenge."""
@@ -2620,7 +3128,11 @@ class _Auth(Handler):
         reply = _Reply(text, accepts=True)
         if session.rules.newest_first:
             texts = self._texts(session, command, None)
-            reply = self._apply(session.decide(texts, [""], wanted=("delay", "trickle")), reply)
+            aspects = session.decide(texts, [""], wanted=("delay", "trickle", "at_once"))
+            if "at_once" in aspects:
+                refusal = _AuthResult("msg_auth_failed", command.argument.partition(" ")[0].upper())
+                return self._finish(session, request, command, refusal)
+            reply = self._apply(aspects, reply)
         session.note(request, reply)
         if reply.accepts:  # unless a rule failed
             session.expect_answer(lambda answer, text: session.run(self, answer, (login, command, text)))
@@ -2701,6 +3213,7 @@ class _Auth(Handler):
 
     def _record(self, mail: _Mail, exchange: _Exchange) -> None:
         if self.options.auth_users is not None and self._step not in mail.accepted_steps:
+            mail.steps.pop(self._step, None)  # so that the steps stay in their order
             super()._record(mail, exchange)
 
 
@@ -2745,10 +3258,13 @@ class _Unknown(Handler):
     def _begin(self, session: _Session, request: _Request) -> _Reply | None:
         # The line after a refused AUTH may be the answer to a challenge that was never sent.
         before = session.mail.exchanges[-1].request if session.mail.exchanges else None
+        if request.line.startswith(_BEGIN_OF_TLS.decode()):
+            return session.leave_to_tls()
+        is_told = request.verb in _VERBS or any(rule._stage == request.verb for rule in session.rules.newest_first)
         if request.verb.startswith("AUTH"):
-            request = request.hide(f"{request.line[:5]} ***")
+            request = request.hide(f"{request.line[:5]} ***", verb=request.verb[:5])
         elif before is not None and (before.verb.startswith("AUTH") or before.line == "***"):
-            request = request.hide("***")
+            request = request.hide("***", verb=request.verb if is_told else "***")
         return super()._begin(session, request)
 
 
@@ -2759,15 +3275,8 @@ class _TooLong(_Unknown):
     bad_argument = "msg_line_too_long"
 
 
-class _TurnedAway(_Unknown):
-    """Any command but QUIT, if the greeting has refused the session (RFC 5321 section 3.1)."""
-
-    verbs = ("turned away",)
-    bad_argument = "msg_invalid_cmd_helo_sequence"
-
-
 _BUILT_IN: tuple[type[Handler], ...] = (_Greeting, _Helo, _Ehlo, _Mailfrom, _Rcptto, _Data, _Bdat, _EndOfBody)
-_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Vrfy, _Expn, _Help, _Starttls, _Auth, _Unknown, _TooLong, _TurnedAway)
+_BUILT_IN += (_EndOfChunks, _Rset, _Noop, _Quit, _Vrfy, _Expn, _Help, _Starttls, _Auth, _Unknown, _TooLong)
 
 
 def _check_handler(handler: Any) -> None:
@@ -2783,7 +3292,7 @@ def _check_handler(handler: Any) -> None:
         if not re.fullmatch("[A-Za-z0-9]+", verb):
             raise ConfigurationError(f"{name}.verbs: {verb!r} is no verb")
     for step in handler.needs:
-        if step not in (*_STEPS, *_DEMANDS):
+        if step not in (*_STEPS, "tls", "auth"):
             raise ConfigurationError(f"{name}.needs: {step!r} is no step of a session")
     known = [name for name in Configuration._declared if name.startswith("msg_")]
     for attribute in ("received", "bad_argument"):
@@ -2829,12 +3338,20 @@ class _Handlers(dict[str, Handler]):
         built_in = [kind(options) for kind in _BUILT_IN if kind._is_offered(options)]
         super().__init__((verb, handler) for handler in built_in for verb in handler.verbs)
         self.update((verb.upper(), handler) for handler in (kind(options) for kind in own) for verb in handler.verbs)
+        texts = [*vars(options).values(), *_read_profile(options.profile or "").values()]
+        if own or any("{address}" in text for text in texts if isinstance(text, str)):
+            for handler in self.values():
+                vars(handler)["_choose"] = functools.partial(_choose_with_address, handler)
         self.commands = _ParsedLines(self)
 
     def turn_away(self) -> _Handlers:
-        """The handlers for a session that the greeting has refused."""
-        others = _Handlers.__new__(_Handlers)
-        others.update({**dict.fromkeys(self, self["turned away"]), "QUIT": self["QUIT"]})
+        """Those of a session that the greeting has refused. Only QUIT is in sequence (RFC 5321 section 3.1)."""
+        import copy
+
+        others = copy.copy(self)
+        for verb in self.keys() - {"QUIT"}:
+            others[verb] = copy.copy(self[verb])
+            others[verb].needs = ("session", *self[verb].needs)
         others.commands = _ParsedLines(others)
         return others
 
@@ -2846,11 +3363,13 @@ _AUTH_LINE_LIMIT = 12288  # where lines may hold tokens; RFC 4954 section 4
 
 # Only CRLF ends a line. If a bare LF did, one mail could smuggle in another (RFC 5321 section 4.1.1.4).
 _END_OF_DATA = b"\r\n.\r\n"
-_DOT_FAULTS = {"unstuffed-dot": rb"\r\n(\.[^.\r\n][^\r\n]{0,199})", "false-end": rb"\r\n(\.)[\r\n]"}
+_DOT_FAULTS = {"unstuffed-dot": rb"\r\n(\.[^.\r\n][^\r\n]{0,199})", "false-end": rb"\r\n(\.)(?:\n|\r(?!\Z))"}
 
 # An endless session must not fill the memory. _TRUNCATION stands for the exchanges that were dropped.
 _EXCHANGE_LIMIT, _SIZE_LIMIT = 10000, 4_000_000  # the number of exchanges in a record, and the size of their lines
 _ATTEMPT_LIMIT = 100  # attempts to send a mail that are kept in full
+# What begins a TLS handshake (RFC 8446 section 5.1), and how it is recorded.
+_BEGIN_OF_TLS, _TLS_HANDSHAKE = b"\x16\x03", _Request("TLS handshake", "<TLS handshake>")
 _TRUNCATION = _Exchange(_Request("truncated", "<truncated>"), None, None, 0.0, False)
 
 
@@ -2918,11 +3437,15 @@ class _Body:
             raw = raw.replace(b"\r\n.", b"\r\n")
         return bytes(memoryview(raw)[2:]) if not self._dropped and len(raw) - 2 <= self._limit else None
 
+    def ends_falsely(self) -> bool:
+        """Whether what arrived ends as some clients end a mail, by mistake."""
+        return re.search(rb"(?:[^\r]\n\.\r?|\r\n\.)\n\Z", self._raw[-5:]) is not None
+
     def end(self, verb: str) -> bytes | None:
         """Set the request that stands for the whole body, and return the content."""
         content, self.ending = self.content(), _Request(verb, f"<{self.size} bytes>")
         # Each doubled dot leaves one dot at the start of a line.
-        if verb != "message" or content is None or len(content) == self.size:
+        if content is None or len(content) == self.size:
             return content
         if self.size - len(content) != content.count(b"\r\n.") + content.startswith(b"."):
             found = [(code, re.search(pattern, self._raw)) for code, pattern in _DOT_FAULTS.items()]
@@ -2943,6 +3466,9 @@ class _Mail:
         self.recipients: list[_Exchange] = []
         self.exchanges: list[_Exchange] = []
         self.body: _Body | None = None
+        self.attempts = 0  # attempts to send a mail that are kept in full
+        self.refused: list[_Exchange] = []  # in older ones
+        self.begin = 0  # where in the exchanges all is kept from
         self.discarded = 0  # how many accepted mails the message no longer shows
         self.has_begun = False  # whether MAIL came
         self.is_complete = False  # whether only RSET, NOOP and QUIT can still belong to it
@@ -2951,22 +3477,18 @@ class _Mail:
         self.has_ended = False  # whether on_end was called
         self.entry: _Entry | None = None  # its place in the mailbox
 
-    def lasting(self) -> list[_Exchange]:
-        """The steps that stay in force after the mail."""
-        return [self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps]
+    def lasting(self) -> dict[str, _Exchange]:
+        """The steps that are in force beyond the mail, in the order in which they were taken."""
+        accepted = self.accepted_steps
+        return {step: said for step, said in self.steps.items() if step in _LASTING and step in accepted}
 
     def make_next(self) -> _Mail:
         """The mail after this one. It begins with the steps that are in force."""
         mail = _Mail()
-        mail.steps = {step: self.steps[step] for step in ("greeting", "tls", "helo", "auth") if step in self.steps}
-        mail.exchanges = list(mail.steps.values())
-        mail.accepted_steps = self.accepted_steps.intersection(mail.steps)
+        mail.steps = self.lasting()
+        mail.exchanges = [*mail.steps.values()]
+        mail.accepted_steps = {*mail.steps}
         return mail
-
-    def find_last_mail(self) -> int:
-        """The index of the last MAIL in the exchanges; 0 if there is none."""
-        exchanges = self.exchanges
-        return next((at for at in range(len(exchanges) - 1, 0, -1) if exchanges[at].verb == "MAIL"), 0)
 
     def replace_last(self, **changes: Any) -> None:
         """Change the last exchange wherever it is referred to, but not in messages that are already recorded."""
@@ -2979,15 +3501,22 @@ class _Mail:
     def forget(self, body: _Exchange) -> None:
         """Forget an accepted mail, up to this exchange."""
         self.discarded += 1
-        if body in self.exchanges:  # otherwise it was truncated
-            self.exchanges = self.lasting() + self.exchanges[self.exchanges.index(body) + 1 :]
+        at = len(self.exchanges)
+        while at and self.exchanges[at - 1] is not body:
+            at -= 1
+        if at:  # else the mail was truncated
+            self.exchanges = [*self.lasting().values(), *self.exchanges[at:]]
+            self.attempts = self.begin = 0
+            self.refused = []
 
-    def forget_attempts(self) -> None:
-        """Reduce all but the last attempts to send a mail to what was refused."""
-        attempts = [at for at, exchange in enumerate(self.exchanges) if exchange.verb == "MAIL"]
-        if len(attempts) >= _ATTEMPT_LIMIT:
-            at = attempts[1 - _ATTEMPT_LIMIT]
-            self._truncate([exchange for exchange in self.exchanges[:at] if exchange.is_refused], at)
+    def begin_attempt(self) -> None:
+        """Keep of the oldest attempt to send a mail only what was refused, if there are too many."""
+        self.attempts += 1
+        if self.attempts > _ATTEMPT_LIMIT:
+            found = (at for at in range(self.begin, len(self.exchanges)) if self.exchanges[at].verb == "MAIL")
+            next(found, 0)  # the oldest
+            if at := next(found, 0):
+                self._truncate(self.refused + [said for said in self.exchanges[self.begin : at] if said.is_refused], at)
 
     def limit_size(self) -> None:
         """If the record is over a limit, keep half of what is allowed."""
@@ -2999,14 +3528,18 @@ class _Mail:
                 size -= sizes[at]
                 at += 1
             self._truncate([], at)
+            self.attempts = sum(said.verb == "MAIL" for said in self.exchanges[self.begin :])
 
     def _truncate(self, kept: list[_Exchange], at: int) -> None:
         """Keep these exchanges, all from index `at` on, and whatever a reader needs to understand these."""
-        greeting = [self.steps["greeting"]] if "greeting" in self.steps else []
-        rest, recipient = self.exchanges[at:], next((said for said in self.recipients if said.accepted), None)
-        needed = [*self.lasting()[len(greeting) :], self.steps.get("mailfrom"), recipient]
-        missing = [said for said in needed if said is not None and not any(said is other for other in rest)]
-        self.exchanges = [*greeting, *kept, _TRUNCATION, *missing, *rest]
+        rest, lasting = self.exchanges[at:], self.lasting()
+        greeting = [lasting.pop("greeting")] if "greeting" in lasting else []
+        sender = [self.steps["mailfrom"]] if "mailfrom" in self.steps else []
+        needed = [*lasting.values(), *sender, *[said for said in self.recipients if said.accepted][:1]]
+        missing = [said for said in needed if not any(said is other for other in rest)]
+        truncation = _TRUNCATION._replace(at=self.exchanges[at - 1].at)
+        self.exchanges = [*greeting, *kept, truncation, *missing, *rest]
+        self.refused, self.begin = kept, len(self.exchanges) - len(rest)
 
     def accepted_recipients(self) -> list[str]:
         return [recipient.value.address for recipient in self.recipients if recipient.accepted]
@@ -3058,6 +3591,7 @@ class _Session:
         self.context, self.handlers, self.commands = context, context.handlers, context.handlers.commands
         self.peer = peer
         self.rules = context.rules
+        self.script: _Script | None = None  # the session of a transcript that it plays
         self.request: _Request | None = None  # the last one, for the log
         self.has_more = False  # whether more input came together with it
         self.at = 0.0  # when it arrived
@@ -3084,11 +3618,13 @@ class _Session:
         """The message with a body that is not accepted yet. without_history omits what came between HELO and MAIL."""
         mail, message = self.mail, self.message()
         assert mail.body is not None
-        begin = mail.find_last_mail() if without_history else 0
-        exchanges = [*(mail.lasting() if begin else ()), *mail.exchanges[begin:]]
         exchange = _Exchange(mail.body.ending, None, content, self.at, self.has_more)
+        exchanges = [*mail.exchanges, exchange]
+        mails = [at for at, said in enumerate(exchanges) if at and said.verb == "MAIL"] if without_history else []
+        if mails:
+            exchanges[: mails[-1]] = mail.lasting().values()
         message._steps["msg"] = exchange
-        vars(message).update(_exchanges=[*exchanges, exchange], _length=len(exchanges) + 1)
+        vars(message).update(_exchanges=exchanges, _length=len(exchanges))
         return message
 
     def note(self, request: _Request | None, reply: _Reply | None, value: Any = None) -> _Exchange:
@@ -3105,7 +3641,9 @@ class _Session:
 
     def greet(self, at: float = 0.0) -> _Reply:
         self.at = at
+        self.script = self.rules.take_script() if self.rules.scripts else None
         reply = self.run(self.handlers["connect"], None, "")
+        self.mail.accepted_steps.add("greeting")  # it lasts, whatever it says
         if reply.text.startswith("5"):
             self.handlers = self.handlers.turn_away()
             self.commands = self.handlers.commands
@@ -3187,7 +3725,16 @@ class _Session:
         shown = "*" if text == "*" else "***"
         return end + 1, run(_Request("answer", shown, "", _find_faults(data[at:end], shown)), text)
 
+    def leave_to_tls(self) -> _Reply:
+        """End the session, because the client has begun a TLS handshake, which is none of SMTP's business."""
+        self.request, self._take, self.has_more = _TLS_HANDSHAKE, _Session._ignore_input, False
+        reply = _Reply("", b"", next=_Next.CLOSE)
+        self.note(_TLS_HANDSHAKE, reply)
+        return reply
+
     def _take_part_of_line(self, data: bytes, at: int) -> tuple[int, _Reply | None]:
+        if data.startswith(_BEGIN_OF_TLS, at) and self._take is _Session._take_line:
+            return len(data), self.leave_to_tls()
         if len(data) - at < self._line_limit:
             self.rest = data[at:]
             return len(data), None
@@ -3258,12 +3805,8 @@ class _Session:
         if not self._keeps_messages:
             if mail.entry is not None and mail.entry.is_purged and not kind.follows_mail:
                 # The rest of the session is another message. A mail that it still shows was not discarded.
-                mail.number, mail.discarded, mail.delivered, mail.entry = (
-                    0,
-                    -int("msg" in mail.accepted_steps),
-                    None,
-                    None,
-                )
+                mail.discarded = -int("msg" in mail.accepted_steps)
+                mail.number, mail.delivered, mail.entry = 0, None, None
         elif mail.has_begun and kind.ends_mail and not mail.is_complete:
             mail.is_complete = True
             if mail.body is not None:
@@ -3275,8 +3818,7 @@ class _Session:
             self.mail = mail.make_next()
         if kind is _VERBS["MAIL"]:
             self.mail.has_begun = True
-            if len(self.mail.exchanges) > _ATTEMPT_LIMIT:
-                self.mail.forget_attempts()
+            self.mail.begin_attempt()
 
     def run(self, handler: Handler, request: _Request | None, argument: Any) -> _Reply:
         """Run a command. What it completes is recorded before its reply is returned."""
@@ -3303,7 +3845,7 @@ class _Session:
         if request.verb == "message":
             complete = complete or reply.accepts or self._keeps_messages
         elif complete and mail.body is not None:  # chunks without LAST; this exchange stays the last one
-            last = mail.exchanges.pop()
+            *mail.exchanges, last = mail.exchanges  # another list, because messages have this one
             self._leave_body(mail.body)
             mail.exchanges.append(last)
         if self._keeps_messages:
@@ -3331,7 +3873,10 @@ class _Session:
     ) -> dict[str, Any]:
         """The aspects of a reply that rules set."""
         try:
-            return self.rules.decide(texts, names, message or self.message, **limits)
+            aspects = self.rules.decide(texts, names, message or self.message, self.script, **limits)
+            if isinstance(text := aspects.get("reply"), str):
+                aspects["reply"] = _fill_address(text, names)
+            return aspects
         except BaseException:  # noqa: BLE001 - pytest.fail() is not an Exception
             self.context.log.failure("a rule failed")
             return {"reply": self.context.options.msg_msg_failed}
@@ -3792,9 +4337,7 @@ class _Connection(socketserver.BaseRequestHandler):
     def finish(self) -> None:
         self.session.end(_Reply("", b"", next=self.ending) if self.ending else None, self._now())
         if self.session.request is None or self.has_failed:
-            begins_tls = self.session.rest.startswith(b"\x16\x03")
-            reason = "the client began TLS, but this port begins in plain text" if begins_tls else self.reason
-            reason = "disconnect() ended it" if self.ending else reason
+            reason = "disconnect() ended it" if self.ending else self.reason
             self.server.context.early_ends.append(f"{_format_address(*self.client_address[:2])}: {reason}")
         self.is_recorded = True
         with self.server.changed:
@@ -4549,6 +5092,17 @@ class Server:
 
         return ssl.create_default_context(cadata=_ca_pem())
 
+    def play(self, transcript: str) -> None:
+        """Answer the next session as the server of this transcript did, or the next ones, if it has several.
+
+        The transcript is a Message.transcript, a dialogue of an RFC, or what swaks, smtplib, curl or PHPMailer print.
+        What the client sends may differ: at each stage the replies come in their order, and the normal ones after
+        these. What EHLO announces is accepted, with any login. A ConfigurationError if there is no reply in it.
+        """
+        scripts = _read_transcript(transcript)
+        self.configure(**_find_announced(scripts, self._options))
+        self._rules.play(scripts)
+
     def clear_rules(self) -> None:
         """Remove all rules."""
         self._rules.clear()
@@ -4570,6 +5124,9 @@ class Server:
         for rule in reversed(self._rules.newest_first):
             if rule._function is None and not any(rule._uses):
                 faults.append(f"{rule!r} has no action")
+            elif rule._script is not None:
+                left = [use["reply"] or use["then"].value for use in rule._uses[rule.hits :]]
+                faults += [f"{_shorten(text)} at {rule._stage}, of the transcript, was never reached" for text in left]
             elif not rule.hits:
                 requests = self._list_requests() if requests is None else requests
                 faults.append(f"{rule!r} was never hit{rule._find_nearest(requests)}")
@@ -4618,13 +5175,20 @@ class Server:
         yield f"recorded messages: {len(messages)}"
         if len(messages) > _REPORT_LIMIT:
             yield "  ..."
-        yield from (f"  {message!r}, subject {message.subject!r}" for message in messages[-_REPORT_LIMIT:])
+        for message in messages[-_REPORT_LIMIT:]:
+            yield f"  {message!r}, subject {message.subject!r}"
+            yield from (
+                f"    {found}" for found in message.violations if found.code in ("tls-on-plain-port", "false-end")
+            )
         connections = self._list_connections()
         yield f"open sessions: {len(connections)}"
         for connection in connections[:_REPORT_LIMIT]:
             session = connection.session
             last = " / ".join(_format_exchanges(session.mail.exchanges[-1:]))
             yield f"  {_format_address(*session.peer)}: {last}"
+            body = session.mail.body
+            if body is not None and body.ends_falsely():
+                yield "    its body ends in a dot alone with a bare LF, which is not the end of a mail"
         yield from self._list_early_ends()
 
     def _list_early_ends(self) -> list[str]:
@@ -4658,8 +5222,8 @@ class _PytestPlugin:
     def smtp_server(self, request: Any, shared_smtp_server: Server) -> Iterator[Server]:
         """A running smtpmock.Server without messages and rules. It keeps all mails and recipients.
 
-        @pytest.mark.smtp_server(fail_fast=True) sets options for a test. At the end of a test that passed,
-        check() is called. The report of a failed test shows the sessions.
+        @pytest.mark.smtp_server(fail_fast=True) sets options for a test, and play=TRANSCRIPT has it play that. At the
+        end of a test that passed, check() is called. The report of a failed test shows the sessions.
         """
         server = self.server = shared_smtp_server
         if not server.is_running:  # the last test stopped it
@@ -4670,7 +5234,10 @@ class _PytestPlugin:
             if mark.args:
                 raise ConfigurationError(f"pytest.mark.smtp_server: {mark.args[0]!r} must be an option by its name")
             options |= mark.kwargs
+        transcript = options.pop("play", None)
         server.configure(**options)
+        if transcript is not None:
+            server.play(transcript)
         self.test, self.sessions, self.shown = request.node, [], ""
         yield server
         if server._listener is not None:
@@ -5106,9 +5673,10 @@ _OWN_FLAGS: dict[str, _Option] = {
     "save_dir": _option("", _FILE, "folder for each accepted mail as 000001.eml and its record as 000001.json"),
     "maildir": _option("", _FILE, "Maildir to deliver each accepted mail to"),
     "rule": _option([], _RULES, "make the server fail on purpose; can be repeated"),
+    "play": _option("", _FILE, "transcript or log of a session, to answer like that"),
     "tls_cert": _option("", _FILE, "PEM file for STARTTLS, or test, expired or wrong host"),
     "tls_key": _option("", _FILE, "PEM file with the key, unless the other file has it"),
-    "save_ca": _option("", _FILE, "new file for the certificate that clients of -tlsCert=test must trust"),
+    "save_ca": _option("", _FILE, "new file for the CA certificate of -tlsCert=test"),
     "dev": _option(False, _FLAG, "for development: keep_all, lenient_addresses, extensions, any login, -show, -http=0"),
     "version": _option(False, _FLAG, "print the version and exit; also -v"),
     "help": _option(False, _FLAG, "print this and exit; also -h"),
@@ -5125,7 +5693,7 @@ _GROUPS = {
     "Listening": "host|port|session_timeout|shutdown_timeout|http",
     "Recording": "keep_all|multiple_|msg_size_limit|lenient_|save_dir|maildir",
     "Output": "dev|log|quiet|show|json|control|lint",
-    "Failing": "fail_fast|strict|blacklisted_|not_registered_|response_delay_|seed|rule",
+    "Failing": "fail_fast|strict|profile|play|blacklisted_|not_registered_|response_delay_|seed|rule",
     "Extensions, login and TLS": "extensions|auth_|implicit_tls|tls_|save_ca",
     "Other": "(?!msg_)",
     "Reply texts": "",
@@ -5148,9 +5716,9 @@ A RULE is 'STAGE [ADDRESS]: ACTION; ...'. STAGE is connect, a command, message
 trickle SECONDS, close, drop, reset, silence, or a condition for the rule:
 skip=NUMBER, times=NUMBER, probability=NUMBER or after=BYTES.
 
-With -control, each line of stdin is a command: rule RULE, clear (all rules),
-configure FLAG..., disconnect, disconnect reset, purge (the messages), reset
-(messages, rules and options), check, or stop. An event on stdout answers it.
+With -control, each line of stdin is a command: rule RULE, play TRANSCRIPT,
+clear (all rules), configure FLAG..., disconnect, disconnect reset, purge (the
+messages), reset (all of these), check, or stop. An event on stdout answers it.
 {flags}
 
 Examples:
@@ -5724,18 +6292,25 @@ def _obey(server: Server, command: str, *, opens_files: bool) -> None:
     words = " ".join(command.split())
     if name == "rule":
         _add_rule(server, argument)
+    elif name == "play":
+        server.play(argument)
     elif name == "configure":
         _configure(server, argument, opens_files=opens_files)
     elif words in _CONTROL_COMMANDS:
         _CONTROL_COMMANDS[words](server)
     else:
-        allowed = ", ".join(("rule RULE", "configure FLAG...", *_CONTROL_COMMANDS))
+        allowed = ", ".join(("rule RULE", "play TRANSCRIPT", "configure FLAG...", *_CONTROL_COMMANDS))
         raise ConfigurationError(f"{command!r}: must be {allowed}{' or stop' if opens_files else ''}")
+
+
+def _hide_transcript(command: str) -> str:
+    """The command as an answer may show it: a transcript may have secrets."""
+    return "play" if command.split(maxsplit=1)[:1] == ["play"] else command
 
 
 def _execute(server: Server, command: str, *, opens_files: bool = False) -> tuple[dict[str, Any], int]:
     """Obey a command. Returns the event that answers it, and its HTTP status."""
-    answer: dict[str, Any] = {"event": "done", "command": command}
+    answer: dict[str, Any] = {"event": "done", "command": _hide_transcript(command)}
     try:
         _obey(server, command, opens_files=opens_files)
     except (SMTPMockError, AssertionError, ValueError) as error:  # check() raises the second, shlex the third
@@ -5752,7 +6327,7 @@ def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> No
             return
         if command:
             answer, _ = _execute(server, command.replace("\\n", "\n"), opens_files=True)
-            printer.event(answer.pop("event"), **{**answer, "command": command})
+            printer.event(answer.pop("event"), **{**answer, "command": _hide_transcript(command)})
 
 
 @contextlib.contextmanager
@@ -5763,7 +6338,7 @@ def _serve_http(server: Server, own: Mapping[str, Any]) -> Iterator[str | None]:
         return
     host, port = own.get("http_host", "127.0.0.1"), own["http"]
     names = {name.lower().removesuffix(".") for name in (host, *own.get("http_names", ()))}
-    commands = {name.split()[0] for name in ("rule", "configure", *_CONTROL_COMMANDS)}
+    commands = {name.split()[0] for name in ("rule", "play", "configure", *_CONTROL_COMMANDS)}
     route = functools.partial(_route, server, functools.partial(_execute, server), commands)
     with contextlib.ExitStack() as on_exit:
         try:
@@ -5890,6 +6465,14 @@ def _serve(server: Server, options: dict[str, Any], own: dict[str, Any], writer:
     return 3 if linter.has_found_error else 0
 
 
+def _play_file(server: Server, path: str) -> None:
+    try:
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            server.play(file.read())
+    except OSError as error:
+        raise ConfigurationError(f"cannot be read: {error.strerror}", "play", path) from error
+
+
 def _run_command(argv: Sequence[str], writer: _Writer, *, owns_process: bool) -> int:
     own = _parse_arguments(argv)
     if own.get("version"):
@@ -5911,6 +6494,8 @@ def _run_command(argv: Sequence[str], writer: _Writer, *, owns_process: bool) ->
             _save_ca(path)
         for rule in own.get("rule", ()):
             _add_rule(server, rule)
+        if path := own.get("play"):
+            _play_file(server, path)
         return _serve(server, options, own, writer, owns_process=owns_process)
     return 0
 

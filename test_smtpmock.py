@@ -129,6 +129,50 @@ class Memory:
         self.add_rules(self, rules)
         self.say(*lines)
 
+    @classmethod
+    def of(cls, server: Server) -> Memory:
+        """A session of a Server, without a connection."""
+        memory = cls()
+        memory._context, memory._mailbox, memory._rules = server._context, server._mailbox, server._rules
+        memory.begin()
+        return memory
+
+    def record(self, pieces: Iterable[bytes]) -> str:
+        """The transcript of the session, which receives these pieces and ends."""
+        said: dict[int, Any] = {}
+
+        def note(reply: smtpmock._Reply) -> None:
+            said.update((id(exchange), exchange) for exchange in self._session.mail.exchanges)
+            if reply.next is smtpmock._Next.TLS:
+                self.secure()
+
+        note(self._session.greet())
+        for piece in pieces:
+            for reply in self._session.receive(piece):
+                note(reply)
+        self.end()
+        said.update((id(exchange), exchange) for exchange in self._session.mail.exchanges)
+        return "\n".join(smtpmock._format_exchanges(said.values()))
+
+    @staticmethod
+    def read_transcript(text: str) -> list[list[str]]:
+        """What the server says in each session of a transcript, with its stage and how it ends the session."""
+        return [
+            [
+                " ".join(
+                    [
+                        f"{stage}:",
+                        *(["/".join(use["reply"])] if use["reply"] else []),
+                        *([use["then"].value] if "then" in use else []),
+                        *([f"after {after}"] if after is not None else []),
+                        *(["at once"] if "at_once" in use else []),
+                    ]
+                )
+                for stage, after, use in script.said
+            ]
+            for script in smtpmock._read_transcript(text)
+        ]
+
     def begin(self) -> None:
         """Another session begins."""
         self._session = smtpmock._Session(self._context, self._peer)
@@ -1282,7 +1326,7 @@ ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (CST) | From: =?utf-8?q?J=C3=BC
     Message-ID: |  <1@example.com> | Subject: =?utf-8?b?w7w=?= | {SP}=?utf-8?q?=C3=BC_x?= and 1=?2 | | END => clean
 LHLO a.example.com | NOOP | HELP | HELLO | VRFY b | NOOP what | ehlo a.example.com | mail from:<a@example.com> |
     rcpt to:<b@example.com> | QUIT => clean
-ENVELOPE | From: a@example | R:.com\nX => clean
+ENVELOPE | From: a@example | R:.com\nX => unstuffed-dot, bare-lf
 ENVELOPE | HEAD | MIME | Content-Type: multipart/digest; boundary="a'()+_,-./:=? 9" | | --a'()+_,-./:=? 9 | |
     Subject: Hi | | Hello | --a'()+_,-./:=? 9-- | END => clean
 R:EHLO a.example.com\n | R:NOOP a\rb\r\n | R:NOOP\r\r\n | R:NOOP a\0b\r\n | NOOP {x*506} | R: NOOP\r\n | R:QUIT \r\n
@@ -1316,13 +1360,13 @@ ENVELOPE | HEAD | MIXED | | --x | Content-Type : text/plain | | Hello | --x-- | 
 ENVELOPE | HEAD | X: Grüße | Subject: a | subject: b | TO: c@example.com | Comments: a | Comments: b | | END
     => header-raw, header-duplicate x2
 ENVELOPE | Date: Ven, 21 nov 1997 09:55:06 GMT | FROM | Message-ID: <1> | | END => bad-date, bad-message-id
-ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 GMT | FROM | ID | | END => bad-date
+ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 GMT | FROM | ID | | END => obsolete-syntax
 ENVELOPE | DATE | From: =?utf-8?q?J=C3=BCrgen_=3Ca=40example=2Ecom=3E?= | Sender: Doe, John <a@example.com> |
     Reply-To: bob | To: | Cc: <a@example.com | ID | | END => bad-address x5
 ENVELOPE | HEAD | Content-Type: text/plain; charset=utf-8 | CTE: 7bit | | END => no-mime-version
 ENVELOPE | DATE | From: =?utf-8?q?J?=<a@example.com> | ID | X-1: =?utf-8?q??= | X-2: =?utf-8?b?w7w?= |
     X-3: =?utf-8?q?=C3?= | X-4: =?utf-8?q?a b?= | X-5: =?nothing?q?ab?= | X-6: a=?utf-8?q?ab?= | X-7: =?utf-8?x?ab?= |
-    X-8: =?utf-8?q?caf=?= | X-9: =?utf-8?q?{x*65}?= | | END => encoded-word x9, encoded-word-long
+    X-8: =?utf-8?q?caf=?= | X-9: =?utf-8?q?{x*65}?= | | END => encoded-word x8, encoded-word-long
 ENVELOPE | HEAD | MIME | Content-Type: text/plain | Content-Disposition: attachment; filename="=?utf-8?q?=C3=BC?=" | |
     END => encoded-parameter
 ENVELOPE | HEAD | MIME | Content-Type: text | | END => bad-content-type
@@ -1340,7 +1384,7 @@ ENVELOPE | HEAD | MIXED | | --x | CTE: quoted-printable | | 1 = 1 | --x | CTE: q
     CTE: quoted-printable | | {x*79} | --x | CTE: quoted-printable | | trailing{SP} | | --x-- | END
     => 8bit-unannounced, bad-quoted-printable x4
 ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 | CTE: quoted-printable | | =FC | --x |
-    Content-Type: text/html; charset=nothing | | Hello | --x | CTE: base64 | | w7w= | --x-- | END => wrong-charset x3
+    Content-Type: text/html; charset=nothing | | Hello | --x | CTE: base64 | | w7w= | --x-- | END => wrong-charset x2
 ENVELOPE | Date: (c) fri, 21 nov 1997 09:55 -0600 (a (b) c) | FROM | Message-ID: (c) <a@b.c> (c (d)) (e) | | END
     => clean
 ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/global-headers | CTE: base64 | | YQ== | --x-- | END => clean
@@ -1400,9 +1444,9 @@ HELLO | STARTTLS now | MAIL | RCPT | DATA BODY=8BITMIME | RSET all | QUIT please
 HELLO | STARTTLS | HELLO | AUTH PLAIN AHUAcA== | MAIL | RCPT | DATA | HEAD | | . | RSET | MAIL | RCPT |
     RCPT TO:<c@example.com> | DATA | HEAD | | END => clean
 == AUTH  -- auth_users={"u": "p"}
-HELLO | AUTH PLAIN | * | AUTH XOAUTH2 | {YWJj*900} | AUTH LOGIN | dQ== | cA== |
+HELLO | AUTH PLAIN | * | AUTH XOAUTH2 | dXNlcj11AWF1dGg9QmVhcmVy{ICAg*900}cAEB | | AUTH LOGIN | dQ== | cA== |
     MAIL FROM:<a@example.com> AUTH={a*490}@example.com | QUIT => clean
-HELLO | AUTH XOAUTH2 {YWJj*900} | AUTH NTLM AAAA | RCPT | MAIL | AUTH PLAIN AHUAcA== | RSET | QUIT
+HELLO | AUTH XOAUTH2 dXNlcj11AWF1dGg9QmVhcmVy{ICAg*900}cAEB | | AUTH NTLM AAAA | RCPT | MAIL | AUTH PLAIN AHUAcA== | RSET | QUIT
     => long-command, unannounced-mechanism, bad-sequence x2
 == SMTPUTF8, 8BITMIME, DSN, DELIVERBY, FUTURERELEASE and XCLIENT
 -- extensions=["SMTPUTF8", "8BITMIME", "DSN", "DELIVERBY", "FUTURERELEASE 100 100", "XCLIENT"]
@@ -1427,7 +1471,7 @@ HELLO | QUIT => after-421
 ENVELOPE | HEAD | QUIT | | R:Hello\n | . | QUIT => data-after-refusal
 ENVELOPE | + DATE | +  | + . | QUIT => pipelining-order, data-after-refusal
 == AUTH where STARTTLS is offered  -- auth_users={"u": "p"}, ssl_context=True
-HELLO | AUTH PLAIN AHUAcAA= | auth login | dQ== | cA== | QUIT => auth-in-clear x2
+HELLO | AUTH PLAIN AHUAeA== | auth login | dQ== | cA== | QUIT => auth-in-clear x2
 == BINARYMIME  -- extensions=["CHUNKING", "BINARYMIME", "8BITMIME"]
 HELLO | MAIL FROM:<a@example.com> BODY=BINARYMIME | RCPT | R:BDAT 164 LAST\r\n | + DATE | + FROM | + ID | + MIME |
     + CTE: binary | +  | + R:\0\n\xff\r\n | QUIT => clean
@@ -1436,6 +1480,338 @@ HELLO | MAIL | RCPT | R:BDAT 3\r\nabc | DATA | QUIT => bad-sequence
 == no recipient, and a lone dot  -- not_registered_emails=["b@b.com"]  -- rule: DATA: reply 354 Go on
 HELLO | MAIL | RCPT | DATA | END => no-recipient
 """)
+
+# The same for what a mail has wrong, and for what is right though it looks wrong.
+MAIL_FAULTS = read_table(r"""
+== the header
+ENVELOPE | HEAD | MIME | MIME | Content-Type: text/plain | content-type: text/html | | END => header-duplicate x2
+ENVELOPE | HEAD | MIXED | | --x | CTE: base64 | Content-Type: application/pdf | CTE: base64 |
+    Content-ID: <1@example.com> | Content-ID: <2@example.com> | | eHh4 | --x-- | END => header-duplicate x2
+ENVELOPE | HEAD | MIXED | | --x | Content-Disposition: inline | Content-Disposition: attachment | | hi | --x-- |
+    END => header-duplicate
+ENVELOPE | DATE | From: a@example.com, C <c@example.com> | ID | | END => header-missing
+ENVELOPE | DATE | From: g: a@example.com, C <c@example.com>; | Sender: a@example.com, b@example.com | ID | |
+    END => group-in-from, bad-address
+ENVELOPE | DATE | From: undisclosed:; | ID | | END => group-in-from
+ENVELOPE | HEAD | Resent-From: b@example.com | | END => header-missing
+ENVELOPE | HEAD | Resent-To: b@example.com | | END => header-missing x2
+ENVELOPE | DATE | From: a@example.com, "C, d" <c@example.com> | Sender: a@example.com | ID |
+    Resent-From: b@example.com | Resent-Date: Fri, 21 Nov 1997 09:55:06 -0600 | | END => clean
+ENVELOPE | DATE | From: "a@b, c@d" <a@example.com> | ID | | END => clean
+ENVELOPE | HEAD | X: a | {SP} |  b | | END => header-syntax
+ENVELOPE | HEAD | X: a | R:\t\r\n |  b | | END => header-syntax
+ENVELOPE | HEAD | R:X: a\x07b\r\n | | END => header-syntax
+ENVELOPE | HEAD | MIXED | | --x | R:X: a\x1bb\r\n | X-2: a | {SP} | | hi | --x-- | END => header-syntax x2
+ENVELOPE | HEAD | R:X: a\tb\r\n | X-2: |  c | | END => clean
+ENVELOPE | DATE | FROM | Message-ID: <a..b@example.com> | In-Reply-To: 1@example.com |
+    References: <1@example.com>, <2@example.com> | Content-ID: logo | | END => bad-message-id x4
+ENVELOPE | DATE | FROM | Message-ID: <a:b@example.com> | | END => bad-message-id
+ENVELOPE | DATE | FROM | Message-ID: <a@b@example.com> | | END => bad-message-id
+ENVELOPE | DATE | FROM | Message-ID: <a b@example.com> | | END => bad-message-id
+ENVELOPE | DATE | FROM | Message-ID: <a@example.com> <b@example.com> | | END => bad-message-id
+ENVELOPE | DATE | FROM | Message-ID: <@example.com> | | END => bad-message-id
+ENVELOPE | DATE | FROM | Message-ID: <a$b=c/d+e%f.g@[127.0.0.1]> | In-Reply-To: <1@example.com> (c) |
+    References: <1@example.com> |  <2@[IPv6:::1]><3@localhost> | | END => clean
+ENVELOPE | DATE | FROM | Message-ID: <"a b"@example.com> | In-Reply-To: Your mail of "today" <1@example.com> | |
+    END => obsolete-syntax x2
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=My File.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=a/b.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=a(1).pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename=a[1].pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename="a"b.pdf" | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename="a.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment filename=a.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: filename=a.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; =a.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename= | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*="utf-8''a" | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=a%20b.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=utf-8''a%2.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=utf-8''a%FC.pdf | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*0="a"; filename*2="b.pdf" | |
+    END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*1="a" | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*0="a"; filename*1*=%20b | | END => bad-disposition
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; name*=utf-8'a | | END => bad-content-type
+ENVELOPE | HEAD | MIME | Content-Disposition: attachment; filename*=nothing''a%FC.pdf | | END => unknown-charset
+ENVELOPE | HEAD | MIME |
+    Content-Disposition: attachment; filename="My (\"1\") File.pdf"; size=3 (three); filename*=utf-8'de'%C3%BC | |
+    END => clean
+ENVELOPE | HEAD | MIME | Content-Disposition: inline; filename*1=b; filename*0*=''%20; filename*2*=%20; | |
+    END => clean
+ENVELOPE | HEAD | MIME | Content-Disposition: inline; filename*0*=utf-8''%C3; filename*1*=%BC; a=b; a*=''c | |
+    END => clean
+ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller,_J?= <a@example.com> | ID | | END => encoded-word
+ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller_(J)?= <a@example.com> | ID | | END => encoded-word
+ENVELOPE | DATE | From: "=?utf-8?Q?M=C3=BCller?=" <a@example.com> | ID | | END => encoded-word
+ENVELOPE | DATE | From: "x =?utf-8?Q?M=C3=BCller?= y" <a@example.com> | ID | | END => encoded-word
+ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller?=@example.com | ID | | END => encoded-word
+ENVELOPE | DATE | From: M <a@=?utf-8?Q?M=C3=BCller?=> | ID | | END => encoded-word
+ENVELOPE | DATE | From: =?utf-8?Q?M=C3=BCller=2C_J?= (=?utf-8?q?a,b?=) <a@example.com> | ID |
+    Subject: "x =?utf-8?Q?M=C3=BCller,_(J)?= y" | | END => clean
+ENVELOPE | HEAD | Subject: =?utf-8?Q?a=C3?= =?utf-8?Q?=BC?= | | END => encoded-word
+ENVELOPE | HEAD | Subject: =?utf-8?B?YcM=?= =?utf-8?B?vA==?= | | END => encoded-word
+ENVELOPE | HEAD | Subject: =?utf-8?Q?a?==?utf-8?Q?b?= | | END => encoded-word
+ENVELOPE | HEAD | Subject: =?nothing?Q?a=FC?= | X: =?nothing?Q?b=FC?= | | END => unknown-charset
+ENVELOPE | HEAD | Subject: =?windows-31j?Q?=82=A0?= =?VISCII?Q?=FC?= =?ISO-8859-8-I?q?=E0?= =?nothing?q?a?= | | END
+    => clean
+ENVELOPE | HEAD | Cc: , b@example.com | | END => bad-address
+ENVELOPE | HEAD | Cc: a@example.com,, b@example.com | | END => bad-address
+ENVELOPE | HEAD | Cc: a@example.com, | | END => bad-address
+ENVELOPE | HEAD | Cc: a@example.com; b@example.com | | END => bad-address
+ENVELOPE | HEAD | Cc: Doe, J. <a@example.com> | | END => bad-address
+ENVELOPE | HEAD | Cc: Sales: J <a@example.com> | | END => bad-address
+ENVELOPE | HEAD | Cc: a@b.com <a@example.com> | | END => bad-address
+ENVELOPE | HEAD | Cc: [x] <a@example.com> | | END => bad-address
+ENVELOPE | HEAD | Cc: a@example.com b@example.com | | END => bad-address
+ENVELOPE | HEAD | Cc: a@example..com | | END => bad-address
+ENVELOPE | HEAD | Cc: <a@example.com>, <> | | END => bad-address
+ENVELOPE | HEAD | Cc: "a <a@example.com> | | END => bad-address
+ENVELOPE | HEAD | Cc: g: a@example.com,; | | END => bad-address
+ENVELOPE | HEAD | Cc: John Q. Public <a@example.com> | | END => obsolete-syntax
+ENVELOPE | HEAD | Cc: <@x.org,@y.org:a@example.com>, b @ c . org | | END => obsolete-syntax
+ENVELOPE | HEAD | Cc: undisclosed-recipients:; |
+    Reply-To: g: a@example.com, B <b@example.com>; , (c) c@[192.0.2.1] (c, d), "q \"r"@example.com | | END => clean
+ENVELOPE | HEAD | Cc: unlisted-recipients:; (no To-header on input) |
+    Reply-To: a(b)@(c)example.com, "a" "b" c <d@e> (f), <a@b> | | END => clean
+ENVELOPE | Date: Fri, 21 Nov 97 09:55:06 GMT | FROM | ID | | END => obsolete-syntax
+ENVELOPE | Date: 1 Jan 25 09:55 EST | FROM | ID | | END => obsolete-syntax
+ENVELOPE | Date: Mon, 21 Nov 97 09:55:06 GMT | FROM | ID | | END => bad-date
+ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 CET | FROM | ID | | END => bad-date
+ENVELOPE | Date: 2024-05-01T10:00:00Z | FROM | ID | | END => bad-date
+ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (a | FROM | ID | | END => bad-date
+ENVELOPE | Date: Fri, 21 Nov 1997 09:55:06 -0600 (a \) b "c) | FROM | ID | | END => clean
+ENVELOPE | HEAD | MIME-Version: 2.0 | | END => bad-mime-version
+ENVELOPE | HEAD | MIME-Version: | | END => bad-mime-version
+ENVELOPE | HEAD | MIME-Version: 1 | | END => bad-mime-version
+ENVELOPE | HEAD | MIME-Version: (a) 1.(b)0 (c) | | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary="" | | -- | | hi | ---- | END => bad-boundary
+ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary={1} | | --{1} | | hi | --{1}-- | END => bad-boundary
+ENVELOPE | HEAD | MIXED | | --x | Content-Type: multipart/alternative; boundary=xy | | --xy | | hi | --xy-- | --x-- |
+    END => bad-boundary
+ENVELOPE | HEAD | MIXED | | --x | Content-Type: message/delivery-status | CTE: quoted-printable | |
+    Reporting-MTA: dns; a | --x | Content-Type: message/disposition-notification | CTE: base64 | | YTog | --x-- |
+    END => bad-encoding x2
+ENVELOPE | HEAD | MIXED | CTE: 7bit | | --x | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | ä | --x-- |
+    END => 8bit-unannounced, 8bit-in-7bit
+ENVELOPE | HEAD | MIXED | CTE: 7bit | | ä | --x | | a | --x-- | END => 8bit-unannounced, 8bit-in-7bit
+ENVELOPE | HEAD | MIXED | | --x | Content-Type: text/plain; charset=utf-8 | CTE: 8bit | | ä | --x-- |
+    END => 8bit-unannounced
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: quoted-printable | | =c3=bc |
+    END => bad-quoted-printable
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=nothing | CTE: quoted-printable | | =FC |
+    END => unknown-charset
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=utf-8 | CTE: base64 | | w7zD | END => wrong-charset
+ENVELOPE | HEAD | MIME | Content-Type: text/plain; charset=windows-31j | CTE: quoted-printable | | =82=A0 | END => clean
+ENVELOPE | HEAD | Grüße: x | | END => header-syntax
+== PIPELINING, SIZE, DSN, CHUNKING and AUTH
+-- extensions=["PIPELINING", "SIZE", "8BITMIME", "DSN", "CHUNKING", "SMTPUTF8"], auth_users={"u": "p"}
+HELLO | MAIL FROM:<a@example.com> BODY=8BIT | RSET | MAIL FROM:<a@example.com> SIZE=-1 | RSET |
+    MAIL FROM:<a@example.com> SIZE=1 size=1 | RSET | MAIL FROM:<a@example.com> SIZE | RSET |
+    MAIL FROM:<a@example.com> RET=BODY | RSET | MAIL FROM:<a@example.com> NOTIFY=NEVER | RSET |
+    MAIL FROM:<a@example.com> SMTPUTF8=1 | QUIT => bad-parameter x7
+HELLO | MAIL | RCPT TO:<b@example.com> NOTIFY=NEVER,FAILURE | RCPT TO:<b@example.com> ORCPT=b@example.com |
+    RCPT TO:<b@example.com> SIZE=1 | RCPT TO:<b@example.com> c@example.com | BDAT abc LAST | BDAT |
+    QUIT => bad-parameter x4, bad-parameter, no-recipient, bad-parameter, no-recipient
+HELLO | MAIL FROM:<a@example.com> SIZE=1 BODY=8BITMIME RET=FULL ENVID=a+2Bb |
+    RCPT TO:<b@example.com> NOTIFY=FAILURE,DELAY ORCPT=rfc822;b | RSET | QUIT => clean
+HELLO | MAIL | RCPT | R:BDAT 4\r\nabcdefgh\r\nij\n | BDAT 0 LAST |
+    QUIT => bad-parameter, header-syntax, header-missing x2, no-message-id
+HELLO | AUTH PLAIN u:p | AUTH PLAIN dSBw | AUTH LOGIN | u | p | QUIT => bad-auth x2
+HELLO | AUTH XOAUTH2 {dXNl*19} | {YWJj*4} | QUIT => bad-auth x2
+HELLO | AUTH PLAIN AHUAcA== | AUTH PLAIN AHUAcA== | QUIT => bad-sequence
+HELLO | AUTH PLAIN | AHUAcA== | AUTH PLAIN AHUAeA== | QUIT => bad-sequence
+HELLO | AUTH PLAIN AHUAeA== | AUTH PLAIN AHUAcA== | QUIT => clean
+HELLO | R:\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\n\r\n.\n\0 => tls-on-plain-port
+R:\x16\x03\x01\x02\0\x01 => tls-on-plain-port
+== a body that does not end
+ENVELOPE | HEAD | | Hi | R:.\n => false-end, bare-lf
+ENVELOPE | HEAD | | R:Hi\n.\n => bare-lf, false-end
+ENVELOPE | HEAD | | R:Hi\n.\r\n => bare-lf, false-end
+ENVELOPE | HEAD | | R:Hi\r\n.\r => clean
+ENVELOPE | HEAD | | Hi => clean
+== DATA refused, and the mail comes all the same  -- msg_data_received="554 No"
+ENVELOPE | DATE | + FROM | + ID | +  | + . | QUIT => data-after-refusal
+== SMTPUTF8  -- extensions=["SMTPUTF8", "8BITMIME"]
+HELLO | MAIL FROM:<a@example.com> SMTPUTF8 | RCPT | DATA | HEAD | R:X: a\xfcb\r\n | Subject: Grüße | |
+    END => header-raw
+HELLO | MAIL | RCPT TO:<b@example.com>,<c@example.com> | RCPT TO:b@example.com, c@example.com | RSET |
+    QUIT => path-syntax x2, bad-parameter
+# In the manner of the samples of RFC 5322 appendix A, RFC 2046, RFC 2049, RFC 2231, RFC 3464 and RFC 8098.
+== samples
+ENVELOPE | From: John Doe <jdoe@machine.example> | To: Mary Smith <mary@example.net> | Subject: Saying hello | DATE |
+    Message-ID: <1234@local.machine.example> | | This is a message. | END => clean
+ENVELOPE | From: "Joe Q. Public" <john.q.public@example.com> |
+    To: Mary Smith <mary@x.test>, jdoe@example.org, Who? <one@y.test> |
+    Cc: <boss@nil.test>, "Giant; \"Big\" Box" <sysservices@example.net> | Date: Tue, 1 Jul 2003 10:52:37 +0200 |
+    Message-ID: <5678.21-Nov-1997@example.com> | | Hi everyone. | END => clean
+ENVELOPE | From: Pete <pete@silly.example> | To: A Group:Ed Jones <c@a.test>,joe@where.test,John <jdoe@one.test>; |
+    Cc: Undisclosed recipients:; | Date: Thu, 13 Feb 1969 23:32:54 -0330 | Message-ID: <testabcd.1234@silly.example> |
+    | Testing. | END => clean
+ENVELOPE | From: John Doe <jdoe@machine.example> | Sender: Michael Jones <mjones@machine.example> |
+    Reply-To: "Mary Smith: Personal Account" <smith@home.example> | Subject: Re: Saying hello | DATE |
+    Message-ID: <abcd.1234@local.test> | In-Reply-To: <3456@example.net> |
+    References: <1234@local.machine.example> <3456@example.net> | | A reply. | END => clean
+ENVELOPE | Resent-From: Mary Smith <mary@example.net> | Resent-To: Jane Brown <j-brown@other.example> |
+    Resent-Date: Mon, 24 Nov 1997 14:22:01 -0800 | Resent-Message-ID: <78910@example.net> | HEAD | | Forwarded. |
+    END => clean
+ENVELOPE | Received: from x.y.test by example.net via TCP for <mary@example.net>; 21 Nov 1997 10:05:43 -0600 | HEAD |
+    | Traced. | END => clean
+ENVELOPE | From: Pete(A nice \) chap) <pete(his account)@silly.test(his host)> |
+    To:A Group(Some people):Chris Jones <c@(Chris's host.)public.example>, John <jdoe@one.test> (my friend); (the end) |
+    Cc:(Empty list)(start)Hidden recipients  :(nobody(that I know))  ; | Date: Thu, |       13 |         Feb |
+              1969 |       23:32 |                -0330 (Newfoundland Time) |
+    Message-ID:              <testabcd.1234@silly.test> | | Testing. | END => clean
+ENVELOPE | HEAD | MIME | Content-type: multipart/mixed; boundary="simple boundary" | | A preamble, to be ignored. | |
+    --simple boundary | | Implicitly plain text. | --simple boundary | Content-type: text/plain; charset=us-ascii | |
+    Explicitly plain text. | | --simple boundary-- | | An epilogue, to be ignored. | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: multipart/digest; boundary="---- next ----" | | ------ next ---- | |
+    From: x@example.com | Subject: my opinion | | One | ------ next ---- | | From: y@example.com | | Two |
+    ------ next ------ | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: message/partial; id="ABC@host.com"; number=1; total=2 | | X-Weird: 1 |
+    Message-ID: <2@host.com> | | First half | END => clean
+ENVELOPE | HEAD | MIME |
+    Content-Type: message/external-body; name="BodyFormats.ps"; site="thumper.example.com"; mode="image";
+    access-type=ANON-FTP; directory="pub"; expiration="Fri, 14 Jun 1991 19:13:14 -0400 (EDT)" |
+    | Content-type: application/postscript | Content-ID: <id42@guppylake.example.com> | | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed; boundary=unique-boundary-1 | | A preamble. | |
+    --unique-boundary-1 | | Text with blank lines | | | --unique-boundary-1 |
+    Content-type: text/plain; charset=US-ASCII | | typed | | --unique-boundary-1 |
+    Content-Type: multipart/parallel; boundary=unique-boundary-2 | | --unique-boundary-2 | Content-Type: audio/basic |
+    Content-Transfer-Encoding: base64 | | AAAA | | --unique-boundary-2 | Content-Type: image/jpeg |
+    Content-Transfer-Encoding: base64 | | AAAA | | --unique-boundary-2-- | | --unique-boundary-1 |
+    Content-type: text/enriched | | This is <bold>enriched</bold> | | --unique-boundary-1 |
+    Content-Type: message/rfc822 | | From: (mailbox in US-ASCII) | Content-Type: Text/plain; charset=ISO-8859-1 |
+    Content-Transfer-Encoding: Quoted-printable | | inner | | --unique-boundary-1-- | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: application/x-stuff; title*=us-ascii'en-us'This%20is%20%2A%2A%2Afun%2A%2A%2A |
+    | x | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: application/x-stuff; |
+    R:\ttitle*0*=us-ascii'en'This%20is%20even%20more%20; title*1*=%2A%2A%2Afun%2A%2A%2A%20;\r\n |
+     title*2="isn't it!" | | x | END => clean
+ENVELOPE | HEAD | MIME |
+    Content-Type: message/external-body; access-type=URL; URL*0="ftp://"; URL*1="cs.utk.example/pub/x.txt" | |
+    Content-Type: text/plain | | END => clean
+ENVELOPE | HEAD | Subject: =?US-ASCII*EN?Q?Keith_Moore?= | | END => clean
+ENVELOPE | HEAD | MIME |
+    Content-Type: multipart/report; report-type=delivery-status; boundary="RAA14128.773615765/CS.UTK.EXAMPLE" | |
+    --RAA14128.773615765/CS.UTK.EXAMPLE | | It could not be delivered. | | --RAA14128.773615765/CS.UTK.EXAMPLE |
+    content-type: message/delivery-status | | Reporting-MTA: dns; cs.utk.example | |
+    Original-Recipient: rfc822;louisl@larry.slip.example | Final-Recipient: rfc822;louisl@larry.slip.example |
+    Action: failed | Status: 4.0.0 | Diagnostic-Code: smtp; 426 connection timed out | |
+    --RAA14128.773615765/CS.UTK.EXAMPLE | content-type: message/rfc822 | | Subject: the original | | gone |
+    --RAA14128.773615765/CS.UTK.EXAMPLE-- | END => clean
+ENVELOPE | HEAD | MIME | Content-Type: multipart/report; report-type=disposition-notification; |
+     boundary="RAA14128.773615765/EXAMPLE.COM" | | --RAA14128.773615765/EXAMPLE.COM | Content-type: text/plain | |
+    It was displayed. | | --RAA14128.773615765/EXAMPLE.COM | Content-type: message/disposition-notification | |
+    Reporting-UA: joes-pc.cs.example.com; Foomail 97.1 | Final-Recipient: rfc822;Joe_Recipient@example.com |
+    Disposition: manual-action/MDN-sent-manually; displayed | | --RAA14128.773615765/EXAMPLE.COM |
+    Content-type: message/rfc822 | | Subject: x | | y | --RAA14128.773615765/EXAMPLE.COM-- | END => clean
+""")
+
+HEADERS = ("From", "To", "Sender", "Message-ID", "References", "Date", "Subject", "Bcc", "MIME-Version")
+MIME_HEADERS = ("Content-Type", "Content-Disposition", "Content-Transfer-Encoding")
+# What a header may have many of.
+UNITS = (
+    *(
+        "a",
+        "(",
+        ")",
+        '"',
+        "\\",
+        '\\"',
+        "<",
+        ">",
+        "@",
+        ",",
+        ";",
+        ":",
+        ".",
+        "=",
+        "[",
+        "]",
+        " ",
+        "\t",
+        "=?",
+        "?=",
+        "a ",
+        "a@b,",
+    ),
+    *("<a@b> ", "a;", "=?utf-8?q?x?= ", "x*0=a;", ";a=b", "; x*1*=%41", "a b=", "\r\n ", "(a)", '"a"', "a@", "a:b;"),
+)
+
+# What a client sends, and the text of a violation that its messages then have.
+FAULT_TEXTS = read_table(r"""
+== the default options
+ENVELOPE | HEAD | Subject: =?utf-8?q?a=C3?= =?utf-8?q?=BC?= | | END
+    => a character is split or cut off: encode it as a whole
+ENVELOPE | HEAD | Subject: =?utf-8?q?a?==?utf-8?q?b?= | | END => an encoded word needs white space around it
+ENVELOPE | HEAD | Cc: "=?utf-8?q?a?=" <a@a.com> | | END => an encoded word in quotes is not decoded
+ENVELOPE | HEAD | Cc: =?utf-8?q?a?=@a.com | | END => an address must not have an encoded word
+ENVELOPE | HEAD | Cc: =?utf-8?q?a,b?= <a@a.com> | | END => a Q word in a name must have letters, digits and !*+-/=_ only
+ENVELOPE | HEAD | Cc: Doe, J. <a@a.com> | | END => quote a name that has , . : @ [ or ]
+ENVELOPE | HEAD | Cc: a@a.com, | | END => leave out an empty element of a list, or a header without an address
+ENVELOPE | HEAD | Sender: a@a.com, b@b.com | | END => a Sender must have one address only
+ENVELOPE | HEAD | References: <a@a.com>, <b@a.com> | | END => separate ids by white space and not by commas
+ENVELOPE | Date: Mon, 21 Nov 1997 09:55:06 -0600 | | END => this date is on another day of the week
+ENVELOPE | HEAD | MIXED | CTE: base64 | | --x | | a | --x-- | END
+    => a multipart or a mail in it must be 7bit, 8bit or binary
+ENVELOPE | HEAD | MIME | CTE: binary | | a | END => binary needs BODY=BINARYMIME
+ENVELOPE | HEAD | MIME | Content-Type: multipart/mixed | | a | END => there is no boundary parameter
+ENVELOPE | HEAD | MIXED | | a | END => no line opens the first part
+ENVELOPE | HEAD | MIXED | | --x | | a | END => no line closes the last part
+ENVELOPE | HEAD | MIME | CTE: quoted-printable | | =c3 | END => write =C3 and not =c3
+ENVELOPE | HEAD | MIME | CTE: quoted-printable | | =C3 | END => a text that is not ASCII needs a charset, such as utf-8
+HELLO | MAIL FROM: <a@a.com> | QUIT => there must be no space after the colon
+HELLO | MAIL FROM:a@a.com | QUIT => write FROM:<address>, one address and nothing else
+HELLO | MAIL | RCPT TO:<a@a.com>,<b@b.com> | QUIT => write TO:<address>, one address and nothing else
+HELLO | MAIL | RCPT TO:<a@my_host.example.com> | QUIT => the domain of the address is wrong
+HELLO | MAIL | RCPT TO:<root> | QUIT => the address has no domain
+HELLO | MAIL | RCPT TO:<a b@a.com> | QUIT => the part before the @ of the address is wrong
+HELLO | RCPT | QUIT => RCPT needs an accepted MAIL
+== AUTH and CHUNKING  -- auth_users={"u": "p"}, extensions=["CHUNKING", "BINARYMIME", "SIZE"]
+HELLO | AUTH PLAIN AHUAeA== | cA== | QUIT => AUTH has failed, and this belongs to it
+HELLO | AUTH PLAIN AHUAcA== | AUTH PLAIN AHUAcA== | QUIT => AUTH has succeeded already
+HELLO | MAIL | AUTH PLAIN AHUAcA== | QUIT => AUTH is not allowed within a mail
+HELLO | MAIL | RCPT | R:BDAT 1\r\na | DATA | QUIT => after BDAT comes BDAT LAST
+HELLO | MAIL FROM:<a@a.com> BODY=BINARYMIME | RCPT | DATA | QUIT => BINARYMIME needs BDAT
+HELLO | MAIL FROM:<a@a.com> SIZE=1 SIZE=1 | QUIT => SIZE is given twice
+HELLO | MAIL FROM:<a@a.com> NOTIFY=NEVER | QUIT => NOTIFY belongs to RCPT
+HELLO | MAIL FROM:<a@a.com> SIZE=-1 | QUIT => this is no value of SIZE
+""")
+CURES = {
+    "bare-lf": "CRLF",
+    "bare-cr": "CRLF",
+    "early-talker": "wait",
+    "data-before-354": "wait",
+    "pipelining": "wait",
+    "no-hello": "send EHLO first",
+    "hello-invalid": "[192.0.2.1]",
+    "hello-not-fqdn": "host.example.com",
+    "nested-mail": "RSET",
+    "no-recipient": "RSET",
+    "data-after-refusal": "RSET",
+    "unstuffed-dot": "doubled",
+    "long-line": "quoted-printable or base64",
+    "8bit-unannounced": "quoted-printable or base64",
+    "8bit-undeclared": "BODY=8BITMIME",
+    "8bit-in-7bit": "quoted-printable or base64",
+    "undeclared-utf8": "SMTPUTF8",
+    "header-raw": "encoded words",
+    "bad-message-id": "<left@right>",
+    "bad-date": "-0600",
+    "bad-address": "user@example.com",
+    "bcc-disclosed": "leave it out",
+    "no-mime-version": "MIME-Version: 1.0",
+    "bad-mime-version": "1.0",
+    "encoded-word-long": "split it",
+    "encoded-parameter": "utf-8''a%20b",
+    "bad-content-type": "text/plain; charset=utf-8",
+    "bad-disposition": 'filename="a b.pdf"',
+    "unknown-charset": "use utf-8",
+    "false-end": "smuggling",
+    "path-syntax": "<address>",
+}
 
 
 def list_codes(messages: Iterable[Message]) -> list[str]:
@@ -1446,7 +1822,7 @@ def list_codes(messages: Iterable[Message]) -> list[str]:
 class ViolationTest(ServerCase):
     def rows(self) -> Iterator[tuple[Row, dict[str, Any], list[str], list[bytes]]]:
         """A row, its options, the expected codes, and what the client sends."""
-        for entry in VIOLATIONS.values():
+        for entry in (*VIOLATIONS.values(), *MAIL_FAULTS.values()):
             for row in entry.rows:
                 counted = [f"{code} x1".split(" x")[:2] for code in row.expected.split(", ") if code != "clean"]
                 codes = [code for code, count in counted for _ in range(int(count))]
@@ -1468,6 +1844,58 @@ class ViolationTest(ServerCase):
         rows = [expected for _, _, expected, _ in self.rows()]
         self.assertEqual({code for codes in rows for code in codes} | {"early-talker"}, set(Memory.CODES))
         self.assertGreater(rows.count([]), 20)
+
+    def test_what_each_text_says(self) -> None:
+        """What is wrong, and what to change."""
+        for entry in FAULT_TEXTS.values():
+            for row in entry.rows:
+                memory = Memory(**entry.options)
+                memory.greet()
+                memory.converse(read_pieces(row.given), sys.maxsize)
+                with self.subTest(row):
+                    texts = [found.text for message in memory.messages() for found in Memory.findings(message)]
+                    self.assertIn(row.expected, texts)
+        for code, cure in CURES.items():
+            self.assertIn(cure, Memory.CODES[code][0])
+
+    def test_charsets(self) -> None:
+        """Those that IANA registers are known, even if Python cannot decode them."""
+        registered = "VISCII csVIQR IBM01141 ISO-2022-CN-EXT iso-ir-99 ISO646-DE ISO_5428:1980 NATS-DANO JIS_C6226-1983"
+        registered += " EBCDIC-CP-FR OSD_EBCDIC_DF04_1 hp-legal T.61-8bit x0212 KSC5636 nf_z_62-010_(1973) Windows-31J"
+        registered += (
+            " Adobe-Symbol-Encoding Amiga-1251 CESU-8 greek7-old pt2 us-dk unknown-8bit CCSID00924 latin-greek"
+        )
+        unknown = "nothing utf-9 iso-8859-99 windows-1259 cp9999 x-unknown latin-99 utf8mb4 punycode hex"
+        for charset in (*registered.split(), *unknown.split()):
+            memory = Memory(*ENVELOPE, "DATA", f"Subject: =?{charset}?q?=FC?=", "", ".")
+            with self.subTest(charset):
+                self.assertEqual("unknown-charset" in list_codes(memory.messages()), charset in unknown.split())
+
+    def test_who_refuses_it(self) -> None:
+        memory = Memory(*ENVELOPE, "DATA")
+        memory.feed(
+            b"Date: a\r\nFrom: a@a.com, b@b.com\r\nX: a\r\n \r\nSubject: a\r\nSubject: b\r\n\r\nHello\n\r\n.\r\n"
+        )
+        found = [(violation.code, violation.refused_by) for violation in Memory.findings(memory.message())]
+        expected = [("bare-lf", "Postfix"), ("header-missing", "Gmail"), ("no-message-id", "Gmail"), ("bad-date", "")]
+        expected += [("header-syntax", "amavis"), ("header-duplicate", "Gmail, Amazon SES")]
+        self.assertEqual(found, expected)
+
+    def test_linear_time(self) -> None:
+        """Eight times as much of anything takes about eight times as long."""
+        for name in (*HEADERS, *MIME_HEADERS):
+            for unit in UNITS:
+                begin = "text/plain; " if name in MIME_HEADERS else ""
+
+                def measure(size: int, name: str = name, unit: str = unit, begin: str = begin) -> float:
+                    value, client = begin + unit * (size // len(unit)), smtpmock._ClientState()
+                    start = time.process_time()
+                    list(smtpmock._check_headers([(name, value)], client))
+                    list(smtpmock._check_header_set({name.lower(): value}, client))
+                    return time.process_time() - start
+
+                with self.subTest(name, unit=unit):
+                    self.assertTrue(any(measure(40_000) < max(24 * measure(5000), 0.1) for _ in range(3)))
 
     def test_what_a_violation_says(self) -> None:
         memory = Memory(*ENVELOPE, "DATA")
@@ -1932,6 +2360,14 @@ class ExchangeTest(unittest.TestCase):
         at = "2020-09-13T12:26:43.750000+00:00"
         self.assertEqual(shown, {"request": None, "response": "421 bye", "accepted": False, "at": at})
 
+    def test_what_is_in_force_stays_in_its_order(self) -> None:
+        memory = Memory(auth_users={"bob": "pw"}, multiple_message_receiving=True)
+        memory.greet()
+        wrong, right = (f"AUTH PLAIN {b64(chr(0).join(['', 'bob', secret]))}" for secret in ("", "pw"))
+        memory.say("EHLO a.com", wrong, "EHLO a.com", right, "EHLO b.com", *SEND, *SEND)
+        requests = [said.request for said in memory.messages()[-1].exchanges]
+        self.assertEqual(requests[:4], [None, "AUTH PLAIN ***", "EHLO b.com", SEND[0]])
+
     def test_the_clock_of_a_server(self) -> None:
         with Server() as server, Client(server) as client:
             before = datetime.datetime.now(datetime.timezone.utc)
@@ -1996,6 +2432,7 @@ class ExchangeTest(unittest.TestCase):
         self.assertEqual(lines[0], "S: 220 Welcome")
         self.assertEqual(lines.count(f"C: {SEND[0]}"), 100)
         begin = lines.index("C: <truncated>")
+        self.assertEqual(len({said.at for said in message.exchanges}), 1)
         self.assertEqual(lines[begin + 1 : begin + 4], ["C: EHLO a.com", f"S: {RECEIVED}", f"C: {SEND[0]}"])
         self.assertNotIn("bad-sequence", list_codes([message]))
 
@@ -2028,10 +2465,15 @@ class ExchangeTest(unittest.TestCase):
             self.assertIn(memory.greet()[0][:3], ("554", "421"))
             self.assertEqual({line: memory.say(line)[0][:3] for line in expected}, expected, options)
         self.assertEqual(Memory(msg_greeting="554 no", fail_fast=True).greet(), ["554 no", "<closed>"])
-        secret = Memory(msg_greeting="554 no", auth_users={})
+        secret = Memory(msg_greeting="554 no", auth_users={}, handlers=[make_handler("XKEY", has_secret=True)])
         secret.greet()
-        secret.say("AUTH PLAIN c2VjcmV0")
+        secret.say("AUTH PLAIN c2VjcmV0", "XKEY c2VjcmV0")
         self.assertNotIn("c2VjcmV0", secret.message().transcript)
+        ruled = Memory(msg_greeting="554 no", rules=["EHLO: reply 250 ok", "MAIL a@a.com: reply 250 a"])
+        ruled.greet()
+        self.assertEqual(ruled.say("EHLO a.com", SEND[0], SEND[1])[:2], ["250 ok", "250 a"])
+        message = ruled.message()
+        self.assertEqual((message.helo, message.mail_from, message.rcptto), (True, "a@a.com", False))
 
     def test_rules_look_at_the_line(self) -> None:
         seen: list[str] = []
@@ -2048,6 +2490,34 @@ class ExchangeTest(unittest.TestCase):
         chunk.on("message", re.compile("hi")).delay(3)
         self.assertEqual(chunk.say("BDAT 4 LAST", "hi"), ["451 last"])
         self.assertEqual(chunk.delays[-1], 3)
+
+    def test_no_secret_is_kept_out_of_sight(self) -> None:
+        for options, lines in (
+            ({}, ["AUTH LOGIN", "S3CRET"]),
+            ({}, ["AUTH=S3CRET"]),
+            ({"rules": ["FOO: reply 250 ok"]}, ["AUTH LOGIN", "S3CRET more"]),
+            ({"auth_users": {}}, ["AUTH s3Cret", "AUTH PLAIN", "S3CRET"]),
+            ({"handlers": [make_handler("XKEY", has_secret=True, parse=staticmethod(str))]}, ["XKEY S3CRET"]),
+        ):
+            memory = Memory(ENVELOPE[0], *lines, **dict[str, Any](options))
+            self.assertNotIn(b"S3CRET", pickle.dumps(memory.message()).upper(), lines)
+        memory = Memory(
+            "AUTH LOGIN", "FOO", "AUTH LOGIN", "MAIL a@a.com", rules=["FOO: reply 250 f", "MAIL: reply 250 m"]
+        )
+        self.assertEqual([reply for _, reply, *_ in memory.message().exchanges][1::2], ["250 f", "250 m"])
+
+    def test_a_pickle_has_what_the_message_has(self) -> None:
+        memory = Memory(ENVELOPE[0], *SEND, handlers=[make_handler("XFOO", parse=re.compile("(x*)").fullmatch)])
+        (message,) = memory.messages()
+        memory.say("XFOO xxx", "NOOP later", "RCPT TO:<later@b.com>")
+        self.assertNotIn(b"later", pickle.dumps(message))
+        self.assertEqual(pickle.loads(pickle.dumps(memory.message())).to_dict(), memory.message().to_dict())
+
+    def test_a_refused_login_is_not_in_the_mails_after_it(self) -> None:
+        memory = Memory(ENVELOPE[0], auth_users={}, multiple_message_receiving=True)
+        memory.say(f"AUTH PLAIN {b64(chr(0) + 'u' + chr(0))}", *SEND, *SEND)
+        self.assertEqual([len(message.refusals) for message in memory.messages()], [1, 0])
+        self.assertEqual([message.auth_user for message in memory.messages()], ["u", None])
 
     def test_a_match_that_fails_during_a_login(self) -> None:
         memory = Memory(ENVELOPE[0], auth_users={"bob": "pw"})
@@ -2834,13 +3304,13 @@ class ReadingTest(unittest.TestCase):
     def test_a_charset_that_is_read_is_no_violation(self) -> None:
         right = "iso-8859-8-i ISO-8859-6-E Windows-31J x-sjis windows-874 IBM00858 ks_c_5601-1987 cswindows1252 latin-9"
         for charset in (*right.split(), "punycode", "klingon", "unicode_escape", "zlib"):
-            for text in (b"a", b""):
-                message = receive_content(
-                    b"Content-Type: text/plain; charset=" + charset.encode() + b"\r\n\r\n" + text + b"\r\n"
-                )
-                found = "wrong-charset" in [violation.code for violation in message.violations]
-                with self.subTest(charset):
-                    self.assertEqual(found, charset not in right)
+            for text, is_unknown in (("a", False), ("", False), ("=A0", charset not in right)):
+                header = f"Content-Type: text/plain; charset={charset}\r\nContent-Transfer-Encoding: quoted-printable"
+                message = receive_content(f"{header}\r\n\r\n{text}\r\n".encode())
+                found = [violation.code for violation in Memory.findings(message)]
+                with self.subTest(charset, text=text):
+                    self.assertEqual("unknown-charset" in found, is_unknown)
+                    self.assertTrue(text == "=A0" or "wrong-charset" not in found)
 
     def test_a_message_without_a_body(self) -> None:
         message = Memory(*ENVELOPE).message()
@@ -3892,6 +4362,523 @@ class RuleTest(ServerCase):
         recorder.wait_for("SMTP session finished")
         self.assertNotIn("warning", [level for level, _ in recorder.seen])
         self.assertTrue(server.wait_for_messages(1, TIMEOUT)[0].transcript.endswith("C: EHLO a.com\nS: <silence>"))
+
+
+# --------------------------------------------------------------------------------------- transcripts
+
+# What these tools printed in one session with a server that does not know bob: swaks 20201014, curl 7.88 with a progress
+# meter, PHPMailer 6.6, and smtplib of Python 3.11. Some headers are left out.
+LOGS = {
+    "swaks": """
+=== Trying 127.0.0.1:45275...
+=== Connected to 127.0.0.1.
+<-  220-mx.example.com ESMTP
+<-  220 ready
+ -> EHLO a.com
+<-  250-Received
+<-  250-SIZE 10485760
+<-  250 AUTH LOGIN
+ -> AUTH LOGIN
+<-  334 VXNlcm5hbWU6
+ -> YWxpY2U=
+<-  334 UGFzc3dvcmQ6
+ -> c2VjcmV0
+<-  235 Authentication succeeded
+ -> MAIL FROM:<a@example.com>
+<-  250 Received
+ -> RCPT TO:<bob@example.com>
+<** 550-5.1.1 That doesn't exist
+<** 550 5.1.1 Learn more
+ -> RCPT TO:<c@example.com>
+<-  250 Received
+ -> DATA
+<-  354 Ready for receive message. End data with <CR><LF>.<CR><LF>
+ -> Subject: test Mon, 30 Nov 2026 19:37:45 +0000\r
+ -> \r
+ -> hi\r
+ -> \r
+ -> \r
+ -> .
+<-  250 Received
+ -> QUIT
+<-  221 Closing connection
+=== Connection closed with remote host.
+""",
+    "curl": """
+  % Total    % Received % Xferd  Average Speed   Time    Time     Time  Current
+                                 Dload  Upload   Total   Spent    Left  Speed
+\r  0     0    0     0    0     0      0      0 --:--:-- --:--:-- --:--:--     0*   Trying 127.0.0.1:34591...
+* Connected to 127.0.0.1 (127.0.0.1) port 34591 (#0)
+< 220-mx.example.com ESMTP\r
+< 220 ready\r
+> EHLO a.com\r
+\r  0     0    0     0    0     0      0      0 --:--:-- --:--:-- --:--:--     0< 250-Received\r
+< 250-SIZE 10485760\r
+< 250 AUTH LOGIN\r
+> AUTH LOGIN\r
+< 334 VXNlcm5hbWU6\r
+> YWxpY2U=\r
+\r  0     0    0     0    0     0      0      0 --:--:--  0:00:01 --:--:--     0< 334 UGFzc3dvcmQ6\r
+> c2VjcmV0\r
+< 235 Authentication succeeded\r
+\r  0     0    0     0    0     0      0      0 --:--:--  0:00:02 --:--:--     0> MAIL FROM:<a@example.com> SIZE=42\r
+< 250 Received\r
+> RCPT TO:<bob@example.com>\r
+< 550-5.1.1 That doesn't exist\r
+< 550 5.1.1 Learn more\r
+> RCPT TO:<c@example.com>\r
+\r  0     0    0     0    0     0      0      0 --:--:--  0:00:03 --:--:--     0< 250 Received\r
+> DATA\r
+\r  0     0    0     0    0     0      0      0 --:--:--  0:00:04 --:--:--     0< 354 Ready for receive message. End data with <CR><LF>.<CR><LF>\r
+} [42 bytes data]
+* We are completely uploaded and fine
+\r100    42    0     0  100    42      0      7  0:00:06  0:00:05  0:00:01     8< 250 Received\r
+\r100    42    0     0  100    42      0      7  0:00:06  0:00:05  0:00:01    10
+* Connection #0 to host 127.0.0.1 left intact
+""",
+    "PHPMailer": """
+2026-11-30 19:37:45\tSERVER -> CLIENT: 220-mx.example.com ESMTP
+                   \t                  220 ready
+2026-11-30 19:37:45\tCLIENT -> SERVER: EHLO a.com
+2026-11-30 19:37:45\tSERVER -> CLIENT: 250-Received
+                   \t                  250-SIZE 10485760
+                   \t                  250 AUTH LOGIN
+2026-11-30 19:37:45\tCLIENT -> SERVER: AUTH LOGIN
+2026-11-30 19:37:45\tSERVER -> CLIENT: 334 VXNlcm5hbWU6
+2026-11-30 19:37:45\tCLIENT -> SERVER: [credentials hidden]
+2026-11-30 19:37:45\tSERVER -> CLIENT: 334 UGFzc3dvcmQ6
+2026-11-30 19:37:45\tCLIENT -> SERVER: [credentials hidden]
+2026-11-30 19:37:45\tSERVER -> CLIENT: 235 Authentication succeeded
+2026-11-30 19:37:45\tCLIENT -> SERVER: MAIL FROM:<a@example.com>
+2026-11-30 19:37:45\tSERVER -> CLIENT: 250 Received
+2026-11-30 19:37:45\tCLIENT -> SERVER: RCPT TO:<bob@example.com>
+2026-11-30 19:37:45\tSERVER -> CLIENT: 550-5.1.1 That doesn't exist
+                   \t                  550 5.1.1 Learn more
+2026-11-30 19:37:45\tSMTP ERROR: RCPT TO command failed: 550-5.1.1 That doesn't exist
+                   \t                  550 5.1.1 Learn more
+2026-11-30 19:37:45\tCLIENT -> SERVER: RCPT TO:<c@example.com>
+2026-11-30 19:37:45\tSERVER -> CLIENT: 250 Received
+2026-11-30 19:37:45\tCLIENT -> SERVER: DATA
+2026-11-30 19:37:45\tSERVER -> CLIENT: 354 Ready for receive message. End data with <CR><LF>.<CR><LF>
+2026-11-30 19:37:45\tCLIENT -> SERVER: Subject: hi
+2026-11-30 19:37:45\tCLIENT -> SERVER:
+2026-11-30 19:37:45\tCLIENT -> SERVER: 220 hello
+2026-11-30 19:37:45\tCLIENT -> SERVER:
+2026-11-30 19:37:45\tCLIENT -> SERVER: .
+2026-11-30 19:37:45\tSERVER -> CLIENT: 250 Received
+2026-11-30 19:37:45\tCLIENT -> SERVER: QUIT
+2026-11-30 19:37:45\tSERVER -> CLIENT: 221 Closing connection
+2026-11-30 19:37:45\tSMTP Error: The following recipients failed: bob@example.com: That doesn't exist
+                   \t                  Learn more
+""",
+    "smtplib": r"""
+connect: to ('127.0.0.1', 45275) None
+reply: b'220-mx.example.com ESMTP\r\n'
+reply: b'220 ready\r\n'
+reply: retcode (220); Msg: b'mx.example.com ESMTP\nready'
+connect: b'mx.example.com ESMTP\nready'
+send: 'ehlo a.com\r\n'
+reply: b'250-Received\r\n'
+reply: b'250-SIZE 10485760\r\n'
+reply: b'250 AUTH LOGIN\r\n'
+reply: retcode (250); Msg: b'Received\nSIZE 10485760\nAUTH LOGIN'
+send: 'AUTH LOGIN YWxpY2U=\r\n'
+reply: b'334 UGFzc3dvcmQ6\r\n'
+reply: retcode (334); Msg: b'UGFzc3dvcmQ6'
+send: 'c2VjcmV0\r\n'
+reply: b'235 Authentication succeeded\r\n'
+reply: retcode (235); Msg: b'Authentication succeeded'
+send: 'mail FROM:<a@example.com> size=30\r\n'
+reply: b'250 Received\r\n'
+send: 'rcpt TO:<bob@example.com>\r\n'
+reply: b"550-5.1.1 That doesn't exist\r\n"
+reply: b'550 5.1.1 Learn more\r\n'
+reply: retcode (550); Msg: b"5.1.1 That doesn't exist\n5.1.1 Learn more"
+send: 'rcpt TO:<c@example.com>\r\n'
+reply: b'250 Received\r\n'
+send: 'data\r\n'
+reply: b'354 Ready for receive message. End data with <CR><LF>.<CR><LF>\r\n'
+reply: retcode (354); Msg: b'Ready for receive message. End data with <CR><LF>.<CR><LF>'
+data: (354, b'Ready for receive message. End data with <CR><LF>.<CR><LF>')
+send: b"Subject: hi\r\n\r\nit's me\r\n..220 x\r\n.\r\n"
+reply: b'250 Received\r\n'
+data: (250, b'Received')
+send: 'quit\r\n'
+reply: b'221 Closing connection\r\n'
+reply: retcode (221); Msg: b'Closing connection'
+""",
+}
+
+# What the server says in each of them.
+LOGGED = f"""
+connect: 220-mx.example.com ESMTP/220 ready
+EHLO: 250-Received/250-SIZE 10485760/250 AUTH LOGIN
+AUTH: 235 Authentication succeeded
+MAIL: 250 Received
+RCPT: 550-5.1.1 That doesn't exist/550 5.1.1 Learn more
+RCPT: 250 Received
+DATA: {READY}
+message: 250 Received
+""".strip().splitlines()
+
+# Lines of transcripts, and what the server says in them at each stage; || is between sessions. The first x is skipped.
+TRANSCRIPTS = read_rows(r"""
+S: 220 hi | C: HELO a | S: 250 a | C: QUIT | S: 221 bye           => connect: 220 hi, HELO: 250 a, QUIT: 221 bye
+S: 220 hi | C: HELO a | C: NOOP                                   => connect: 220 hi
+x | C: RCPT TO:<a@a.com> | S: 450 No | C: ehlo a | S: 250-a | S: 250 DSN => RCPT: 450 No, EHLO: 250-a/250 DSN
+S: 554 No | S: <closed>                                           => connect: 554 No <closed>
+S: <closed>                                                       => connect: <closed>
+S: 999 odd | C: NOOP | S: 999 odd                                 => connect: 999 odd, NOOP: 999 odd
+S: odd | S: odder | C: NOOP | S: odd                              => connect: odd/odder, NOOP: odd
+x | C: DATA | S: 354 go | C: <9 bytes> | S: 250 ok | C: NOOP | S: 250 ok => DATA: 354 go, message: 250 ok, NOOP: 250 ok
+x | C: DATA | S: 354 go | C: QUIT | C: . | S: 250 ok | C: QUIT | S: 221 bye => DATA: 354 go, message: 250 ok, QUIT: 221 bye
+x | C: DATA | S: 354 go | S: 250 ok                               => DATA: 354 go, message: 250 ok
+x | C: DATA | S: 354 go | S: <closed>                             => DATA: 354 go <closed>
+x | C: DATA | S: 354 go | C: hi | S: <closed>                     => DATA: 354 go, message: <closed>
+x | C: DATA | S: 354 go | C: <9 bytes> | S: <reset>               => DATA: 354 go, message: <reset> after 9
+x | C: DATA | S: 554 no | C: QUIT | S: 221 bye                    => DATA: 554 no, QUIT: 221 bye
+x | C: BDAT 2 | S: 250 ok | C: BDAT 3 LAST | C: <5 bytes> | S: 250 ok | C: NOOP | S: 250 ok
+                                                                  => BDAT: 250 ok, BDAT: 250 ok, NOOP: 250 ok
+x | C: AUTH LOGIN | S: 334 VXNlcm5hbWU6 | C: *** | S: 334 UGFzc3dvcmQ6 | C: *** | S: 535 no => AUTH: 535 no
+x | C: AUTH LOGIN | S: 334 VXNlcm5hbWU6 | S: 535 no               => AUTH: 535 no
+x | C: AUTH LOGIN | S: 530 no | C: AUTH PLAIN AAAA | S: 535 no    => AUTH: 530 no at once, AUTH: 535 no
+x | C: NOOP | S: 250 ok | S: 421 Timeout | S: <closed>            => NOOP: 250 ok/421 Timeout <closed>
+x | C: NOOP | S: <silence>                                        => NOOP: <silence>
+S: 220 a | C: NOOP | S: 250 ok | S: 220 b | C: QUIT | S: 221 bye | S: 554 c => connect: 220 a, NOOP: 250 ok || connect: 220 b,
+    QUIT: 221 bye || connect: 554 c
+S: 220 a | C: DATA | S: 354 go | C: <3 bytes> | S: 220 b | S: <closed> | S: 421 c => connect: 220 a, DATA: 354 go
+    || connect: 220 b <closed> || connect: 421 c
+# RFC 2920, RFC 3207, RFC 4954 and RFC 3030
+x | C: MAIL FROM:<a@a.com> | C: RCPT TO:<b@b.com> | C: DATA | S: 250 a | S: 250 b | S: 354 c | C: . | C: QUIT | S: 250 d | S: 221 e
+    => MAIL: 250 a, RCPT: 250 b, DATA: 354 c, message: 250 d, QUIT: 221 e
+S: <waits for a connection> | C: <opens connection> | S: 220 a | C: STARTTLS | S: 220 go | C: <starts TLS> | C: & S: <negotiate>
+    | C & S: <check> | C: EHLO a | S: 250 b                       => connect: 220 a, STARTTLS: 220 go, EHLO: 250 b
+S: 220-a | C: AUTH DIGEST-MD5 | S: 334 cmVhbG09ImVsd29vZC5pbm5vc29mdC5jb20iLG5vbmNlPSJPQTZNRzl0 | RVFHbTJoaCIscW9wPSJhdX | C:
+    | S: 235 ok                                                   => connect: 220-a, AUTH: 235 ok
+R: 220 a | S: BDAT 9 LAST | S: To: a@a.com<CR><LF> | S: Subject: x | R: 250 ok | S: QUIT | R: 221 bye => connect: 220 a,
+    BDAT: 250 ok, QUIT: 221 bye
+# what tools say of a connection
+<-  220 a |  -> EHLO a | <~  250 b |  ~> NOOP | <~* 550 c | **> RSET | *** Remote host closed connection unexpectedly. | <-  220 d
+    => connect: 220 a, EHLO: 250 b, NOOP: 550 c, RSET: <closed> || connect: 220 d
+< 220 a | > EHLO a | < 250 b | > RCPT TO:<b@b.com> | * response reading failed (errno: 115) | > QUIT
+    | * response reading failed (errno: 115) | *   Trying 127.0.0.1:25... | < 220 c => connect: 220 a, EHLO: 250 b, RCPT: <closed>
+    || connect: 220 c
+2017-06-16 15:04:31 SERVER -> CLIENT: 220 a | 2017-06-16 15:04:31 CLIENT -> SERVER: EHLO a.com
+    | SERVER -> CLIENT: 250-b, [10.0.0.250]250-SIZE 35882577250-8BITMIME250 SMTPUTF8 | CLIENT -> SERVER: QUIT
+    => connect: 220 a, EHLO: 250-b, [10.0.0.250]/250-SIZE 35882577/250-8BITMIME/250 SMTPUTF8
+< 220 a | > NOOP | * Recv failure: Connection reset by peer | curl: (56) Recv failure: Connection reset by peer
+    => connect: 220 a, NOOP: <reset>
+10:00:00.1 reply: b"220 a's \xc3\xa4\r\n" | 10:00:00.2 send: 'rcpt TO:<д@b.com>\r\n' | 10:00:00.3 reply: b'250 b\r\n'
+    | smtplib.SMTPServerDisconnected: Connection unexpectedly closed => connect: 220 a's ä, RCPT: 250 b <closed>
+""")
+
+# Transcripts with a mistake in them.
+BAD_TRANSCRIPTS = read_rows(r"""
+                                           => the server says nothing in it; it begins with ''
+hello | world                              => the server says nothing in it; it begins with 'hello'
+AUTH PLAIN AHVzZXIAc2VjcmV0                => the server says nothing in it; it begins with 'AUTH PLAIN ***'
+x | C: AUTH LOGIN | S: 334 VXNlcm5hbWU6    => the server says nothing in it; it begins with 'x'
+S: 250 ok | C: NOOP                        => there is no command before '250 ok'
+<-  220 a | <-  250 ok                     => there is no command before '250 ok'
+S: 220 a | C: NOOP | S: 250 ok | S: 550 no => there is no command before '550 no'
+""")
+
+
+def play_anew(transcript: str, pieces: Iterable[bytes]) -> str:
+    """The transcript of a session with a default server that plays one, and receives these pieces."""
+    server = Server()
+    server.play(transcript)
+    return Memory.of(server).record(pieces)
+
+
+class PlayTest(ServerCase):
+    def run_server(self, **options: Any) -> Server:
+        server = Server(**options).start()
+        self.addCleanup(server.__exit__)
+        return server
+
+    def test_what_a_server_said(self) -> None:
+        for row in TRANSCRIPTS:
+            with self.subTest(row.given):
+                for end in ("\n", "\r\n", "\n        ", "\n\t"):
+                    sessions = Memory.read_transcript(end.join(["", *row.given]))
+                    self.assertEqual(" || ".join(map(", ".join, sessions)), row.expected)
+
+    def test_logs(self) -> None:
+        """Each is answered to another client as it was to the tool; a secret in it is not shown again."""
+        for tool, log in LOGS.items():
+            with self.subTest(tool):
+                said, *others = Memory.read_transcript(log)
+                self.assertEqual((said[:8], others), (LOGGED, []))
+                self.assertEqual(said[8:], ["QUIT: 221 Closing connection"] * (tool != "curl"))
+                server = self.run_server()
+                server.play(log)
+                with Smtp(server.port) as client:
+                    client.user, client.password = "bob", "another"
+                    self.assertEqual(client.ehlo("b.com"), (250, b"Received\nSIZE 10485760\nAUTH LOGIN"))
+                    self.assertEqual(client.auth("LOGIN", client.auth_login), (235, b"Authentication succeeded"))
+                    self.assertEqual(client.sendmail("x@x.com", ["y@y.com", "z@z.com"], "hi").keys(), {"y@y.com"})
+                    if tool != "curl":
+                        with self.assertRaisesRegex(AssertionError, "'221 Closing connection' at QUIT, of the tr"):
+                            server.check()
+                server.check()
+                self.assertNotIn("c2VjcmV0", f"{server._rules.newest_first} {vars(server)} {server.sessions()}")
+
+    def test_round_trip(self) -> None:
+        """Played, and sent its lines again, a dialogue gives itself; but for bytes that are no reply, and secrets."""
+        # A chunk that is too large is not counted as a body, and a token that is refused is told so in a challenge.
+        others = ("rule: bytes that are no reply", "chunks that are too long together", "a refused token is explained")
+        for title, entry in DIALOGUES.items():
+            if not title.startswith(others):
+                with self.subTest(title):
+                    pieces = [read_sent(line) for line in entry.lines if line[0] != "S"]
+                    recorded = Memory(**entry.options).record(pieces)
+                    self.assertEqual(play_anew(recorded, pieces), recorded)
+
+    def test_round_trip_of_random_dialogues(self) -> None:
+        stages = ["EHLO", "HELO", "MAIL", "RCPT", "DATA", "message", "RSET", "NOOP", "QUIT", "FOO", "connect", "*"]
+        greetings = ["450 4.2.0 later", "550 no", "", "odd", "421 Busy", "999"]
+        replies = [*greetings, "250 ok", "250-a\n250 b", "354 go", "200 a\nb", None]
+        lines = [
+            *ENVELOPE,
+            *ENVELOPE[1:],
+            "DATA",
+            "RSET",
+            "NOOP",
+            "VRFY a",
+            "FOO",
+            "HELO",
+            ".",
+            "hi",
+            "",
+            "дядя",
+            "QUIT",
+        ]
+        for seed in range(500):
+            rng = random.Random(seed)
+            options: dict[str, Any] = {name: rng.random() < 0.3 for name in ("fail_fast", "multiple_rcptto")}
+            memory = Memory(**options)
+            for stage in rng.sample(stages, rng.randrange(6)):
+                rule = memory.on(stage, times=rng.randrange(1, 4))
+                if rng.random() < 0.8:
+                    rule.reply(*rng.choices(greetings if stage in ("connect", "*") else replies, k=rng.randrange(1, 4)))
+                if rng.random() < 0.2:
+                    rng.choice((rule.close, rule.drop, rule.reset, rule.silence))()
+            pieces = [line.encode() + b"\r\n" for line in rng.choices(lines, k=rng.randrange(30))]
+            with self.subTest(seed=seed):
+                recorded = memory.record(pieces)
+                self.assertEqual(play_anew(recorded, pieces), recorded)
+
+    def test_through_tls_and_login(self) -> None:
+        """A transcript through both is played with a certificate for tests, and to any login."""
+        server = self.run_server(ssl_context="test", auth_users={"u": "p"}, extensions=["SIZE"], keep_all=True)
+        server.on("RCPT", "bob@b.com").reply("450 4.2.0 Later")
+        transcripts = []
+        for password in ("p", "other"):
+            with Smtp(server.port) as client:
+                client.starttls(context=server.client_context())
+                client.login("u", password)
+                self.assertEqual(client.sendmail("a@a.com", ["bob@b.com", "c@b.com"], "hi").keys(), {"bob@b.com"})
+            transcripts.append(server.messages()[-1].transcript)
+            server = self.run_server(keep_all=True)
+            server.play(transcripts[0])
+        self.assertIn("S: 220 Ready to start TLS", transcripts[0])
+        self.assertEqual(*(re.sub("S: 334 .*", "S: 334", text) for text in transcripts))
+
+    def test_sessions_and_what_comes_after(self) -> None:
+        """Each session of a transcript is for one connection. Replies after that are normal, but what was announced
+        stays accepted, until reset()."""
+        server = self.run_server(not_registered_emails=["x@x.com"])
+        greylisted = "S: 220 a\nC: EHLO a\nS: 250-a\nS: 250 DSN\nC: RCPT TO:<b@b.com>\nS: 450 Later"
+        server.play(f"{greylisted}\nC: QUIT\nS: 221 bye\n{greylisted.replace('450', '451')}")
+        lines = ("EHLO a.com", "MAIL FROM:<> RET=FULL", "RCPT TO:<b@b.com>", "RCPT TO:<x@x.com>", "QUIT")
+        heard = []
+        for _ in range(3):
+            with Client(server) as client:
+                for line in lines:
+                    client.send(line.encode() + b"\r\n")
+                heard.append([client.greeting, *client.read_all()])
+        ends = [RECEIVED, "450 Later", "550 User not found"]
+        self.assertEqual(heard[0], ["220 a", "250-a", "250 DSN", *ends, "221 bye", "<closed>"])
+        ends[1] = "451 Later"
+        self.assertEqual(heard[1], ["220 a", "250-a", "250 DSN", *ends, "221 Closing connection", "<closed>"])
+        ends[1] = RECEIVED
+        self.assertEqual(
+            heard[2], ["220 Welcome", "250-Received", "250 DSN", *ends, "221 Closing connection", "<closed>"]
+        )
+        server.check()
+        server.play(greylisted)
+        server.on("RCPT").reply("550 Mine")
+        with Client(server) as client:
+            self.assertEqual([client.greeting, *client.ask("HELO a.com", *lines[2:3])], ["220 a", RECEIVED, "550 Mine"])
+        with self.assertRaises(AssertionError) as caught:
+            server.check()
+        text = (
+            "'250-a\\n250 DSN' at EHLO, of the transcript, was never reached\n'450 Later' at RCPT, of the transcript,"
+        )
+        self.assertEqual(str(caught.exception), f"{text} was never reached")
+        server.play(greylisted)
+        for forget in (server.clear_rules, server.reset):
+            forget()
+            with Client(server) as client:
+                self.assertEqual(client.greeting, "220 Welcome")
+                replies = client.ask("EHLO a.com")
+        self.assertEqual(replies, [RECEIVED])
+        server.check()
+
+    def test_long_transcripts(self) -> None:
+        """Of 20 recipients, of two mails, and of 2 MB, in linear time."""
+        ask = "C: RCPT TO:<a@a.com>\nS: 250 {}\n"
+        many = "S: 220 a\n" + "".join(ask.format(number) for number in range(20))
+        said = play_anew(many, [b"HELO a.com\r\n", b"MAIL FROM:<>\r\n", *[b"RCPT TO:<b@b.com>\r\n"] * 21]).splitlines()
+        self.assertEqual(said[6::2], [*(f"S: 250 {number}" for number in range(20)), f"S: {RECEIVED}"])
+        mail = "C: MAIL FROM:<>\nS: 250 a{0}\nC: DATA\nS: 354 b{0}\nC: <4 bytes>\nS: 250 c{0}\n"
+        mails = "S: 220 a\n" + mail.format(1) + mail.format(2)
+        pieces = read_pieces(["HELO a.com", "MAIL FROM:<>", "DATA", "hi", ".", "MAIL FROM:<>", "DATA", "ho", "."])
+        said = [line for line in play_anew(mails, pieces).splitlines() if line[0] == "S"]
+        self.assertEqual(
+            said[2:], [f"S: {reply}{number}" for number in (1, 2) for reply in ("250 a", "354 b", "250 c")]
+        )
+        for unit in (ask, "S: 250-a\n", "C: hi\n", "S: 220 a\n", "S: <closed>\n", " \t", "\n", "C: BDAT 9\n"):
+            times = []
+            for size in (100_000, 400_000):
+                began = time.process_time()
+                with contextlib.suppress(ConfigurationError):
+                    Server().play("S: 220 a\nC: EHLO a\n" + unit * (size // len(unit)))
+                times.append(time.process_time() - began)
+            with self.subTest(unit):
+                self.assertLess(times[1], 8 * times[0] + 0.1)
+
+    def test_bad_transcripts(self) -> None:
+        server = Server()
+        for row in BAD_TRANSCRIPTS:
+            with self.subTest(row.given), self.assertRaisesRegex(ConfigurationError, rf"\Aplay: {row.pattern[6:]}"):
+                server.play("\n".join(row.given))
+        for value in (None, b"S: 220 a", "S: \ud800"):
+            with self.assertRaisesRegex(ConfigurationError, "play=.*: must be a string without lone surrogates"):
+                server.play(value)  # type: ignore[arg-type]
+        self.assertEqual(Memory.of(server).record([b"NOOP\r\n"]), "S: 220 Welcome\nC: NOOP\nS: 250 Ok")
+
+    def test_elsewhere(self) -> None:
+        """The command line, its commands, and the mark of pytest."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "session.log")
+            path.write_bytes(LOGS["curl"].encode() + b"\xff")
+            heard: list[str] = []
+
+            def use(port: int) -> None:
+                for _ in range(2):
+                    with Client(types.SimpleNamespace(host="127.0.0.1", port=port)) as client:  # type: ignore[arg-type]
+                        heard.append(client.greeting)
+
+            run_main(use, "-port=0", f"-play={path}", "-quiet")
+            self.assertEqual(heard, ["220-mx.example.com ESMTP", "220 Welcome"])
+            error = f"smtpmock: -play='{path}2': cannot be read: No such file or directory\n"
+            self.assertEqual(call_main(f"-play={path}2"), (2, "", error))
+            path.write_text("nothing")
+            self.assertIn(
+                "-play: the server says nothing in it; it begins with 'nothing'\n", call_main(f"-play={path}")[2]
+            )
+
+    def test_an_interrupted_body(self) -> None:
+        transcript = "C: MAIL FROM:<>\nS: 250 a\nC: DATA\nS: 354 b\nC: <9 bytes>\nS: <reset>"
+        server = self.run_server()
+        server.play("x\n" + transcript)
+        with Client(server) as client:
+            client.ask(*ENVELOPE, "DATA")
+            client.send(b"0123456789")
+            self.assertEqual(client.read(), "<reset>")
+        server.check()
+
+
+# ------------------------------------------------------------------------------------------ profiles
+
+# What a server with a profile answers to the last of these commands.
+PROFILED = read_rows("""
+HELLO | MAIL | RCPT TO:<x@x.com> => 550 5.1.1 <x@x.com>: Recipient address rejected: User unknown in local recipient table
+     -- profile="postfix"
+helo y.com       => 554 5.7.1 <y.com>: Helo command rejected: Access denied  -- profile="postfix"
+HELO a.com       => 250 mail.example.com Hello a.com [127.0.0.1]  -- profile="exim"
+QUIT             => 221 2.0.0 Bye  -- profile="opensmtpd"
+QUIT             => 221 2.0.0 closing connection - gsmtp  -- profile="gmail"
+HELLO | MAIL     => 250 2.1.0 Sender OK  -- profile="outlook"
+QUIT             => 221 Bye  -- profile="ses"
+QUIT             => 221 mine  -- profile="ses", msg_quit_cmd="221 mine"
+QUIT             => 221 .  -- msg_quit_cmd="221 {address}{address}."
+HELLO | MAIL     => 250 a@a.com and a@a.com  -- msg_mailfrom_received="250 {address} and {address}"
+HELLO | MAIL FROM:<> => 250 <>  -- msg_mailfrom_received="250 <{address}>"
+HELLO | MAIL FROM:a  => 501 .  -- msg_invalid_cmd_mailfrom_arg="501 {address}."
+HELLO | MAIL | RCPT | DATA => 354 b@b.com  -- msg_data_received="354 {address}"
+""")
+
+
+class ProfileTest(unittest.TestCase):
+    OPTIONS: Mapping[str, Any] = {"not_registered_emails": ["x@x.com"], "blacklisted_helo_domains": ["y.com"]}
+
+    def ask(self, memory: Memory, items: Iterable[str]) -> str:
+        """The reply to the last of these."""
+        return "\n".join([memory.feed(piece) for piece in read_pieces(items)][-1]).removesuffix("\n<closed>")
+
+    def test_replies(self) -> None:
+        for row in PROFILED:
+            with self.subTest(row):
+                self.assertEqual(self.ask(Memory(**self.OPTIONS, **row.options), row.given), row.expected)
+
+    def test_each_profile(self) -> None:
+        """It has replies with codes, and accepts what it announces."""
+        for name in ("postfix", "exim", "opensmtpd", "gmail", "outlook", "ses"):
+            with self.subTest(name):
+                options = Configuration(profile=name)
+                fields = [field for field in dataclasses.fields(options) if field.name.startswith("msg_")]
+                texts = {field.name: getattr(options, field.name) for field in fields if field.type == "str"}
+                own = {field.name for field in fields if getattr(options, field.name) != field.default}
+                self.assertGreater(len(own), 9)
+                for text in texts.values():
+                    self.assertRegex(text, r"\A(\d{3}-.+\n)*\d{3} .+\Z")
+                lines = self.ask(Memory(profile=name), ["EHLO a.com"]).split("\n")[1:]
+                self.assertIn(f"250-SIZE {options.msg_size_limit}", lines[:-1])
+                self.assertEqual(len(lines), len(options.extensions))
+
+    def test_options_win(self) -> None:
+        """Over the profile, wherever either is given; the profile can be changed."""
+        given = Configuration(profile="exim", msg_noop_received="250 mine")
+        server = Server(given, profile="postfix")
+        steps: list[Callable[[], object]] = [
+            lambda: None,
+            lambda: server.configure(profile="ses"),
+            lambda: server.configure(msg_quit_cmd="221 other"),
+            lambda: server.configure(profile=None),
+            server.reset,
+        ]
+        for step, quit_reply in zip(steps, ("2.0.0 Bye", "Bye", "other", "other", "2.0.0 Bye"), strict=True):
+            step()
+            said = Memory.of(server).record([b"NOOP\r\n", b"QUIT\r\n"]).splitlines()
+            self.assertEqual(said[2:5:2], ["S: 250 mine", f"S: 221 {quit_reply}"])
+        self.assertEqual(given, copy.copy(given))
+        self.assertEqual(pickle.loads(pickle.dumps(given)), given)
+        self.assertNotEqual(given, Configuration(profile="exim"))
+        for name, text in (
+            ("exmi", "exmi is unknown; did you mean exim"),
+            ("", " is unknown"),
+            (1, "=1: must be a string"),
+        ):
+            with self.assertRaisesRegex(ConfigurationError, f"profile.*{text}"):
+                Configuration(profile=name)  # type: ignore[arg-type]
+
+    def test_an_address_in_a_reply(self) -> None:
+        """Also in that of a rule. It cannot end the reply. Other replies are made once."""
+        memory = Memory(*ENVELOPE[:2], rules=["RCPT: reply 550 <{address}> no", "VRFY: reply 550 {address}."])
+        self.assertEqual(memory.say("RCPT TO:<b@b.com>", "VRFY x"), ["550 <b@b.com> no", "550 x."])
+        memory = Memory(ENVELOPE[0], msg_mailfrom_received="250 {address}", lenient_addresses=True)
+        self.assertEqual(memory.feed(b'MAIL FROM:<"a\r"@a.com>\r\n'), ["501 MAIL FROM requires valid email address"])
+        memory.add_rules(memory, ["MAIL: reply 250 {address}"])
+        self.assertEqual(memory.feed(b"MAIL FROM:<a\rb\xff>\r\n"), [r"250 a\rb\udcff"])
+        memory = Memory(handlers=[make_handler("XTRA", "250 {address}!", parse=staticmethod(str))])
+        self.assertEqual(memory.say("XTRA you"), ["250 you!"])
+        for text in (RECEIVED, "250 {address}"):
+            memory = Memory(msg_mailfrom_received=text)
+            first, second = memory.replies(b"NOOP\r\nNOOP\r\n")
+            self.assertIs(first, second)
 
 
 class HandlerTest(unittest.TestCase):
@@ -5802,7 +6789,7 @@ class CommandLineTest(unittest.TestCase):
     def test_every_option_has_its_flags(self) -> None:
         for field in dataclasses.fields(Configuration):
             if not field.name.startswith("log_") and field.name != "ssl_context":
-                text, value = self.VALUES[str(field.type)]
+                text, value = self.VALUES["str" if field.type == "str | None" else str(field.type)]
                 for flag in flags(field.name):
                     self.assertEqual(parse_flags(f"{flag}={text}"), {field.name: value})
                     self.assertEqual(parse_flags(flag, text), {field.name: value})
@@ -6596,7 +7583,7 @@ class ShowTest(ProcessCase):
 
 # Commands that change nothing, and what is said about them.
 BAD_COMMANDS = read_rows("""
-foo                                     => 'foo': must be rule RULE, configure FLAG..., clear, reset, purge, check, {MORE}
+foo                                     => 'foo': must be rule RULE, play TRANSCRIPT, configure FLAG..., clear, reset, purge, check, {MORE}
 stop now                                => 'stop now': must be {MORE}
 rule                                    => rule '': must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'
 rule RCPT: reply 450; delay soon        => rule 'RCPT: reply 450; delay soon': delay='soon': must be a number of {MORE}
@@ -6604,6 +7591,7 @@ configure -msgRcpttoReceived="450       => No closing quotation
 configure -failFast -port=1             => -port=1: cannot be changed {MORE}
 configure -failFast -json               => -json: cannot be changed while the server runs
 configure -failFast -tlsCert=/dev/null  => {MORE}cannot be loaded: {MORE}; without -tlsKey, the file must have {MORE}
+configure -profile=exmi                 => -profile: exmi is unknown; did you mean exim?
 configure -failFst                      => -failFst: there is no such flag; did you mean -failFast?
 """)
 
@@ -6655,6 +7643,22 @@ class ControlTest(ProcessCase):
             reply = client.rcpt("b@b.com")
         self.assertEqual(self.read()["event"], "message")
         return reply
+
+    def test_a_transcript(self) -> None:
+        """Its line breaks are \\n, also in the output of smtplib; the answer does not repeat it, for its secrets."""
+        reply = r"reply: b'220 a\r\n'\nsend: 'ehlo [1.2.3.4]\r\n'\nreply: b'250 b\r\n'"
+        for transcript in (r"S: 220 a\nC: AUTH PLAIN c2VjcmV0\nS: 235 ok\nC: EHLO a\nS: 250 b", reply):
+            self.write(f"play {transcript}\n")
+            self.assertEqual(self.read(), {"event": "done", "command": "play", "messages": 0})
+        for _ in range(2):
+            client = self.connect()
+            self.assertEqual(client.ehlo_resp, b"b")
+            client.close()
+            self.assertEqual(self.read()["event"], "message")
+        self.write("play c2VjcmV0\n")
+        answer = self.read()
+        self.assertEqual((answer["event"], answer["command"]), ("error", "play"))
+        self.obey("purge")
 
     def test_rules(self) -> None:
         self.obey("rule RCPT: reply 450 later; times=2")
@@ -6908,7 +7912,7 @@ HTTP_HEADERS = {
 }
 # Beside those that -control refuses, too.
 BAD_HTTP_COMMANDS = read_rows("""
-clear x                     => 'clear x': must be rule RULE, configure FLAG..., clear, {MORE}, disconnect reset or stop
+clear x                     => 'clear x': must be rule RULE, play TRANSCRIPT, configure FLAG..., clear, {MORE}, disconnect reset or stop
 disconnect now              => 'disconnect now': must be {MORE}
 configure -http=1           => -http: cannot be changed while the server runs
 configure -httpNames=a.com  => -httpNames: cannot be changed while the server runs
@@ -7050,6 +8054,16 @@ class HttpTest(HttpCase):
                 sock.sendall(data)
                 sock.shutdown(socket.SHUT_WR)
                 self.assertEqual(file.readline()[9:12], status)
+
+    def test_a_transcript(self) -> None:
+        """With real line breaks. The answer does not repeat it."""
+        transcript = "\n -> EHLO a\n<-  250 b\n -> AUTH PLAIN c2VjcmV0\n<** 535 no\n"
+        status, _, content = self.ask("POST /play", body=transcript.encode())
+        self.assertEqual((status, json.loads(content)["command"]), (200, "play"))
+        with Client(self.server) as client:
+            self.assertEqual(client.ask("EHLO a.com", "AUTH PLAIN AHgAeA=="), ["250 b", "535 no"])
+        status, _, content = self.ask("POST /play", body=b"AUTH PLAIN c2VjcmV0")
+        self.assertEqual((status, b"c2VjcmV0" in content), (400, False))
 
     def test_nobody_holds_it_up(self) -> None:
         """A client has some seconds for its request, however it sends it."""
@@ -7542,11 +8556,30 @@ class TellingTest(unittest.TestCase):
             ended = "ended early: 127.0.0.1:"
             self.assertTrue(wait_until(lambda: report(server).count(ended) == 10), report(server))
             self.assertIn("left before any command", report(server))
+            self.assertEqual((report(server).count("ended early"), server.messages()), (10, []))
+
+    def test_a_tls_handshake_on_a_plain_port(self) -> None:
+        """It is one request, and the connection closes."""
+        with Server() as server:
             with Client(server) as client:
                 client.send(b"\x16\x03\x01\x02\x00\x01")
-            text = "the client began TLS, but this port begins in plain text"
-            self.assertTrue(wait_until(lambda: text in report(server)), report(server))
-            self.assertEqual((report(server).count("ended early"), server.messages()), (10, []))
+                self.assertEqual(client.read_all(), ["<closed>"])
+            (message,) = server.wait_for_messages(1, TIMEOUT)
+            self.assertEqual(message.transcript.splitlines()[1:], ["C: <TLS handshake>", "S: <closed>"])
+            self.assertEqual(list_codes([message]), ["tls-on-plain-port"])
+            self.assertIn("tls-on-plain-port: the client began TLS on a port", report(server))
+
+    def test_a_body_that_ends_in_a_bare_lf(self) -> None:
+        for end in (b"\n.\n", b"\n.\r\n", b"\r\n.\n"):
+            with self.subTest(end), Server() as server, Client(server) as client:
+                for line in (*ENVELOPE, "DATA"):
+                    client.ask(line)
+                client.send(b"Subject: x\r\n\r\nhi" + end)
+                self.assertTrue(wait_until(lambda: "a dot alone with a bare LF" in report(server)), report(server))
+                client.__exit__()
+                self.assertTrue(
+                    wait_until(lambda: "false-end: at a dot with a bare LF" in report(server)), report(server)
+                )
 
     def test_a_wait_in_a_coroutine(self) -> None:
         async def wait(server: Server) -> None:
@@ -7762,6 +8795,21 @@ class PytestTest(unittest.TestCase):
         with self.run_test(), Client(self.server) as client:
             self.assertEqual(client.greeting, "220 Welcome")
 
+    def test_a_transcript(self) -> None:
+        for transcript, replies in (
+            ("S: 220 a\nC: NOOP\nS: 250 b", ["220 a", "250 b"]),
+            (None, ["220 Welcome", "250 Ok"]),
+        ):
+            with self.run_test(self.mark(play=transcript, fail_fast=True)) as item:
+                with Client(self.server) as client:
+                    self.assertEqual(
+                        [client.greeting, *client.ask("NOOP", "FOO"), client.read()],
+                        [*replies, UNRECOGNIZED, "<closed>"],
+                    )
+                self.plugin.pytest_runtest_call(item)
+        with self.assertRaises(ConfigurationError), self.run_test(self.mark(play="")):
+            pass
+
     def test_a_client_may_quit_at_the_end_of_a_test(self) -> None:
         """Also one whose last command is not answered yet."""
 
@@ -7914,7 +8962,7 @@ class ReadmeTest(ProcessCase):
         """Every command line of the README is one that the parser takes."""
         lines = [line for language in ("sh", "yaml") for block in self.blocks(language) for line in block.splitlines()]
         commands = [match[1] for line in lines if (match := re.search(r"smtpmock(?:\.py)? (-.*?)(?: &)?$", line))]
-        self.assertGreater(len(commands), 2)
+        self.assertGreater(len(commands), 1)
         for command in commands:
             parse_flags(*shlex.split(command))
 

@@ -28,6 +28,7 @@ import smtpmock
 
 DEBIAN = "ruby php-cli libphp-phpmailer golang-go swaks curl msmtp postfix libsasl2-modules libmail-java"
 DEBIAN += " default-jdk-headless nodejs libio-socket-ssl-perl libauthen-sasl-perl php-symfony-mailer"
+DEBIAN += " git-email libmailtools-perl mutt s-nail"
 PYPI = "aiosmtplib django flask-mail redmail yagmail trustme"
 NPM = "nodemailer emailjs"
 MODES = ("plain", "auth", "starttls", "implicit")
@@ -78,6 +79,9 @@ Content-Disposition: attachment; filename*=utf-8''Pr%C3%BCfbericht%20M%C3%A4rz.p
 {base64.encodebytes(FILE).decode()}
 --mixed--
 """
+
+# What follows "Content-Type:" in a patch, as git format-patch writes it.
+PATCH = f"text/plain; charset=UTF-8\nContent-Transfer-Encoding: 8bit\n\n{MAIL['text']}\n"
 
 folder = Path(tempfile.mkdtemp())
 folder.chmod(0o755)  # Postfix has users of its own
@@ -247,6 +251,25 @@ PROGRAMS = {
           client.send_message(File.read("mail.eml"), mail["sender"], mail["to"])
         end
         """,
+    "smtp.pl": """
+        use Net::SMTP;
+        my ($mode, $port) = @ARGV;
+        my $smtp = Net::SMTP->new("localhost", Port => $port, Hello => "client.example.com", SSL => $mode eq "implicit",
+            SSL_ca_file => "ca.pem") or die $@;
+        $smtp->starttls(SSL_ca_file => "ca.pem") or die $smtp->message if $mode eq "starttls";
+        $smtp->auth("alice", "secret") or die $smtp->message if $mode ne "plain";
+        open my $json, "<", "mail.json" or die;
+        my ($sender, @to) = @{JSON::PP::decode_json(join "", <$json>)}{"sender", "to"};
+        open my $mail, "<", "mail.eml" or die;
+        my @lines = <$mail>;
+        $smtp->mail($sender) and $smtp->to(@{$to[0]}) and $smtp->data(@lines) or die $smtp->message;
+        $smtp->quit;
+        """,
+    "muttrc": """
+        set send_charset="utf-8" charset="utf-8" use_from=yes envelope_from=yes realname="Jörg Müller" copy=no
+        set ssl_ca_certificates_file="ca.pem" certificate_file="ca.pem" ssl_force_tls=no
+        set hostname="client.example.com" smtp_pass="secret" smtp_authenticators="plain"
+        """,
     "mailer.php": """
         <?php
         foreach (["Exception", "SMTP", "PHPMailer"] as $name) require "/usr/share/php/libphp-phpmailer/src/$name.php";
@@ -374,6 +397,59 @@ def msmtp(mode: str, port: int) -> list[str]:
     return ["msmtp", "--file=/dev/null", "--host=localhost", f"--port={port}", *login, *tls, *trust, *people]
 
 
+def git(mode: str, port: int) -> list[str]:
+    login = [] if mode == "plain" else ["--smtp-user=alice", "--smtp-pass=secret", "--smtp-auth=PLAIN"]
+    tls = {"starttls": ["--smtp-encryption=tls"], "implicit": ["--smtp-encryption=ssl"]}.get(mode, [])
+    where = ["--smtp-server=localhost", f"--smtp-server-port={port}", "--smtp-ssl-cert-path=ca.pem"]
+    people = [f"--from={MAIL['name']} <{MAIL['sender']}>", *(f"--to={address}" for address in MAIL["to"])]
+    how = ["--confirm=never", "--suppress-cc=all", "--quiet", "--no-validate", "--smtp-domain=client.example.com"]
+    (folder / "0001.patch").write_text(MIME.partition("multipart/")[0] + PATCH, encoding="utf-8")
+    return ["git", "send-email", *where, *people, *login, *tls, *how, "0001.patch"]
+
+
+def mutt(mode: str, port: int) -> list[str]:
+    scheme, user = "smtps" if mode == "implicit" else "smtp", "" if mode == "plain" else "alice@"
+    options = [f"smtp_url={scheme}://{user}localhost:{port}", f"from={MAIL['sender']}"]
+    options += [f"ssl_starttls={'yes' if mode == 'starttls' else 'no'}"]
+    settings = [word for option in options for word in ("-e", f"set {option}")]
+    return ["mutt", "-n", "-F", "muttrc", *settings, "-s", MAIL["subject"], "-a", MAIL["file"], "--", *MAIL["to"]]
+
+
+def snail(mode: str, port: int) -> list[str]:
+    scheme, login = "smtps" if mode == "implicit" else "smtp", "" if mode == "plain" else "alice:secret@"
+    options = [
+        "v15-compat",
+        f"mta={scheme}://{login}localhost:{port}",
+        "hostname=client.example.com",
+        "sendcharsets=utf-8",
+    ]
+    options += ["smtp-auth=" + ("none" if mode == "plain" else "plain"), "tls-ca-file=ca.pem", "ttycharset=utf-8"]
+    options += ["smtp-use-starttls"] if mode == "starttls" else []
+    settings = [f"-S{option}" for option in [*options, f"from={MAIL['name']} <{MAIL['sender']}>"]]
+    return ["s-nail", "-:/", *settings, "-s", MAIL["subject"], "-a", MAIL["file"], "-.", *MAIL["to"]]
+
+
+def exim(mode: str, port: int) -> str:
+    """Exim is no package that is installed, because Postfix is in its way."""
+    home = folder / "exim-home"
+    home.mkdir(exist_ok=True)
+    shutil.chown(home, "nobody")
+    program, authenticator = folder / "exim/usr/sbin/exim4", ["driver = plaintext", "public_name = PLAIN"]
+    tls = (
+        [f"tls_verify_certificates = {folder}/ca.pem"] if mode in ("starttls", "implicit") else ["hosts_avoid_tls = *"]
+    )
+    tls += {"starttls": ["hosts_require_tls = *"], "implicit": ["protocol = smtps"]}.get(mode, [])
+    lines = ["primary_hostname = relay.example.com", f"spool_directory = {home}", f"log_file_path = {home}/%slog"]
+    lines += ["exim_user = nobody", "exim_group = nogroup", "keep_environment =", f"exim_path = {program}"]
+    lines += ["begin routers", "all:", "driver = manualroute", "transport = out", "route_list = * localhost byname"]
+    lines += ["self = send", "begin transports", "out:", "driver = smtp", f"port = {port}", "allow_localhost", *tls]
+    lines += [] if mode == "plain" else ["hosts_require_auth = *", "begin authenticators", "plain:", *authenticator]
+    lines += [] if mode == "plain" else ["client_send = ^alice^secret"]
+    (folder / "exim.conf").write_text("\n".join(lines) + "\n")
+    command = [str(program), "-C", str(folder / "exim.conf"), "-odf", "-i", "-f", MAIL["sender"], *MAIL["to"]]
+    return run(*command, text=MIME)
+
+
 class Postfix:
     """A relay of its own, with its configuration, queue and data in the folder, which speaks to one port."""
 
@@ -475,6 +551,7 @@ class Client(NamedTuple):
     version: Callable[[], str]
     send: Callable[[str, int], object]
     codes: str = ""  #: expected in each mode: real faults; "?" marks one that depends on the machine's name
+    parts: str = "text html file"  #: what it can send
 
 
 def make_clients(python: str) -> list[Client]:
@@ -550,6 +627,20 @@ def make_clients(python: str) -> list[Client]:
             "JavaMail", debian("libmail-java"), program("java", *trust, "-cp", f"{JAVA}:.", "Client"), "hello-not-fqdn?"
         ),
         Client("Postfix", debian("postfix"), lambda mode, port: Postfix(mode, port).send()),
+        Client("Exim", lambda: run(str(folder / "exim/usr/sbin/exim4"), "-bV").split()[2], exim, "8bit-undeclared"),
+        Client(
+            "Perl Net::SMTP",
+            lambda: run("perl", "-MNet::SMTP", "-e", "print $Net::SMTP::VERSION"),
+            program("perl", "-MJSON::PP", "smtp.pl"),
+            "8bit-undeclared",
+        ),
+        Client(
+            "git send-email", debian("git-email"), lambda mode, port: run(*git(mode, port)), "8bit-undeclared", "text"
+        ),
+        Client("mutt", debian("mutt"), lambda mode, port: run(*mutt(mode, port), text=MAIL["text"]), parts="text file"),
+        Client(
+            "s-nail", debian("s-nail"), lambda mode, port: run(*snail(mode, port), text=MAIL["text"]), parts="text file"
+        ),
     ]
 
 
@@ -560,6 +651,8 @@ def install() -> str:
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         for command in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *missing]):
             subprocess.run(["apt-get", *command], env=environment, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run(["apt-get", "download", "-qq", "exim4-daemon-light"], cwd=folder, check=True, capture_output=True)
+    subprocess.run(["dpkg", "-x", *map(str, folder.glob("exim4*.deb")), str(folder / "exim")], check=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
     python = str(folder / "venv/bin/python")
     run(python, "-m", "pip", "install", "-q", *PYPI.split(), timeout=300)
@@ -585,8 +678,8 @@ def install() -> str:
 def is_installed(package: str) -> bool:
     if package in ("nodejs", "default-jdk-headless"):  # which may have come in other ways
         return shutil.which("node" if package == "nodejs" else "javac") is not None
-    done = subprocess.run(["dpkg", "-s", package], capture_output=True, check=False)
-    return done.returncode == 0
+    done = subprocess.run(["dpkg-query", "-W", "-f=${Status}", package], capture_output=True, check=False)
+    return done.stdout.endswith(b" installed")  # and not removed, with its configuration left
 
 
 def options(mode: str) -> dict[str, Any]:
@@ -618,8 +711,8 @@ def deliver(client: Client, mode: str, server: smtpmock.Server) -> tuple[str, sm
         "rcpt_tos": MAIL["to"],
         "subject": MAIL["subject"],
         "text": MAIL["text"].splitlines(),
-        "html": MAIL["html"].count("größer"),
-        "attachments": [(MAIL["file"], FILE)],
+        "html": MAIL["html"].count("größer") * ("html" in client.parts),
+        "attachments": [(MAIL["file"], FILE)] if "file" in client.parts else [],
         "auth_user": None if mode == "plain" else "alice",
         "auth": mode != "plain",
         "tls": mode in ("starttls", "implicit"),

@@ -1,7 +1,7 @@
 """How curl and swaks react to failures that rules cause: python .ci/faults.py
 
 It needs curl and swaks. Each case is a rule of the command line and, for each client, the expected exit status and a
-part of its output.
+part of its output. A server that plays this output makes the client fail in the same way.
 """
 
 import subprocess
@@ -23,6 +23,7 @@ CASES = {
     "message: drop; after=100000": ((ANY, "curl: (5"), (ANY, "")),
     "message: reset; after=100000": ((55, "failure"), (ANY, "")),
     "MAIL: silence": ((28, "timed out"), (23, "Timeout")),
+    "RCPT: drop": ((56, "reading failed"), (ANY, "closed connection unexpectedly")),
     "NOOP: drop": ((0, ""), (0, "")),  # neither client sends it, so the mail arrives
 }
 
@@ -36,25 +37,35 @@ def commands(port: int, mail: str) -> list[list[str]]:
     ]
 
 
+def run(server: smtpmock.Server, index: int, mail: str) -> tuple[int, str]:
+    """The exit status of a client, and its output."""
+    command = commands(server.port, mail)[index]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, timeout=60)
+    return done.returncode, done.stdout.decode("utf-8", "replace")
+
+
 def check(rule: str, expected: tuple[tuple[int, str], ...], mail: str) -> list[str]:
     failures = []
     for index, (status, text) in enumerate(expected):
         with smtpmock.Server() as server:
             smtpmock._add_rule(server, rule)
-            command = commands(server.port, mail)[index]
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            found, output = run(server, index, mail)
         messages = server.messages()
         accepted = [message.is_consistent for message in messages]
-        said = [line for line in (done.stdout + done.stderr).splitlines() if text in line]
-        right = status in (done.returncode, ANY) and said and (status == 0) == any(accepted)
+        said = [line for line in output.splitlines() if text in line]
+        right = status in (found, ANY) and said and (status == 0) == any(accepted)
         if "after=" in rule:
             right = right and [len(message.content) for message in messages] == [100000]
-        outcome = f"{'ok' if right else 'FAILED':6} {rule:36} {command[0]:5} exit {done.returncode}"
+        elif "silence" not in rule:  # of which no log tells
+            with smtpmock.Server() as server:
+                server.play(output)
+                again, repeated = run(server, index, mail)
+            right = right and again == found and text in repeated
+        client = commands(0, mail)[index][0]
+        outcome = f"{'ok' if right else 'FAILED':6} {rule:36} {client:5} exit {found}"
         print(f"{outcome}  {said[-1] if said else ''}")
         if not right:
-            failures.append(
-                f"{rule}, {command[0]}: {done.returncode}, {accepted}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-            )
+            failures.append(f"{rule}, {client}: {found}, {accepted}\n{output[-4000:]}")
     return failures
 
 
