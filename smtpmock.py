@@ -241,8 +241,8 @@ _EXTENSIONS = "SIZE 8BITMIME SMTPUTF8 PIPELINING DSN CHUNKING BINARYMIME ENHANCE
 _EXTENSIONS += " LIMITS ETRN VRFY EXPN HELP TURN BURL MT-PRIORITY FUTURERELEASE NO-SOLICITING"
 _AUTH_MECHANISMS = ("PLAIN", "LOGIN", "CRAM-MD5", "XOAUTH2")
 
-# What real servers answer. A row has options, as patterns that leave out msg_, invalid_cmd_ and _received, with their
-# values. The first three are Debian's servers, see .ci/profiles.py. The others are quoted from what is above each row.
+# The replies of real servers. A row has options and their values; names may omit msg_, invalid_cmd_ and _received.
+# The first three servers are Debian's (see .ci/profiles.py). The others are quoted from the pages above each row.
 _PROFILES = r"""
 == postfix
 rcptto_not_registered 550 5.1.1 <{address}>: Recipient address rejected: User unknown in local recipient table
@@ -589,7 +589,7 @@ def _read_profile(name: str) -> dict[str, Any]:
 
 
 class _ProfileDefault:
-    """The default of an option that profiles have."""
+    """The default of an option that a profile can set."""
 
     def __init__(self, name: str, default: Any) -> None:
         self._name, self._default = name, default
@@ -831,7 +831,7 @@ class _Request:
         self.kind = _VERBS.get(verb, _UNKNOWN_VERB)
 
     def hide(self, line: str, argument: str = "", verb: str = "") -> _Request:
-        """The request with this line, because its own may hold a secret, as may its verb."""
+        """A copy with this line, because the real line and verb may hold a secret."""
         return _Request(verb or self.verb, line, argument, tuple((code, line) for code, _ in self.faults))
 
 
@@ -2294,7 +2294,7 @@ class Rule:
         # and they replace them, so that sessions can read them without the lock.
         self._uses: tuple[dict[str, Any], ...] = ({},)
         self._function: _Function | None = None
-        self._script: _Script | None = None  # the session of a transcript that it plays; None if it is for all sessions
+        self._script: _Script | None = None  # the transcript's session that it plays; None if it is for all sessions
 
     def reply(self, *texts: str | None) -> Rule:
         """Say these texts, one per use, and the last one from then on; None is the normal reply.
@@ -2468,18 +2468,18 @@ class _Rules:
 
 
 def _unescape(text: str) -> str:
-    """The line whose repr() this is."""
+    """The line with this repr()."""
     data = re.sub(r"\\r(?:\\n)?['\"]?$", "", text[1:]).encode("latin-1", "backslashreplace")
     return _decode(data.decode("unicode_escape", "ignore").encode("latin-1", "replace"))
 
 
 def _split(text: str) -> str:
-    """The lines of a reply of PHPMailer, which have no line breaks on a web page."""
+    """Split a reply in PHPMailer's output, which has no line breaks on a web page."""
     return re.sub(rf"(?!^)(?={text[:3]}[- ])", "\n", text) if re.match(r"\d{3}-", text) else text
 
 
-# How the lines of client and server begin, and how the rest is read. The first one counts that has a server's line.
-_METER = r"[\r\t \d.:kMG-]*"  # curl may print it first
+# How lines of the client and of the server begin, and how to read the rest. The first notation that fits is used.
+_METER = r"[\r\t \d.:kMG-]*"  # curl may print its progress first
 _NOTATIONS = (
     (r"[ \t]*S:(?! ?<) ?", r"[ \t]*R: ?(?=[2-5]\d\d[ -])", str),  # the sender and the receiver of RFC 821 to RFC 3030
     (r"[ \t]*C:(?! ?<[a-z]| &) ?", r"[ \t]*S:(?! ?<wait) ?", str),  # Message.transcript, and later RFCs
@@ -2488,7 +2488,7 @@ _NOTATIONS = (
     (r"[\d:. \t]*send: b?(?=['\"])", r"[\d:. \t]*reply: b?(?=['\"])", _unescape),  # smtplib
     (rf"{_METER}> ", rf"{_METER}< ", str),  # curl
 )
-_OTHER_LINES = (  # of all of them; PHPMailer indents what follows the first line of a reply
+_OTHER_LINES = (  # in all notations; PHPMailer indents all lines of a reply but the first
     r"(?P<opened>[ \t]*=== Trying|[\d:. \t]*connect: to |.*\*  +Trying |.*Connection: opening)"
     r"|(?P<lost>.*(?:connection unexpectedly|unexpectedly closed|reading failed|EOF caught))"
     r"|(?P<reset>.*reset by peer)|[ \t]+(?P<more>\d{3}[ -].*)"
@@ -2503,8 +2503,8 @@ class _Script:
         self.said: list[tuple[str, int | None, dict[str, Any]]] = []  # stage, size of its body, aspects of the reply
         self.lines: list[str] = []  # of the reply to the last request
         self.waiting: deque[str] = deque()  # the stages of the requests without a reply
-        self.expected: str | None = "connect"  # the stage of what comes next, or "body"; None is a command
-        self.bodies: list[int] = []  # their sizes, where they are known
+        self.expected: str | None = "connect"  # the stage that comes next, or "body"; None means a command
+        self.bodies: list[int] = []  # their sizes, if they are known
         self.is_refused = self.has_credentials = self.is_over = False
 
     def read(self, kind: str, line: str) -> bool:
@@ -2545,7 +2545,7 @@ class _Script:
 
     def _read_reply(self, line: str) -> None:
         stage, accepts = self._take_stage(), not line.startswith(("4", "5"))
-        # A line without a code is the next one of a text of ours, and a 421 may come unasked.
+        # A line without a code continues one of our own texts, and a 421 may come unasked.
         if re.match({None: "(?!421)[2-5][0-9]{2}", "connect": "2[35]|3"}.get(stage, "$."), line):
             raise ConfigurationError(f"there is no command before {_shorten(line)}", "play")
         if stage is None:
@@ -2570,10 +2570,10 @@ class _Script:
             self.said[-1][2]["then"] = ending
 
     def make_rules(self, rules: _Rules) -> Iterator[Rule]:
-        """A rule for each stage, which says one thing after the other."""
+        """Yield a rule for each stage, which sends its replies in order."""
         uses: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
         for stage, after, use in self.said:
-            if lines := use["reply"]:  # the last - is missing in the greeting of RFC 4954
+            if lines := use["reply"]:  # the greeting in RFC 4954 has no last line
                 use["reply"] = "\n".join([*lines[:-1], re.sub(r"^(\d{3})-", r"\1 ", lines[-1])])
             uses.setdefault((stage, after), []).append(use)
         for (stage, after), of_stage in uses.items():
@@ -2603,7 +2603,7 @@ def _read_transcript(text: str) -> list[_Script]:
 
 
 def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[str, Any]:
-    """The options with which a server accepts what these sessions announce, and use."""
+    """The options with which a server accepts what these sessions announce and use."""
     said = [(stage, use["reply"]) for script in scripts for stage, _, use in script.said]
     lines = [
         line[4:].upper().replace("AUTH=", "AUTH ") for stage, reply in said if stage == "EHLO" for line in reply[1:]
@@ -2626,10 +2626,10 @@ def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[
 _STEPS = ("helo", "mailfrom", "rcptto", "data", "msg", "rset", "noop", "quit")
 _TRANSACTION = _STEPS[1:]
 
-# The steps that are in force beyond a mail.
+# The steps that stay in force after a mail.
 _LASTING = ("greeting", "tls", "helo", "auth")
 
-# The replies to commands that come before a step which only some servers demand, or after a greeting that refused.
+# The replies to commands before a step that only some servers require, or after a greeting that refuses.
 _DEMANDS = {"session": "msg_invalid_cmd_helo_sequence", "tls": "msg_tls_required", "auth": "msg_auth_required"}
 
 
@@ -2710,7 +2710,7 @@ class Handler:
             reply = self._apply(self._decide(session, request, argument, value), reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
         mail = session.mail
-        step = self._step  # without one nothing needs the value, which may be a secret
+        step = self._step  # otherwise nothing needs the value, which may be a secret
         # Calling _Exchange() would run a Python function, and take twice as long.
         exchange = tuple.__new__(_Exchange, (request, reply, step and value, session.at, session.has_more))
         mail.exchanges.append(exchange)
@@ -2775,7 +2775,7 @@ def _fill_address(text: str, names: Sequence[str]) -> str:
 
 
 def _choose_with_address(handler: Handler, session: _Session, value: Any) -> _Reply:
-    """Like Handler._choose(), if a text has {address}. Other replies are made only once."""
+    """Like Handler._choose(), for texts with {address}. Other replies are made only once."""
     reply = type(handler)._choose(handler, session, value)
     if "{address}" in reply.text:
         reply = reply.replace(text=_fill_address(reply.text, handler._names(session, None, value)), data=None)
@@ -3345,7 +3345,7 @@ class _Handlers(dict[str, Handler]):
         self.commands = _ParsedLines(self)
 
     def turn_away(self) -> _Handlers:
-        """Those of a session that the greeting has refused. Only QUIT is in sequence (RFC 5321 section 3.1)."""
+        """The handlers of a refused session. Only QUIT is in sequence (RFC 5321 section 3.1)."""
         import copy
 
         others = copy.copy(self)
@@ -3438,7 +3438,7 @@ class _Body:
         return bytes(memoryview(raw)[2:]) if not self._dropped and len(raw) - 2 <= self._limit else None
 
     def ends_falsely(self) -> bool:
-        """Whether what arrived ends as some clients end a mail, by mistake."""
+        """Whether the body ends with a wrong end marker that some clients send."""
         return re.search(rb"(?:[^\r]\n\.\r?|\r\n\.)\n\Z", self._raw[-5:]) is not None
 
     def end(self, verb: str) -> bytes | None:
@@ -3467,8 +3467,8 @@ class _Mail:
         self.exchanges: list[_Exchange] = []
         self.body: _Body | None = None
         self.attempts = 0  # attempts to send a mail that are kept in full
-        self.refused: list[_Exchange] = []  # in older ones
-        self.begin = 0  # where in the exchanges all is kept from
+        self.refused: list[_Exchange] = []  # refused exchanges of older attempts
+        self.begin = 0  # the index from which all exchanges are kept
         self.discarded = 0  # how many accepted mails the message no longer shows
         self.has_begun = False  # whether MAIL came
         self.is_complete = False  # whether only RSET, NOOP and QUIT can still belong to it
@@ -3478,7 +3478,7 @@ class _Mail:
         self.entry: _Entry | None = None  # its place in the mailbox
 
     def lasting(self) -> dict[str, _Exchange]:
-        """The steps that are in force beyond the mail, in the order in which they were taken."""
+        """The steps that stay in force after the mail, in the order in which they were taken."""
         accepted = self.accepted_steps
         return {step: said for step, said in self.steps.items() if step in _LASTING and step in accepted}
 
@@ -3504,13 +3504,13 @@ class _Mail:
         at = len(self.exchanges)
         while at and self.exchanges[at - 1] is not body:
             at -= 1
-        if at:  # else the mail was truncated
+        if at:  # otherwise the mail was truncated
             self.exchanges = [*self.lasting().values(), *self.exchanges[at:]]
             self.attempts = self.begin = 0
             self.refused = []
 
     def begin_attempt(self) -> None:
-        """Keep of the oldest attempt to send a mail only what was refused, if there are too many."""
+        """If there are too many attempts to send a mail, keep only the refusals of the oldest one."""
         self.attempts += 1
         if self.attempts > _ATTEMPT_LIMIT:
             found = (at for at in range(self.begin, len(self.exchanges)) if self.exchanges[at].verb == "MAIL")
@@ -3591,7 +3591,7 @@ class _Session:
         self.context, self.handlers, self.commands = context, context.handlers, context.handlers.commands
         self.peer = peer
         self.rules = context.rules
-        self.script: _Script | None = None  # the session of a transcript that it plays
+        self.script: _Script | None = None  # the transcript's session that it plays
         self.request: _Request | None = None  # the last one, for the log
         self.has_more = False  # whether more input came together with it
         self.at = 0.0  # when it arrived
@@ -3643,15 +3643,15 @@ class _Session:
         self.at = at
         self.script = self.rules.take_script() if self.rules.scripts else None
         reply = self.run(self.handlers["connect"], None, "")
-        self.mail.accepted_steps.add("greeting")  # it lasts, whatever it says
+        self.mail.accepted_steps.add("greeting")  # TLS stays in force, whatever the server replies
         if reply.text.startswith("5"):
             self.handlers = self.handlers.turn_away()
             self.commands = self.handlers.commands
         return reply
 
     def receive(self, data: bytes, at: float = 0.0) -> Iterator[_Reply]:
-        """Yield the replies to what data, which came at this time, completes. A command is run when its reply is
-        asked for."""
+        """Yield the replies to the commands that data, received at this time, completes. A command runs when its reply
+        is asked for."""
         self.at = at
         if self.rest:
             data, self.rest = self.rest + data, b""
@@ -3726,7 +3726,7 @@ class _Session:
         return end + 1, run(_Request("answer", shown, "", _find_faults(data[at:end], shown)), text)
 
     def leave_to_tls(self) -> _Reply:
-        """End the session, because the client has begun a TLS handshake, which is none of SMTP's business."""
+        """End the session, because the client has begun a TLS handshake on a plain-text port."""
         self.request, self._take, self.has_more = _TLS_HANDSHAKE, _Session._ignore_input, False
         reply = _Reply("", b"", next=_Next.CLOSE)
         self.note(_TLS_HANDSHAKE, reply)
@@ -3845,7 +3845,7 @@ class _Session:
         if request.verb == "message":
             complete = complete or reply.accepts or self._keeps_messages
         elif complete and mail.body is not None:  # chunks without LAST; this exchange stays the last one
-            *mail.exchanges, last = mail.exchanges  # another list, because messages have this one
+            *mail.exchanges, last = mail.exchanges  # a new list, because messages refer to this one
             self._leave_body(mail.body)
             mail.exchanges.append(last)
         if self._keeps_messages:
@@ -5093,11 +5093,11 @@ class Server:
         return ssl.create_default_context(cadata=_ca_pem())
 
     def play(self, transcript: str) -> None:
-        """Answer the next session as the server of this transcript did, or the next ones, if it has several.
+        """Answer the next session as the server in this transcript did. Several sessions answer the next ones.
 
-        The transcript is a Message.transcript, a dialogue of an RFC, or what swaks, smtplib, curl or PHPMailer print.
-        What the client sends may differ: at each stage the replies come in their order, and the normal ones after
-        these. What EHLO announces is accepted, with any login. A ConfigurationError if there is no reply in it.
+        The transcript is a Message.transcript, a dialogue in an RFC, or the output of swaks, smtplib, curl, PHPMailer.
+        The client need not send the same. At each stage, the replies come in order, and normal replies follow.
+        What EHLO announces is accepted, with any login. Raises ConfigurationError if the transcript has no reply.
         """
         scripts = _read_transcript(transcript)
         self.configure(**_find_announced(scripts, self._options))
@@ -5204,7 +5204,7 @@ class Server:
 
 
 def _shared_smtp_server() -> Iterator[Server]:
-    """The server behind smtp_server, for fixtures with a larger scope that need its host and port."""
+    """The server behind smtp_server, for fixtures of a larger scope that need its host and port."""
     with Server(multiple_rcptto=True, multiple_message_receiving=True) as server:
         yield server
 
@@ -5216,7 +5216,7 @@ class _PytestPlugin:
 
     def __init__(self) -> None:
         self.test: Any = None  # the last test with the fixture
-        self.sessions: list[Message | str] = []  # of that test, after its end
+        self.sessions: list[Message | str] = []  # the sessions of that test, after its end
         self.shown = ""  # the last section in its report
 
     def smtp_server(self, request: Any, shared_smtp_server: Server) -> Iterator[Server]:
@@ -5230,7 +5230,7 @@ class _PytestPlugin:
             server.start()
         server.reset()
         options: dict[str, Any] = {}
-        for mark in reversed([*request.node.iter_markers("smtp_server")]):  # the nearest comes last
+        for mark in reversed([*request.node.iter_markers("smtp_server")]):  # the closest mark comes last
             if mark.args:
                 raise ConfigurationError(f"pytest.mark.smtp_server: {mark.args[0]!r} must be an option by its name")
             options |= mark.kwargs
