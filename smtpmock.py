@@ -100,6 +100,10 @@ class SMTPMockError(Exception):
     """The base of every error that smtpmock raises."""
 
 
+class _OutputError(SMTPMockError):
+    """An output of the command line cannot store or print a mail or an event."""
+
+
 class ConfigurationError(SMTPMockError, ValueError):
     """An invalid option or argument. The text gives its name, its value, and what is allowed.
 
@@ -114,7 +118,8 @@ class ConfigurationError(SMTPMockError, ValueError):
 
 
 class ServerStateError(SMTPMockError, RuntimeError):
-    """start() on a running server, stop() on a stopped one, or client_context() without a certificate for tests."""
+    """start() on a running server, stop() on a stopped one, `port` before the first start, and client_context() without
+    a certificate for tests."""
 
 
 class ServerStartError(SMTPMockError, OSError):
@@ -130,7 +135,7 @@ class WaitTimeoutError(SMTPMockError, TimeoutError):
 
 
 class SMTPMockWarning(UserWarning):
-    """The server discarded recipients or mails that it had accepted, because its configuration says so."""
+    """The configuration makes the server discard recipients or mails that it accepted, or log to nowhere."""
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -167,6 +172,7 @@ def _fold(name: str) -> str:
 # poll() takes at most 2**31 milliseconds, which is 24 days.
 _SECONDS = _OptionType("a number of seconds from 0 to 1000000", _number(0, 1e6, int, float), float)
 _TIMEOUT = _OptionType("a number of seconds from 0.001 to 1000000", _number(1e-3, 1e6, int, float), float)
+_HOST_NAME = _OptionType("a host name or an address", lambda value: _is_text(value) and bool(value.strip()))
 _PORT = _OptionType("an integer from 0 to 65535", _number(0, 65535, int), int)
 _COUNT = _OptionType("an integer from 0 up", _number(0, float("inf"), int), int)
 _SEED = _OptionType("an integer", _number(float("-inf"), float("inf"), int), int)
@@ -188,7 +194,12 @@ _CONTEXT = _OptionType(
     lambda value: value in _TEST_CONTEXTS or (hasattr(value, "wrap_socket") and value.check_hostname is not True),
 )
 _HANDLERS = _OptionType("a list of subclasses of Handler", lambda value: isinstance(value, Iterable), normalise=tuple)
-_CALLABLE = _OptionType("callable", callable)
+_CALLABLE = _OptionType(
+    "a function that is not async",
+    lambda value: (
+        callable(value) and not getattr(getattr(value, "__code__", None), "co_flags", 0) & 0x80
+    ),  # CO_COROUTINE
+)
 _LOGGER = _OptionType(
     "a logger with methods info(), warning() and error()",
     lambda value: all(callable(getattr(value, name, None)) for name in ("info", "warning", "error")),
@@ -202,7 +213,7 @@ _USERS = _OptionType(
 
 def _check(name: str, value: object, kind: _OptionType) -> None:
     if not kind.accepts(value):
-        raise ConfigurationError(f"must be {kind.allowed}", name, value)
+        raise ConfigurationError(f"must be {kind.allowed}", name, *([value] if kind is not _USERS else []))  # secrets
 
 
 def _read(kind: _OptionType, text: str) -> Any:
@@ -217,6 +228,12 @@ def _suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _find_other_name(name: str, others: Mapping[str, str]) -> str:
+    """The end of a message that names what other tools call this."""
+    found = [ours for ours, theirs in others.items() if name in theirs.split()]
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 class _Option(NamedTuple):
@@ -334,6 +351,24 @@ _NEEDED = {
     "tls_required": "ssl_context",
 }
 
+# Options of other tools, and the names of ours.
+_OTHER_NAMES = {
+    "host": "hostname host_name host_address addr address bind",
+    "port": "port_number smtp_port",
+    "log_to_stdout": "log logging debug verbose",
+    "ssl_context": "tls_context sslcontext ssl tls cert certfile tls_cert use_tls use_starttls starttls",
+    "implicit_tls": "use_ssl ssl_only smtps",
+    "tls_required": "require_tls require_starttls starttls_required enforce_tls",
+    "auth_required": "enforce_auth require_auth",
+    "auth_users": "auth authenticator user users username password credentials login login_username login_password",
+    "msg_size_limit": "data_size_limit max_size max_message_size size_limit",
+    "extensions": "enable_smtputf8 smtputf8 decode_data esmtp",
+    "session_timeout": "timeout command_timeout",
+    "on_message": "callback handler handle_data process_message sink",
+    "msg_greeting": "greeting banner ident",
+    "configure() or a Configuration": "config settings options",
+}
+
 _T = TypeVar("_T")
 
 
@@ -374,6 +409,7 @@ class _Options:
 
     _declared: ClassVar[dict[str, _Option]] = {}
     _positional: ClassVar[tuple[str, ...]] = ()
+    _other_names: ClassVar[Mapping[str, str]] = {}
     __dataclass_fields__: ClassVar[Any] = _DataclassAttribute()
     __dataclass_params__: ClassVar[Any] = _DataclassAttribute()
     __match_args__: ClassVar[Any] = _DataclassAttribute()
@@ -395,7 +431,9 @@ class _Options:
             if name not in self._declared:
                 known = list(self._declared)
                 others = "" if len(known) > 9 else f"; there are {', '.join(known)}"
-                raise ConfigurationError(f"there is no such option{_suggest(name, known) or others}", name, value)
+                snake = re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower()
+                hint = _find_other_name(snake, self._other_names) or _suggest(snake, known) or others
+                raise ConfigurationError(f"there is no such option{hint}", name, value)
         positional = self._positional[: len(values)]
         if len(values) > len(positional) or not options.keys().isdisjoint(positional):
             raise TypeError(f"{type(self).__name__}() has too many positional arguments: {values!r}")
@@ -450,12 +488,14 @@ def _check_choices(option: str, names: Iterable[str], known: Collection[str], fo
 class _AddressOptions(_Options):
     """The options that configure() cannot change."""
 
-    host: str = _option("127.0.0.1", _TEXT, "host name or address to listen on; [::] means all addresses")
+    host: str = _option("127.0.0.1", _HOST_NAME, "host name or address to listen on; [::] means all addresses")
     port: int = _option(0, _PORT, "port to listen on; 0 takes a free one")
 
 
 class _SessionOptions(_Options):
     """The options that configure() can change."""
+
+    _other_names = _OTHER_NAMES
 
     log_to_stdout: bool = _option(False, _FLAG, "log to stdout, and errors to stderr")
     log_server_activity: bool = _option(False, _FLAG, "include sessions, requests and replies in the log")
@@ -1857,26 +1897,29 @@ def _shorten(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-class _StepField(Generic[_T]):
+class _StepField(property, Generic[_T]):
     """An attribute of Message that is read from the exchange of one step; the default if the step is missing."""
 
-    def __init__(self, step: str, read: Callable[[_Exchange], _T | None], default: _T) -> None:
+    def __init__(self, step: str, read: Callable[[_Exchange], _T | None], default: _T, about: str) -> None:
+        self.__doc__ = about
         self.step, self.read, self.default = step, read, default
 
-    def __get__(self, message: Message, owner: type[Message]) -> _T:
+    def __get__(self, message: Any, owner: Any = None) -> _T:  # type: ignore[override]
         exchange = message._steps.get(self.step)
         value = None if exchange is None else self.read(exchange)
         return self.default if value is None else value
 
 
+_read_value: Callable[[_Exchange], Any] = operator.attrgetter("value")
 _read_line: Callable[[_Exchange], str] = operator.attrgetter("line")
 _read_response: Callable[[_Exchange], str] = operator.attrgetter("response")
 _read_accepted: Callable[[_Exchange], bool] = operator.attrgetter("accepted")
 
 
 def _make_fields(step: str) -> tuple[_StepField[str], _StepField[str], _StepField[bool]]:
-    fields = _StepField(step, _read_line, ""), _StepField(step, _read_response, "")
-    return *fields, _StepField(step, _read_accepted, False)
+    request = _StepField(step, _read_line, "", f"The last {step} command as the client wrote it; secrets are ***.")
+    response = _StepField(step, _read_response, "", "The reply to it.")
+    return request, response, _StepField(step, _read_accepted, False, "Whether it took effect.")
 
 
 class Attachment(NamedTuple):
@@ -1907,6 +1950,27 @@ def _jsonify(value: Any) -> Any:
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
+# Parts of a transcript, each with a hint at what may have been intended.
+_HINTS = {
+    r"C: AUTH.*\nS: 50[0-4]": "auth_users turns on AUTH",
+    r"C: STARTTLS\nS: 50[0-4]": "ssl_context turns on STARTTLS",
+    r"C: (?:HELO|EHLO|MAIL|RCPT)[^>\n]*>?\nS: 501": "lenient_addresses accepts more names",
+    r"C: (?:(?:BDAT|VRFY|EXPN|HELP).*\nS: 50[0-4]|(?:MAIL|RCPT)[^>\n]*>.+\nS: 5[05])": "extensions turns on more",
+    r"C: EHLO.*\n(?:S: (?!.*(?:AUTH|TLS)).*\n)+(?:C: QUIT\n.*\n.*\n)?\Z": "auth_users turns on AUTH, ssl_context TLS",
+}
+
+# Attributes of messages in other tools, and the names of ours.
+_OTHER_ATTRIBUTES = {
+    "mail_from": "sender from_ from_addr from_address envelope_from",
+    "rcpt_tos": "to recipients recipient to_addrs rcpttos rcpt_to envelope_to",
+    'mail_from and rcpt_tos, or email["To"]': "envelope addresses cc bcc reply_to",
+    "text, html or content": "body payload get_payload get_content message parts walk text_body html_body plain",
+    "content": "raw raw_content bytes source",
+    'email["To"]': "headers header get items date as_string",
+    "exchanges": "commands dialogue session",
+}
+
+
 class Message:
     """The record of an SMTP session or, with multiple_message_receiving, of one mail in it.
 
@@ -1918,31 +1982,27 @@ class Message:
     helo_request, helo_response, helo = _make_fields("helo")
     mailfrom_request, mailfrom_response, mailfrom = _make_fields("mailfrom")
     mail_from = _StepField[str | None](
-        "mailfrom", lambda exchange: exchange.value and exchange.value.address, None
-    )  #: the sender, "" for <>; None if none was valid
+        "mailfrom", lambda said: said.value and said.value.address, None, 'The sender, "" for <>; None if not valid.'
+    )
     data_request, data_response, data = _make_fields("data")
-    content = _StepField[bytes](
-        "msg", operator.attrgetter("value"), b""
-    )  #: the body, dots unstuffed, CRLF kept; partial if the client left
-    msg_response = _StepField("msg", _read_response, "")
-    msg = _StepField("msg", _read_accepted, False)
+    content = _StepField[bytes]("msg", _read_value, b"", "The body, dots unstuffed, CRLF kept; partial if aborted.")
+    msg_response = _StepField("msg", _read_response, "", "The reply to the body.")
+    msg = _StepField("msg", _read_accepted, False, "Whether the body was accepted.")
     rset_request, rset_response, rset = _make_fields("rset")
-    noop = _StepField("noop", _read_accepted, False)
-    quit_sent = _StepField("quit", _read_accepted, False)
-    auth_request, auth_response, auth = _make_fields("auth")  #: the request is without the secret
+    noop = _StepField("noop", _read_accepted, False, "Whether NOOP was accepted.")
+    quit_sent = _StepField("quit", _read_accepted, False, "Whether QUIT was accepted.")
+    auth_request, auth_response, auth = _make_fields("auth")
     auth_mechanism = _StepField[str | None](
-        "auth", operator.attrgetter("value.mechanism"), None
-    )  #: also if the login failed
-    auth_user = _StepField[str | None]("auth", operator.attrgetter("value.user"), None)
-    tls = _StepField[tuple[str, str] | None](
-        "tls", operator.attrgetter("value"), None
-    )  #: (version, cipher); None without TLS
-    id: int  #: unique among the messages of the server
-    peer: tuple[str, int]  #: the client's address and port
+        "auth", operator.attrgetter("value.mechanism"), None, "The mechanism, also if the login failed."
+    )
+    auth_user = _StepField[str | None]("auth", operator.attrgetter("value.user"), None, "The user, likewise.")
+    tls = _StepField[tuple[str, str] | None]("tls", _read_value, None, "(version, cipher); None without TLS.")
 
     _steps: dict[str, _Exchange]
     _recipients: list[_Exchange]
     _count: int
+    _id: int
+    _peer: tuple[str, int]
     _exchanges: list[_Exchange]
     _length: int
     _discarded: int
@@ -1952,8 +2012,8 @@ class Message:
     def __init__(self, mail: _Mail, peer: tuple[str, int], id: int, tolerated: Collection[str]) -> None:
         # The session goes on appending to the lists, so their present lengths are kept with them.
         fields = self.__dict__  # because __setattr__() allows nothing
-        fields["id"] = id
-        fields["peer"] = peer
+        fields["_id"] = id
+        fields["_peer"] = peer
         fields["_tolerated"] = tolerated
         fields["_steps"] = mail.steps.copy()
         fields["_recipients"] = mail.recipients
@@ -1965,6 +2025,15 @@ class Message:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
 
+    if not TYPE_CHECKING:  # otherwise type checkers would accept any name
+
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = _find_other_name(name, _OTHER_ATTRIBUTES)
+            raise AttributeError(f"a Message has no attribute {name!r}{hint}")
+
+        def __getitem__(self, name: object) -> NoReturn:
+            raise TypeError(f"a Message is no mapping; its headers are in its email: message.email[{name!r}]")
+
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy: the record, without what was parsed from it and cached."""
         cached = ("transcript", "received_header", "_mail", "_parts", "_findings")
@@ -1972,6 +2041,16 @@ class Message:
         values["_recipients"] = self._recipients[: self._count]
         values["_exchanges"] = self._exchanges[: self._length]
         return {name: value for name, value in values.items() if name not in cached}
+
+    @property
+    def id(self) -> int:
+        """Unique among the messages of the server."""
+        return self._id
+
+    @property
+    def peer(self) -> tuple[str, int]:
+        """The client's address and port."""
+        return self._peer
 
     @property
     def rcptto_request_response(self) -> list[tuple[str, str]]:
@@ -1985,6 +2064,7 @@ class Message:
 
     @property
     def rcptto(self) -> bool:
+        """Whether there is one."""
         return bool(self.rcpt_tos)
 
     @property
@@ -2026,11 +2106,13 @@ class Message:
 
     def _find_discards(self) -> Iterator[tuple[str, str]]:
         """What was accepted and not kept, each with the option that keeps it."""
-        accepted = [exchange.verb for exchange in self._exchanges[: self._length] if exchange.accepted]
-        last_mail = len(accepted) - accepted[::-1].index("MAIL") if "MAIL" in accepted else 0
-        recipients = accepted[last_mail:].count("RCPT") if self.msg else 0
+        said = self._exchanges[: self._length]
+        last_mail = max((at for at, one in enumerate(said) if one.verb == "MAIL" and one.accepted), default=0)
+        recipients = [one.accepted for one in said[last_mail:] if one.verb == "RCPT"]
+        has_lost_all = any(one.verb in ("DATA", "BDAT") and one.is_refused for one in said[last_mail:])
+        has_lost_all = has_lost_all and recipients[-1:] == [False]  # and its refusal has undone the others
         for option, what, count, kept in (
-            ("multiple_rcptto", "recipients", recipients, len(self.rcpt_tos)),
+            ("multiple_rcptto", "recipients", sum(recipients) * (self.msg or has_lost_all), len(self.rcpt_tos)),
             ("multiple_message_receiving", "mails", self._discarded + self.msg, int(self.msg)),
         ):
             if count > kept:
@@ -2058,6 +2140,12 @@ class Message:
     def transcript(self) -> str:
         """The exchanges as lines such as "C: QUIT" and "S: 221 Bye"; a body is one line with its size."""
         return "\n".join(_format_exchanges(self._exchanges[: self._length]))
+
+    def _find_hints(self) -> list[str]:
+        """Yield hints at options that may help."""
+        return [
+            f"hint: {hint}" for pattern, hint in _HINTS.items() if re.search(f"(?i){pattern}", f"{self.transcript}\n")
+        ]
 
     @functools.cached_property
     def received_header(self) -> str:
@@ -2192,6 +2280,11 @@ _BYTES = _OptionType(
     lambda text: text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode("latin-1"),
 )
 _THEN = {"close": _Next.CLOSE, "drop": _Next.CLOSE, "reset": _Next.RESET, "silence": _Next.SILENCE}
+_SAYS_TWICE = r"(?:^|\n)[0-9]{3}(?: .*)?\n(?:\Z|[0-9]{3}(?:[ \n]|\Z))"  # a last line, followed by another or by nothing
+_REPLY_TEXT = _OptionType(
+    "a string such as '550 No', with one last line; raw() sends any bytes",
+    lambda value: _is_text(value) and not re.search(_SAYS_TWICE, value.replace("\r\n", "\n")),
+)
 _ENDING = _OptionType(f"one of {', '.join(_THEN)}", lambda value: isinstance(value, str) and value in _THEN)
 
 # The four aspects of a reply that rules decide: str or bytes to say, seconds, seconds, a _Next.
@@ -2211,46 +2304,60 @@ def _find_aspects(fields: Mapping[str, Any]) -> dict[str, Any]:
 class Action(_Options, kw_only=False):
     """What a rule does. A field that is None leaves its aspect of the reply as it is without the rule."""
 
-    reply: str | None = _option(None, _TEXT, "the text of the reply")
+    reply: str | None = _option(None, _REPLY_TEXT, "the text of the reply")
     raw: bytes | None = _option(None, _BYTES, "bytes in place of the reply")
     delay: float | None = _option(None, _SECONDS, "seconds before the reply")
     trickle: float | None = _option(None, _SECONDS, "seconds between two bytes of the reply")
-    then: str | None = _option(None, _ENDING, "close, or without a reply: drop, reset or silence")
+    then: Literal["close", "drop", "reset", "silence"] | None = _option(None, _ENDING, "close; others send no reply")
 
 
 _ACTIONS = {name: option.kind for name, option in Action._declared.items()}
 
-# What people write for a stage, and what it is called here. Other verbs are allowed if they are not nearly these.
-_STAGE_NAMES = {verb.upper(): verb for verb in _VERBS if verb.isupper() or verb in ("connect", "message")}
-_STAGE_NAMES |= {"MAILFROM": "MAIL", "RCPTTO": "RCPT", "BODY": "message", "END": "message", "CONNECTION": "connect"}
+_STAGES = {verb.upper(): verb for verb in _VERBS if verb.isupper() or verb in ("connect", "message")} | {"*": "*"}
+# Words that people write for a stage.
+_OTHER_STAGES = {
+    "connect": "CONNECTION GREETING BANNER OPEN ACCEPT WELCOME START",
+    "EHLO": "HELLO EHLOHELO HELOEHLO",
+    "MAIL": "MAILFROM FROM SENDER ENVELOPE RETURNPATH",
+    "RCPT": "RCPTTO TO RECIPIENT RECIPIENTS RCPTS",
+    "message": "BODY CONTENT END EOM EOD DOT ENDOFDATA ENDOFMESSAGE DATAEND HEADER HEADERS SUBJECT TEXT",
+    "AUTH": "LOGIN PLAIN AUTHENTICATE AUTHENTICATION AUTHLOGIN AUTHPLAIN PASSWORD USER",
+    "STARTTLS": "TLS SSL HANDSHAKE",
+    "QUIT": "DISCONNECT CLOSE BYE EXIT LOGOUT",
+    "*": "ANY ALL EVERY EVERYTHING COMMAND",
+}
 
 
 def _parse_stage(name: object, verbs: Collection[str]) -> str:
     """connect, message, *, or a verb in upper case; MAIL FROM and RCPT TO are MAIL and RCPT."""
-    import difflib
-
-    words = name.replace(":", " ").split() if isinstance(name, str) else []
-    if not words or len(words) > 2 or (words[1:] and words[1].upper() not in ("FROM", "TO")):
-        raise ConfigurationError("must be connect, message, * or a verb such as RCPT", "stage", name)
-    stage = words[0].lower() if words[0].lower() in ("connect", "message") else words[0].upper()
-    if stage in ("*", *_STAGE_NAMES.values(), *verbs):
+    text = name.upper() if isinstance(name, str) else ""
+    if match := re.fullmatch(r"\s*(MAIL|RCPT)[\s:]+(?:FROM|TO)[\s:]*", text):
+        return match[1]
+    stage = _STAGES.get(text, text)
+    if stage in ("*", *_STAGES.values(), *verbs):
         return stage
-    if near := difflib.get_close_matches(stage, _STAGE_NAMES, n=1, cutoff=0.7):  # the rule would never apply
-        raise ConfigurationError(f"there is no such stage; did you mean {_STAGE_NAMES[near[0]]}?", "stage", name)
+    word = "DOT" if text.strip() == "." else re.sub(r"[\W_]", "", text)
+    near = _find_other_name(word, _OTHER_STAGES) or _suggest(text, _STAGES, 0.7)  # otherwise the rule would never apply
+    if near or name != text or not re.fullmatch("[A-Z][A-Z0-9_-]*", text):
+        allowed = "must be connect, message, * or a verb such as RCPT, in upper case if this server does not know it"
+        raise ConfigurationError(f"there is no such stage{near}" if near else allowed, "stage", name)
     return stage
 
 
-def _check_match(match: str, stage: str) -> None:
+def _check_match(match: str, stage: str, *, is_lenient: bool) -> None:
     """Refuse a string that no address or domain of this stage can be."""
     kind = _VERBS.get(stage, _UNKNOWN_VERB)
     if kind.argument in ("", "text") and not kind.has_recipients:
         raise ConfigurationError(f"there is no address or domain at {stage}", "match", match)
     if address := re.search(r"<(.*)>$|^\*?@(.+)", match):
         raise ConfigurationError(f"did you mean {address[1] or address[2]!r}?", "match", match)
-    if not match or match.endswith("@"):
-        raise ConfigurationError("must be an address or a domain", "match", match)
-    if re.search(r"\\[.dwsDWS]|\.[*+]|^\^|\$$|^\*", match):
-        raise ConfigurationError(f"looks like a pattern; did you mean re.compile({match!r})?", "match", match)
+    path, domain = (_LENIENT_PATH, _LENIENT_DOMAIN) if is_lenient else (_PATH, rf"{_DOTTED}|localhost")
+    is_valid = bool(_parse_domain(match, domain) or _parse_path(path, "postmaster", False, match))
+    if stage not in ("MAIL", "RCPT") and not kind.has_recipients:  # a name of a host or of a user
+        is_valid = stage == "AUTH" or re.fullmatch(r"[^\s,]+", match) is not None
+    if not is_valid or re.search(r"\\[.dwsDWS]|\.[*+]|^\^|\$$|^\*", match):
+        text = "no address or domain can be this (a single word can, with lenient_addresses); did you mean"
+        raise ConfigurationError(f"{text} re.compile({match!r})? It searches the line or the body", "match", match)
 
 
 class Rule:
@@ -2271,15 +2378,16 @@ class Rule:
         probability: float = 1.0,
         after: int | None = None,
     ) -> None:
-        self.hits = 0  #: how often the rule was used; guarded by the lock of the rules, like what follows
+        self._hits = 0  # guarded by the lock of the rules, like what follows
         self._skipped = 0
+        self._newer: Rule | None = None  # a rule that decided everything in place of this one
         self._rules = rules
         self._stage = _parse_stage(stage, rules.verbs)
         is_pattern = isinstance(match, re.Pattern) and isinstance(match.pattern, str)
         if not (match is None or isinstance(match, str) or is_pattern or callable(match)):
             raise ConfigurationError("must be an address, a domain, a pattern of str or a function", "match", match)
         if isinstance(match, str):
-            _check_match(match, self._stage)
+            _check_match(match, self._stage, is_lenient=rules.is_lenient)
         self._match = _fold(match) if isinstance(match, str) else match
         _check("skip", skip, _COUNT)
         for name, value, kind in (("times", times, _TIMES), ("after", after, _COUNT)):
@@ -2302,7 +2410,8 @@ class Rule:
         A text that begins with 4 or 5 refuses the command. With any other text, it takes effect.
         """
         for text in texts or [()]:
-            _check("reply", text, _OptionType("one string or more", lambda text: text is None or _is_text(text)))
+            if text is not None:
+                _check("reply", text, _REPLY_TEXT)
         base = {name: value for name, value in self._uses[0].items() if name != "raw"}
         self._uses = tuple({**base, "reply": text} for text in texts)
         return self
@@ -2335,10 +2444,22 @@ class Rule:
         """Keep the connection open, but answer neither this nor anything that follows."""
         return self._add("then", "silence")
 
-    def __call__(self, function: _Function) -> Any:
+    @property
+    def hits(self) -> int:
+        """How often the rule was used."""
+        return self._hits
+
+    def __call__(self, function: _Function) -> Rule:
+        """Call function(request, message), which returns None for the normal reply, a text, or an Action."""
         _check("rule", function, _CALLABLE)
         self._function = function
         return self
+
+    if not TYPE_CHECKING:  # otherwise type checkers would accept any name
+
+        def __getattr__(self, name: str) -> NoReturn:
+            hint = "; it is an argument of on()" if name in ("match", "skip", "times", "probability", "after") else ""
+            raise AttributeError(f"a Rule has no attribute {name!r}{hint}")
 
     def remove(self) -> None:
         """Remove the rule from its server. Removing it twice is no error."""
@@ -2358,39 +2479,47 @@ class Rule:
         folded = [_fold(name) for name in names]
         return match is None or any(match in (name, name.rpartition("@")[2].lower()) for name in folded)
 
-    def _use(self, wanted: Collection[str], *, counts: bool) -> tuple[dict[str, Any], _Function | None]:
+    def _use(
+        self, wanted: Collection[str], newer: Rule | None, *, counts: bool
+    ) -> tuple[dict[str, Any], _Function | None]:
         """The aspects that are wanted; counts a use if there are any. Called with the lock of the rules."""
         if self._skipped < self._skip:  # whether newer rules have decided everything or not
             self._skipped += counts
             return {}, None
         uses, function = self._uses, self._function if "reply" in wanted else None
-        use = _find_aspects(uses[min(self.hits, len(uses) - 1)])
+        use = _find_aspects(uses[min(self._hits, len(uses) - 1)])
         aspects = {name: value for name, value in use.items() if name in wanted}
-        is_spent = self.hits == self._times or not (aspects or function)
+        if counts and not (aspects or function):
+            self._newer = newer
+        is_spent = self._hits == self._times or not (aspects or function)
         if is_spent or (self._random is not None and self._random.random() >= self._probability):
             return {}, None
-        self.hits += counts
+        self._hits += counts
         return aspects, function
 
     def _find_nearest(self, requests: Sequence[str]) -> str:
-        """The request that this rule was perhaps meant for, as the end of a sentence."""
+        """The end of a message that says why it may never have been hit: a newer rule, or the nearest request."""
         import difflib
 
-        similar = [request for request in requests if request[: len(self._stage)].upper() == self._stage]
+        if self._newer is not None:
+            return f": the newer {self._newer!r} came first"
+        similar = [request[:100] for request in requests if request[: len(self._stage)].upper() == self._stage]
         match = self._match if isinstance(self._match, str) else ""
-        nearest = difflib.get_close_matches(match, similar[-1000:], n=1, cutoff=0) or similar[-1:]
-        return f"; the nearest command was {_shorten(nearest[0])}" if nearest else ""
+        nearest = difflib.get_close_matches(match, dict.fromkeys(similar[-300:]), n=1, cutoff=0) or similar[-1:]
+        what = "the nearest command was" if self._match or self._skip or self._after else "before it there was"
+        return f"; {what} {_shorten(nearest[0])}" if nearest else ""
 
     def __repr__(self) -> str:
         skipped = f", {self._skipped} of {self._skip} skipped" if self._skip else ""
-        return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self.hits} hits{skipped}>"
+        return f"<Rule for {self._stage}{f' {self._match}' if self._match else ''}: {self._hits} hits{skipped}>"
 
 
 class _Rules:
     """The rules of a server."""
 
-    def __init__(self, seed: int | None, verbs: Collection[str] = ()) -> None:
+    def __init__(self, seed: int | None, verbs: Collection[str] = (), *, is_lenient: bool = False) -> None:
         self.verbs = verbs  # of the server's handlers
+        self.is_lenient = is_lenient  # whether an address may be a single word
         self.newest_first: tuple[Rule, ...] = ()  # replaced, never changed; so it can be read without the lock
         self.seed = seed
         self._seeded = 0  # how many rules have a generator of random numbers
@@ -2447,13 +2576,15 @@ class _Rules:
         """
         found: dict[str, Any] = {}
         counts = "reply" in wanted  # a challenge of AUTH is no use of its own
+        newer: Rule | None = None
         for rule in self.newest_first:
             text = texts.get(rule._stage)
             is_meant = text is not None and rule._after == after and rule._script in (None, script)
             if text is not None and is_meant and rule._matches(text, names):
                 missing = [aspect for aspect in wanted if aspect not in found]
                 with self._lock:
-                    aspects, function = rule._use(missing, counts=counts) if rule in self.newest_first else ({}, None)
+                    is_there = rule in self.newest_first
+                    aspects, function = rule._use(missing, newer, counts=counts) if is_there else ({}, None)
                 if function is not None:  # called without the lock, like every function of the user
                     result = function(text, message())
                     action = Action(result) if result is None or isinstance(result, str) else result
@@ -2461,6 +2592,7 @@ class _Rules:
                         raise TypeError(f"a rule returned {result!r}: must be None, a reply or an Action")
                     aspects = aspects | _find_aspects(action._find_changes())
                 found |= {name: value for name, value in aspects.items() if name in missing}
+                newer = rule if aspects else newer
         return found
 
 
@@ -3651,7 +3783,7 @@ class _Session:
 
     def receive(self, data: bytes, at: float = 0.0) -> Iterator[_Reply]:
         """Yield the replies to the commands that data, received at this time, completes. A command runs when its reply
-        is asked for."""
+        asked for."""
         self.at = at
         if self.rest:
             data, self.rest = self.rest + data, b""
@@ -4013,13 +4145,16 @@ class _Mailbox:
     """The recorded messages of a server, oldest first."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards everything below
-        self._changed = threading.Condition(self._lock)  # notified when a waiter has enough, and by end_waits()
+        self.make_lock()
         self._last_number = 0
         self._recorded = 0  # how many were recorded, including purged ones
         self._waits = True  # False once end_waits() was called
         self._entries: list[_Entry] = []
         self._waiters: list[_Waiter] = []
+
+    def make_lock(self) -> None:
+        self._lock = threading.Lock()  # guards everything else
+        self._changed = threading.Condition(self._lock)  # notified when a waiter has enough, and by end_waits()
 
     def make_number(self) -> int:
         """The number of the next message."""
@@ -4137,7 +4272,8 @@ class _Log:
         self._prints = options.log_to_stdout
         self.shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
         self._has_failed = False  # not guarded: at worst, two threads report it
-        self.failures = failures  # exceptions in callbacks since the start or the last reset()
+        # Exceptions in callbacks, with tracebacks, since the start or the last reset().
+        self.failures = failures
 
     def activity(self, text: str) -> None:
         if self.shows_activity:
@@ -4163,12 +4299,14 @@ class _Log:
 
         kind, error, trace = sys.exc_info()
         text = "".join(traceback.format_exception_only(kind, error)).strip()  # this survives a __str__() that raises
-        self.failures.append(f"{what}: {text}")
-        if isinstance(error, SMTPMockError):  # of an output of the command line; a traceback would say nothing more
+        self.failures.append(f"{what}: {text}\n{traceback.format_exc()}".rstrip())
+        if isinstance(error, _OutputError):  # a traceback would say nothing more
             with contextlib.suppress(Exception):
                 sys.stderr.write(f"smtpmock: {error}\n")
                 sys.stderr.flush()
         elif self._logger is None and not self._prints:
+            if isinstance(error, SystemExit):  # threading.excepthook ignores it
+                kind, error = SMTPMockError, SMTPMockError(f"{what}: {error!r}")
             with contextlib.suppress(BaseException):
                 threading.excepthook(threading.ExceptHookArgs((kind, error, trace, threading.current_thread())))
         else:
@@ -4284,6 +4422,14 @@ def _load_test_context(name: str) -> ssl.SSLContext:
     return context
 
 
+# What errors in a handshake mean, by the beginning of OpenSSL's reason.
+_TLS_HINTS = {
+    "the client must begin TLS, because of implicit_tls or STARTTLS": "WRONG_VERSION HTTP_REQ UNEXPECTED TimeoutError",
+    "the ssl_context may have no certificate": "NO_SHARED_CIPHER NO_SUITABLE_SIGNATURE",
+    "the client does not trust the certificate": "TLSV1_ALERT_UNKNOWN_CA SSLV3_ALERT_CERTIFICATE SSLV3_ALERT_BAD_CERT",
+}
+
+
 class _Connection(socketserver.BaseRequestHandler):
     """Moves bytes between a client and its session, and carries out the replies."""
 
@@ -4310,6 +4456,7 @@ class _Connection(socketserver.BaseRequestHandler):
         self.is_recorded = False  # whether it has ended, and its messages are complete
         self.is_aborting = False  # whether it must end at once
         self.ending: _Next | None  # CLOSE or RESET if disconnect() ends it
+        self.thread = threading.get_ident()
         self.server.connections[self] = None
         with self.server.accepting:
             self.ending = self.server.starting.pop(self.plain)
@@ -4473,8 +4620,9 @@ class _Connection(socketserver.BaseRequestHandler):
             self.is_idle = False
         except (OSError, ValueError) as error:
             self.has_failed, self.reason = True, f"TLS handshake failed: {error}"
-            if getattr(error, "reason", "") in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST"):
-                self.reason += "; the client spoke plain text, but this port begins with TLS"
+            name = str(getattr(error, "reason", type(error).__name__))
+            hints = [f"; {hint}" for hint, names in _TLS_HINTS.items() if name.startswith(tuple(names.split()))]
+            self.reason += "".join(hints)
             self.log("warning", f"SMTP session broke off: {self.reason}")
         return self.session.is_secure
 
@@ -4548,13 +4696,22 @@ class _Connection(socketserver.BaseRequestHandler):
             while True:
                 leaves = reads and self.is_idle and self.server.stopping
                 left = (self.leaves_at if leaves else deadline) - time.monotonic()
+                if self.is_aborting and not self.is_recorded:  # _linger() may still read; OpenSSL would send an alert
+                    raise ConnectionAbortedError("the server has ended it")
                 if is_ready or (leaves and left <= 0):
                     return not leaves or left > 0
-                if self.is_aborting and not self.is_recorded:  # _linger() may still read
-                    raise ConnectionAbortedError("the server has ended it")
                 if left <= 0:
                     raise TimeoutError("timed out")
                 is_ready = bool(selector.select(min(left, _POLL_SECONDS) if _MUST_POLL else left))
+
+    def has_left(self) -> bool:
+        """Whether it has ended, because the client closed. Called by any thread."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the socket is closed, or there is no such poll()
+            poll = _select.poll()
+            poll.register(self.request, _select.POLLRDHUP)
+            if poll.poll(0):
+                self.await_end(time.monotonic() + _QUIT_TIMEOUT)
+        return self.is_recorded
 
     def await_end(self, until: float) -> None:
         """Wait until the session has ended, at most until this time. Called by another thread."""
@@ -4623,8 +4780,9 @@ def _join_threads(threads: Sequence[_Thread], timeout: float) -> bool:
     return all(thread.ended.is_set() for thread in others)
 
 
-# The listeners whose sockets a forked child has to close.
+# The listeners whose sockets a forked child must close, and the servers whose locks it must replace.
 _listeners: weakref.WeakSet[_Listener] = weakref.WeakSet()
+_servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
 class _Listener(socketserver.ThreadingTCPServer):
@@ -4668,8 +4826,10 @@ class _Listener(socketserver.ThreadingTCPServer):
                 self.was_opened = True  # set before start(), which may be interrupted
                 try:
                     self.thread.start()
-                except RuntimeError:  # there is no thread to wait for
-                    self.was_opened = False
+                except RuntimeError as error:
+                    if isinstance(error.__context__, KeyboardInterrupt):
+                        raise error.__context__ from None  # an interrupt within the locks of threading makes them fail
+                    self.was_opened = False  # there is no thread to wait for
                     raise
 
     def serve_forever(self, poll_interval: float | None = None) -> None:
@@ -4753,7 +4913,8 @@ class _Listener(socketserver.ThreadingTCPServer):
             thread.clients.put(None)
         if not _join_threads(threads, timeout):
             self.abort()
-            _join_threads(threads, _ABORT_TIMEOUT)
+            if not _join_threads(threads, _ABORT_TIMEOUT):
+                self._tell_holders()
         self.server_close()
         return self.aborting.is_set()
 
@@ -4794,6 +4955,17 @@ class _Listener(socketserver.ThreadingTCPServer):
             for connection in connections:  # those that wait for their client to read
                 connection.shut_down(socket.SHUT_RDWR)
             self.changed.wait_for(lambda: all(c.is_recorded for c in connections), _ABORT_TIMEOUT)
+        self._tell_holders()
+
+    def _tell_holders(self) -> None:
+        """Log which functions of the user hold up sessions."""
+        import traceback
+
+        for connection in self.connections.copy():
+            frame = sys._current_frames().get(connection.thread)
+            if connection.is_aborting and not connection.is_recorded and frame is not None:
+                calls = "".join(traceback.format_stack(frame)[-8:])
+                self.context.log("warning", f"SMTP session is held up, last calls:\n{calls}")
 
     def _accept_waiting(self) -> Any:
         """Accept a client that is waiting; None if there is none."""
@@ -4807,8 +4979,11 @@ class _Listener(socketserver.ThreadingTCPServer):
 
 def _abandon_listeners() -> None:
     """Close the sockets in a forked child. The parent has the threads, and continues to serve the clients."""
+    for server in list(_servers):  # another thread of the parent may hold the old locks
+        server._lifecycle, server._rules._lock = threading.Lock(), threading.Lock()
+        server._mailbox.make_lock()
     for listener in list(_listeners):
-        listener.closing = threading.RLock()  # another thread of the parent may hold the old one
+        listener.closing, listener.accepting = threading.RLock(), threading.Lock()
         listener.stopping, listener.was_opened = True, False
         for connection in listener.connections:
             connection.request.close()
@@ -4863,13 +5038,26 @@ class Server:
         self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
         self._host, self._port = given.host, given.port  # set by start()
         handlers, log = _Handlers(given, given.handlers), _Log(given.logger, given, deque(maxlen=100))
-        self._mailbox, self._rules = _Mailbox(), _Rules(given.seed, handlers)
+        self._mailbox, self._rules = _Mailbox(), _Rules(given.seed, handlers, is_lenient=given.lenient_addresses)
         shared = (given, handlers, self._mailbox, log, self._rules, given.on_message or _ignore)
         self._context = _Context(*shared, early_ends=deque(maxlen=_REPORT_LIMIT))  # replaced, never changed
         self._warned: set[int] = set()  # ids of messages with a warning; two threads may both warn about one
         # Guards _listener and _context; never held while the user's code runs.
         self._lifecycle = threading.Lock()
         self._listener: _Listener | None = None
+        _servers.add(self)
+
+    if not TYPE_CHECKING:  # otherwise type checkers would accept any name
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name in _ServerOptions._declared and type(self) is Server:  # a subclass may have such attributes of its own
+                raise AttributeError(f"{name} is an option, not an attribute: configure({name}={value!r}) changes it")
+            super().__setattr__(name, value)
+
+        def __getattr__(self, name: str) -> NoReturn:
+            is_option = name in _ServerOptions._declared
+            hint = f"; it is an option: configure({name}=...)" if is_option else _find_other_name(name, _OTHER_NAMES)
+            raise AttributeError(f"a Server has no attribute {name!r}{hint}")
 
     def with_logger(self, logger: Logger | logging.Logger | None) -> Server:
         """Log to this Logger or logging.Logger from now on; None means the default one. reset() does not undo this."""
@@ -4887,7 +5075,7 @@ class Server:
         changes = _join_options(configuration, options)
         for name in _AddressOptions._declared:
             if name in changes:
-                raise ConfigurationError("cannot be changed by configure()", name, changes[name])
+                raise ConfigurationError("cannot be changed by configure(), only by Server()", name, changes[name])
         self._change_options(lambda options: options._replace(**changes))
 
     def _change_options(self, change: Callable[[_ServerOptions], _ServerOptions]) -> None:
@@ -4902,6 +5090,7 @@ class Server:
                 if options.on_message is not base.on_message:
                     on_message = options.on_message or _ignore
                 self._options, self._rules.seed, self._rules.verbs = options, options.seed, table
+                self._rules.is_lenient = options.lenient_addresses
                 self._context = self._context._replace(options=options, handlers=table, log=log, on_message=on_message)
                 if self._listener is not None:
                     self._listener.context = self._context
@@ -4925,6 +5114,10 @@ class Server:
 
     def _start_and_announce(self, announce: Callable[[str, int], None]) -> Server:
         """Like start(). Calls announce() when clients can connect, before the first is served."""
+        if self._options.log_server_activity and not self._context.log.shows_activity:
+            import warnings
+
+            warnings.warn("log_server_activity needs log_to_stdout=True or a logger", SMTPMockWarning, 3)
         listener = None
         try:
             with self._lifecycle:
@@ -4983,7 +5176,7 @@ class Server:
             self._context.log("info", f"SMTP mock server was {result}")
 
     def __enter__(self) -> Server:
-        return self.start()
+        return self if self.is_running else self.start()
 
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(ServerStateError):  # the block may have stopped it
@@ -4996,16 +5189,19 @@ class Server:
 
     @property
     def port(self) -> int:
-        """The configured port. From start() on the real one, which stays after stop()."""
+        """The configured port. From start() on the real one, which stays after stop(). ServerStateError if it is 0."""
+        if not self._port:
+            raise ServerStateError(f"{self!r} was not started yet, so it has no port")
         return self._port
 
     @property
     def url(self) -> str:
         """Such as smtp://127.0.0.1:2525, or smtps:// with implicit_tls."""
-        return f"smtp{'s' * self._options.implicit_tls}://{_format_address(self._host, self._port)}"
+        return f"smtp{'s' * self._options.implicit_tls}://{_format_address(self._host, self.port)}"
 
     @property
     def is_running(self) -> bool:
+        """Whether it was started and not stopped since."""
         return self._listener is not None
 
     def messages(self) -> list[Message]:
@@ -5014,7 +5210,8 @@ class Server:
 
     def messages_and_purge(self) -> list[Message]:
         """Remove and return the recorded messages, oldest first."""
-        return self._warn(self._mailbox.messages(purge=True))
+        self._warn(self._mailbox.messages(purge=False))  # first, because it may raise the warning
+        return self._mailbox.messages(purge=True)
 
     def message(self, where: _Where | None = None, timeout: float = 0.0) -> Message:
         """The one accepted mail for which where(message) is true. WaitTimeoutError if none comes, or more than one."""
@@ -5024,8 +5221,11 @@ class Server:
             1, timeout, lambda message: message.is_consistent and (where is None or where(message)), purge=False
         )
         if len(found) != 1:
+            self._warn(self._mailbox.messages(purge=False))
             what = "accepted messages" if where is None else "matching accepted messages"
-            text = f"{len(found)} {what} where there should be 1"
+            hint = "it did not wait, as message(timeout=5) does" if not timeout else ""
+            hint = "messages() returns all, and where= chooses" if found else hint
+            text = f"{len(found)} {what} where there should be 1{hint and f'; {hint}'}"
             raise WaitTimeoutError("\n  ".join([text, *self._report()]), found)
         return self._warn(found)[0]
 
@@ -5081,6 +5281,7 @@ class Server:
             known = ("stage", "match", "skip", "times", "probability", "after")
             name, value = dict[str, Any](unknown).popitem()
             hint = _suggest(name, known) or f"; there are {', '.join(known)}"
+            hint = f"; did you mean on(...).{name}(...)?" if hasattr(Rule, name) else hint
             raise ConfigurationError(f"on() has no such argument{hint}", name, value)
         return self._rules.add(Rule(self._rules, stage, match, skip, times, probability, after))
 
@@ -5119,15 +5320,15 @@ class Server:
     def check(self) -> None:
         """Raise AssertionError if a rule was never hit or has no action, or if a callback raised an exception."""
         __tracebackhide__ = True  # of pytest
-        faults = self._context.log.forget_failures()
+        faults = [failure.partition("\nTraceback ")[0] for failure in self._context.log.forget_failures()]
         requests: list[str] | None = None
         for rule in reversed(self._rules.newest_first):
             if rule._function is None and not any(rule._uses):
                 faults.append(f"{rule!r} has no action")
             elif rule._script is not None:
-                left = [use["reply"] or use["then"].value for use in rule._uses[rule.hits :]]
+                left = [use["reply"] or use["then"].value for use in rule._uses[rule._hits :]]
                 faults += [f"{_shorten(text)} at {rule._stage}, of the transcript, was never reached" for text in left]
-            elif not rule.hits:
+            elif not rule._hits:
                 requests = self._list_requests() if requests is None else requests
                 faults.append(f"{rule!r} was never hit{rule._find_nearest(requests)}")
         if faults:
@@ -5155,7 +5356,9 @@ class Server:
     ) -> list[Message]:
         """Like wait_for_messages(), but remove exactly what is returned."""
         __tracebackhide__ = True
-        return self._warn(self._wait(count, timeout, where, purge=True))
+        begin = time.monotonic()
+        self._warn(self._wait(count, timeout, where, purge=False))  # first, because it may raise the warning
+        return self._wait(count, max(0.0, timeout - time.monotonic() + begin), where, purge=True)
 
     def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool, after: int = 0) -> list[Message]:
         __tracebackhide__ = True
@@ -5169,6 +5372,7 @@ class Server:
 
     def _report(self) -> Iterator[str]:
         """Lines that help to find out why a wait timed out."""
+        connections = [connection for connection in self._list_connections() if not connection.has_left()]
         messages, asyncio = self._mailbox.messages(purge=False), sys.modules.get("asyncio")
         if asyncio is not None and asyncio._get_running_loop() is not None:
             yield "this wait blocks the asyncio event loop of its thread: use await asyncio.to_thread(...)"
@@ -5177,14 +5381,15 @@ class Server:
             yield "  ..."
         for message in messages[-_REPORT_LIMIT:]:
             yield f"  {message!r}, subject {message.subject!r}"
+            yield from (f"    {hint}" for hint in message._find_hints())
             yield from (
                 f"    {found}" for found in message.violations if found.code in ("tls-on-plain-port", "false-end")
             )
-        connections = self._list_connections()
         yield f"open sessions: {len(connections)}"
         for connection in connections[:_REPORT_LIMIT]:
             session = connection.session
-            last = " / ".join(_format_exchanges(session.mail.exchanges[-1:]))
+            last = " / ".join(_format_exchanges(session.mail.exchanges[-1:])) or "the client has sent nothing"
+            last += ", but must begin TLS, because of implicit_tls" * (not session.mail.exchanges)
             yield f"  {_format_address(*session.peer)}: {last}"
             body = session.mail.body
             if body is not None and body.ends_falsely():
@@ -5217,6 +5422,7 @@ class _PytestPlugin:
     def __init__(self) -> None:
         self.test: Any = None  # the last test with the fixture
         self.sessions: list[Message | str] = []  # the sessions of that test, after its end
+        self.failures: list[str] = []  # exceptions in its callbacks
         self.shown = ""  # the last section in its report
 
     def smtp_server(self, request: Any, shared_smtp_server: Server) -> Iterator[Server]:
@@ -5235,10 +5441,13 @@ class _PytestPlugin:
                 raise ConfigurationError(f"pytest.mark.smtp_server: {mark.args[0]!r} must be an option by its name")
             options |= mark.kwargs
         transcript = options.pop("play", None)
-        server.configure(**options)
+        try:
+            server.configure(**options)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"pytest.mark.smtp_server: {error}") from None
         if transcript is not None:
             server.play(transcript)
-        self.test, self.sessions, self.shown = request.node, [], ""
+        self.test, self.sessions, self.failures, self.shown = request.node, [], [], ""
         yield server
         if server._listener is not None:
             server._listener.await_quits()
@@ -5246,13 +5455,23 @@ class _PytestPlugin:
         self.sessions = self._list_sessions()
         server.reset()
 
+    def check_mark(self, item: Any) -> None:
+        """Runs before each test."""
+        names, marks = getattr(item, "fixturenames", ()), [mark.name for mark in item.own_markers]
+        may_get_it = "smtp_server" in names or ("request" in names and "shared_smtp_server" not in names)
+        if "smtp_server" in marks and not may_get_it:
+            raise ConfigurationError("pytest.mark.smtp_server has no effect in a test without the fixture smtp_server")
+
     def check(self, item: Any) -> None:
         """Runs after a test that passed."""
         if item is self.test:
+            self.failures = list(self.server._context.log.failures)  # check() forgets them
             self.server.check()
 
     def report(self, item: Any, call: Any) -> None:
-        if call.excinfo is not None and item is self.test:
+        if call.excinfo is not None and "ScopeMismatch" in (text := str(call.excinfo.value)) and "smtp_server" in text:
+            item.add_report_section(call.when, "smtp_server", "a fixture with a larger scope uses shared_smtp_server")
+        elif call.excinfo is not None and item is self.test:
             text = self._describe(self.sessions or self._list_sessions())
             if text != self.shown:
                 item.add_report_section(call.when, "smtp_server", text)
@@ -5266,6 +5485,7 @@ class _PytestPlugin:
             *self.server._mailbox.messages(purge=False),
             *(f"a session is open:\n{dialogue}" for dialogue in dialogues),
             *self.server._list_early_ends(),
+            *(self.failures or self.server._context.log.failures.copy()),
         ]
 
     def _describe(self, sessions: Sequence[Message | str]) -> str:
@@ -5275,7 +5495,11 @@ class _PytestPlugin:
             else []
         )
         for item in sessions[-_REPORT_LIMIT:]:
-            lines = [] if isinstance(item, str) else [item.transcript, *map(str, item.violations + item.warnings)]
+            lines = (
+                []
+                if isinstance(item, str)
+                else [item.transcript, *item._find_hints(), *map(str, item.violations + item.warnings)]
+            )
             parts.append("\n".join([str(item), *lines]))
         return "\n\n".join(parts) or "no session"
 
@@ -5290,6 +5514,7 @@ def pytest_configure(config: Any) -> None:
     vars(functions).update(
         shared_smtp_server=pytest.fixture(scope="session")(_shared_smtp_server),
         smtp_server=pytest.fixture(plugin.smtp_server),
+        pytest_runtest_setup=plugin.check_mark,
         pytest_runtest_call=plugin.check,
         pytest_runtest_makereport=plugin.report,
     )
@@ -5803,7 +6028,7 @@ class _Printer:
         try:
             self.write(line + "\n")
         except Exception as error:
-            raise SMTPMockError(self.explain(error)) from error
+            raise _OutputError(self.explain(error)) from error
 
     def event(self, event: str, /, **values: object) -> None:
         """Print it as JSON, if a program is to read it."""
@@ -5906,7 +6131,7 @@ class _Folder:
         name = self._reserve()
 
         def undo() -> None:
-            for path in (*self._paths(f"{name}.eml"), *self._paths(f"{name}.json")):
+            for path in (*self._paths(f"{name}.eml"), *self._paths(f"{name}.json"), self._paths(name)[1]):
                 with contextlib.suppress(OSError):
                     os.unlink(path)
 
@@ -5914,6 +6139,7 @@ class _Folder:
             on_error.callback(undo)
             self._write(f"{name}.json", json.dumps(message.to_dict(), indent=1).encode())
             self._write(f"{name}.eml", message.as_bytes())  # last: whoever sees it finds the record as well
+            os.unlink(self._paths(name)[1])
             on_error.pop_all()
         return undo
 
@@ -5922,20 +6148,20 @@ class _Folder:
         return os.path.join(self._path, name), os.path.join(self._path, f".{name}.part")
 
     def _reserve(self) -> str:
-        """A name that no other thread or process takes."""
+        """A name that no other thread or process takes, because .NAME.part exists."""
         with self._lock:
             while True:
                 self._number += 1
-                path, part = self._paths(f"{self._number:06d}.eml")
+                name = f"{self._number:06d}"
                 with contextlib.suppress(FileExistsError):
-                    os.close(os.open(part, os.O_CREAT | os.O_EXCL, 0o666))
-                    if not os.path.exists(path):
-                        return f"{self._number:06d}"
-                    os.unlink(part)
+                    open(self._paths(name)[1], "xb").close()
+                    if not os.path.exists(self._paths(f"{name}.eml")[0]):
+                        return name
+                    os.unlink(self._paths(name)[1])
 
     def _write(self, name: str, data: bytes) -> None:
         path, part = self._paths(name)
-        with open(part, "wb") as file:
+        with open(part, "xb") as file:
             file.write(data)
         os.replace(part, path)
 
@@ -6166,7 +6392,7 @@ def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) ->
     except OSError as error:
         text = f"a mail was refused, because it cannot be saved: {error}"
         printer.event("error", error=text)
-        raise SMTPMockError(text) from error
+        raise _OutputError(text) from error
 
 
 def _call_all(functions: Iterable[Callable[..., object]], *arguments: object) -> None:
@@ -6303,19 +6529,22 @@ def _obey(server: Server, command: str, *, opens_files: bool) -> None:
         raise ConfigurationError(f"{command!r}: must be {allowed}{' or stop' if opens_files else ''}")
 
 
-def _hide_transcript(command: str) -> str:
-    """The command as an answer may show it: a transcript may have secrets."""
-    return "play" if command.split(maxsplit=1)[:1] == ["play"] else command
+def _hide_secrets(command: str) -> str:
+    """The command as an answer may show it: a transcript may have secrets, too."""
+    is_transcript = command.split(maxsplit=1)[:1] == ["play"]
+    return "play" if is_transcript else re.sub(r"(?is)(-auth-?users?[^a-z]).*", r"\1***", command)
 
 
 def _execute(server: Server, command: str, *, opens_files: bool = False) -> tuple[dict[str, Any], int]:
     """Obey a command. Returns the event that answers it, and its HTTP status."""
-    answer: dict[str, Any] = {"event": "done", "command": _hide_transcript(command)}
+    shown = _hide_secrets(command)
+    answer: dict[str, Any] = {"event": "done", "command": shown}
     try:
         _obey(server, command, opens_files=opens_files)
     except (SMTPMockError, AssertionError, ValueError) as error:  # check() raises the second, shlex the third
         status = 409 if isinstance(error, AssertionError) else 400
-        return {**answer, "event": "error", "error": _describe(error)}, status
+        text = _describe(error) if shown in (command, "play") else re.sub(r"\S*:\S+", "***", _describe(error))
+        return {**answer, "event": "error", "error": text}, status
     return {**answer, "messages": len(server._mailbox.messages(purge=False))}, 200
 
 
@@ -6327,7 +6556,7 @@ def _obey_lines(server: Server, printer: _Printer, lines: Iterable[bytes]) -> No
             return
         if command:
             answer, _ = _execute(server, command.replace("\\n", "\n"), opens_files=True)
-            printer.event(answer.pop("event"), **{**answer, "command": _hide_transcript(command)})
+            printer.event(answer.pop("event"), **{**answer, "command": _hide_secrets(command)})
 
 
 @contextlib.contextmanager

@@ -152,20 +152,33 @@ def test_a_bad_mark_fails_its_test_alone(run: Any) -> None:
         def test_position(smtp_server):
             pass
 
+        @pytest.mark.smtp_server(fail_fast=True)
+        def test_without_effect(shared_smtp_server):
+            pass
+
+        @pytest.fixture(scope="session")
+        def app(smtp_server):
+            pass
+
+        def test_scope(app):
+            pass
+
         def test_good(smtp_server):
             send(smtp_server)
         """,
         "-p",
         "no:randomly",
         passed=1,
-        errors=4,
+        errors=6,
     )
     report.fnmatch_lines(
         [
-            "E *ConfigurationError: multiple_rcpto=True: there is no such option; did you mean multiple_rcptto?",
-            "E *ConfigurationError: session_timeout='long': must be a number of seconds*",
-            "E *ConfigurationError: port=25: *",
+            "E *ConfigurationError: pytest.mark.smtp_server: multiple_rcpto=True: *; did you mean multiple_rcptto?",
+            "E *ConfigurationError: pytest.mark.smtp_server: session_timeout='long': must be a number of seconds*",
+            "E *ConfigurationError: pytest.mark.smtp_server: port=25: *",
             "E *ConfigurationError: pytest.mark.smtp_server: 'fail_fast' must be an option by its name",
+            "E *ConfigurationError: pytest.mark.smtp_server has no effect in a test without the fixture smtp_server",
+            "a fixture with a larger scope uses shared_smtp_server",
         ]
     )
 

@@ -78,6 +78,9 @@ server.on("RCPT", time=2)  # type: ignore
 server.on("RCPT", times="2")  # type: ignore
 Action(replay="450 later")  # type: ignore
 options.port = 25  # type: ignore
+Action(then="closed")  # type: ignore
+server.fail_fast = True  # type: ignore
+print(server.outbox[0].to)  # type: ignore
 
 
 # The rest of what a test uses.
@@ -89,6 +92,9 @@ server.on("DATA", lambda line: line == "DATA").drop()
 @server.on("message")
 def quota(request: str, message: Message) -> Action | str | None:
     return Action("452 Full", then="close") if len(message.rcpt_tos) > 1 else None
+
+
+hits: int = quota.hits
 
 
 def smtp_server() -> Iterator[Server]:
