@@ -4706,7 +4706,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
     def has_left(self) -> bool:
         """Whether it has ended, because the client closed. Called by any thread."""
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # the socket is closed, or there is no such poll()
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or there is no such poll()
             poll = _select.poll()
             poll.register(self.request, _select.POLLRDHUP)
             if poll.poll(0):
@@ -5050,7 +5050,7 @@ class Server:
     if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
         def __setattr__(self, name: str, value: object) -> None:
-            if name in _ServerOptions._declared and type(self) is Server:  # a subclass may have such attributes of its own
+            if name in _ServerOptions._declared and type(self) is Server:  # a subclass may have its own attributes
                 raise AttributeError(f"{name} is an option, not an attribute: configure({name}={value!r}) changes it")
             super().__setattr__(name, value)
 
