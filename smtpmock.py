@@ -72,25 +72,9 @@ else:
 
 __version__ = "3.0.0"
 
-__all__ = [
-    "Action",
-    "Attachment",
-    "Configuration",
-    "ConfigurationError",
-    "Exchange",
-    "Handler",
-    "Logger",
-    "Message",
-    "Rule",
-    "SMTPMockError",
-    "SMTPMockWarning",
-    "Server",
-    "ServerStartError",
-    "ServerStateError",
-    "Violation",
-    "WaitTimeoutError",
-    "main",
-]
+__all__ = ["Action", "Attachment", "Configuration", "ConfigurationError", "Exchange", "Handler", "Logger", "Message"]
+__all__ += ["Rule", "SMTPMockError", "SMTPMockWarning", "Server", "ServerStartError", "ServerStateError", "Violation"]
+__all__ += ["WaitTimeoutError", "main"]
 
 
 # ------------------------------------------------------------------------------------------ errors
@@ -185,9 +169,7 @@ _NAMES = _OptionType(
     lambda text: [name.strip() for name in text.split(",") if name.strip()],
     lambda names: frozenset(map(_fold, names)),
 )
-_WORDS = _OptionType(
-    "a list of words", lambda value: _are_names(value) and all(map(str.split, value)), _NAMES.parse, tuple
-)
+_WORDS = _OptionType("a list of words", lambda it: _are_names(it) and all(map(str.split, it)), _NAMES.parse, tuple)
 _TEST_CONTEXTS = "test", "expired", "wrong host"
 _CONTEXT = _OptionType(
     "an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) with a certificate, or 'test', 'expired' or 'wrong host'",
@@ -242,8 +224,7 @@ class _Option(NamedTuple):
     about: str
 
 
-def _option(default: Any, kind: _OptionType, about: str) -> Any:
-    return _Option(default, kind, about)  # to type checkers, this is the default value
+_option: Callable[[Any, _OptionType, str], Any] = _Option  # type checkers take what it returns for the default
 
 
 def _reply(default: str, to: str) -> Any:
@@ -344,12 +325,8 @@ rcptto_not_registered 554 Message rejected: Email address is not verified.
 """
 
 # Options that require another one.
-_NEEDED = {
-    "auth_required": "auth_users",
-    "auth_requires_tls": "ssl_context",
-    "implicit_tls": "ssl_context",
-    "tls_required": "ssl_context",
-}
+_NEEDED = {"auth_required": "auth_users", "implicit_tls": "ssl_context", "tls_required": "ssl_context"}
+_NEEDED |= {"auth_requires_tls": "ssl_context"}
 
 # Options of other tools, and the names of ours.
 _OTHER_NAMES = {
@@ -564,9 +541,7 @@ class _SessionOptions(_Options):
     msg_vrfy_received: str = _reply("252 Cannot VRFY user, but will accept message", "VRFY")
     msg_expn_received: str = _reply("252 Cannot EXPN list, but will accept message", "EXPN")
     msg_help_received: str = _reply("214 HELO, EHLO, MAIL FROM:, RCPT TO:, DATA, RSET, NOOP, QUIT", "HELP")
-    msg_unknown_parameter: str = _reply(
-        "555 Parameter not recognized or not implemented", "a bad MAIL or RCPT parameter"
-    )
+    msg_unknown_parameter: str = _reply("555 Parameter not recognized or not implemented", "a bad parameter")
     msg_bdat_received: str = _reply(_RECEIVED, "BDAT without LAST")
     msg_invalid_cmd_bdat_arg: str = _reply("501 BDAT requires a size in bytes", "a bad BDAT")
     msg_auth_received: str = _reply("235 Authentication succeeded", "AUTH")
@@ -4118,12 +4093,9 @@ class _Entry:
 class _Waiter:
     """The messages that a waiting thread has found, and those that it still has to look at."""
 
-    def __init__(self, entries: Iterable[_Entry], after: int) -> None:
-        self.after = after  # only entries with a higher number match
+    def __init__(self, entries: Iterable[_Entry]) -> None:
         # The lock of the mailbox guards the first two; only the waiting thread uses the third.
-        self.unseen = {
-            entry: None for entry in entries if entry.number > after
-        }  # new, or changed since it was looked at
+        self.unseen = dict.fromkeys(entries)  # new, or changed since it was looked at
         self.missing = 0  # how many more it needs before it is woken
         self.matching: dict[_Entry, Message] = {}
 
@@ -4133,7 +4105,7 @@ class _Waiter:
     def look_at(self, entries: Iterable[_Entry], where: _Where | None, deadline: float) -> None:
         for entry in entries:
             message = entry.message
-            if entry.number > self.after and (where is None or where(message)):
+            if where is None or where(message):
                 self.matching[entry] = message
             else:
                 self.matching.pop(entry, None)
@@ -4196,10 +4168,10 @@ class _Mailbox:
                 self._purge(self._entries)
         return messages
 
-    def read(self, after: int) -> tuple[int, list[Message]]:
-        """How many messages were recorded in all, and those after this number that were not purged."""
+    def read(self) -> tuple[int, dict[int, Message]]:
+        """How many messages were recorded in all, and those that were not purged, by their place among these."""
         with self._lock:
-            return self._recorded, [entry.message for entry in self._entries if entry.number > after]
+            return self._recorded, {entry.number: entry.message for entry in self._entries}
 
     def end_waits(self) -> None:
         """End all waits, including future ones."""
@@ -4212,13 +4184,11 @@ class _Mailbox:
             entry.is_purged = True
         self._entries = [entry for entry in self._entries if not entry.is_purged]
 
-    def wait(
-        self, count: int, timeout: float, where: _Where | None, *, purge: bool, after: int = 0
-    ) -> tuple[bool, list[Message]]:
+    def wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> tuple[bool, list[Message]]:
         """Wait for count matching messages. Returns whether they came, and all that match; purges only if they came."""
         deadline = time.monotonic() + timeout
         with self._lock:
-            waiter = _Waiter(self._entries, after)
+            waiter = _Waiter(self._entries)
             self._waiters.append(waiter)
         try:
             waiter_deadline = float("inf")  # all messages that were there before the call are looked at
@@ -5360,10 +5330,10 @@ class Server:
         self._warn(self._wait(count, timeout, where, purge=False))  # first, because it may raise the warning
         return self._wait(count, max(0.0, timeout - time.monotonic() + begin), where, purge=True)
 
-    def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool, after: int = 0) -> list[Message]:
+    def _wait(self, count: int, timeout: float, where: _Where | None, *, purge: bool) -> list[Message]:
         __tracebackhide__ = True
         _check_wait(count, timeout, where)
-        enough, messages = self._mailbox.wait(count, timeout, where, purge=purge, after=after)
+        enough, messages = self._mailbox.wait(count, timeout, where, purge=purge)
         if not enough:
             what = "messages" if where is None else "matching messages"
             text = f"{len(messages)} of {count} {what} came in {timeout:g} seconds"
@@ -5526,17 +5496,12 @@ def pytest_configure(config: Any) -> None:
 
 # Any page on the web can have a browser send requests to this machine. So a request must name this server and come from
 # its own pages, and an answer loads nothing.
-_HTTP_SECONDS, _HTTP_STOP_TIMEOUT = 20.0, 0.5  # for a request and its answer each, and for the last answers in a stop
+_HTTP_SECONDS, _HTTP_STOP_TIMEOUT = 20.0, 0.5  # of silence; for the last answers in a stop
 _BODY_LIMIT, _IMAGES_LIMIT, _TEXT_LIMIT, _LIST_LIMIT = 2**20, 2**25, 200000, 200
-_HTTP_HEADERS = {
-    "Cache-Control": "no-store",
-    "Connection": "close",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "X-DNS-Prefetch-Control": "off",
-}
+_HTTP_HEADERS = {"Cache-Control": "no-store", "Connection": "close", "Referrer-Policy": "no-referrer"}
+_HTTP_HEADERS |= {"X-Content-Type-Options": "nosniff", "X-DNS-Prefetch-Control": "off"}
+_HTTP_HEADERS |= dict.fromkeys(("Cross-Origin-Opener-Policy", "Cross-Origin-Resource-Policy"), "same-origin")
+_HTML, _JSON = "text/html; charset=utf-8", "application/json"
 _POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors"
 _DATA_POLICY = f"{_POLICY} 'none'; sandbox"
 _PAGE_POLICY = f"{_POLICY} 'none'; frame-src 'self'; style-src 'unsafe-inline'"
@@ -5545,7 +5510,6 @@ _NUMBER = "(?<=/)[0-9]+(?![^/])"
 _LOCAL_NAME = r"[\w-]+|([\w-]+\.)+(localhost|local|internal|test)"
 
 _READ_HEADERS = ("from", "to", "cc", "reply-to", "date", "subject")
-_Execute = Callable[[str], tuple[dict[str, Any], int]]  # obeys a command; the event that answers it, and a status
 _ADDRESS = _OptionType("a string", _is_text, lambda text: text.lower().replace(" ", "+"))  # a bare + means a space
 _WAIT = _OptionType("a number of seconds from 0 to 60", _number(0, 60, int, float), float)
 _QUERIES: dict[str, dict[str, _OptionType]] = {
@@ -5566,31 +5530,29 @@ body { max-width: 60rem; margin: auto; padding: 0 1rem 2rem }
 a { color: light-dark(#0645ad, #8ab4f8) }
 :focus-visible { outline: 3px solid light-dark(#c60, #fb3) }
 h1, h2 { font-size: 1.2rem }
-.mail { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1rem; padding: .5rem; color: inherit }
-.mail { border-top: 1px solid #8886; text-decoration: none }
-.mail:hover { background: #8882 }
+.mail { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .5rem; border-top: 1px solid #8886; color: inherit }
 .mail span { flex: 1 0 100%; text-decoration: underline }
+.mail:hover, pre { background: #8882 }
 .accepted { color: light-dark(#176b34, #7bd88f) }
 .refused, .error { color: light-dark(#b3261e, #ff9a90) }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem }
-dt, small { color: light-dark(#555, #aaa) }
 dd { margin: 0 }
-pre { white-space: pre-wrap; padding: .5rem; background: #8882 }
+dt, small { color: light-dark(#555, #aaa) }
+pre { white-space: pre-wrap; padding: .5rem }
 iframe { width: 100%; height: 30rem; border: 1px solid #8886; background: #fff; color-scheme: light; resize: vertical }
-@media (max-width: 30rem) { dl { display: block } dd { margin-bottom: .5rem } }
 """
 
 
 class _HttpAnswer(Exception):  # noqa: N818 - most are no errors
     """What a request gets: bytes, a value as JSON or, as a str, what is wrong with it. It can be raised."""
 
-    def __init__(self, content: object, status: int = 200, **headers: str) -> None:
+    def __init__(self, content: object, status: int = 200, kind: str = _JSON, policy: str = "", **headers: str) -> None:
         import json
 
         value = {"event": "error", "error": content} if isinstance(content, str) else content
         self.body = value if isinstance(value, bytes) else json.dumps(value).encode() + b"\n"
         self.status = status
-        self.headers = {"content_type": "application/json", "content_security_policy": _DATA_POLICY} | headers
+        self.headers = {"content_type": kind, "content_security_policy": policy or _DATA_POLICY} | headers
 
 
 def _read_query(query: str, known: Mapping[str, _OptionType]) -> dict[str, Any]:
@@ -5632,38 +5594,39 @@ def _find(server: Server, number: str) -> Message:
 def _list_messages(
     server: Server, *, after: int = 0, timeout: float | None = None, count: int = 1, **wanted: Any
 ) -> _HttpAnswer:
-    if after > (recorded := server._mailbox.read(after)[0]):
+    recorded, messages = server._mailbox.read()
+    if after > recorded:
         raise ConfigurationError(f"is of another run; this one has recorded {recorded} messages", "after", after)
+    old = {message.id for number, message in messages.items() if number <= after}
 
     def matches(message: Message) -> bool:
-        return all(_FILTERS[name](message, value) for name, value in wanted.items())
+        return message.id not in old and all(_FILTERS[name](message, value) for name, value in wanted.items())
 
     late = {}
     try:
         if timeout is not None:
-            server._wait(count, timeout, matches, purge=False, after=after)
+            server._wait(count, timeout, matches, purge=False)
     except WaitTimeoutError as error:
         late = {"error": str(error)}
-    recorded, messages = server._mailbox.read(after)  # in one step: the next answer begins where this one ends
-    found = [message.to_dict() for message in messages if matches(message)]
-    late = {} if len(found) >= count else late
+    recorded, messages = server._mailbox.read()  # in one step: the next answer begins where this one ends
+    found = [message.to_dict() for message in messages.values() if matches(message)]
+    late = late if len(found) < count else {}
     return _HttpAnswer({**late, "messages": found, "next": recorded}, 404 if late else 200)
 
 
-def _get_attachment(server: Server, number: str, index: str) -> _HttpAnswer:
+def _offer(content: bytes, kind: str, name: str) -> _HttpAnswer:
+    """A download."""
     from urllib.parse import quote
 
-    attachments = _find(server, number).attachments
-    if index not in map(str, range(len(attachments))):
-        raise _HttpAnswer(f"message {number} has {len(attachments)} attachments, counted from 0", 404)
-    name, _, content = attachments[int(index)]
-    disposition = f"attachment; filename*=UTF-8''{quote(name or index, safe='', errors='replace')}"
-    return _HttpAnswer(content, content_type="application/octet-stream", content_disposition=disposition)
+    disposition = f"attachment; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+    return _HttpAnswer(content, kind=kind, content_disposition=disposition)
 
 
-def _get_mail(server: Server, number: str) -> _HttpAnswer:
-    data, disposition = _find(server, number).as_bytes(), f"attachment; filename={number}.eml"
-    return _HttpAnswer(data, content_type="message/rfc822", content_disposition=disposition)
+def _get_attachment(message: Message, index: str) -> _HttpAnswer:
+    if index not in map(str, range(len(message.attachments))):
+        raise _HttpAnswer(f"message {message.id} has {len(message.attachments)} attachments, counted from 0", 404)
+    name, _, content = message.attachments[int(index)]
+    return _offer(content, "application/octet-stream", name or index)
 
 
 def _make_page(title: str, body: str, refresh: int = 0) -> _HttpAnswer:
@@ -5673,8 +5636,7 @@ def _make_page(title: str, body: str, refresh: int = 0) -> _HttpAnswer:
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 {more}<title>{escape(title)}</title><style>{_STYLE}</style><h1><a href="/">smtpmock</a></h1><main>{body}</main></html>
 """
-    data = page.encode("utf-8", "backslashreplace")
-    return _HttpAnswer(data, content_type="text/html; charset=utf-8", content_security_policy=_PAGE_POLICY)
+    return _HttpAnswer(page.encode("utf-8", "backslashreplace"), kind=_HTML, policy=_PAGE_POLICY)
 
 
 def _list_mails(server: Server, *, refresh: int = 5) -> _HttpAnswer:
@@ -5694,14 +5656,14 @@ def _list_mails(server: Server, *, refresh: int = 5) -> _HttpAnswer:
     return _make_page(f"{len(messages)} recorded", head + (rows or "<p>Nothing has come yet."), refresh)
 
 
-def _show_mail(server: Server, number: str) -> _HttpAnswer:
+def _show_mail(message: Message) -> _HttpAnswer:
     from html import escape
 
     def show(text: str) -> str:
         rest = f"<p>{len(text)} characters in all" if len(text) > _TEXT_LIMIT else ""
         return f"<pre>{escape(text[:_TEXT_LIMIT])}</pre>{rest}"
 
-    message, path = _find(server, number), f"/messages/{number}"
+    path = f"/messages/{message.id}"
     headers = [item for item in _show_headers(message.email) if item[0].lower() in _READ_HEADERS]
     headers += [("MAIL FROM", message.mail_from or ""), ("RCPT TO", ", ".join(message.rcpt_tos))]
     body = "".join(f"<dt>{escape(name)}<dd><bdi>{escape(value)}</bdi>" for name, value in headers)
@@ -5715,27 +5677,27 @@ def _show_mail(server: Server, number: str) -> _HttpAnswer:
         f" <small>{len(item.content)} bytes</small>"
         for index, item in enumerate(message.attachments)
     ]
-    frame = f'<iframe sandbox title="The HTML of the mail" src="/view/{number}/html"></iframe>'
     source = f'<a href="{path}/eml">Download</a><details><summary>Show</summary>{show(message.msg_request)}</details>'
     sections = {
         "Violations": "".join(violations),
         "Text": message.text and show(message.text),
-        "HTML": message.html and frame,
+        "HTML": message.html
+        and f'<iframe sandbox title="The HTML of the mail" src="/view/{message.id}/html"></iframe>',
         "Attachments": "".join(attachments),
         "Dialogue": show(message.transcript),
         "Source": message.content and source,
     }
     body = f"<dl>{body}</dl>" + "".join(f"<h2>{title}</h2>{part}" for title, part in sections.items() if part)
-    return _make_page(message.subject or f"Message {number}", body)
+    return _make_page(message.subject or f"Message {message.id}", body)
 
 
-def _show_html(server: Server, number: str) -> _HttpAnswer:
+def _show_html(message: Message) -> _HttpAnswer:
     """The HTML of a mail, with its own images in it."""
     import base64
     import html
     from urllib.parse import unquote
 
-    message, urls = _find(server, number), dict[str, str]()
+    urls = dict[str, str]()
     for part, kind, _, content in message._mail:
         if content is not None and re.fullmatch("image/(png|jpeg|gif|webp)", kind):
             data = base64.b64encode(content).decode()
@@ -5748,24 +5710,23 @@ def _show_html(server: Server, number: str) -> _HttpAnswer:
     page = re.sub(r"(?i)<(/?)(?=link|i?frame|fencedframe|portal|base|meta)", r"<\1x-", message.html or "")
     most = _IMAGES_LIMIT // max(map(len, urls.values()), default=1) or 1
     page = re.sub(r"""(?i)(["'(=]\s*)(cid:)([^"'\s<>)]+)""", inline, page, count=most)
-    kind = "text/html; charset=utf-8"
-    return _HttpAnswer(page.encode("utf-8", "replace"), content_type=kind, content_security_policy=_MAIL_POLICY)
+    return _HttpAnswer(page.encode("utf-8", "replace"), kind=_HTML, policy=_MAIL_POLICY)
 
 
-_ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number
+_ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number; those with one get a message
     "/": _list_mails,
     "/view/ID": _show_mail,
     "/view/ID/html": _show_html,
     "/messages": _list_messages,
-    "/messages/ID": lambda server, number: _HttpAnswer(_find(server, number).to_dict()),
-    "/messages/ID/eml": _get_mail,
+    "/messages/ID": lambda message: _HttpAnswer(message.to_dict()),
+    "/messages/ID/eml": lambda message: _offer(message.as_bytes(), "message/rfc822", f"{message.id}.eml"),
     "/messages/ID/attachments/ID": _get_attachment,
     "/violations": lambda server: _HttpAnswer({"violations": [_jsonify(fault) for fault in server.violations()]}),
-    "/ca.pem": lambda server: _HttpAnswer(_ca_pem().encode(), content_type="application/x-pem-file"),
+    "/ca.pem": lambda server: _HttpAnswer(_ca_pem().encode(), kind="application/x-pem-file"),
 }
 
 
-def _route(server: Server, execute: _Execute, commands: Collection[str], method: str, target: str, body: str) -> Any:
+def _route(server: Server, execute: Any, commands: Collection[str], method: str, target: str, body: str) -> Any:
     path, _, query = target.partition("?")
     route = "" if "ID" in path else re.sub(_NUMBER, "ID", path)
     methods = ["POST"] * (path[1:] in commands) or ["GET", "HEAD"] * (route in _ROUTES)
@@ -5776,7 +5737,8 @@ def _route(server: Server, execute: _Execute, commands: Collection[str], method:
     parameters = _read_query(query, _QUERIES.get(route, {}))
     if method == "POST":
         return _HttpAnswer(*execute(f"{path[1:]} {body}".strip()))
-    return _ROUTES[route](server, *re.findall(_NUMBER, path), **parameters)
+    number, *others = re.findall(_NUMBER, path) or [""]
+    return _ROUTES[route](_find(server, number) if number else server, *others, **parameters)
 
 
 def _read_body(headers: Any, file: Any) -> str:
@@ -5792,22 +5754,6 @@ def _read_body(headers: Any, file: Any) -> str:
     return str(body, "utf-8", "backslashreplace")
 
 
-def _open_input(sock: socket.socket, seconds: float) -> Any:
-    """A file of what comes within this time. A read after that is a TimeoutError, however much came before."""
-    import io
-
-    deadline = time.monotonic() + seconds
-
-    class Input(io.RawIOBase):
-        readable = staticmethod(lambda: True)
-
-        def readinto(self, buffer: Any) -> int:
-            sock.settimeout(max(1e-3, deadline - time.monotonic()))
-            return sock.recv_into(buffer)
-
-    return io.BufferedReader(Input())
-
-
 def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnswer]) -> Any:  # noqa: C901 - one class
     from http.server import BaseHTTPRequestHandler
 
@@ -5815,6 +5761,7 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
         """One request and its answer."""
 
         protocol_version = "HTTP/1.1"  # else a client that sends Expect: 100-continue waits for a second
+        timeout = _HTTP_SECONDS
         is_idle, leaves_at = True, 0.0  # a stop interrupts it at once
         server: Any
 
@@ -5822,8 +5769,6 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
             with self.server.accepting:
                 self.server.starting.pop(self.request)
             super().setup()
-            self.rfile.close()
-            self.rfile = _open_input(self.request, _HTTP_SECONDS)
             self.server.connections[self] = None
 
         def handle(self) -> None:
@@ -5850,7 +5795,6 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
             lines = [f"{name.replace('_', '-').title()}: {value}" for name, value in headers.items()]
             status = f"HTTP/1.1 {answer.status} {HTTPStatus(answer.status).phrase}"
             data = "\r\n".join([status, *lines, "", ""]).encode("ascii")
-            self.request.settimeout(_HTTP_SECONDS)
             self.wfile.write(data if self.command == "HEAD" else data + answer.body)
 
         def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
@@ -5865,10 +5809,11 @@ def _make_http_connection(names: Collection[str], route: Callable[..., _HttpAnsw
 
         def finish(self) -> None:
             self.shut_down(socket.SHUT_WR)
-            with contextlib.suppress(OSError):
-                unread = _open_input(self.request, _LINGER)  # it would have the answer destroyed by an RST
-                while unread.read(65536):
-                    pass
+            deadline = time.monotonic() + _LINGER
+            with contextlib.suppress(OSError):  # what is unread would have the answer destroyed by an RST
+                self.request.settimeout(_LINGER)
+                while self.request.recv(65536) and time.monotonic() < deadline:
+                    ...
             self.server.connections.pop(self, None)
             super().finish()
 
@@ -5888,9 +5833,7 @@ _OWN_FLAGS: dict[str, _Option] = {
     "quiet": _option(False, _FLAG, "print no lines about mails and sessions"),
     "show": _option(False, _FLAG, "print each mail as a person reads it"),
     "lint": _option(False, _FLAG, "print violations on stderr; status 3 after an error"),
-    "json": _option(
-        False, _FLAG, "print each mail, each session without one, and errors as lines of JSON; log to stderr"
-    ),
+    "json": _option(False, _FLAG, "print mails, sessions without one, and errors as lines of JSON; log to stderr"),
     "control": _option(False, _FLAG, "like -json, and obey commands from stdin, whose end stops the server"),
     "http": _option(None, _PORT, "port for HTTP: an API and a page; turns on keep_all"),
     "http_host": _option("127.0.0.1", _TEXT, "address to listen on for HTTP"),
@@ -6225,8 +6168,8 @@ def _name_flag(option: str) -> str:
 
 def _list_flags() -> dict[str, _Option]:
     """The declaration of each flag, by the name of its option."""
-    options = {name: option for name, option in Configuration._declared.items() if name not in _LOG_OPTIONS}
-    return {name: option for name, option in options.items() if option.kind is not _CONTEXT} | _OWN_FLAGS
+    names = Configuration._declared.keys() - {*_LOG_OPTIONS, "ssl_context"}
+    return {name: option for name, option in Configuration._declared.items() if name in names} | _OWN_FLAGS
 
 
 def _describe(error: Exception) -> str:
@@ -6409,8 +6352,8 @@ def _format_flag(name: str, option: _Option) -> str:
     about = re.sub(r"\b[a-z]+(_[a-z]+)+", lambda match: _name_flag(match[0]), about)
     if default:
         about += f" (default: {','.join(default) if kind in (_NAMES, _WORDS) else default})"
-    lines = [*([] if len(label) < 25 else [""]), *textwrap.wrap(about, 54, break_on_hyphens=False)]
-    return "\n".join(f"{label if not number else '':26}{line}".rstrip() for number, line in enumerate(lines))
+    label = f"{label:26}" if len(label) < 25 else f"{label}\n{'':26}"
+    return label + textwrap.fill(about, 54, break_on_hyphens=False).replace("\n", f"\n{'':26}")
 
 
 def _format_help(*, everything: bool) -> str:
@@ -6430,38 +6373,25 @@ def _spell(name: str) -> tuple[str, ...]:
     return _name_flag(name), "-" + _name_flag(name), "--" + name.replace("_", "-"), *short
 
 
-def _find_flag(spelling: str, names: Collection[str]) -> str:
-    """The name of the option that the flag sets."""
-    name = re.sub("-|(?=[A-Z])", "_", spelling.lstrip("-")).lower()
-    name = {"-h": "help", "-v": "version"}.get(spelling, name)
-    if name in names and spelling in _spell(name):
-        return name
-    known = [flag for name in names for flag in _spell(name)]  # made only now, because it takes a while
-    raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, known)}")
-
-
 def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
-    """The values of the flags, by the names of their options. The parser knows only the flags that occur."""
-    if not argv:  # importing argparse would take a third of the time until the server listens
-        return {}
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            message = re.sub("argument ([^/:]*).*: expected one argument", r"\1: needs a value", message)
-            raise ConfigurationError(re.sub("unrecognized arguments: (.*)", r"\1: there is no such flag", message))
-
-    flags, parser = _list_flags(), Parser(add_help=False, allow_abbrev=False)
-    parser.formatter_class = functools.partial(argparse.HelpFormatter, width=80)  # without a width, it imports shutil
-    spellings = [argument.partition("=")[0] for argument in argv if re.match("--?[a-zA-Z]", argument)]
-    for name in dict.fromkeys(_find_flag(spelling, flags) for spelling in spellings):
+    """The values of the flags, by the names of their options."""
+    flags, given, words = _list_flags(), dict[str, Any](), deque(argv)
+    names = {spelling: name for name in flags for spelling in _spell(name)}
+    while words:
+        spelling, has_value, text = words.popleft().partition("=")
+        if spelling not in names:
+            raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, names)}")
+        name = names[spelling]
         kind = flags[name].kind
-        more: dict[str, Any] = {"nargs": "?", "const": True} if kind is _FLAG else {}
-        more |= {"action": "extend"} if kind is _RULES else {}
-        parser.add_argument(*_spell(name), dest=name, type=functools.partial(_read, kind), **more)
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        _check(name, value, flags[name].kind)
+        if not has_value and words and not re.match("--?[a-zA-Z]", words[0]):
+            text = words.popleft()
+        elif not has_value and kind is not _FLAG:
+            raise ConfigurationError(f"{spelling}: needs a value")
+        elif not has_value:
+            text = "true"
+        value = _read(kind, text)
+        _check(name, value, kind)
+        given[name] = given.get(name, []) + value if kind is _RULES else value
     return given
 
 
