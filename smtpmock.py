@@ -3750,7 +3750,7 @@ class _Session:
         self.at = at
         self.script = self.rules.take_script() if self.rules.scripts else None
         reply = self.run(self.handlers["connect"], None, "")
-        self.mail.accepted_steps.add("greeting")  # TLS stays in force, whatever the server replies
+        self.mail.accepted_steps.add("greeting")  # it stays in force, whatever it says
         if reply.text.startswith("5"):
             self.handlers = self.handlers.turn_away()
             self.commands = self.handlers.commands
