@@ -2817,7 +2817,7 @@ class Handler:
             reply = self._apply(self._decide(session, request, argument, value), reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
         mail = session.mail
-        step = self._step  # otherwise nothing needs the value, which may be a secret
+        step = self._step  # without a step, nothing needs the value, which may be a secret
         # Calling _Exchange() would run a Python function, and take twice as long.
         exchange = tuple.__new__(_Exchange, (request, reply, step and value, session.at, session.has_more))
         mail.exchanges.append(exchange)
