@@ -5506,7 +5506,6 @@ _POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancest
 _DATA_POLICY = f"{_POLICY} 'none'; sandbox"
 _PAGE_POLICY = f"{_POLICY} 'none'; frame-src 'self'; style-src 'unsafe-inline'"
 _MAIL_POLICY = f"{_POLICY} 'self'; img-src data:; style-src 'unsafe-inline'; sandbox"
-_NUMBER = "(?<=/)[0-9]+(?![^/])"
 _LOCAL_NAME = r"[\w-]+|([\w-]+\.)+(localhost|local|internal|test)"
 
 _READ_HEADERS = ("from", "to", "cc", "reply-to", "date", "subject")
@@ -5530,7 +5529,8 @@ body { max-width: 60rem; margin: auto; padding: 0 1rem 2rem }
 a { color: light-dark(#0645ad, #8ab4f8) }
 :focus-visible { outline: 3px solid light-dark(#c60, #fb3) }
 h1, h2 { font-size: 1.2rem }
-.mail { display: flex; flex-wrap: wrap; gap: 0 1rem; padding: .5rem; border-top: 1px solid #8886; color: inherit }
+.mail { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 1rem; padding: .5rem; color: inherit }
+.mail { border-top: 1px solid #8886; text-decoration: none }
 .mail span { flex: 1 0 100%; text-decoration: underline }
 .mail:hover, pre { background: #8882 }
 .accepted { color: light-dark(#176b34, #7bd88f) }
@@ -5728,7 +5728,7 @@ _ROUTES: dict[str, Callable[..., _HttpAnswer]] = {  # with ID for each number; t
 
 def _route(server: Server, execute: Any, commands: Collection[str], method: str, target: str, body: str) -> Any:
     path, _, query = target.partition("?")
-    route = "" if "ID" in path else re.sub(_NUMBER, "ID", path)
+    route = "" if "ID" in path else re.sub("[0-9]+", "ID", path)
     methods = ["POST"] * (path[1:] in commands) or ["GET", "HEAD"] * (route in _ROUTES)
     if not methods:
         raise _HttpAnswer(f"there is no {path}{_suggest(route, [*_ROUTES, *(f'/{name}' for name in commands)])}", 404)
@@ -5737,7 +5737,7 @@ def _route(server: Server, execute: Any, commands: Collection[str], method: str,
     parameters = _read_query(query, _QUERIES.get(route, {}))
     if method == "POST":
         return _HttpAnswer(*execute(f"{path[1:]} {body}".strip()))
-    number, *others = re.findall(_NUMBER, path) or [""]
+    number, *others = re.findall("[0-9]+", path) or [""]
     return _ROUTES[route](_find(server, number) if number else server, *others, **parameters)
 
 
@@ -6373,25 +6373,38 @@ def _spell(name: str) -> tuple[str, ...]:
     return _name_flag(name), "-" + _name_flag(name), "--" + name.replace("_", "-"), *short
 
 
+def _find_flag(spelling: str, names: Collection[str]) -> str:
+    """The name of the option that the flag sets."""
+    name = re.sub("-|(?=[A-Z])", "_", spelling.lstrip("-")).lower()
+    name = {"-h": "help", "-v": "version"}.get(spelling, name)
+    if name in names and spelling in _spell(name):
+        return name
+    known = [flag for name in names for flag in _spell(name)]  # made only now, because it takes a while
+    raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, known)}")
+
+
 def _parse_arguments(argv: Sequence[str]) -> dict[str, Any]:
-    """The values of the flags, by the names of their options."""
-    flags, given, words = _list_flags(), dict[str, Any](), deque(argv)
-    names = {spelling: name for name in flags for spelling in _spell(name)}
-    while words:
-        spelling, has_value, text = words.popleft().partition("=")
-        if spelling not in names:
-            raise ConfigurationError(f"{spelling}: there is no such flag{_suggest(spelling, names)}")
-        name = names[spelling]
+    """The values of the flags, by the names of their options. The parser knows only the flags that occur."""
+    if not argv:  # importing argparse would take a third of the time until the server listens
+        return {}
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            message = re.sub("argument ([^/:]*).*: expected one argument", r"\1: needs a value", message)
+            raise ConfigurationError(re.sub("unrecognized arguments: (.*)", r"\1: there is no such flag", message))
+
+    flags, parser = _list_flags(), Parser(add_help=False, allow_abbrev=False)
+    parser.formatter_class = functools.partial(argparse.HelpFormatter, width=80)  # without a width, it imports shutil
+    spellings = [argument.partition("=")[0] for argument in argv if re.match("--?[a-zA-Z]", argument)]
+    for name in dict.fromkeys(_find_flag(spelling, flags) for spelling in spellings):
         kind = flags[name].kind
-        if not has_value and words and not re.match("--?[a-zA-Z]", words[0]):
-            text = words.popleft()
-        elif not has_value and kind is not _FLAG:
-            raise ConfigurationError(f"{spelling}: needs a value")
-        elif not has_value:
-            text = "true"
-        value = _read(kind, text)
-        _check(name, value, kind)
-        given[name] = given.get(name, []) + value if kind is _RULES else value
+        more: dict[str, Any] = {"nargs": "?", "const": True} if kind is _FLAG else {}
+        more |= {"action": "extend"} if kind is _RULES else {}
+        parser.add_argument(*_spell(name), dest=name, type=functools.partial(_read, kind), **more)
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        _check(name, value, flags[name].kind)
     return given
 
 
