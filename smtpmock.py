@@ -974,7 +974,7 @@ _PARAMETER = rf'(?s);{_SPACE}([^\s;=()]+){_SPACE}={_SPACE}(?:"([^"\\]*(?:\\.[^"\
 _FIELD = r"(?<![^\n])([!-9;-~]+)[ \t]*:[ \t]*([^\n]*(?:\n[ \t][^\n]*)*)\n?"
 # Longer headers are not given to `email`, because the time that it takes grows with the square of their length.
 _HEADER_LIMIT, _DEPTH_LIMIT, _PART_LIMIT = 2000, 30, 10_000
-_Parts = list[tuple[Any, str, dict[str, str], bytes | None]]  # each with its type, parameters, and content if it is one
+_Parts = list[tuple["EmailMessage", str, dict[str, str], bytes | None]]  # each with type, parameters, and any content
 
 _NOT_CHARSETS = ("idna", "mbcs", "oem", "punycode", "raw-unicode-escape", "undefined", "unicode-escape")  # but codecs
 # Names of charsets, by IANA and by old programs and without x- or cs, that Python knows under another name.
@@ -1065,17 +1065,12 @@ def _strip_comments(value: str) -> str:
 
 
 def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
-    """The value of a header such as Content-Type, and its parameters.
-
-    `email` takes comments for a part of the value, raises on some parameters, and stops within an unquoted one that
-    needs quotes; mail readers take it whole.
-    """
+    """The value of a header such as Content-Type, and its parameters."""
+    # `email` takes comments for a part of the value, raises on some parameters, and cuts one that lacks its quotes.
     from urllib.parse import unquote_to_bytes
 
-    text = next((value for name, value in part.raw_items() if name.lower() == header), None)
-    if text is None:
-        return "", {}
-    text = _unfold(text[:100_000])  # `re` needs up to 300 bytes for each character
+    raw_value = next((value for name, value in part.raw_items() if name.lower() == header), "")
+    text = _unfold(raw_value[:100_000])  # `re` needs up to 300 bytes for each character
     end = len(re.split(rf"\A({_UNQUOTED})", text)[1])
     values: dict[str, str] = {}
     sections: dict[str, dict[int, tuple[str, str]]] = {}
@@ -1097,15 +1092,13 @@ def _read_mime(part: Any, header: str) -> tuple[str, dict[str, str]]:
 
 @functools.cache
 def _make_email_policy() -> Any:
-    import base64
+    from email.charset import Charset
     from email.errors import InvalidHeaderDefect
     from email.headerregistry import BaseHeader, HeaderRegistry, UnstructuredHeader
     from email.policy import EmailPolicy
 
-    def encode(text: str) -> str:
-        """`email` knows fewer charsets, and up to Python 3.13 it puts a blank between the encoded words of a name."""
-        return f"=?utf-8?b?{base64.b64encode(text.encode('utf-8', 'replace')).decode()}?="
-
+    # `email` knows fewer charsets, and up to Python 3.13 it puts a blank between the encoded words of a name.
+    encode = Charset("utf-8").header_encode
     # It has what is asked of a Content- header, too.
     attributes = {"value_parser": staticmethod(_decode_words), "params": {}, "content_disposition": None, "cte": "7bit"}
     unstructured: Any = type("Text", (UnstructuredHeader,), attributes)
@@ -1125,23 +1118,18 @@ def _make_email_policy() -> Any:
     return Policy(refold_source="none")
 
 
-def _show_headers(mail: Any) -> list[tuple[str, str]]:
+def _show_headers(mail: Any) -> Iterator[tuple[str, str]]:
     """Addresses and other structured values are shown as `email` does, but only the first of a name: it is slow."""
     structured = mail.policy.header_factory.registry.keys() - {"subject"}
-    values = []
     for name, value in mail.raw_items():
         is_structured = name.lower() in structured
         structured.discard(name.lower())
-        text = str(mail.policy.header_fetch_parse(name, value)) if is_structured else _decode_words(_unfold(value))
-        values.append((name, text))
-    return values
+        yield name, str(mail.policy.header_fetch_parse(name, value)) if is_structured else _decode_words(_unfold(value))
 
 
 def _read_header(part: Any, text: str) -> str:
-    """Add the fields to the part, and return its body.
-
-    A line that is neither a field nor its continuation is skipped, as mail readers do; `email` ends the header there.
-    """
+    """Add the fields to the part, and return its body."""
+    # A line that is neither a field nor its continuation is skipped, as mail readers do; `email` ends the header there.
     from email.errors import MissingHeaderBodySeparatorDefect
 
     head, *rest = re.split(r"(?<![^\n])\r?\n", text, maxsplit=1)
@@ -1175,11 +1163,8 @@ def _split_multipart(part: Any, body: str, boundary: str) -> list[str]:
 
 
 def _parse_part(part: Any, text: str, parts: _Parts, depth: int = 0) -> _Parts:
-    """Fill the EmailMessage, and add it and its parts to the list, but for those of a mail within the mail.
-
-    The parser of `email` rewrites a mail within the mail, is limited by the stack alone, and compares each line with
-    the boundaries of all parts around it.
-    """
+    """Fill the EmailMessage, and add it and its parts to the list, but for those of a mail within the mail."""
+    # `email` rewrites a mail within the mail, has no limit but the stack, and compares each line with all boundaries.
     from email.errors import MessageDefect
     from email.message import EmailMessage
 
@@ -1873,28 +1858,23 @@ def _shorten(value: object) -> str:
 
 
 class _StepField(property, Generic[_T]):
-    """An attribute of Message that is read from the exchange of one step; the default if the step is missing."""
+    """An attribute of Message that is read from the exchange of one step; the default if that is missing."""
 
-    def __init__(self, step: str, read: Callable[[_Exchange], _T | None], default: _T, about: str) -> None:
+    def __init__(self, step: str, path: str, default: _T, about: str) -> None:
         self.__doc__ = about
-        self.step, self.read, self.default = step, read, default
+        self.step, self.path, self.default = step, path.split("."), default
 
     def __get__(self, message: Any, owner: Any = None) -> _T:  # type: ignore[override]
-        exchange = message._steps.get(self.step)
-        value = None if exchange is None else self.read(exchange)
+        value: Any = message._steps.get(self.step)
+        for name in self.path:
+            value = getattr(value, name, None)
         return self.default if value is None else value
 
 
-_read_value: Callable[[_Exchange], Any] = operator.attrgetter("value")
-_read_line: Callable[[_Exchange], str] = operator.attrgetter("line")
-_read_response: Callable[[_Exchange], str] = operator.attrgetter("response")
-_read_accepted: Callable[[_Exchange], bool] = operator.attrgetter("accepted")
-
-
 def _make_fields(step: str) -> tuple[_StepField[str], _StepField[str], _StepField[bool]]:
-    request = _StepField(step, _read_line, "", f"The last {step} command as the client wrote it; secrets are ***.")
-    response = _StepField(step, _read_response, "", "The reply to it.")
-    return request, response, _StepField(step, _read_accepted, False, "Whether it took effect.")
+    request = _StepField(step, "line", "", f"The last {step} command as the client wrote it; secrets are ***.")
+    response = _StepField(step, "response", "", "The reply to it.")
+    return request, response, _StepField(step, "accepted", False, "Whether it took effect.")
 
 
 class Attachment(NamedTuple):
@@ -1916,12 +1896,13 @@ def _jsonify_bytes(data: bytes) -> dict[str, str]:
 
 def _jsonify(value: Any) -> Any:
     """The value for JSON, with escapes in place of the surrogates that stand for bytes: few readers accept those."""
-    if isinstance(value, Violation):
-        value = value._asdict()
+    value = value._asdict() if isinstance(value, (Violation, Exchange)) else value
     if isinstance(value, dict):
         return {_jsonify(name): _jsonify(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_jsonify(item) for item in value]
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
@@ -1956,22 +1937,18 @@ class Message:
 
     helo_request, helo_response, helo = _make_fields("helo")
     mailfrom_request, mailfrom_response, mailfrom = _make_fields("mailfrom")
-    mail_from = _StepField[str | None](
-        "mailfrom", lambda said: said.value and said.value.address, None, 'The sender, "" for <>; None if not valid.'
-    )
+    mail_from = _StepField[str | None]("mailfrom", "value.address", None, 'The sender, "" for <>; None if not valid.')
     data_request, data_response, data = _make_fields("data")
-    content = _StepField[bytes]("msg", _read_value, b"", "The body, dots unstuffed, CRLF kept; partial if aborted.")
-    msg_response = _StepField("msg", _read_response, "", "The reply to the body.")
-    msg = _StepField("msg", _read_accepted, False, "Whether the body was accepted.")
+    content = _StepField("msg", "value", b"", "The body, dots unstuffed, CRLF kept; partial if aborted.")
+    msg_response = _StepField("msg", "response", "", "The reply to the body.")
+    msg = _StepField("msg", "accepted", False, "Whether the body was accepted.")
     rset_request, rset_response, rset = _make_fields("rset")
-    noop = _StepField("noop", _read_accepted, False, "Whether NOOP was accepted.")
-    quit_sent = _StepField("quit", _read_accepted, False, "Whether QUIT was accepted.")
+    noop = _StepField("noop", "accepted", False, "Whether NOOP was accepted.")
+    quit_sent = _StepField("quit", "accepted", False, "Whether QUIT was accepted.")
     auth_request, auth_response, auth = _make_fields("auth")
-    auth_mechanism = _StepField[str | None](
-        "auth", operator.attrgetter("value.mechanism"), None, "The mechanism, also if the login failed."
-    )
-    auth_user = _StepField[str | None]("auth", operator.attrgetter("value.user"), None, "The user, likewise.")
-    tls = _StepField[tuple[str, str] | None]("tls", _read_value, None, "(version, cipher); None without TLS.")
+    auth_mechanism = _StepField[str | None]("auth", "value.mechanism", None, "The mechanism, also if the login failed.")
+    auth_user = _StepField[str | None]("auth", "value.user", None, "The user, likewise.")
+    tls = _StepField[tuple[str, str] | None]("tls", "value", None, "(version, cipher); None without TLS.")
 
     _steps: dict[str, _Exchange]
     _recipients: list[_Exchange]
@@ -1986,16 +1963,11 @@ class Message:
 
     def __init__(self, mail: _Mail, peer: tuple[str, int], id: int, tolerated: Collection[str]) -> None:
         # The session goes on appending to the lists, so their present lengths are kept with them.
-        fields = self.__dict__  # because __setattr__() allows nothing
-        fields["_id"] = id
-        fields["_peer"] = peer
-        fields["_tolerated"] = tolerated
-        fields["_steps"] = mail.steps.copy()
-        fields["_recipients"] = mail.recipients
-        fields["_count"] = len(mail.recipients)
-        fields["_exchanges"] = mail.exchanges
-        fields["_length"] = len(mail.exchanges)
-        fields["_discarded"] = mail.discarded
+        vars(self).update(  # because __setattr__() allows nothing
+            _id=id, _peer=peer, _tolerated=tolerated, _discarded=mail.discarded, _steps=mail.steps.copy(),
+            _recipients=mail.recipients, _count=len(mail.recipients),
+            _exchanges=mail.exchanges, _length=len(mail.exchanges),
+        )  # fmt: skip
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
@@ -2156,15 +2128,14 @@ class Message:
 
         text = self.as_bytes().decode("ascii", "surrogateescape")
         start = len(text) - len(self.content) - 2 * (self.content[:1] in (b" ", b"\t"))
-        mail: EmailMessage = EmailMessage(_make_email_policy())
+        mail = EmailMessage(_make_email_policy())
         _read_header(mail, text[:start])
         return _parse_part(mail, text[start:], [])
 
     @property
     def email(self) -> EmailMessage:
         """as_bytes() parsed. Faults are in the `defects` of its parts; they raise nothing."""
-        mail: EmailMessage = self._mail[0][0]
-        return mail
+        return self._mail[0][0]
 
     @property
     def subject(self) -> str | None:
@@ -2217,15 +2188,10 @@ class Message:
 
     def to_dict(self) -> dict[str, Any]:
         """Every attribute as values for JSON. `content` is text if it is UTF-8, else base64: see `content_encoding`."""
-        names = [name for name, field in vars(Message).items() if isinstance(field, _StepField) and name != "content"]
-        names += ["id", "esmtp", "rcpt_tos", "rcptto", "is_consistent", "received_header"]
-        names += ["mailfrom_parameters", "rcptto_parameters", "subject", "text", "html", "transcript"]
-        names += ["refusals", "violations", "warnings", "peer"]
+        others = ("content", "msg_request", "as_bytes", "email", "to_dict")
+        names = [name for name in vars(Message) if not name.startswith("_") and name not in others]
         values = {name: getattr(self, name) for name in names}
-        values["received_at"] = self.received_at.isoformat() if self.received_at else None
-        values["rcptto_request_response"] = self.rcptto_request_response
-        values["exchanges"] = [said._asdict() | {"at": said.at.isoformat()} for said in self.exchanges]
-        values["headers"] = _show_headers(self.email)
+        values["headers"] = list(_show_headers(self.email))
         values["defects"] = [f"{type(fault).__name__}: {fault}" for part, *_ in self._mail for fault in part.defects]
         values["attachments"] = [item._asdict() | _jsonify_bytes(item.content) for item in self.attachments]
         return dict(_jsonify(values | _jsonify_bytes(self.content)))
@@ -5930,11 +5896,6 @@ class _Printer:
         self._is_torn = False  # whether only a part of the last line was written
         raw = getattr(getattr(stream, "buffer", None), "raw", getattr(stream, "buffer", None))
         self._raw: Any = raw if isinstance(raw, io.RawIOBase) else None  # else it is of a test
-        self._poll: Any = None  # of a terminal, it would promise too much
-        with contextlib.suppress(OSError, ValueError):  # it is closed, or has no descriptor
-            if self._raw is not None and hasattr(select, "poll") and not stream.isatty():
-                self._poll = select.poll()
-                self._poll.register(self._raw, select.POLLOUT)
 
     def __getattr__(self, name: str) -> Any:  # such as isatty()
         return getattr(self._stream, name)
@@ -5949,7 +5910,10 @@ class _Printer:
 
     def is_ready(self) -> bool:
         """Whether write_piece() cannot block."""
-        return self._raw is None or (self._poll is not None and bool(self._poll.poll(0)))
+        with contextlib.suppress(OSError, ValueError):  # it is closed, or select() does not know such files
+            # Of a terminal, select() would promise too much.
+            return self._raw is None or (not self._raw.isatty() and bool(select.select((), (self._raw,), (), 0)[1]))
+        return False
 
     def write_piece(self, data: Any) -> Any:
         """Write the beginning, and return the rest."""
@@ -5982,11 +5946,9 @@ class _Printer:
 
 
 class _Writer:
-    """Writes to stdout and stderr. What a reader could hold up is left to a thread.
+    """Writes to stdout and stderr. What a reader could hold up is left to a thread."""
 
-    The queue has no limit, as the mailbox has none. A mail that nobody reads takes up to three times its size there. A
-    limit would have to stop the mail or to drop events, and a test that reads them late would miss them.
-    """
+    # The queue has no limit, because that would have to stop the mail, or to drop events which are to be read later.
 
     def __init__(self) -> None:
         self.out: Any = _Printer(self, sys.stdout, "stdout")
@@ -6064,27 +6026,29 @@ class _Folder:
     def __init__(self, path: str) -> None:
         _make_folder(path)
         self._path = path
-        self._lock = threading.Lock()  # guards the number
         names = [re.match(r"\.?(\d{6,})\.", name) for name in os.listdir(path)]
-        self._number = max((int(name[1]) for name in names if name), default=0)
+        self._numbers = iter(range(1 + max((int(name[1]) for name in names if name), default=0), sys.maxsize))
 
     def __call__(self, message: Message) -> _Undo:
         import json
 
+        record = json.dumps(message.to_dict(), indent=1).encode()
         name = self._reserve()
-
-        def undo() -> None:
-            for path in (*self._paths(f"{name}.eml"), *self._paths(f"{name}.json"), self._paths(name)[1]):
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(undo)
-            self._write(f"{name}.json", json.dumps(message.to_dict(), indent=1).encode())
-            self._write(f"{name}.eml", message.as_bytes())  # last: whoever sees it finds the record as well
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._remove, name)
+            # The mail is the last: whoever sees it finds the record as well.
+            for kind, data in (("json", record), ("eml", message.as_bytes())):
+                path, part = self._paths(f"{name}.{kind}")
+                with open(part, "xb") as file:
+                    file.write(data)
+                os.replace(part, path)
             os.unlink(self._paths(name)[1])
-            on_error.pop_all()
-        return undo
+            return undo.pop_all().close
+
+    def _remove(self, name: str) -> None:
+        for path in (*self._paths(f"{name}.eml"), *self._paths(f"{name}.json"), self._paths(name)[1]):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     def _paths(self, name: str) -> tuple[str, str]:
         """Of the file, and of its beginning, which *.eml and *.json do not match, even if they match hidden files."""
@@ -6092,21 +6056,13 @@ class _Folder:
 
     def _reserve(self) -> str:
         """A name that no other thread or process takes, because .NAME.part exists."""
-        with self._lock:
-            while True:
-                self._number += 1
-                name = f"{self._number:06d}"
-                with contextlib.suppress(FileExistsError):
-                    open(self._paths(name)[1], "xb").close()
-                    if not os.path.exists(self._paths(f"{name}.eml")[0]):
-                        return name
-                    os.unlink(self._paths(name)[1])
-
-    def _write(self, name: str, data: bytes) -> None:
-        path, part = self._paths(name)
-        with open(part, "xb") as file:
-            file.write(data)
-        os.replace(part, path)
+        while True:
+            name = f"{next(self._numbers):06d}"
+            with contextlib.suppress(FileExistsError):
+                open(self._paths(name)[1], "xb").close()
+                if not os.path.exists(self._paths(f"{name}.eml")[0]):
+                    return name
+                os.unlink(self._paths(name)[1])
 
 
 def _open_maildir(path: str) -> Callable[[Message], _Undo]:
@@ -6116,14 +6072,12 @@ def _open_maildir(path: str) -> Callable[[Message], _Undo]:
         _make_folder(os.path.join(path, name))
     maildir, lock = mailbox.Maildir(path), threading.Lock()  # a Maildir is not made for threads
 
-    def remove(key: str) -> None:
-        with lock:
-            maildir.discard(key)
-
     def add(message: Message) -> _Undo:
+        # add() replaces each LF by what ends a line on this system.
+        content = message.as_bytes().replace(os.linesep.encode(), b"\n")
         with lock:
-            # add() replaces each LF by what ends a line on this system.
-            return functools.partial(remove, maildir.add(message.as_bytes().replace(os.linesep.encode(), b"\n")))
+            key = maildir.add(content)
+        return lambda: mailbox.Maildir(path).discard(key)
 
     return add
 
@@ -6236,9 +6190,7 @@ def _format_mail(message: Message) -> str:
         lines.append(f"Attachment: {name or 'without a name'} ({kind}, {_format_size(len(content))})")
     text = message.text or ""
     if message.html and not text.strip():
-        text = message.html
-        with contextlib.suppress(Exception):  # html.parser raises some for broken HTML
-            text = _read_html(text)
+        text = _read_html(message.html)
     text = "\n".join([*lines, "", text.strip()])
     lines = text[:_TEXT_LIMIT].split("\n")[:_LINE_COUNT]
     lines += ["..."] * (len("\n".join(lines)) < len(text))
@@ -6336,11 +6288,6 @@ def _deliver(outputs: Iterable[_Output], printer: _Printer, message: Message) ->
         text = f"a mail was refused, because it cannot be saved: {error}"
         printer.event("error", error=text)
         raise _OutputError(text) from error
-
-
-def _call_all(functions: Iterable[Callable[..., object]], *arguments: object) -> None:
-    for function in functions:
-        function(*arguments)
 
 
 def _format_flag(name: str, option: _Option) -> str:
@@ -6599,7 +6546,7 @@ def _make_callbacks(printer: _Printer, linter: _Linter, options: dict[str, Any],
         printer.event("message", **message.to_dict())
 
     def call(*functions: Any) -> Any:
-        return functools.partial(_call_all, functions) if functions else _ignore
+        return (lambda *arguments: [function(*arguments) for function in functions]) if functions else _ignore
 
     outputs: list[Any] = [*_open_files(own), *[tell] * tells, *[narrator.accept] * narrates, *[linter] * lints]
     return {

@@ -2574,302 +2574,7 @@ class ExchangeTest(unittest.TestCase):
 
 # -------------------------------------------------------------------------------------------- mail
 
-# Mails as the programs named here write them: what is to be found in one, and its content with Python's escapes.
-MAILS = read_table(r"""
-== smtplib, no header at all  -- subject=None, text="Hello\n", html=None, attachments=[]
-Hello
-== an empty one  -- subject=None, text=None, html=None, attachments=[]
-== no empty line after the header  -- subject="hi", text=""
-Subject: hi
-== mutt, UTF-8 as 8bit  -- subject="Grüße aus Köln, mit einem langen Betreff – der zweite Teil", text="Schöne Grüße\n"
-Date: Sun, 22 Nov 2026 10:00:00 +0000
-From: =?utf-8?Q?J=C3=B6rg?= <joerg@example.org>
-To: b@example.com
-Subject: =?utf-8?B?R3LDvMOfZSBhdXMgS8O2bG4sIG1pdCBlaW5lbSBsYW5nZW4gQmV0cmVmZg==?=
-\t=?utf-8?Q?_=E2=80=93_der_zweite_Teil?=
-MIME-Version: 1.0
-Content-Type: text/plain; charset=utf-8
-Content-Disposition: inline
-Content-Transfer-Encoding: 8bit
-
-Schöne Grüße
-== PHP, ISO-8859-1 as 8bit  -- subject="Bestellung bestätigt", text="Sie zahlen 5 £ für alles.\n", attachments=[]
-Subject: =?iso-8859-1?Q?Bestellung_best=E4tigt?=
-Content-Type: text/plain; charset=iso-8859-1
-Content-Transfer-Encoding: 8bit
-
-Sie zahlen 5 \xa3 f\xfcr alles.
-== Thunderbird, nested, with two attachments
--- subject="Rechnung", text="Hallöchen!", html='<img src="cid:1">Hallöchen!'
--- attachments=[(None, "image/gif", b"GIF89a\1\0\1\0\0\0\0,")
--- ("Rechnung für Jörg.pdf", "application/pdf", b"%PDF-1.4\n"), ("notes.txt", "text/plain", b"5 \xe2\x82\xac")]
-Content-Type: multipart/mixed; boundary="------------A0"
-Subject: Rechnung
-MIME-Version: 1.0
-
-This is a multi-part message in MIME format.
---------------A0
-Content-Type: multipart/alternative;
- boundary="------------B1"
-
---------------B1
-Content-Type: text/plain; charset=UTF-8; format=flowed
-Content-Transfer-Encoding: base64
-
-SGFsbMO2Y2hlbiE=
---------------B1
-Content-Type: multipart/related; boundary="------------C2"
-
---------------C2
-Content-Type: text/html; charset=UTF-8
-Content-Transfer-Encoding: quoted-printable
-
-<img src=3D"cid:1">Hall=C3=B6chen!
---------------C2
-Content-Type: image/gif
-Content-ID: <1>
-Content-Transfer-Encoding: base64
-
-R0lGODlhAQABAAAAACw=
---------------C2--
---------------B1--
---------------A0
-Content-Type: application/pdf; name="=?UTF-8?B?UmVjaG51bmcgZsO8ciBKw7ZyZy5wZGY=?="
-Content-Disposition: attachment; filename*0*=UTF-8''Rechnung%20f%C3%BCr%20J%C3%B6;
- filename*1*=rg.pdf
-Content-Transfer-Encoding: base64
-
-JVBERi0xLjQK
---------------A0
-Content-Type: text/plain; charset=UTF-8; name="notes.txt"
-Content-Disposition: attachment; filename="notes.txt"
-Content-Transfer-Encoding: quoted-printable
-
-5 =E2=82=AC
---------------A0--
-== Outlook, encoded words in a file's name, a mail in the mail  -- text=None, html="<p>Schön, bis später =)</p>"
--- attachments=[("Berícht.bin", "application/octet-stream", b"\0\xff\1")
--- (None, "message/rfc822", b"Subject: report\r\nContent-Type: text/plain\r\n\r\nthe first")]
-Subject: FW: report
-Content-Type: multipart/mixed; boundary=XX
-
---XX
-Content-Type: text/html; charset="iso-8859-1"
-Content-Transfer-Encoding: quoted-printable
-
-<p>Sch=F6n, =
-bis sp=E4ter =3D)</p>
---XX
-Content-Type: application/octet-stream; name="=?iso-8859-1?Q?Ber=EDcht.bin?="
-Content-Disposition: attachment; filename="=?iso-8859-1?Q?Ber=EDcht.bin?="
-Content-Transfer-Encoding: base64
-
-AP8B
---XX
-Content-Type: message/rfc822
-
-Subject: report
-Content-Type: text/plain
-
-the first
---XX--
-== a delivery report
--- attachments=[(None, "message/delivery-status", b"Reporting-MTA: dns; a.com\r\n\r\nFinal-Recipient: rfc822; b@b.com\r\nAction: failed\r\n")]
-Content-Type: multipart/report; boundary=b
-
---b
-Content-Type: message/delivery-status
-
-Reporting-MTA: dns; a.com
-
-Final-Recipient: rfc822; b@b.com
-Action: failed
-
---b--
-== 8-bit and NUL bytes, and no charset  -- text="\0\1\ufffd\n€\n", html=None
-Subject: \xff\xfe
-
-\0\1\xfc
-€
-== a charset that is none  -- text="Qapla'\n"
-Content-Type: text/plain; charset=klingon
-
-Qapla'
-== a boundary that never comes  -- subject="broken", text="--other\n\nwhat it says\n", attachments=[]
-Subject: broken
-Content-Type: multipart/mixed; boundary=never
-
---other
-
-what it says
-== a boundary that has no end  -- text="first", attachments=[(None, "image/png", b"PNG")]
-Content-Type: multipart/mixed; boundary=b
-
---b
-
-first
---b
-Content-Type: image/png
-
-PNG
-== addresses on which the parser of the standard library fails  -- subject="hi", text="body\n"
-From: @
-To: <
-Cc: "
-Sender: . <x
-Message-ID: <>'>
-Content-Type: ;
-Subject: hi
-
-body
-== a header of 100 KB  -- subject="long", text="body\n"
-Subject: long
-X-Long: {word *20000}
-
-body
-""")
-MAILS["a subject of 100 KB"] = Entry({"subject": "x" * 100000}, ["Subject: " + "x" * 100000])
-NESTED = "Content-Type: multipart/mixed; boundary=b{0}\n\n--b{0}"
-MAILS["parts as deep as the parser cannot go"] = Entry({"subject": None}, [NESTED.format(n) for n in range(600)])
-
 PUBLIC = [name for name in dir(Message) if not name.startswith("_")] + ["id", "peer"]
-
-# What headers and parts are made of, with Python's escapes.
-GARBAGE = r"""
-=?utf-8?q?=ff?= | =? | < | > | @ | " | ; | \xff | \0 | = | * | % | / | ( | text/plain | multipart/mixed |
-message/rfc822 | boundary=b | --b | --b-- | charset=utf-7 | filename*0*=utf-8''%ff | name=x | base64 |
-quoted-printable | x-uuencode | attachment | :\x20 | \x20 | begin\x206\x20x | \r\n | \r\n | \r\n\r\n | \r\n\x20 |
-\r\nContent-Type:\x20 | \r\nTo:\x20 | \r\nDate:\x20 | \r\nContent-Disposition:\x20 |
-\r\nContent-Transfer-Encoding:\x20 | \r\nMessage-ID:\x20 | \r\nSubject:\x20
-"""
-
-
-class MailTest(unittest.TestCase):
-    """A message as a mail: its header, its parts, and what a server adds to it."""
-
-    maxDiff = None
-
-    def setUp(self) -> None:
-        self.addCleanup(sys.setrecursionlimit, sys.getrecursionlimit())
-        sys.setrecursionlimit(500)  # so that the parser cannot go as deep as usual, and takes less time for that
-
-    def receive(self, content: bytes, *recipients: str, helo: str = "EHLO client.example.com") -> Message:
-        return receive_content(content, *recipients, helo=helo)
-
-    def ask_all(self, message: Message) -> None:
-        """Each attribute has a value."""
-        for name in dir(message):
-            getattr(message, name)
-        message.as_bytes()
-        json.dumps(message.to_dict()).encode("ascii")
-        repr(message)
-
-    @staticmethod
-    @functools.cache
-    def received(title: str) -> tuple[bytes, Message]:
-        """A mail of the table, and what came of it; some take long to parse."""
-        lines = MAILS[title].lines
-        content = read_escapes("\n".join([*lines, ""]) if lines else "").replace(b"\n", b"\r\n")
-        return content, MailTest().receive(content)
-
-    def test_mails(self) -> None:
-        for title, entry in MAILS.items():
-            with self.subTest(title):
-                content, message = self.received(title)
-                self.assertEqual(message.content, content)
-                self.assertEqual({name: getattr(message, name) for name in entry.options}, entry.options)
-                self.assertTrue(message.as_bytes().endswith(content))
-                self.assertEqual(message.email["Return-Path"], "<a@a.com>")
-                self.ask_all(message)
-
-    def test_defects(self) -> None:
-        _, message = self.received("a boundary that never comes")
-        self.assertIn("StartBoundaryNotFoundDefect", [type(defect).__name__ for defect in message.email.defects])
-        self.assertIn("StartBoundaryNotFoundDefect", str(message.to_dict()["defects"]))
-        _, deep = self.received("parts as deep as the parser cannot go")
-        self.assertIn("nested too deeply", str(deep.email.defects[-1]))
-        broken = self.receive(b"Content-Disposition: ;.*\r\n\r\n").email
-        self.assertIn("cannot be parsed", str(broken["Content-Disposition"].defects))
-
-    def test_garbage(self) -> None:
-        """Whatever the bytes are, each attribute has a value."""
-        rng = random.Random(1)
-        pieces = list(map(read_escapes, read_items(GARBAGE)))
-        for _ in range(400):
-            content = b"".join(rng.choices(pieces, k=rng.randrange(1, 40))) + b"\r\n"
-            with self.subTest(content), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the standard library warns of an encoding
-                self.ask_all(self.receive(content))
-
-    def test_trace(self) -> None:
-        message = self.receive(b"Subject: hi\r\n\r\nbody\r\n")
-        received = "Received: from client.example.com ([192.0.2.1])\n\tby smtpmock with ESMTP id 1\n\tfor <b@b.com>;"
-        trace = f"Return-Path: <a@a.com>\n{received}\n\tSun, 13 Sep 2020 12:26:40 +0000\n"
-        self.assertEqual(message.as_bytes().decode().replace("\r\n", "\n"), f"{trace}Subject: hi\n\nbody\n")
-        self.assertEqual(message.email["Received"].defects, ())
-        self.assertEqual(message.received_at, datetime.datetime(2020, 9, 13, 12, 26, 40, 250000, datetime.timezone.utc))
-
-    def test_trace_of_others(self) -> None:
-        several = self.receive(b"", "b@b.com", "c@c.com", helo="HELO пример.рф")
-        self.assertRegex(several.received_header, r"\AReceived: from \[192.0.2.1\] .*\r\n.* with SMTP id 1;\r\n")
-        for recipient in ("Postmaster", "дядя@пример.рф"):
-            self.assertNotIn("for", self.receive(b"", recipient).received_header)
-        memory = receive_mail(peer=("fe80::1%eth0", 25))
-        self.assertIn("from a.com ([IPv6:fe80::1])\r\n", memory.message().received_header)
-        lines = (*ENVELOPE[:2], "RCPT TO:nobody")
-        self.assertEqual(Memory(*lines).message().as_bytes(), b"Return-Path: <a@a.com>\r\n")
-        self.assertEqual(Memory(*lines, "HELO").message().as_bytes(), b"")
-
-    def test_one_that_only_rules_accepted(self) -> None:
-        for lines in (SEND, ("HELO", *SEND), ("HELO a b\rc", *SEND), ("MAIL x", "MAIL FROM:<a\rX: y>", *SEND[1:])):
-            message = Memory(*lines, rules=["*: reply 250 ok", "DATA: reply 354 go"]).message()
-            with self.subTest(lines):
-                self.assertTrue(message.is_consistent)
-                self.ask_all(message)
-                self.assertIn("Received: from [192.0.2.1] ([192.0.2.1])", message.received_header)
-                self.assertNotIn(b"\r", message.as_bytes().replace(b"\r\n", b""))
-
-    def test_copies(self) -> None:
-        message = Memory(ENVELOPE[0], "MAIL FROM:<a@a.com> SIZE=5", *SEND[1:], extensions=["SIZE"]).message()
-        self.ask_all(message)
-        for same in (pickle.loads(pickle.dumps(message)), copy.deepcopy(message)):
-            self.assertEqual(same.to_dict(), message.to_dict())
-        self.assertIs(message.email, message.email)  # computed once
-        message.attachments.append(smtpmock.Attachment("mine", "text/plain", b""))
-        self.assertEqual(message.attachments, [])
-        with self.assertRaisesRegex(AttributeError, "read-only: email"):
-            setattr(message, "email", None)  # noqa: B010 - mypy knows better
-
-    def test_to_dict(self) -> None:
-        memory = Memory("EHLO \udcff", *ENVELOPE, "DATA", "Subject: =?utf-8?q?=E2=82=AC?=", "", "\udce9", ".")
-        message = memory.message()
-        values = json.loads(json.dumps(message.to_dict()))
-        self.assertEqual(set(PUBLIC) - {"as_bytes", "to_dict", "email", "msg_request"} - set(values), set())
-        self.assertEqual([name for name in values if name.startswith("_")], [])
-        self.assertEqual(base64.b64decode(values["content"]), message.content)
-        self.assertEqual((values["headers"][-1], values["transcript"][:13]), (["Subject", "€"], r"C: EHLO \udcff"[:13]))
-        expected = {
-            "content_encoding": "base64", "subject": "€", "received_at": "2020-09-13T12:26:40.250000+00:00",
-            "peer": ["192.0.2.1", 4321], "rcptto_request_response": [["RCPT TO:<b@b.com>", RECEIVED]],
-        }  # fmt: skip
-        self.assertEqual({name: values[name] for name in expected}, expected)
-        text = self.receive(b"Subject: hi\r\n\r\n\xc3\xa9\r\n").to_dict()
-        self.assertEqual((text["content"], text["content_encoding"]), ("Subject: hi\r\n\r\né\r\n", "utf-8"))
-
-    def test_copies_while_another_thread_parses_it(self) -> None:
-        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(1e-6)
-        original = Memory(*ENVELOPE, "DATA", "Subject: hi", "", "body", ".").message()
-        for _ in range(30):
-            message = copy.copy(original)
-            parser = threading.Thread(target=message.to_dict)
-            parser.start()
-            while parser.is_alive():
-                self.assertEqual(copy.copy(message).content, original.content)
-            parser.join()
-
-
-# ------------------------------------------------------------------------------- reading the mail
 
 # A value of Subject, and what is shown of it; the first two are written by Python's own `email`.
 SUBJECTS = r"""
@@ -2926,6 +2631,7 @@ BODIES = r"""
 \r\nContent-Transfer-Encoding: (a) quoted-printable                 | a \r\nb=20\r\nc= \r\nd=ZZ =c3=bc => a\nb \ncd=ZZ ü
 \r\nContent-Transfer-Encoding: x-uuencode                           | begin 644 a\r\n%:&5L;&\\ \r\n`\r\nend => hello
 \r\nContent-Transfer-Encoding: x-uuencode                           | begin 644 a\r\nM\x80\xff\r\nend => begin 644 a\nM\ufffd\ufffd\nend
+\r\nContent-Transfer-Encoding: 7bit                                 | begin 644 a\r\n%:&5L;&\\ \r\n`\r\nend => begin 644 a\n%:&5L;&\\ \n`\nend
 (plain words; a=b); charset=iso-8859-1                              | \xfc               => ü
 ; charset=iso-8859-1 (Latin)                                        | \xfc               => ü
 \x20; CHARSET = "ISO-8859-1"                                        | \xfc               => ü
@@ -2960,199 +2666,98 @@ BODIES = r"""
 ; charset*=a\0''x; {x=y; *400}                                      | x                  => x
 """
 
-# Mails, and what a good mail reader shows of them.
-READINGS = read_table(r"""
-== a name in two encoded words  -- headers={"From": "München <a@example.com>", "To": '"Doe, Jö" <b@example.com>, c@c.com'}
-From: =?utf-8?B?TcO8bg==?=
- =?utf-8?B?Y2hlbg==?= <a@example.com>
-To: =?utf-8?Q?Doe=2C?= =?utf-8?Q?_J=C3=B6?= <b@example.com>, <c@c.com>
-
-hi
-== a header folded right after its colon  -- headers={"X-Foo": "a b"}
-X-Foo:
- a
- b
-
-hi
-== no body  -- subject="hi", text=""
-Subject: hi
-== a mail within the mail  -- text="hi"
--- attachments=[("f.eml", "message/rfc822", b"Subject:  two blanks\r\nX-Empty:\r\nX-Close:none\r\n\r\ninner")]
-Content-Type: multipart/mixed; boundary=b
-
---b
-
-hi
---b
-Content-Type: message/rfc822
-Content-Disposition: attachment; filename=f.eml
-
-Subject:  two blanks
-X-Empty:
-X-Close:none
-
-inner
---b--
-== a mail within the mail, in base64  -- attachments=[("f.eml", "message/rfc822", b"Subject: in\r\n\r\nhello\r\n")]
-Content-Type: message/rfc822; name=f.eml
-Content-Transfer-Encoding: base64
-
-U3ViamVjdDogaW4NCg0KaGVsbG8NCg==
-== a digest  -- text=None, attachments=[(None, "message/rfc822", b"Subject: one\r\n\r\nfirst")]
-Content-Type: multipart/digest; boundary=b
-
---b
-
-Subject: one
-
-first
---b--
-== a report  -- attachments=[(None, "message/delivery-status", b"a: dns; x\r\n\r\nb: rfc822; y\r\nc:failed\r\n")]
-Content-Type: multipart/report; boundary=b
-
---b
-Content-Type: message/delivery-status
-
-a: dns; x
-
-b: rfc822; y
-c:failed
-
---b--
-== the only part has a name  -- html="<p>hi\n", attachments=[]
-Content-Type: text/html; charset=utf-8; name=page.html
-
-<p>hi
-== the only part is inline and has a name  -- text="hi\n", attachments=[]
-Content-Type: text/plain
-Content-Disposition: inline; filename=body.txt
-
-hi
-== the only part is an attachment  -- text=None, attachments=[("body.txt", "text/plain", b"hi\r\n")]
-Content-Type: text/plain (plain words)
-Content-Disposition: attachment; filename=body.txt
-
-hi
-== within a multipart, a text with a name  -- text="hi", attachments=[("notes.txt", "text/plain", b"notes")]
-Content-Type: multipart/mixed; boundary=b
-
---b
-
-hi
---b
-Content-Type: text/plain; name=notes.txt
-
-notes
---b--
-== an unquoted boundary  -- text="hi", attachments=[("a.png", "image/png", b"X")]
-Content-Type: multipart/mixed; boundary=----=_Part_1_22.33
-
-------=_Part_1_22.33
-Content-Type: text/plain
-
-hi
-------=_Part_1_22.33
-Content-Type: image/png; name=a.png
-
-X
-------=_Part_1_22.33--
-== a boundary in UTF-8, with blanks after it  -- text="hi\nx --ä"
-Content-Type: multipart/mixed; boundary="ä "
-
---ä {SP}
-
-hi
-x --ä
---ä-- {SP}
-not shown
-== a text that is like the end of a delimiter  -- text="--", attachments=[(None, "image/png", b"<p>")]
-Content-Type: multipart/mixed; boundary=b
-
---b
-
---
---b
-Content-Type: image/png
-
-<p>
---b--
-== a boundary that begins like another one  -- text="hi", html="<p>"
-Content-Type: multipart/mixed; boundary=b
-
---b
-Content-Type: multipart/alternative; boundary=bb
-
---bb
-
-hi
---bb
-Content-Type: text/html
-
-<p>
---bb--
---b--
-== an inner multipart without its end  -- text="hi", attachments=[("a.png", "image/png", b"X")]
-Content-Type: multipart/mixed; boundary=b
-
---b
-Content-Type: multipart/alternative; boundary=c
-
---c
-
-hi
---b
-Content-Type: image/png; name=a.png
-
-X
---b--
-== a multipart without a boundary  -- text="--b\n\nhi\n--b--\n"
-Content-Type: multipart/mixed
-
---b
-
-hi
---b--
-== a bad line before all headers  -- subject="later", text="hi\n"
-X-NoColon
-Subject: later
-
-hi
-== a bad line after all headers, with its continuation  -- subject="first", text="hi\n"
-Subject: first
-this is none
- Subject: nor this
-
-hi
-== a bad line in the header of a part  -- text="ü", defect="MissingHeaderBodySeparatorDefect"
-Content-Type: multipart/mixed; boundary=b
-
---b
-Content-Type: text/plain; charset=iso-8859-1
-From the beginning
-Content-Transfer-Encoding: quoted-printable
-
-=FC
---b--
-== a blank before the colon  -- subject="hi", html="<p>\n"
-Subject : hi
-Content-Type : text/html
-
-<p>
-== a type that is none  -- text="ü\n"
-Content-Type: text; charset=iso-8859-1
-Content-Transfer-Encoding: quoted-printable
-
-=FC
-== no header, and two paragraphs  -- subject=None, text="Hello\n\nBye\n"
-Hello
-
-Bye
-== a blank line at the beginning  -- subject=None, text="Subject: hi\n"
-
-Subject: hi
-== a blank at the beginning  -- subject=None, text=" x\nSubject: hi\n"
- x
-Subject: hi
+# Mails, with the escapes of Python where an item begins with R:, what a good mail reader shows of them, and the codes
+# of what is wrong with their structure.
+READINGS = read_rows(r"""
+# By mutt, PHP, Thunderbird and Outlook; a delivery report; one that was cut off
+DATE | From: =?utf-8?Q?J=C3=B6rg?= <joerg@example.org> | To: b@example.com |
+    Subject: =?utf-8?B?R3LDvMOfZSBhdXMgS8O2bG4sIG1pdCBlaW5lbSBsYW5nZW4gQmV0cmVmZg==?= |
+    R:\t=?utf-8?Q?_=E2=80=93_der_zweite_Teil?=\r\n | MIME | Content-Type: text/plain; charset=utf-8 |
+    Content-Disposition: inline | CTE: 8bit | | Schöne Grüße
+    => subject="Grüße aus Köln, mit einem langen Betreff – der zweite Teil", text="Schöne Grüße"  -- is_right=True
+Subject: =?iso-8859-1?Q?Bestellung_best=E4tigt?= | Content-Type: text/plain; charset=iso-8859-1 | CTE: 8bit | |
+    R:Sie zahlen 5 \xa3 f\xfcr alles.\r\n
+    => subject="Bestellung bestätigt", text="Sie zahlen 5 £ für alles.", attachments=[]  -- is_right=True
+Content-Type: multipart/mixed; boundary="------------A0" | Subject: Rechnung | MIME | |
+    This is a multi-part message in MIME format. | --------------A0 | Content-Type: multipart/alternative; |
+    {SP}boundary="------------B1" | | --------------B1 | Content-Type: text/plain; charset=UTF-8; format=flowed |
+    CTE: base64 | | SGFsbMO2Y2hlbiE= | --------------B1 | Content-Type: multipart/related; boundary="------------C2" | |
+    --------------C2 | Content-Type: text/html; charset=UTF-8 | CTE: quoted-printable | |
+    <img src=3D"cid:1">Hall=C3=B6chen! | --------------C2 | Content-Type: image/gif | Content-ID: <1> | CTE: base64 | |
+    R0lGODlhAQABAAAAACw= | --------------C2-- | --------------B1-- | --------------A0 |
+    Content-Type: application/pdf; name="=?UTF-8?B?UmVjaG51bmcgZsO8ciBKw7ZyZy5wZGY=?=" |
+    Content-Disposition: attachment; filename*0*=UTF-8''Rechnung%20f%C3%BCr%20J%C3%B6; | {SP}filename*1*=rg.pdf |
+    CTE: base64 | | JVBERi0xLjQK | --------------A0 | Content-Type: text/plain; charset=UTF-8; name="notes.txt" |
+    Content-Disposition: attachment; filename="notes.txt" | CTE: quoted-printable | | 5 =E2=82=AC | --------------A0--
+    => subject="Rechnung", text="Hallöchen!", html='<img src="cid:1">Hallöchen!', attachments=[
+    (None, "image/gif", b"GIF89a\1\0\1\0\0\0\0,"), ("Rechnung für Jörg.pdf", "application/pdf", b"%PDF-1.4\n"),
+    ("notes.txt", "text/plain", b"5 \xe2\x82\xac")]  -- is_right=True
+Subject: FW: report | Content-Type: multipart/mixed; boundary=XX | | --XX |
+    Content-Type: text/html; charset="iso-8859-1" | CTE: quoted-printable | | <p>Sch=F6n, = | bis sp=E4ter =3D)</p> |
+    --XX | Content-Type: application/octet-stream; name="=?iso-8859-1?Q?Ber=EDcht.bin?=" |
+    Content-Disposition: attachment; filename="=?iso-8859-1?Q?Ber=EDcht.bin?=" | CTE: base64 | | AP8B | --XX |
+    Content-Type: message/rfc822 | | Subject: report | Content-Type: text/plain | | the first | --XX--
+    => text=None, html="<p>Schön, bis später =)</p>", attachments=[
+    ("Berícht.bin", "application/octet-stream", b"\0\xff\1"),
+    (None, "message/rfc822", b"Subject: report\r\nContent-Type: text/plain\r\n\r\nthe first")]
+Content-Type: multipart/report; boundary=b | | --b | Content-Type: message/delivery-status | |
+    Reporting-MTA: dns; a.com | | Final-Recipient: rfc822; b | Action:failed | | --b-- => attachments=[(None,
+    "message/delivery-status", b"Reporting-MTA: dns; a.com\r\n\r\nFinal-Recipient: rfc822; b\r\nAction:failed\r\n"
+    )]  -- is_right=True
+MIXED | | --x | | first | --x | Content-Type: image/png | | PNG
+    => text="first", attachments=[(None, "image/png", b"PNG")], codes="bad-boundary"  -- is_right=True
+# Headers
+=> subject=None, text=None, html=None, attachments=[]
+Hello | | Bye => subject=None, text="Hello\n\nBye", html=None, attachments=[], codes="header-syntax"
+Subject: hi => subject="hi", text=""
+R:Subject: \xff\xfe\r\n\r\n\0\1\xfc\r\n€\r\n => text="\0\1\ufffd\n€", html=None
+From: @ | To: < | Cc: " | Sender: . <x | Message-ID: <>'> | Content-Type: ; | Subject: hi | | body
+    => subject="hi", text="body", codes="bad-content-type"
+X-Long: {word *20000} | Subject: long | | body => subject="long", text="body"
+From: =?utf-8?B?TcO8bg==?= |  =?utf-8?B?Y2hlbg==?= <a@example.com> |
+    To: =?utf-8?Q?Doe=2C?= =?utf-8?Q?_J=C3=B6?= <b@example.com>, <c@c.com> | | hi
+    => headers={"From": "München <a@example.com>", "To": '"Doe, Jö" <b@example.com>, c@c.com'}
+X-Foo: |  a |  b | | hi => headers={"X-Foo": "a b"}
+# Mails within the mail
+Content-Type: message/rfc822; name=f.eml | CTE: base64 | | {b64 Subject: in\r\n\r\nhello\r\n}
+    => attachments=[("f.eml", "message/rfc822", b"Subject: in\r\n\r\nhello\r\n")], codes="bad-encoding"
+MIXED | | --x | | hi | --x | Content-Type: message/rfc822 | Content-Disposition: attachment; filename=f.eml | |
+    Subject:  two blanks | X-Empty: | X-Close:none | | inner | --x-- => text="hi", attachments=[
+    ("f.eml", "message/rfc822", b"Subject:  two blanks\r\nX-Empty:\r\nX-Close:none\r\n\r\ninner")]
+Content-Type: multipart/digest; boundary=x | | --x | | Subject: one | | first | --x--
+    => text=None, attachments=[(None, "message/rfc822", b"Subject: one\r\n\r\nfirst")]
+# Parts with a name
+Content-Type: text/html; charset=utf-8; name=page.html | | <p>hi => html="<p>hi\n", attachments=[]
+Content-Type: text/plain | Content-Disposition: inline; filename=body.txt | | hi => text="hi", attachments=[]
+Content-Type: text/plain (plain words) | Content-Disposition: attachment; filename=body.txt | | hi
+    => text=None, attachments=[("body.txt", "text/plain", b"hi\r\n")]
+MIXED | | --x | | hi | --x | Content-Type: text/plain; name=notes.txt | | notes | --x--
+    => text="hi", attachments=[("notes.txt", "text/plain", b"notes")]
+# Boundaries
+Content-Type: multipart/mixed; boundary=----=_Part_1_22.33 | | ------=_Part_1_22.33 | | hi | ------=_Part_1_22.33 |
+    Content-Type: image/png; name=a.png | | X | ------=_Part_1_22.33--
+    => text="hi", attachments=[("a.png", "image/png", b"X")], codes="bad-content-type"
+Content-Type: multipart/mixed; boundary="ä " | | --ä {SP} | | hi | x --ä | --ä-- {SP} | not shown => text="hi\nx --ä",
+    codes="bad-boundary"
+MIXED | | --x | | -- | --x | Content-Type: image/png | | <p> | --x--
+    => text="--", attachments=[(None, "image/png", b"<p>")]
+MIXED | | --x | Content-Type: multipart/alternative; boundary=xx | | --xx | | hi | --xx | Content-Type: text/html | |
+    <p> | --xx-- | --x-- => text="hi", html="<p>", codes="bad-boundary"
+MIXED | | --x | Content-Type: multipart/alternative; boundary=c | | --c | | hi | --x |
+    Content-Type: image/png; name=a.png | | X | --x--
+    => text="hi", attachments=[("a.png", "image/png", b"X")], codes="bad-boundary"
+Content-Type: multipart/mixed | | --b | | hi | --b-- => text="--b\n\nhi\n--b--", codes="bad-boundary"
+Content-Type: multipart/mixed; boundary=never | | --other | | hi
+    => text="--other\n\nhi", attachments=[], defects=["StartBoundaryNotFoundDefect"], codes="bad-boundary"
+# Bad lines in a header
+X-NoColon | Subject: later | | hi => subject="later", text="hi", codes="header-syntax"
+Subject: first | this is none |  Subject: nor this | | hi => subject="first", text="hi", codes="header-syntax"
+MIXED | | --x | Content-Type: text/plain; charset=iso-8859-1 | From the beginning | CTE: quoted-printable | | =FC |
+    --x-- => text="ü", defects=["MissingHeaderBodySeparatorDefect"], codes="header-syntax"
+Subject : hi | Content-Type : text/html | | <p> => subject="hi", html="<p>\n", codes="header-syntax"
+Content-Type: text; charset=iso-8859-1 | CTE: quoted-printable | | =FC => text="ü", codes="bad-content-type"
+R:\r\nSubject: hi\r\n => subject=None, text="Subject: hi"
+R: x\r\nSubject: hi\r\n => subject=None, text=" x\nSubject: hi", codes="header-syntax"
 """)
 
 # Of what a header or a mail may be full: what is repeated in the values of the headers, and mails, in which it is
@@ -3231,6 +2836,15 @@ def receive_content(content: bytes, *recipients: str, helo: str = "EHLO client.e
     return memory.message()
 
 
+def ask_all(message: Message) -> None:
+    """Each attribute has a value."""
+    for name in dir(message):
+        getattr(message, name)
+    message.as_bytes()
+    json.dumps(message.to_dict()).encode("ascii")
+    repr(message)
+
+
 def list_readings() -> Iterator[tuple[str, bytes, dict[str, Any]]]:
     """The title of a mail, the mail, and the attributes that it must have."""
 
@@ -3249,8 +2863,8 @@ def list_readings() -> Iterator[tuple[str, bytes, dict[str, Any]]]:
     for title, mail, text in rows(BODIES):
         header, body = (part.strip(b" ") for part in mail.split(b" | "))
         yield title, b"Content-Type: text/plain" + header + b"\r\n\r\n" + body + b"\r\n", {"text": text}
-    for title, entry in READINGS.items():
-        yield title, read_escapes("\n".join([*entry.lines, ""])).replace(b"\n", b"\r\n"), entry.options
+    for given, shown, _ in READINGS:
+        yield " | ".join(given), b"".join(read_pieces(given)), {"codes": "", **read_options(shown)}
 
 
 def fill_mail(text: str, size: int) -> bytes:
@@ -3267,48 +2881,102 @@ def call_deep(depth: int, function: Callable[[], object]) -> None:
     call_deep(depth - 1, function) if depth else function()
 
 
+class MailTest(unittest.TestCase):
+    """A message as a mail: its header, its parts, and what a server adds to it."""
+
+    maxDiff = None
+
+    def test_trace(self) -> None:
+        message = receive_content(b"Subject: hi\r\n\r\nbody\r\n")
+        received = "Received: from client.example.com ([192.0.2.1])\n\tby smtpmock with ESMTP id 1\n\tfor <b@b.com>;"
+        trace = f"Return-Path: <a@a.com>\n{received}\n\tSun, 13 Sep 2020 12:26:40 +0000\n"
+        self.assertEqual(message.as_bytes().decode().replace("\r\n", "\n"), f"{trace}Subject: hi\n\nbody\n")
+        self.assertEqual(message.email["Received"].defects, ())
+        self.assertEqual(message.received_at, datetime.datetime(2020, 9, 13, 12, 26, 40, 250000, datetime.timezone.utc))
+
+    def test_trace_of_others(self) -> None:
+        several = receive_content(b"", "b@b.com", "c@c.com", helo="HELO пример.рф")
+        self.assertRegex(several.received_header, r"\AReceived: from \[192.0.2.1\] .*\r\n.* with SMTP id 1;\r\n")
+        for recipient in ("Postmaster", "дядя@пример.рф"):
+            self.assertNotIn("for", receive_content(b"", recipient).received_header)
+        memory = receive_mail(peer=("fe80::1%eth0", 25))
+        self.assertIn("from a.com ([IPv6:fe80::1])\r\n", memory.message().received_header)
+        lines = (*ENVELOPE[:2], "RCPT TO:nobody")
+        self.assertEqual(Memory(*lines).message().as_bytes(), b"Return-Path: <a@a.com>\r\n")
+        self.assertEqual(Memory(*lines, "HELO").message().as_bytes(), b"")
+
+    def test_one_that_only_rules_accepted(self) -> None:
+        for lines in (SEND, ("HELO", *SEND), ("HELO a b\rc", *SEND), ("MAIL x", "MAIL FROM:<a\rX: y>", *SEND[1:])):
+            message = Memory(*lines, rules=["*: reply 250 ok", "DATA: reply 354 go"]).message()
+            with self.subTest(lines):
+                self.assertTrue(message.is_consistent)
+                ask_all(message)
+                self.assertIn("Received: from [192.0.2.1] ([192.0.2.1])", message.received_header)
+                self.assertNotIn(b"\r", message.as_bytes().replace(b"\r\n", b""))
+
+    def test_copies(self) -> None:
+        message = Memory(ENVELOPE[0], "MAIL FROM:<a@a.com> SIZE=5", *SEND[1:], extensions=["SIZE"]).message()
+        ask_all(message)
+        for same in (pickle.loads(pickle.dumps(message)), copy.deepcopy(message)):
+            self.assertEqual(same.to_dict(), message.to_dict())
+        self.assertIs(message.email, message.email)  # computed once
+        message.attachments.append(smtpmock.Attachment("mine", "text/plain", b""))
+        self.assertEqual(message.attachments, [])
+        with self.assertRaisesRegex(AttributeError, "read-only: email"):
+            setattr(message, "email", None)  # noqa: B010 - mypy knows better
+
+    def test_to_dict(self) -> None:
+        memory = Memory("EHLO \udcff", *ENVELOPE, "DATA", "Subject: =?utf-8?q?=E2=82=AC?=", "", "\udce9", ".")
+        message = memory.message()
+        values = json.loads(json.dumps(message.to_dict()))
+        self.assertEqual(set(PUBLIC) - {"as_bytes", "to_dict", "email", "msg_request"} - set(values), set())
+        self.assertEqual([name for name in values if name.startswith("_")], [])
+        self.assertEqual(base64.b64decode(values["content"]), message.content)
+        self.assertEqual((values["headers"][-1], values["transcript"][:13]), (["Subject", "€"], r"C: EHLO \udcff"[:13]))
+        expected = {
+            "content_encoding": "base64", "subject": "€", "received_at": "2020-09-13T12:26:40.250000+00:00",
+            "peer": ["192.0.2.1", 4321], "rcptto_request_response": [["RCPT TO:<b@b.com>", RECEIVED]],
+        }  # fmt: skip
+        self.assertEqual({name: values[name] for name in expected}, expected)
+        self.assertEqual([*values["exchanges"][0]], ["request", "response", "accepted", "at"])
+        text = receive_content(b"Subject: hi\r\n\r\n\xc3\xa9\r\n").to_dict()
+        self.assertEqual((text["content"], text["content_encoding"]), ("Subject: hi\r\n\r\né\r\n", "utf-8"))
+
+    def test_copies_while_another_thread_parses_it(self) -> None:
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)
+        original = Memory(*ENVELOPE, "DATA", "Subject: hi", "", "body", ".").message()
+        for _ in range(30):
+            message = copy.copy(original)
+            parser = threading.Thread(target=message.to_dict)
+            parser.start()
+            while parser.is_alive():
+                self.assertEqual(copy.copy(message).content, original.content)
+            parser.join()
+
+
 class ReadingTest(unittest.TestCase):
     """What `subject`, `text`, `html`, `attachments` and `headers` show of a mail, whatever is in it."""
 
     maxDiff = None
 
-    def ask_all(self, message: Message) -> None:
-        for name in dir(message):
-            getattr(message, name)
-        message.as_bytes()
-        json.dumps(message.to_dict()).encode("ascii")
-
     def test_what_is_shown(self) -> None:
+        structure = {"bad-content-type", "bad-boundary", "header-syntax", "bad-encoding"}
         for title, content, expected in list_readings():
             with self.subTest(title):
                 message = receive_content(content)
                 values = message.to_dict()
                 headers = dict(values["headers"])
-                for name, value in expected.items():
-                    if name == "headers":
-                        self.assertEqual({header: headers[header] for header in value}, value)
-                    elif name == "defect":
-                        self.assertIn(value, str(values["defects"]))
-                    elif name == "text" and value is not None:
-                        self.assertEqual((message.text or "").rstrip("\n"), value.rstrip("\n"))
-                    else:
-                        self.assertEqual(getattr(message, name), value)
+                shown = {name: getattr(message, name) for name in expected if hasattr(message, name)}
+                shown["text"] = message.text and message.text.rstrip("\n")
+                shown["headers"] = {name: headers.get(name) for name in expected.get("headers", ())}
+                shown["codes"] = " ".join({found.code for found in message.violations} & structure)
+                shown["defects"] = [text.partition(":")[0] for text in values["defects"]]
+                self.assertEqual({name: shown[name] for name in expected}, expected)
                 self.assertEqual(headers.get("Subject"), message.subject)
-
-    def test_what_is_read_nevertheless_is_a_violation(self) -> None:
-        codes = {
-            "an unquoted boundary": {"bad-content-type"}, "a multipart without a boundary": {"bad-boundary"},
-            "an inner multipart without its end": {"bad-boundary"}, "a blank before the colon": {"header-syntax"},
-            "a bad line before all headers": {"header-syntax"}, "a bad line in the header of a part": {"header-syntax"},
-            "a mail within the mail, in base64": {"bad-encoding"}, "a type that is none": {"bad-content-type"},
-            "a name in two encoded words": set(), "a mail within the mail": set(),
-        }  # fmt: skip
-        about = set().union(*codes.values())
-        mails = {title: content for title, content, _ in list_readings()}
-        for title, expected in codes.items():
-            with self.subTest(title):
-                message = receive_content(mails[title])
-                self.assertEqual({found.code for found in message.violations} & about, expected)
+                self.assertEqual(message.content, content)
+                self.assertTrue(message.as_bytes().endswith(content))
+                self.assertEqual(message.email["Return-Path"], "<a@a.com>")
 
     def test_a_charset_that_is_read_is_no_violation(self) -> None:
         right = "iso-8859-8-i ISO-8859-6-E Windows-31J x-sjis windows-874 IBM00858 ks_c_5601-1987 cswindows1252 latin-9"
@@ -3326,10 +2994,11 @@ class ReadingTest(unittest.TestCase):
         self.assertEqual((message.subject, message.text, message.html, message.attachments), (None, None, None, []))
 
     def test_a_parsed_mail_whose_headers_cannot_be_parsed(self) -> None:
-        for value in (b"x;" * 2000, b"; a*=\"b''\"", b""):
+        for value in (b"x;" * 2000, b"; a*=\"b''\"", b";.*", b""):
             mail = receive_content(b"Content-Type: %b\r\nContent-Disposition: %b\r\n\r\n" % (value, value)).email
             with self.subTest(value):
                 self.assertEqual((mail.get_content_type(), mail.is_attachment()), ("text/plain", False))
+                self.assertEqual("cannot be parsed" in str(mail["Content-Disposition"].defects), value != b"")
 
     def test_a_name_of_two_words_in_the_parsed_mail(self) -> None:
         mail = receive_content(b"From: =?utf-8?B?TcO8bg==?= =?utf-8?B?Y2hlbg==?= <a@a.com>\r\n\r\n").email
@@ -3340,11 +3009,10 @@ class ReadingTest(unittest.TestCase):
             inner = [show(part) for part in part.get_payload()] if part.is_multipart() else part.get_payload()
             return [part.get_content_type(), list(part.raw_items()), part.preamble, part.epilogue, inner]
 
-        for title in ("Thunderbird, nested, with two attachments", "a delivery report", "a boundary that has no end"):
-            lines = MAILS[title].lines
-            message = receive_content(read_escapes("\n".join([*lines, ""])).replace(b"\n", b"\r\n"))
+        for row in (row for row in READINGS if row.options.get("is_right")):
+            message = receive_content(b"".join(read_pieces(row.given)))
             theirs = email.message_from_bytes(message.as_bytes(), policy=email.policy.default)
-            with self.subTest(title):
+            with self.subTest(row.given):
                 self.assertEqual(show(message.email), show(theirs))
                 self.assertEqual(message.email.as_bytes(), theirs.as_bytes(policy=message.email.policy))
 
@@ -3359,15 +3027,18 @@ class ReadingTest(unittest.TestCase):
             for seed in range(200):
                 message = receive_content(make_mail(random.Random(seed)) + b"\r\n")
                 with self.subTest(seed):
-                    call_deep(seed % 2 * 500, functools.partial(self.ask_all, message))
+                    call_deep(seed % 2 * 500, functools.partial(ask_all, message))
 
     def test_deep_parts_deep_in_the_stack(self) -> None:
-        for unit in (
-            b"Content-Type: message/rfc822\r\n\r\n",
-            b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n",
+        for part, defects in (
+            ("message/rfc822\r\n\r\n", "[]"),
+            ("multipart/mixed; boundary=b{0}\r\n\r\n--b{0}\r\n", "too deeply"),
         ):
-            with self.subTest(unit):
-                call_deep(700, functools.partial(self.ask_all, receive_content(unit * 700)))
+            content = "".join(f"Content-Type: {part.format(number)}" for number in range(700))
+            message = receive_content(content.encode())
+            with self.subTest(part):
+                call_deep(700, functools.partial(ask_all, message))
+                self.assertIn(defects, str(message.to_dict()["defects"]))
 
     def test_no_mail_takes_more_than_linear_time(self) -> None:
         for text in (*REPEATED.split(), *FULL_MAILS.strip().split("\n")):
@@ -3380,7 +3051,7 @@ class ReadingTest(unittest.TestCase):
         for size in (400_000, 200_000, 100_000):
             message = receive_content(fill_mail(text, size))
             before = time.process_time()
-            self.ask_all(message)
+            ask_all(message)
             times.append(time.process_time() - before)
             if times[0] < 0.03:
                 return True
@@ -5072,9 +4743,17 @@ class ProcessCase(unittest.TestCase):
 
     def port(self, process: Any) -> int:
         """The port that it says it listens on."""
-        match = re.fullmatch(r"smtpmock: listening on 127\.0\.0\.1:(\d+)\n", process.stdout.readline())
+        pattern = r'smtpmock: listening on 127\.0\.0\.1:(\d+)\n|\{"event": "listening", .*"port": (\d+), .*\n'
+        match = re.fullmatch(pattern, process.stdout.readline())
         assert match is not None
-        return int(match[1])
+        return int(match[1] or match[2])
+
+    def stop(self, process: Any, status: int = 0) -> Any:
+        """Stop a process; what is left of what it prints, on stdout and on stderr."""
+        process.terminate()
+        said = process.communicate(timeout=TIMEOUT)
+        self.assertEqual(process.returncode, status)
+        return said
 
     def finish(self, process: Any, said: str | None = None) -> str:
         """What is left of what a process prints, which ends well and says nothing on its stderr."""
@@ -6716,6 +6395,19 @@ def run_main(
     return out.getvalue(), err.getvalue(), status
 
 
+# Command lines, and the options that they set.
+GOOD_FLAGS = read_rows("""
+=>
+-msgNoopReceived= | -blacklistedHeloDomains= => msg_noop_received="", blacklisted_helo_domains=[]
+-msgNoopReceived | | -blacklistedHeloDomains | | -log=0 => log_to_stdout=False, log_server_activity=False, msg_noop_received="", blacklisted_helo_domains=[]
+-tlsCert=test | -authUsers=* => ssl_context="test", auth_users="*"
+-tlsCert=expired => ssl_context="expired"
+-tlsCert=wrong host => ssl_context="wrong host"
+-dev=false =>
+-dev => keep_all=True, lenient_addresses=True, extensions=("SIZE", "8BITMIME", "SMTPUTF8", "PIPELINING", "DSN"),
+    auth_users="*"
+""")
+
 # Command lines that are refused, and why.
 BAD_FLAGS = read_rows("""
 -port=99999             => -port=99999: must be an integer from 0 to 65535
@@ -6730,7 +6422,10 @@ stray                   => stray: there is no such flag
 -sessionTimeout=nan     => -sessionTimeout=nan: must be a number of seconds from 0.001 to 1000000
 -extensions=AUTH        => -extensions: AUTH is announced with the option -authUsers
 -tlsCert=none.pem       => -tlsCert='none.pem'{MORE}No such file or directory{MORE}
+-tlsCert=./test         => {MORE}No such file or directory{MORE}
 -tlsKey=none.pem        => -tlsKey='none.pem': needs a file in -tlsCert
+-tlsKey=k.pem | -tlsCert=test => -tlsKey='k.pem': needs a file in -tlsCert
+-port | -log            => -port: needs a value
 -saveCa=ca.pem          => -saveCa='ca.pem': needs test or expired or wrong host in -tlsCert
 -authUsers=**           => -authUsers: must be a mapping{MORE}
 -implicitTls            => -implicitTls=True: needs -tlsCert
@@ -6764,10 +6459,7 @@ class CommandLineTest(unittest.TestCase):
         "int | None": ("-9", -9),
         "float": ("0.5", 0.5),
         "Collection[str]": ("a, b,,c", ["a", "b", "c"]),
-        "Mapping[str, str] | Callable[[str, str, str], object] | Literal['*'] | None": (
-            "u:s:t, v:",
-            {"u": "s:t", "v": ""},
-        ),
+        "Mapping[str, str] | Callable[[str, str, str], object] | Literal['*'] | None": ("u:s:t,", {"u": "s:t"}),
     }
 
     def test_every_option_has_its_flags(self) -> None:
@@ -6784,23 +6476,13 @@ class CommandLineTest(unittest.TestCase):
             for flag in flags(name):
                 for text, value in {"": True, "=true": True, "=1": True, "=False": False, "=0": False}.items():
                     self.assertEqual(parse_flags(flag + text, "-port=1"), {**dict.fromkeys(fields, value), "port": 1})
-        self.assertEqual(call_main("-port", "-log"), (2, "", "smtpmock: -port: needs a value\n"))
-        self.assertEqual(parse_flags(), {})
-        expected = {"msg_noop_received": "", "blacklisted_helo_domains": []}
-        self.assertEqual(parse_flags("-msgNoopReceived=", "-blacklistedHeloDomains="), expected)
-        self.assertEqual(parse_flags("-msgNoopReceived", "", "-blacklistedHeloDomains", ""), expected)
+        for row in GOOD_FLAGS:
+            with self.subTest(row.given):
+                self.assertEqual(parse_flags(*row.given), read_options(row.expected))
+        self.assertEqual(Memory.own_flags("-dev", "-quiet"), {"dev": True, "quiet": True, "show": True, "http": 0})
+        self.assertEqual(Memory.own_flags("-http=0", "-httpNames=a, b.c"), {"http": 0, "http_names": ["a", "b.c"]})
 
-    DEV: ClassVar[dict[str, Any]] = {
-        "keep_all": True,
-        "lenient_addresses": True,
-        "extensions": ("SIZE", "8BITMIME", "SMTPUTF8", "PIPELINING", "DSN"),
-        "auth_users": "*",
-    }
-
-    def test_for_development(self) -> None:
-        """Everything can be overridden."""
-        self.assertEqual(parse_flags("-dev"), self.DEV)
-        self.assertEqual(parse_flags("-dev=false"), {})
+    def test_what_dev_sets_can_be_overridden(self) -> None:
         for flag, name, value in (
             ("-keepAll=false", "keep_all", False),
             ("-lenientAddresses=0", "lenient_addresses", False),
@@ -6809,16 +6491,7 @@ class CommandLineTest(unittest.TestCase):
             ("-multipleRcptto=false", "multiple_rcptto", False),
         ):
             for argv in (["-dev", flag], [flag, "-dev"]):
-                self.assertEqual(parse_flags(*argv), {**self.DEV, name: value})
-        self.assertEqual(Memory.own_flags("-dev", "-quiet"), {"dev": True, "quiet": True, "show": True, "http": 0})
-        self.assertEqual(Memory.own_flags("-http=0", "-httpNames=a, b.c"), {"http": 0, "http_names": ["a", "b.c"]})
-
-    def test_certificates(self) -> None:
-        for name in ("test", "expired", "wrong host"):
-            self.assertEqual(parse_flags(f"-tlsCert={name}", "-authUsers=*"), {"ssl_context": name, "auth_users": "*"})
-            error = "smtpmock: -tlsKey='key.pem': needs a file in -tlsCert\n"
-            self.assertEqual(call_main(f"-tlsCert={name}", "-tlsKey=key.pem"), (2, "", error))
-        self.assertIn("No such file", call_main("-tlsCert=./test")[2])
+                self.assertEqual(parse_flags(*argv), {**parse_flags("-dev"), name: value})
 
     def test_version(self) -> None:
         for flag in ("-v", "--version"):
@@ -6826,11 +6499,13 @@ class CommandLineTest(unittest.TestCase):
             self.assertEqual((status, out.splitlines()[0], err), (0, f"smtpmock: {smtpmock.__version__}", ""))
 
     def test_errors(self) -> None:
-        for row in BAD_FLAGS:
-            with self.subTest(flag := row.given[0]):
-                status, out, err = call_main(flag)
-                self.assertEqual((status, out), (1 if "/" in flag else 2, ""))
-                self.assertRegex(err.removeprefix("smtpmock: ").removesuffix("\n"), row.pattern)
+        for row, flag in itertools.product(BAD_FLAGS, ("", "-json", "--json=true", "-control")):
+            with self.subTest(row.given, flag=flag):
+                status, out, err = call_main(*row.given, *[flag] * (flag != ""))
+                error = err.removeprefix("smtpmock: ").removesuffix("\n")
+                self.assertRegex(error, row.pattern)
+                self.assertEqual(status, 1 if error.startswith("cannot write") else 2)
+                self.assertEqual(out and json.loads(out), {"event": "error", "error": error} if flag else "")
         with Server() as server:
             status, _, err = call_main(f"-port={server.port}")
         self.assertEqual(status, 1)
@@ -6869,21 +6544,6 @@ class CommandLineTest(unittest.TestCase):
         with contextlib.closing(clients[0]) as client:
             self.assertEqual(client.getreply()[0], 421)
 
-    @unittest.skipUnless(threading.current_thread() is threading.main_thread(), "signals reach the main thread only")
-    def test_control(self) -> None:
-        text = "rule RCPT: reply 450 later\nclear\nrule x\nconfigure -failFast\nreset\ndisconnect\ncheck"
-        commands = text.splitlines()
-        with tempfile.TemporaryFile() as stdin:
-            stdin.write(text.encode() + b"\n\xff\n\nstop\nfoo\n")
-            stdin.seek(0)
-            with mock.patch("sys.stdin", stdin):
-                status, out, err = call_main("-control")
-        events = [json.loads(line) for line in out.splitlines()]
-        self.assertEqual((status, err), (0, ""))
-        self.assertEqual([event.get("command") for event in events], [None, *commands, "\\xff", "stop"])
-        names = ["listening", "done", "done", "error", "done", "done", "done", "done", "error", "done"]
-        self.assertEqual([event["event"] for event in events], names)
-
     def test_a_stdin_that_cannot_be_read(self) -> None:
         error = "cannot read from stdin: it is closed"
         for stdin in (None, io.StringIO("stop\n")):
@@ -6901,9 +6561,8 @@ class HelpTest(unittest.TestCase):
 
     def read_groups(self, flag: str) -> dict[str, str]:
         """The text of each group, by its title."""
-        return {
-            title: " ".join(text.split()) for title, text in re.findall(r"(?m)^(\S.*):\n((?:  .*\n)+)", self.read(flag))
-        }
+        groups = re.findall(r"(?m)^(\S.*):\n((?:  .*\n)+)", self.read(flag))
+        return {title: " ".join(text.split()) for title, text in groups}
 
     def test_it_is_a_page(self) -> None:
         self.assertLessEqual(len(self.read("-h").splitlines()), 120)
@@ -6978,14 +6637,9 @@ class ProcessTest(ProcessCase):
     def test_no_stdout(self) -> None:
         flags = [("-h", ">/dev/full"), ("-v", ">&-"), ("-port=0", ">/dev/full"), ("-port=0", ">&-")]
         program = shlex.quote(sys.executable) + " -S -m smtpmock"
-        pipes: dict[str, Any] = {
-            "stdout": subprocess.PIPE,
-            "stderr": subprocess.PIPE,
-            "text": True,
-            "cwd": compiled_copy(),
-        }
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         commands = [f"exec {program} {flag} {redirection}" for flag, redirection in flags]
-        processes = [subprocess.Popen(command, shell=True, **pipes) for command in commands]
+        processes = [subprocess.Popen(text, shell=True, cwd=compiled_copy(), **pipes) for text in commands]
         for (flag, redirection), process in zip(flags, processes, strict=True):
             with self.subTest(flag, redirection=redirection):
                 error = "No space left on device" if "full" in redirection else "it is closed"
@@ -7001,27 +6655,29 @@ class ProcessTest(ProcessCase):
                     os.kill(process.pid, number)
             self.assertEqual(self.finish(process), "")
 
+    def wait_for(self, file: Any, text: str) -> None:
+        """Read lines until the text comes."""
+        while text not in (line := file.readline()):
+            self.assertNotEqual(line, "")
+
     def test_a_second_signal(self) -> None:
         process = self.start("-log", f"-responseDelayNoop={10 * TIMEOUT}", f"-shutdownTimeout={10 * TIMEOUT}")
         with contextlib.closing(Smtp(self.port(process))) as client:
             client.putcmd("noop")
-            for number, text in ((None, "noop"), (signal.SIGTERM, "shutdown mode"), (signal.SIGINT, "force stopped")):
-                if number is not None:
-                    process.send_signal(number)
-                while text not in process.stdout.readline():
-                    self.assertIsNone(process.poll())
+            self.wait_for(process.stdout, "noop")
+            for number, text in ((signal.SIGTERM, "shutdown mode"), (signal.SIGINT, "force stopped")):
+                process.send_signal(number)
+                self.wait_for(process.stdout, text)
         self.finish(process)
 
     def test_the_end_of_stdin_is_no_second_signal(self) -> None:
         flags = ("-control", "-log", "-responseDelayNoop=0.15", f"-shutdownTimeout={10 * TIMEOUT}")
         process = self.start(*flags, stdin=subprocess.PIPE)
-        with contextlib.closing(Smtp(json.loads(process.stdout.readline())["port"])) as client:
+        with contextlib.closing(Smtp(self.port(process))) as client:
             client.putcmd("noop")
-            while "request: noop" not in process.stderr.readline():
-                self.assertIsNone(process.poll())
+            self.wait_for(process.stderr, "request: noop")
             process.send_signal(signal.SIGTERM)
-            while "shutdown mode" not in process.stderr.readline():
-                self.assertIsNone(process.poll())
+            self.wait_for(process.stderr, "shutdown mode")
             process.stdin.close()
             process.stdin = None
             self.assertEqual(client.getreply(), (250, b"Ok"))
@@ -7042,9 +6698,7 @@ class ProcessTest(ProcessCase):
         process.stdout.close()
         send(port, "hi")
         process.terminate()
-        pattern = (
-            r"\Asmtpmock: the log is incomplete[^\n]*BrokenPipe[^\n]*\nsmtpmock: cannot write to stdout: [^\n]*\n\Z"
-        )
+        pattern = r"\Asmtpmock: the log is incomplete.*BrokenPipe.*\nsmtpmock: cannot write to stdout: .*\n\Z"
         self.assertRegex(process.stderr.read(), pattern)
         self.assertEqual(process.wait(TIMEOUT), 1)
 
@@ -7060,13 +6714,14 @@ class OutputTest(ProcessCase):
     def test_a_mail_that_one_output_cannot_take_is_in_none(self) -> None:
         maildir = self.folder.parent / "maildir"
         process = self.start(f"-saveDir={self.folder}", f"-maildir={maildir}", "-json")
-        port = json.loads(process.stdout.readline())["port"]
+        port = self.port(process)
         shutil.rmtree(maildir / "tmp")
         self.refuse(port)
         error = json.loads(process.stdout.readline())
         text = "a mail was refused, because it cannot be saved: "
         self.assertEqual((error["event"], error["error"][: len(text)]), ("error", text))
         self.assertEqual(self.names(), [])
+        self.assertRegex(process.stderr.readline(), f"^smtpmock: {text}.*No such file")
         (maildir / "tmp").mkdir()
         send(port, "hi")
         self.assertEqual(self.names(), self.pairs(2))
@@ -7076,9 +6731,7 @@ class OutputTest(ProcessCase):
             """It is full after six bytes, until it is emptied."""
 
             data, left = b"", 6
-
-            def writable(self) -> bool:
-                return True
+            writable = lambda self: True  # noqa: E731
 
             def write(self, data: Any) -> int:
                 if not self.left:
@@ -7109,19 +6762,16 @@ class OutputTest(ProcessCase):
     def test_json(self) -> None:
         process = self.start("-json", "-log")
         listening = json.loads(process.stdout.readline())
-        url = f"smtp://127.0.0.1:{listening['port']}"
-        expected = {"event": "listening", "host": "127.0.0.1", "port": listening["port"], "url": url}
-        self.assertEqual(listening, expected)
-        send(listening["port"], b"Subject: one\r\n\r\n\xff", b"Subject: two")
-        with Smtp(listening["port"]) as client:
+        port, url = listening["port"], f"smtp://127.0.0.1:{listening['port']}"
+        self.assertEqual(listening, {"event": "listening", "host": "127.0.0.1", "port": port, "url": url})
+        send(port, b"Subject: one\r\n\r\n\xff", b"Subject: two")
+        with Smtp(port) as client:
             client.ehlo("a.com")
             client.mail("nobody")
-        Smtp(listening["port"]).close()  # a probe is no session
+        Smtp(port).close()  # a probe is no session
         lines = [json.loads(process.stdout.readline()) for _ in range(3)]
-        process.terminate()
-        out, err = process.communicate(timeout=TIMEOUT)
+        out, err = self.stop(process)
         self.assertEqual(json.loads(out), {"event": "done", "command": "stop", "messages": 2})
-        self.assertEqual(process.returncode, 0)
         self.assertIn("SMTP request: message binary data portion", err)
         self.assertNotIn("Subject", err)
         seen = [(line["event"], line["subject"], line["is_consistent"], line["id"]) for line in lines]
@@ -7139,7 +6789,7 @@ class OutputTest(ProcessCase):
         for flag, start in (("-json", '{"event": "message"'), ("-multipleMessageReceiving", "")):
             folder, maildir = self.folder / flag, self.folder / f"{flag}-maildir"
             process = self.start(f"-saveDir={folder}", f"-maildir={maildir}", flag)
-            port = int(re.search("[0-9]{4,}", process.stdout.readline())[0])  # type: ignore[index]
+            port = self.port(process)
             lines: list[str] = []
             reader = threading.Thread(target=lines.extend, args=(process.stdout,))
             reader.start()
@@ -7150,12 +6800,6 @@ class OutputTest(ProcessCase):
             self.assertEqual(len([line for line in lines if line.startswith(start)]), len(mails))
             self.assertEqual(len([*folder.iterdir()]), 2 * len(mails))
             self.assertEqual(len([*(maildir / "new").iterdir()]), len(mails))
-
-    def test_json_to_nobody(self) -> None:
-        process = self.start("-json")
-        port = json.loads(process.stdout.readline())["port"]
-        process.stdout.close()
-        self.refuse(port)
 
     def test_answers_to_nobody(self) -> None:
         process = self.start("-control", stdin=subprocess.PIPE)
@@ -7196,8 +6840,7 @@ class OutputTest(ProcessCase):
         self.assertEqual(self.names(), ["mail"])
         send(port, b"Subject: small")
         self.assertEqual(self.names(), [*self.pairs(2), "mail"])
-        process.terminate()
-        self.assertRegex(process.communicate(timeout=TIMEOUT)[1], r"(?s)\A\Z|File too large")
+        self.assertRegex(self.stop(process)[1], r"(?s)\A\Z|File too large")
 
     def test_maildir(self) -> None:
         import mailbox
@@ -7251,8 +6894,7 @@ class BacklogTest(ProcessCase):
         process = self.start("-shutdownTimeout=0.1", *argv, stdin=subprocess.PIPE)
         if hasattr(fcntl, "F_SETPIPE_SZ"):
             fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
-        line = process.stdout.readline()
-        return process, int(json.loads(line)["port"] if line.startswith("{") else line.rpartition(":")[2])
+        return process, self.port(process)
 
     def send_much(self, port: int) -> None:
         """Three mails and many refusals, more than a pipe takes in any mode."""
@@ -7279,7 +6921,8 @@ class BacklogTest(ProcessCase):
             last_line = "" if argv == "-json -log" else process.stderr.read().splitlines()[-1]
             return argv, status, re.sub(r"\d+", "N", last_line)
 
-        modes = ["", "-show", "-log", "-lint", "-json", "-json -log", "-control"]
+        # A long shutdown timeout is no time for a reader that does not read.
+        modes = f"|-show|-log|-lint|-json|-json -log|-control|-json -shutdownTimeout={10 * TIMEOUT}".split("|")
         ways = [*((mode, "SIGTERM") for mode in modes), ("-control", "stop"), ("-control", "end of stdin")]
         results = in_threads(*(lambda way=way: stop(*way) for way in ways))
         error = "smtpmock: not all output was read; lines lost: N"
@@ -7298,60 +6941,44 @@ class BacklogTest(ProcessCase):
                 time.sleep(0.02)
             self.assertEqual(process.returncode, 1, timeout)
 
-    def test_a_long_shutdown_timeout(self) -> None:
-        """It is no time for a reader that does not read."""
-        process, port = self.begin("-json", f"-shutdownTimeout={10 * TIMEOUT}")
-        self.send_much(port)
-        process.send_signal(signal.SIGTERM)
-        self.assertEqual(process.wait(TIMEOUT), 1)
-
     def test_what_is_read_late_is_whole_and_in_order(self) -> None:
         process, port = self.begin("-json", "-lint", "-multipleMessageReceiving")
         self.send_much(port)
         send(port, "Subject: 3")
         subjects = [json.loads(process.stdout.readline())["subject"] for _ in range(5)]
         self.assertEqual((subjects[:3], {*subjects[3:]}), (["0", "1", "2"], {"3", None}))  # None: what was refused
-        process.terminate()
-        out, _ = process.communicate(timeout=TIMEOUT)
-        self.assertEqual((json.loads(out)["event"], process.returncode), ("done", 3))
+        self.assertEqual(json.loads(self.stop(process, 3)[0])["event"], "done")
 
-    def test_an_event_is_out_before_its_reply(self) -> None:
-        """Though it is long, and read slowly."""
-        process, port = self.begin("-json")
+    def send_while_it_is_read(self, process: Any, port: int, content: str, pause: float) -> bytearray:
+        """What is read, in small pieces, until the mail has got its reply, and what could be read then."""
         output, read, is_sent = process.stdout.fileno(), bytearray(), threading.Event()
 
         def read_slowly() -> None:
-            while not is_sent.wait(0.001):
+            while not is_sent.wait(pause):
                 if select.select([output], [], [], 0)[0]:
                     read.extend(os.read(output, 4096))
 
         def send_one() -> None:
-            send(port, f"Subject: {'x' * 500}\n\n" + 400 * f"{'x' * 500}\n")
+            send(port, content)
             is_sent.set()
 
         in_threads(read_slowly, send_one)
         os.set_blocking(output, False)
         with contextlib.suppress(BlockingIOError):
             read.extend(os.read(output, 65536))
+        return read
+
+    def test_an_event_is_out_before_its_reply(self) -> None:
+        """Though it is long, and read slowly."""
+        process, port = self.begin("-json")
+        read = self.send_while_it_is_read(process, port, f"Subject: {'x' * 500}\n\n" + 400 * f"{'x' * 500}\n", 0.001)
         self.assertEqual(json.loads(read)["event"], "message")
 
     def test_no_mail_waits_behind_others(self) -> None:
         """Though somebody reads again."""
         process, port = self.begin("-json")
         self.send_much(port)
-        is_sent = threading.Event()
-
-        def read_slowly() -> int:
-            count = 0
-            while not is_sent.wait(0.01):
-                count += len(os.read(process.stdout.fileno(), 4096))
-            return count
-
-        def send_one() -> None:
-            send(port, "hi")
-            is_sent.set()
-
-        self.assertLess(in_threads(read_slowly, send_one)[0], 300_000)  # of 600,000
+        self.assertLess(len(self.send_while_it_is_read(process, port, "hi", 0.01)), 300_000)  # of 600,000
 
     def test_a_reader_that_leaves(self) -> None:
         """What was queued is lost, and is counted; later mail is refused."""
@@ -7361,13 +6988,9 @@ class BacklogTest(ProcessCase):
         with contextlib.suppress(smtplib.SMTPDataError):  # the thread that writes may not have seen it yet
             send(port, "hi")
         self.assertEqual(catch(smtplib.SMTPDataError, send, port, "hi").smtp_code, 451)
-        process.terminate()
-        _, errors = process.communicate(timeout=TIMEOUT)
-        lost = re.fullmatch(
-            r"smtpmock: cannot write to stdout: Broken pipe; lines lost: (\d+)", errors.splitlines()[-1]
-        )
+        last_line = self.stop(process, 1)[1].splitlines()[-1]
+        lost = re.fullmatch(r"smtpmock: cannot write to stdout: Broken pipe; lines lost: (\d+)", last_line)
         self.assertGreaterEqual(int(lost[1]) if lost else 0, 3 + 1 + 2 + 1)  # mails, refusals, a refused mail, the end
-        self.assertEqual(process.returncode, 1)
 
     @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
     def test_a_stdout_of_another_kind(self) -> None:
@@ -7394,88 +7017,25 @@ class BacklogTest(ProcessCase):
                     self.assertEqual(process.wait(TIMEOUT), 0)
 
 
-# Mails, and what -show prints of them.
-SHOWN_MAILS = r"""
-== text
-From: =?utf-8?q?J=C3=BCrgen?= <a@a.com>
-Received: here
-To: b@b.com,
- c@c.com
-Date: Fri, 21 Nov 1997 09:55:06 -0600
-Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=
-
-Gr\xc3\xbc\xc3\x9fe,
-
- and {x*200}
-=>
-From: Jürgen <a@a.com>
-To: b@b.com, c@c.com
-Date: Fri, 21 Nov 1997 09:55:06 -0600
-Subject: Grüße
-
-Grüße,
-
- and {x*200}
-
-== control characters
-Subject: =?utf-8?q?=1B[1m=C2=9B_=E2=80=AE?=
-
-\x1b]0;title\x07 a\tb \xe2\x80\xae\xc2\x9b \xf0\x9f\x91\xa8\xe2\x80\x8d\xf0\x9f\x91\xa9 \xff
-=>
-Subject: \x1b[1m\x9b \u202e
-
-\x1b]0;title\x07 a    b \u202e\x9b 👨\u200d👩 �
-
-== HTML
-Content-Type: text/html; charset=utf-8
-
-<html><head><title>no</title><style>no</style></head><h1>Gr&uuml;&szlig;e</h1>
-<script>no</script><!-- no --><p>Please <a href="https://a.test/?b=1&amp;c=2">confirm
-<b>it</b></a>, or <a href='https://a.test'>https://a.test</a> &lt;
-<ul><li>one</li><li>two</li></ul>
-1 < 2<br>x<img src="cid:1" alt="Logo"><table><tr><td>a<td>b</td><td>c</td></tr><tr><td>d</table>
-=>
-
-Grüße
-
-Please confirm it <https://a.test/?b=1&c=2>, or https://a.test <
-
-- one
-- two
-1 < 2
-xLogo
-
-ab c
-d
-
-== text before HTML, and attachments
-Subject: s
-Content-Type: multipart/mixed; boundary=b
-
---b
-Content-Type: text/html
-
-<p>no
---b
-Content-Type: text/plain
-
-yes
---b
-Content-Type: application/pdf; name="a\x1b.pdf"
-
-{x*1234}
---b
-Content-Type: image/png
-
-x
---b--
-=>
-Subject: s
-Attachment: a\x1b.pdf (application/pdf, 1.2 kB)
-Attachment: without a name (image/png, 1 byte)
-
-yes
-"""
+# Mails, with Python's escapes, and the lines that -show prints of them.
+SHOWN_MAILS = read_rows(r"""
+From: =?utf-8?q?J=C3=BCrgen?= <a@a.com> | Received: here | To: b@b.com, |  c@c.com |
+    Date: Fri, 21 Nov 1997 09:55:06 -0600 | Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?= | | Grüße, | |  and {x*200}
+    => From: Jürgen <a@a.com> | To: b@b.com, c@c.com | Date: Fri, 21 Nov 1997 09:55:06 -0600 | Subject: Grüße | |
+    Grüße, | |  and {x*200}
+Subject: =?utf-8?q?=1B[1m=C2=9B_=E2=80=AE?= | | \x1b]0;title\x07 a\tb \xe2\x80\xae\xc2\x9b 👨\xe2\x80\x8d👩 \xff
+    => Subject: \x1b[1m\x9b \u202e | | \x1b]0;title\x07 a    b \u202e\x9b 👨\u200d👩 �
+Content-Type: text/html; charset=utf-8 | | <html><head><title>no</title><style>no</style></head><h1>Gr&uuml;&szlig;e</h1> |
+    <script>no</script><!-- no --><p>Please <a href="https://a.test/?b=1&amp;c=2">confirm | <b>it</b></a>, or
+    <a href='https://a.test'>https://a.test</a> &lt; | <ul><li>one</li><li>two</li></ul> |
+    1 < 2<br>x<img src="cid:1" alt="Logo"><table><tr><td>a<td>b</td><td>c</td></tr><tr><td>d</table>
+    =>  | Grüße | | Please confirm it <https://a.test/?b=1&c=2>, or https://a.test < | | - one | - two | 1 < 2 | xLogo | |
+    ab c | d
+Subject: s | Content-Type: multipart/mixed; boundary=b | | --b | Content-Type: text/html | | <p>no | --b | | yes | --b |
+    Content-Type: application/pdf; name="a\x1b.pdf" | | {x*1234} | --b | Content-Type: image/png | | x | --b--
+    => Subject: s | Attachment: a\x1b.pdf (application/pdf, 1.2 kB) | Attachment: without a name (image/png, 1 byte) | |
+    yes
+""")
 
 
 class ShowTest(ProcessCase):
@@ -7485,18 +7045,16 @@ class ShowTest(ProcessCase):
         """The lines that are printed until a stop, without their times."""
         process = self.start(*argv)
         use(self.port(process))
-        process.terminate()
-        out, _ = process.communicate(timeout=TIMEOUT)
-        self.assertEqual(process.returncode, 0)
+        out, _ = self.stop(process)
         out = re.sub("(?<=rcpt )TO|(?<=mail )FROM", lambda match: match[0].lower(), out)  # as of Python 3.13
+        self.assertNotRegex(out, "(?m)^(accepted|refused|ended)")
         return re.sub(r"(?m)^\d\d:\d\d:\d\d ", "", out).splitlines()
 
     def test_mails(self) -> None:
         mails, shown = [], []
-        for entry in read_table(SHOWN_MAILS).values():
-            end = entry.lines.index("=>")
-            mails.append(b"\n".join(map(read_escapes, entry.lines[:end])))
-            shown += ["accepted", *(f"  {line}".rstrip() for line in entry.lines[end + 1 :])]
+        for row in SHOWN_MAILS:
+            mails.append(b"\n".join(map(read_escapes, row.given)))
+            shown += ["accepted", *(f"  {line}".rstrip() for line in read_items(row.expected))]
         lines = self.watch("-show", use=lambda port: send(port, *mails))
         self.assertEqual([line.partition(" a@a.com")[0] for line in lines], shown)
 
@@ -7521,17 +7079,16 @@ class ShowTest(ProcessCase):
         """What is long is cut."""
         long = f"{'a' * 60}@{'b' * 60}.com"
         cut = f"{long[:97]}..."
-        with_long = lambda port: in_session(port, long, ["b@b.com"] * 4 + [long] * 3)  # noqa: E731
 
-        def in_session(port: int, sender: str, recipients: list[str]) -> None:
+        def use(port: int) -> None:
             with Smtp(port) as client:
-                client.sendmail(sender, recipients, f"Subject: {'s' * 101}\n\n")
-                client.sendmail("a@a.com", "b@b.com", f"Subject: {'s' * 100}\n\n" + 890 * "x")
+                client.sendmail(long, ["b@b.com"] * 4 + [long] * 3, f"Subject: {'s' * 101}\n\n")
+                client.sendmail("a@a.com", "b@b.com", f"Subject: {'s' * 99}\x1b\n\n" + 890 * "x")
 
-        lines = self.watch("-multipleRcptto", "-multipleMessageReceiving", use=with_long)
+        lines = self.watch("-multipleRcptto", "-multipleMessageReceiving", use=use)
         many = ", ".join(["b@b.com"] * 4 + [cut])
         self.assertEqual(lines[0], f'accepted {cut} -> {many} and 2 more "{"s" * 97}..." 114 bytes')
-        self.assertEqual(lines[1], f'accepted a@a.com -> b@b.com "{"s" * 100}" 1.0 kB')
+        self.assertEqual(lines[1], f'accepted a@a.com -> b@b.com "{"s" * 99}\\x1b" 1.0 kB')
 
     def test_refusals(self) -> None:
         """Also beside an accepted mail, and after it."""
@@ -7665,11 +7222,6 @@ class ControlTest(ProcessCase):
         self.assertEqual([client.rcpt("b@b.com")[0] for _ in range(2)], [450, 250])
         client.close()
         self.assertEqual(self.read()["event"], "message")
-        self.obey("check", messages=2)
-        self.obey("rule RSET: close", messages=2)
-        self.assertEqual(self.ask("check"), {"event": "error", "error": "<Rule for RSET: 0 hits> was never hit"})
-        self.obey("clear", messages=2)
-        self.obey("check", messages=2)
 
     def test_configure(self) -> None:
         client = self.connect()
@@ -7680,16 +7232,6 @@ class ControlTest(ProcessCase):
         other = self.connect()
         self.assertEqual(other.docmd("FOO")[0], 502)
         self.assertRaises(smtplib.SMTPServerDisconnected, other.noop)
-
-    def test_purge_and_reset(self) -> None:
-        self.obey("configure -msgRcpttoReceived='250 mine'")
-        self.obey("rule RCPT: reply 450 later; times=2")
-        self.assertEqual(self.try_recipient()[1], b"later")
-        self.obey("purge")
-        self.assertEqual([self.try_recipient()[1] for _ in range(2)], [b"later", b"mine"])
-        self.obey("rule RCPT: reply 450 later", messages=2)
-        self.obey("reset")
-        self.assertEqual(self.try_recipient()[1], b"Received")
 
     def test_disconnect(self) -> None:
         for command, error in {"disconnect": "", "disconnect reset": "reset by peer"}.items():
@@ -7706,6 +7248,9 @@ class ControlTest(ProcessCase):
                 self.assertEqual(answer["event"], "error")
                 self.assertRegex(answer["error"], row.pattern)
                 self.obey("check")  # no rule without an action is left
+        self.server.stdin.buffer.write(b"\n\xff\n")
+        self.write("")
+        self.assertEqual(self.read()["command"], "\\xff")
         client = self.connect()
         self.assertEqual(client.docmd("FOO")[0], 502)
         client.mail("a@a.com")
@@ -7732,17 +7277,6 @@ class ControlTest(ProcessCase):
                 self.assertEqual(self.server.wait(TIMEOUT), 0)
                 self.reader.join(TIMEOUT)
                 self.assertTrue(self.lines.empty())
-
-    def test_errors_at_the_start(self) -> None:
-        for flag in ("-json", "--json=true", "-control"):
-            for argv, status, error in (
-                (["-port=x"], 2, "-port='x': must be an integer from 0 to 65535"),
-                (["-rule", "x"], 2, "rule 'x': must be 'STAGE: ACTION' or 'STAGE ADDRESS: ACTION'"),
-                (["-saveDir=/dev/null/x"], 1, "cannot write to /dev/null/x: Not a directory"),
-            ):
-                done, out, err = call_main(*argv, flag)
-                self.assertEqual((done, err), (status, f"smtpmock: {error}\n"))
-                self.assertEqual(json.loads(out), {"event": "error", "error": error})
 
 
 # -------------------------------------------------------------------------------------------- HTTP
@@ -8614,17 +8148,16 @@ class MistakeTest(ServerCase):
     def test_beginnings_of_files_are_no_links(self) -> None:
         with tempfile.TemporaryDirectory() as path, Server() as server:
             send(server, "hi")
-            folder, victim = smtpmock._Folder(path), Path(path, "victim")
+            victim = Path(path, "victim")
             victim.write_text("safe")
             for name in (".000001.json.part", ".000001.eml.part"):
+                folder = smtpmock._Folder(path)
                 Path(path, name).symlink_to(victim)
                 with self.assertRaises(FileExistsError):
                     folder(server.message())
-                folder._number = 0
-            folder(server.message())
-            self.assertEqual(
-                (victim.read_text(), sorted(os.listdir(path))), ("safe", ["000001.eml", "000001.json", "victim"])
-            )
+            smtpmock._Folder(path)(server.message())
+            found = victim.read_text(), sorted(os.listdir(path))
+            self.assertEqual(found, ("safe", ["000001.eml", "000001.json", "victim"]))
 
     def test_check_is_fast(self) -> None:
         with Server() as server:
@@ -8653,28 +8186,18 @@ class MistakeTest(ServerCase):
 class NarrationTest(ProcessCase):
     """The lines that the command line prints for a person."""
 
-    def run_by_hand(self, *argv: str, sender: Callable[[int], object]) -> tuple[str, str, int]:
-        """What it prints after its first line, on stdout and on stderr, and its exit status."""
-        out, err, status = run_main(sender, *argv)
-        return out.partition("\n")[2], err, status
-
-    def test_a_line_for_each_mail(self) -> None:
-        def talk(port: int) -> None:
-            with Smtp(port) as client:
-                client.sendmail("a@a.com", ["b@b.com", "c@c.com"], "Subject: Welcome\x1b[31m\n\n" + "x" * 1200)
-            with self.assertRaises(smtplib.SMTPRecipientsRefused), Smtp(port) as client:
-                client.sendmail("a@a.com", ["nobody@b.com"], "hi")
-
-        out, errors, _ = self.run_by_hand("-notRegisteredEmails=nobody@b.com", sender=talk)
-        accepted, refused = out.splitlines()
-        self.assertRegex(accepted, r'^\d\d:\d\d:\d\d accepted a@a.com -> c@c.com "Welcome.x1b\[31m" 1\.2 kB$')
-        self.assertRegex(refused, r"^\d\d:\d\d:\d\d refused 550 User not found \(rcpt (?i:to):<nobody@b\.com>\)$")
-        self.assertEqual(errors, "smtpmock: 1 of 2 accepted recipients was not kept; -keepAll keeps them all\n")
-
     def test_quiet(self) -> None:
-        for flag in ("-quiet", "-multipleMessageReceiving=false", "-keepAll=false", "-keepAll"):
-            out, errors, _ = self.run_by_hand(flag, sender=lambda port: send(port, "hi", "ho"))
-            self.assertEqual((out.count("accepted"), errors), (2 * (flag != "-quiet"), ""))
+        """What is not kept is told once, unless its option is given."""
+        for flag, count, expected in (
+            ("-log=false", 2, "smtpmock: 1 of 2 accepted mails was not kept; -keepAll keeps them all\n"),
+            ("-multipleRcptto", 2, "smtpmock: 1 of 2 accepted mails was not kept; -keepAll keeps them all\n"),
+            ("-multipleMessageReceiving=false", 2, ""),
+            ("-keepAll=false", 2, ""),
+            ("-keepAll", 2, ""),
+            ("-quiet", 0, ""),
+        ):
+            out, errors, _ = run_main(lambda port: send(port, "hi", "ho"), flag)
+            self.assertEqual((out.count("accepted"), errors), (count, expected))
 
     def make_faults(self, port: int) -> None:
         """In a command, in a mail, and after the mail."""
@@ -8685,7 +8208,7 @@ class NarrationTest(ProcessCase):
                 pass
 
     def test_lint(self) -> None:
-        _, errors, status = self.run_by_hand("-lint", "-quiet", sender=self.make_faults)
+        _, errors, status = run_main(self.make_faults, "-lint", "-quiet")
         lines = errors.splitlines()
         self.assertEqual((status, len(lines)), (3, len(set(lines))))
         for line in (
@@ -8696,28 +8219,14 @@ class NarrationTest(ProcessCase):
         ):
             self.assertIn(f"smtpmock: message 1: {line}", lines)
         tolerated = "-tolerated=bare-lf,header-missing,superfluous-argument,pipelining,data-before-354"
-        self.assertEqual(self.run_by_hand("-lint", tolerated, sender=self.make_faults)[2], 0)
-        self.assertEqual(self.run_by_hand("-quiet", sender=self.make_faults), ("", "", 0))
+        self.assertEqual(run_main(self.make_faults, "-lint", tolerated)[2], 0)
+        self.assertEqual(run_main(self.make_faults, "-quiet")[1:], ("", 0))
 
     def test_lint_of_a_refused_mail(self) -> None:
         """Though the client gives it up, which erases it."""
-
-        def be_refused(port: int) -> None:
-            self.assertRaises(smtplib.SMTPDataError, send, port, "From: a@a.com")
-
-        _, errors, status = self.run_by_hand("-lint", "-strict", "-quiet", sender=be_refused)
+        be_refused = functools.partial(self.assertRaises, smtplib.SMTPDataError, send)
+        _, errors, status = run_main(lambda port: be_refused(port, "From: a@a.com"), "-lint", "-strict", "-quiet")
         self.assertEqual((status, errors.count("header-missing")), (3, 1))
-
-    def test_a_mail_that_cannot_be_saved(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "mails")
-
-            def remove_and_send(port: int) -> None:
-                shutil.rmtree(path)
-                self.assertRaises(smtplib.SMTPDataError, send, port, "hi")
-
-            _, errors, _ = self.run_by_hand(f"-saveDir={path}", sender=remove_and_send)
-            self.assertRegex(errors, "^smtpmock: a mail was refused, because it cannot be saved: .*No such file.*\n$")
 
     @unittest.skipUnless(os.name == "posix", "needs a pseudo-terminal")
     def test_colours(self) -> None:
