@@ -8,10 +8,10 @@
 
 One module, standard library only, one thread per connection. It reads from top to bottom:
 
-    errors          what can go wrong, each also the built-in error that it resembles
+    errors          the exceptions, each a subclass of the built-in one that it resembles
     options         Configuration: every option with its default and its meaning
-    grammar         the verbs, the patterns of RFC 5321, and the parsers of a command line
-    dialogue        a request, a reply, and the exchange of the two
+    grammar         the verbs, the patterns of RFC 5321, and the parsers of command lines
+    dialogue        requests, replies, and exchanges of a request and its reply
     mail            how a mail is read: its charsets, encodings, headers and parts
     violations      what a client can do wrong: the checks, each with its RFC
     records         what the server records of a session
@@ -23,10 +23,10 @@ One module, standard library only, one thread per connection. It reads from top 
     logger          the Logger protocol and the default logger
     server          the connection, the listener, and Server, which owns the listener
     pytest          the plugin
-    http            what -http answers: the same commands, the messages as JSON, and a page for people
+    http            what -http serves: the commands, the messages as JSON, and pages for people
     command line    python -m smtpmock
 
-PYTEST_DONT_REWRITE: else pytest would warn if a test imported this module before the plugin.
+PYTEST_DONT_REWRITE: otherwise pytest warns if a test imports this module before the plugin.
 
 MIT licence, https://opensource.org/licenses/MIT. Copyright 2026 the smtpmock authors.
 """
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     _P = ParamSpec("_P")
 else:
 
-    def _dataclass_transform(**options: bool) -> Callable[[type], type]:  # what Python 3.10 lacks, and nothing needs
+    def _dataclass_transform(**options: bool) -> Callable[[type], type]:  # only type checkers need it
         return lambda cls: cls
 
 
@@ -85,13 +85,13 @@ class SMTPMockError(Exception):
 
 
 class _OutputError(SMTPMockError):
-    """An output of the command line cannot take a mail or an event."""
+    """An output of the command line cannot store or print a mail or an event."""
 
 
 class ConfigurationError(SMTPMockError, ValueError):
-    """An invalid option or argument. The text has its name, its value, and what is allowed.
+    """An invalid option or argument. The text gives its name, its value, and what is allowed.
 
-    `option` is its name, and `needed` that of the option without which it is invalid; "" if there is none.
+    `option` is its name. `needed` is the option that it requires. Either is "" if there is none.
     """
 
     def __init__(self, text: str, option: str = "", *values: object, needed: str = "") -> None:
@@ -107,11 +107,11 @@ class ServerStateError(SMTPMockError, RuntimeError):
 
 
 class ServerStartError(SMTPMockError, OSError):
-    """The server cannot listen on its host and port. `errno` is that of the operating system, if there is one."""
+    """The server cannot listen on its host and port. `errno` comes from the operating system, if it gave one."""
 
 
 class WaitTimeoutError(SMTPMockError, TimeoutError):
-    """Too few messages arrived in time. `messages` has those that did; none of them was purged."""
+    """Too few messages arrived in time. `messages` has those that did arrive; none was purged."""
 
     def __init__(self, text: str, messages: Sequence[Message] = ()) -> None:
         super().__init__(text)
@@ -119,7 +119,7 @@ class WaitTimeoutError(SMTPMockError, TimeoutError):
 
 
 class SMTPMockWarning(UserWarning):
-    """The configuration has the server discard recipients or mails that it accepted, or a log that goes nowhere."""
+    """The configuration makes the server discard recipients or mails that it accepted, or log to nowhere."""
 
 
 # ----------------------------------------------------------------------------------------- options
@@ -130,8 +130,8 @@ class _OptionType(NamedTuple):
 
     allowed: str  # completes the sentence "must be ..." of an error message
     accepts: Callable[[Any], bool]
-    parse: Callable[[str], Any] = str  # reads the text of a command line; may raise KeyError or ValueError
-    normalise: Callable[[Any], Any] = lambda value: value  # once, because each command looks at the options
+    parse: Callable[[str], Any] = str  # reads the text of a flag; may raise KeyError or ValueError
+    normalise: Callable[[Any], Any] = lambda value: value  # done once, because every command reads the options
 
 
 def _number(least: float, most: float, *types: type[float]) -> Callable[[Any], bool]:
@@ -139,7 +139,7 @@ def _number(least: float, most: float, *types: type[float]) -> Callable[[Any], b
 
 
 def _is_text(value: object) -> bool:
-    """Whether it is a str that can be sent: a lone surrogate has no encoding."""
+    """Whether this is a str that can be sent. A lone surrogate has no encoding."""
     return isinstance(value, str) and (value.isascii() or re.search("[\ud800-\udfff]", value) is None)
 
 
@@ -148,12 +148,12 @@ def _are_names(value: object) -> bool:
 
 
 def _fold(name: str) -> str:
-    """Normalise a domain or an address for comparison: domains have no case, local parts have."""
+    """Normalise a domain or an address for comparison: local parts are case-sensitive, domains are not."""
     local, at, domain = name.rpartition("@")
     return local + at + domain.lower()
 
 
-# poll() takes at most 2**31 milliseconds, which are 24 days.
+# poll() takes at most 2**31 milliseconds, which is 24 days.
 _SECONDS = _OptionType("a number of seconds from 0 to 1000000", _number(0, 1e6, int, float), float)
 _TIMEOUT = _OptionType("a number of seconds from 0.001 to 1000000", _number(1e-3, 1e6, int, float), float)
 _HOST_NAME = _OptionType("a host name or an address", lambda value: _is_text(value) and bool(value.strip()))
@@ -202,7 +202,7 @@ def _read(kind: _OptionType, text: str) -> Any:
     try:
         return kind.parse(text)
     except (KeyError, ValueError):
-        return text  # _check() will say what is wrong with it
+        return text  # _check() says what is wrong with it
 
 
 def _suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -213,7 +213,7 @@ def _suggest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def _find_other_name(name: str, others: Mapping[str, str]) -> str:
-    """What is called so elsewhere, as the end of a sentence."""
+    """The end of a message that names what other tools call this."""
     found = [ours for ours, theirs in others.items() if name in theirs.split()]
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -314,11 +314,11 @@ auth_failed 535 Authentication Credentials Invalid | auth 235 Authentication suc
 helo 250 email-smtp.amazonaws.com
 """
 
-# Options that have no effect without another one.
+# Options that require another one.
 _NEEDED = {"auth_required": "auth_users", "implicit_tls": "ssl_context", "tls_required": "ssl_context"}
 _NEEDED |= {"auth_requires_tls": "ssl_context"}
 
-# The names of options that people expect from other tools.
+# Options of other tools, and the names of ours.
 _OTHER_NAMES = {
     "host": "hostname host_name host_address addr address bind",
     "port": "port_number smtp_port",
@@ -356,7 +356,7 @@ def _make_dataclass(cls: Any) -> Any:
 
 
 class _DataclassAttribute:
-    """An attribute of the dataclass that a class of options seems to be, made late: dataclasses is slow to import."""
+    """An attribute of a dataclass. It is made when it is first used, because dataclasses is slow to import."""
 
     def __init__(self, options: Any = None) -> None:
         self._options = options
@@ -366,13 +366,13 @@ class _DataclassAttribute:
 
     def __get__(self, instance: object, owner: Any) -> Any:
         if self._name == "__signature__" and owner.__init__.__module__ != __name__:
-            return None  # inspect looks at the __init__ of the subclass then
+            return None  # then inspect uses the __init__ of the subclass
         return getattr(_make_dataclass(self._options or owner), self._name)
 
 
 @_dataclass_transform(kw_only_default=True, frozen_default=True)
 class _Options:
-    """The base of classes with options. An instance keeps the options that it was given, the class the defaults."""
+    """The base of classes with options. An instance stores the options that were given, the class the defaults."""
 
     _declared: ClassVar[dict[str, _Option]] = {}
     _positional: ClassVar[tuple[str, ...]] = ()
@@ -434,7 +434,7 @@ class _Options:
         return type(self) is type(other) and self._find_changes() == other._find_changes()
 
     def __hash__(self) -> int:
-        return hash(tuple(self._find_changes()))  # the names only, because a value may have no hash
+        return hash(tuple(self._find_changes()))  # only the names, because a value may not be hashable
 
     def __repr__(self) -> str:
         changes = ", ".join(f"{name}={value!r}" for name, value in self._find_changes().items())
@@ -442,7 +442,7 @@ class _Options:
 
 
 def _shows_options(of: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
-    """Have type checkers see the options of this class as the arguments of a method."""
+    """Make type checkers see the options of this class as the parameters of a method."""
     return lambda method: method
 
 
@@ -453,23 +453,23 @@ def _check_choices(option: str, names: Iterable[str], known: Collection[str], fo
 
 
 class _AddressOptions(_Options):
-    """What configure() cannot change."""
+    """The options that configure() cannot change."""
 
-    host: str = _option("127.0.0.1", _HOST_NAME, "host name or address to listen on; [::] is all of them")
+    host: str = _option("127.0.0.1", _HOST_NAME, "host name or address to listen on; [::] means all addresses")
     port: int = _option(0, _PORT, "port to listen on; 0 takes a free one")
 
 
 class _SessionOptions(_Options):
-    """All others of a Configuration."""
+    """The options that configure() can change."""
 
     _other_names = _OTHER_NAMES
 
     log_to_stdout: bool = _option(False, _FLAG, "log to stdout, and errors to stderr")
-    log_server_activity: bool = _option(False, _FLAG, "include sessions, requests and replies in that log")
+    log_server_activity: bool = _option(False, _FLAG, "include sessions, requests and replies in the log")
     session_timeout: float = _option(30, _TIMEOUT, "seconds of silence after which a session is closed")
-    shutdown_timeout: float = _option(1, _SECONDS, "seconds that a stop gives to busy sessions")
+    shutdown_timeout: float = _option(1, _SECONDS, "seconds that busy sessions have to finish when the server stops")
     fail_fast: bool = _option(False, _FLAG, "close a session after its first refused command")
-    keep_all: bool = _option(False, _FLAG, "turn on the next two options, unless they are given")
+    keep_all: bool = _option(False, _FLAG, "turn on the next two options, unless you set them")
     multiple_rcptto: bool = _option(False, _FLAG, "keep all recipients of a message, not only the last")
     multiple_message_receiving: bool = _option(False, _FLAG, "keep all messages of a session, not only the last")
     blacklisted_helo_domains: Collection[str] = _option(frozenset(), _NAMES, "domains that HELO and EHLO refuse")
@@ -487,20 +487,20 @@ class _SessionOptions(_Options):
     response_delay_quit: float = _option(0, _SECONDS, "seconds before the reply to QUIT")
     profile: str | None = _option(None, _TEXT, "texts of postfix, exim, opensmtpd, gmail, outlook, ses")
     tolerated: Collection[str] = _option((), _WORDS, "codes of violations and warnings that are not reported")
-    strict: bool = _option(False, _FLAG, "refuse a mail with violations at its end")
+    strict: bool = _option(False, _FLAG, "refuse mails that have violations")
     seed: int | None = _option(None, _SEED, "number that makes rules with a probability repeatable")
     extensions: Collection[str] = _option((), _WORDS, "ESMTP extensions to announce and accept: SIZE, DSN, CHUNKING...")
     auth_users: Mapping[str, str] | Callable[[str, str, str], object] | Literal["*"] | None = _option(
         None, _USERS, "who can log in, as user:secret,... or * for anybody; no AUTH without it"
     )
     auth_mechanisms: Collection[str] = _option(_AUTH_MECHANISMS, _WORDS, "AUTH mechanisms to announce and accept")
-    auth_required: bool = _option(False, _FLAG, "refuse the commands of a mail before AUTH")
+    auth_required: bool = _option(False, _FLAG, "refuse MAIL, RCPT and DATA until the client logs in")
     auth_requires_tls: bool = _option(False, _FLAG, "neither announce nor accept AUTH without TLS")
     ssl_context: ssl.SSLContext | Literal["test", "expired", "wrong host"] | None = _option(
         None, _CONTEXT, "ssl.SSLContext with a certificate, or the name of one for tests; no TLS without it"
     )
     implicit_tls: bool = _option(False, _FLAG, "begin each session with TLS, as on port 465; no STARTTLS then")
-    tls_required: bool = _option(False, _FLAG, "refuse all commands but EHLO, NOOP and QUIT before STARTTLS")
+    tls_required: bool = _option(False, _FLAG, "refuse all commands but EHLO, NOOP and QUIT until STARTTLS")
     msg_size_limit: int = _option(10485760, _COUNT, "largest message body, in bytes")
     msg_greeting: str = _reply("220 Welcome", "a new connection")
     msg_invalid_cmd: str = _reply(_UNRECOGNIZED, "an unknown command, and to DATA or QUIT with an argument")
@@ -521,8 +521,8 @@ class _SessionOptions(_Options):
     msg_data_received: str = _reply("354 Ready for receive message. End data with <CR><LF>.<CR><LF>", "DATA")
     msg_msg_size_is_too_big: str = _reply("552 Message exceeded max size of {msg_size_limit} bytes", "too long a body")
     msg_msg_received: str = _reply(_RECEIVED, "the message body")
-    msg_violation: str = _reply("550 5.6.0 {violation}", "a mail with violations, with strict")
-    msg_msg_failed: str = _reply("451 Local error in processing", "a command on which user code failed")
+    msg_violation: str = _reply("550 5.6.0 {violation}", "a mail that has violations, with strict")
+    msg_msg_failed: str = _reply("451 Local error in processing", "a command on which your code failed")
     msg_invalid_cmd_rset_sequence: str = _reply(f"{_BAD} HELO should be the first", "an early RSET")
     msg_invalid_cmd_rset_arg: str = _reply(_UNRECOGNIZED, "RSET with an argument")
     msg_rset_received: str = _reply("250 Ok", "RSET")
@@ -536,20 +536,20 @@ class _SessionOptions(_Options):
     msg_invalid_cmd_bdat_arg: str = _reply("501 BDAT requires a size in bytes", "a bad BDAT")
     msg_auth_received: str = _reply("235 Authentication succeeded", "AUTH")
     msg_auth_failed: str = _reply("535 Authentication credentials invalid", "AUTH with a wrong user or secret")
-    msg_auth_cancelled: str = _reply("501 Authentication cancelled", "* in place of an answer to a challenge")
+    msg_auth_cancelled: str = _reply("501 Authentication cancelled", "* instead of an answer to a challenge")
     msg_auth_bad_response: str = _reply("501 Cannot decode response", "an answer that cannot be decoded")
     msg_auth_unknown_mechanism: str = _reply("504 Unrecognized authentication type", "AUTH with an unknown mechanism")
     msg_auth_sequence: str = _reply(
         f"{_BAD} AUTH should be used once, after EHLO and before MAIL FROM", "a misplaced AUTH"
     )
-    msg_auth_required: str = _reply("530 Authentication required", "a mail before AUTH, with auth_required")
+    msg_auth_required: str = _reply("530 Authentication required", "MAIL, RCPT or DATA before AUTH, with auth_required")
     msg_auth_tls_required: str = _reply("538 Encryption required for authentication", "AUTH, with auth_requires_tls")
     msg_starttls_received: str = _reply("220 Ready to start TLS", "STARTTLS")
     msg_invalid_cmd_starttls_arg: str = _reply("501 STARTTLS takes no argument", "STARTTLS with an argument")
     msg_invalid_cmd_starttls_sequence: str = _reply(f"{_BAD} TLS is on already", "STARTTLS within TLS")
-    msg_tls_required: str = _reply("530 Must issue a STARTTLS command first", "other commands, with tls_required")
-    msg_session_timeout: str = _reply("421 Session timeout, closing connection", "a silence of session_timeout")
-    msg_server_shutdown: str = _reply("421 Server shutting down, closing connection", "the sessions that a stop ends")
+    msg_tls_required: str = _reply("530 Must issue a STARTTLS command first", "commands before TLS, with tls_required")
+    msg_session_timeout: str = _reply("421 Session timeout, closing connection", "a client silent for session_timeout")
+    msg_server_shutdown: str = _reply("421 Server shutting down, closing connection", "sessions when the server stops")
     msg_line_too_long: str = _reply("500 Line too long", "a command line of over 4096 bytes")
 
     def __post_init__(self) -> None:
@@ -603,7 +603,7 @@ for _name, _declared in _SessionOptions._declared.items():
 
 
 class Configuration(_SessionOptions, _AddressOptions):
-    """Every option of a server. An invalid one is a ConfigurationError when the Configuration is made.
+    """Every option of a server. An invalid one raises a ConfigurationError.
 
     Times are in seconds and may have fractions. A reply may be any text, with or without a code. Each
     newline in it starts another line of the reply, and {msg_size_limit} stands for that option. A text
@@ -619,7 +619,7 @@ class _BaseOptions(_Options, kw_only=False):
 
 
 class _Changes(_SessionOptions, _BaseOptions):
-    """What Server.configure() takes."""
+    """The arguments of Server.configure()."""
 
     logger: Logger | logging.Logger | None = _option(None, _LOGGER, "what replaces the default log")
     on_message: Callable[[Message], object] | None = _option(None, _CALLABLE, "called with each accepted message")
@@ -627,24 +627,24 @@ class _Changes(_SessionOptions, _BaseOptions):
 
 
 class _ServerOptions(_Changes, Configuration):
-    """What Server() takes."""
+    """The arguments of Server()."""
 
 
 # ----------------------------------------------------------------------------------------- grammar
 
 
 class _Verb(NamedTuple):
-    """What a verb is, whether or not the server has it."""
+    """A verb, whether or not the server knows it."""
 
-    argument: str = ""  # a domain, an address, a text or a secret; "" if there is none
-    extension: str = ""  # the keyword that announces it
-    has_recipients: bool = False  # rules for an address are about those of the mail
+    argument: str = ""  # "domain", "address", "text" or "secret"; "" if there is none
+    extension: str = ""  # the EHLO keyword that announces it
+    has_recipients: bool = False  # rules for an address look at the recipients of the mail
     ends_group: bool = False  # it must be the last of a pipelined group
-    ends_mail: bool = False  # it abandons a mail that has begun
-    follows_mail: bool = False  # it begins no mail, and is noted on the one before it
+    ends_mail: bool = False  # it abandons a mail that is in progress
+    follows_mail: bool = False  # it begins no mail, and is noted on the previous one
 
 
-# The verbs of all RFCs, and below what this module calls the other things that a client sends. Pipelined groups are
+# The verbs of all RFCs, then this module's names for whatever else a client sends. Pipelined groups are
 # those of RFC 2920 section 3.1, RFC 3207 section 4 and RFC 4954 section 4.
 _VERBS = {
     "HELO": _Verb("domain", ends_mail=True),
@@ -673,9 +673,9 @@ _VERBS = {
 }
 _UNKNOWN_VERB = _Verb("secret")
 
-# Patterns are compiled when they are first used, because that takes time, and many programs only import this module.
-# Every pattern is linear: no two parts of a repetition can match the same text. Letters of any script are
-# allowed (RFC 6531 section 3.3), so whatever is not ASCII counts as a letter, unless _FORBIDDEN matches it.
+# Patterns are compiled on first use, because compiling takes time, and many programs only import this module.
+# Every pattern is linear: no two parts of a repetition can match the same text. Letters of every script are
+# allowed (RFC 6531 section 3.3), so any character that is not ASCII is a letter, unless _FORBIDDEN matches it.
 _FORBIDDEN = "[^\\S ]|[\0-\x1f\x7f-\x9f\ud800-\udfff]"
 
 # "Let-dig" and "ALPHA" of RFC 5321 section 4.1.2.
@@ -684,7 +684,7 @@ _ALPHA = r"[^ -@\[-`{-~]"
 _LABEL = rf"{_ALNUM}+(?:-+{_ALNUM}+)*"
 _DOTTED = rf"(?:{_LABEL}\.)+(?:{_ALPHA}{{2,}}|[xX][nN]--{_LABEL})"
 
-# RFC 5321 section 4.1.3. inet_pton() decides whether the numbers are right.
+# RFC 5321 section 4.1.3. inet_pton() checks the numbers.
 _ADDRESS_LITERAL = r"\[([iI][pP][vV]6:)?([0-9a-fA-F:.]+)\]"
 
 # The argument of HELO, section 4.1.1.1. A host without a domain sends its one label; digits alone are no name.
@@ -701,7 +701,7 @@ _MAILBOX = rf"{_LOCAL_PART}@(?:{_DOTTED}|[lL][oO][cC][aA][lL][hH][oO][sS][tT]|{_
 _ROUTE = rf"(?:@{_DOTTED}(?:,@{_DOTTED})*:)?"
 _PATH = rf"([^\"<>@]*<{_ROUTE})?({_MAILBOX})(>)?"
 
-# Up to the > that is not quoted or, without a <, up to the white space that is not quoted.
+# Up to the first > or, if there is no <, up to the first space, outside of quotes.
 _PATH_END = re.compile(r'(?=[^"]*<)(?:"(?:[^"\\]|\\.)*"|[^">])*>|(?:"(?:[^"\\]|\\.)*"|[^" ])*')
 
 # With lenient_addresses: labels may have underscores or be numbers and end in a dot, and an address needs no domain.
@@ -730,7 +730,7 @@ class _Path(NamedTuple):
     """The argument of MAIL or RCPT (RFC 5321 section 4.1.2)."""
 
     address: str  # "" for <>
-    parameters: dict[str, str]  # by names in upper case; never changed, because the path is kept
+    parameters: dict[str, str]  # by upper-case name; never changed, because paths are cached
 
 
 def _split_path(text: str) -> tuple[str, Sequence[str]]:
@@ -740,7 +740,7 @@ def _split_path(text: str) -> tuple[str, Sequence[str]]:
 
 
 def _read_parameters(words: Iterable[str]) -> dict[str, str]:
-    """By names in upper case. A duplicate gets "?", which is never valid, so it is refused."""
+    """The parameters by upper-case name. A duplicate gets the value "?", which is never valid, so it is refused."""
     parameters: dict[str, str] = {}
     for name, _, value in (word.partition("=") for word in words):
         parameters[name.upper()] = "?" if name.upper() in parameters else value
@@ -753,7 +753,7 @@ def _parse_domain(text: str, pattern: str = _DOMAIN) -> str | None:
 
 
 def _parse_path(pattern: str, allowed: str, has_parameters: bool, text: str) -> _Path | None:
-    """A path of this pattern, or the allowed one, which has no mailbox."""
+    """A path that matches the pattern, or the allowed one, which has no mailbox."""
     path, words = _split_path(text) if has_parameters else (text, ())
     parameters = _read_parameters(words) if words else {}
     if path.lower() == allowed:
@@ -773,12 +773,12 @@ def _parse_chunk(text: str) -> tuple[int, bool] | None:
 
 
 def _decode(data: bytes) -> str:
-    """The text of a client. Bytes that are not UTF-8 become surrogates."""
+    """Decode what a client sent. Bytes that are not UTF-8 become surrogates."""
     return data.decode("utf-8", "surrogateescape")
 
 
 _XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})"  # RFC 3461 section 4
-# The command, the extension and the pattern of each parameter. Any other is the extension of its name, with any value.
+# The command, the extension and the pattern of each parameter. Other parameters have the name of their extension.
 _PARAMETERS = {
     "SIZE": ("MAIL", "SIZE", "[0-9]{1,20}"),  # RFC 1870
     "BODY": ("MAIL", "8BITMIME", "7BIT|8BITMIME"),  # RFC 6152
@@ -799,31 +799,31 @@ _PARAMETERS = {
 
 
 class _Request:
-    """What a client has sent. Sessions share those that they repeat, so nothing changes one."""
+    """Something that a client has sent. It never changes, because sessions share the requests that they repeat."""
 
     # Neither this nor a reply is a NamedTuple, because those attributes take longer to read.
 
     def __init__(self, verb: str, line: str, argument: str = "", faults: tuple[tuple[str, str], ...] = ()) -> None:
         self.verb = verb  # in upper case, or one of the last names in _VERBS
-        self.line = line  # as it may be shown: *** for a secret, <9 bytes> for a body
+        self.line = line  # in the form that may be shown: *** for a secret, <9 bytes> for a body
         self.argument = argument
-        self.faults = faults  # what the line does not show: codes of violations, each with the line for it
+        self.faults = faults  # codes of violations that the line does not show, each with the line to report
         self.kind = _VERBS.get(verb, _UNKNOWN_VERB)
 
     def hide(self, line: str, argument: str = "", verb: str = "") -> _Request:
-        """The request with this line, because its own may hold a secret, as may its verb."""
+        """A copy with this line, because the real line and verb may hold a secret."""
         return _Request(verb or self.verb, line, argument, tuple((code, line) for code, _ in self.faults))
 
 
 def _find_faults(line: bytes, shown: str) -> tuple[tuple[str, str], ...]:
-    """What is wrong with the bytes of a line. Those are not kept, because they may be a secret."""
+    """The faults in the bytes of a line. The bytes are not kept, because they may hold a secret."""
     text = line[:-1] if line.endswith(b"\r") else line
     faults = {
         "bare-lf": text is line,
         "bare-cr": b"\r" in text,
         "nul-byte": b"\0" in text,
         "command-space": text.strip(b" \t") != text,
-        "long-command": len(line) >= 512,  # and the LF
+        "long-command": len(line) >= 512,  # without the LF
     }
     return tuple((code, shown) for code, is_wrong in faults.items() if is_wrong)
 
@@ -831,21 +831,21 @@ def _find_faults(line: bytes, shown: str) -> tuple[tuple[str, str], ...]:
 def _parse_line(line: bytes) -> _Request:
     """Split a line into the verb and the argument (RFC 5321 section 4.1.1)."""
     text = _decode(line.strip())
-    # Nothing was stripped but the CR.
+    # True if only the CR was stripped.
     is_clean = len(text) == len(line) - 1 < 511 and line[-1] == 13 and text.isprintable()
     verb, _, argument = (text.replace("\t", " ") if "\t" in text else text).partition(" ")
-    # Verbs are ASCII: upper() would turn "quıt", with a dotless i, into "QUIT".
+    # Verbs are ASCII; upper() would turn "quıt", with a dotless i, into "QUIT".
     verb = verb.upper() if verb.isascii() else ""
     return _Request(verb, text, argument, () if is_clean else _find_faults(line, text))
 
 
 class _Next(enum.Enum):
-    """What the server does after a reply, if it does not wait for a command. All but TLS end the session."""
+    """What the server does after a reply instead of waiting for a command. All but TLS end the session."""
 
     TLS = "<tls>"
     CLOSE = "<closed>"
     RESET = "<reset>"  # closes with an RST
-    SILENCE = "<silence>"  # stays connected, but answers nothing any more
+    SILENCE = "<silence>"  # stays connected, but sends no more replies
 
 
 def _encode(text: str) -> bytes:
@@ -853,20 +853,20 @@ def _encode(text: str) -> bytes:
 
 
 class _Reply:
-    """What the server says next, for the connection to carry out. Nothing changes it, because it is said again."""
+    """What the server sends next, and what follows. It never changes, because it is sent many times."""
 
     def __init__(self, text: str, data: bytes | None = None, next: _Next | None = None, accepts: bool = False) -> None:
         self.text = text
-        self.data = _encode(text) if data is None else data  # what is sent; empty if the server says nothing
-        self.delay = 0.0  # seconds before it
+        self.data = _encode(text) if data is None else data  # the bytes to send; empty if there is no reply
+        self.delay = 0.0  # seconds before it is sent
         self.next = next
         self.accepts = accepts  # whether the command takes effect
-        self.trickle = 0.0  # seconds between the bytes
+        self.trickle = 0.0  # seconds between two bytes
         self.refuses = bool(self.data) and text.startswith(("4", "5"))
         self.ends = next is not None and next is not _Next.TLS
 
     def replace(self, **changes: Any) -> _Reply:
-        """A reply with these changes; data=None encodes its text."""
+        """A copy with these changes; data=None encodes the text again."""
         reply = _Reply(*[changes.get(name, getattr(self, name)) for name in ("text", "data", "next", "accepts")])
         reply.delay = changes.get("delay", self.delay)
         reply.trickle = changes.get("trickle", self.trickle)
@@ -874,11 +874,11 @@ class _Reply:
 
 
 class _Exchange(NamedTuple):
-    request: _Request | None  # None where the server speaks unasked
-    reply: _Reply | None  # None where there is none
-    value: Any  # of the argument; None if that is invalid
+    request: _Request | None  # None if the server spoke unasked
+    reply: _Reply | None  # None if there was none
+    value: Any  # of the argument; None if it is invalid
     at: float  # when the request arrived, in seconds since the epoch
-    was_early: bool  # whether the client had sent more before the reply
+    was_early: bool  # whether the client sent more before it had the reply
 
     @property
     def verb(self) -> str:
@@ -902,7 +902,7 @@ class _Exchange(NamedTuple):
 
 
 def _printable(text: str) -> str:
-    """The text as one line, with escapes in place of the characters that a terminal would obey or not show."""
+    """The text as one line, with escapes for characters that a terminal would obey or not show."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
@@ -1849,7 +1849,7 @@ def _jsonify(value: Any) -> Any:
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
-# Parts of a transcript, each with what the user may have wanted.
+# Parts of a transcript, each with a hint at what may have been intended.
 _HINTS = {
     r"C: AUTH.*\nS: 50[0-4]": "auth_users turns on AUTH",
     r"C: STARTTLS\nS: 50[0-4]": "ssl_context turns on STARTTLS",
@@ -1858,7 +1858,7 @@ _HINTS = {
     r"C: EHLO.*\n(?:S: (?!.*(?:AUTH|TLS)).*\n)+(?:C: QUIT\n.*\n.*\n)?\Z": "auth_users turns on AUTH, ssl_context TLS",
 }
 
-# The names of attributes of a Message that people expect from other tools.
+# Attributes of messages in other tools, and the names of ours.
 _OTHER_ATTRIBUTES = {
     "mail_from": "sender from_ from_addr from_address envelope_from",
     "rcpt_tos": "to recipients recipient to_addrs rcpttos rcpt_to envelope_to",
@@ -1920,7 +1920,7 @@ class Message:
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a Message is read-only: {name} cannot be set")
 
-    if not TYPE_CHECKING:  # which would take any name for right
+    if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
         def __getattr__(self, name: str) -> NoReturn:
             hint = _find_other_name(name, _OTHER_ATTRIBUTES)
@@ -1959,7 +1959,7 @@ class Message:
 
     @property
     def rcptto(self) -> bool:
-        """Whether there are any."""
+        """Whether there is one."""
         return bool(self.rcpt_tos)
 
     @property
@@ -2005,7 +2005,7 @@ class Message:
         last_mail = max((at for at, one in enumerate(said) if one.verb == "MAIL" and one.accepted), default=0)
         recipients = [one.accepted for one in said[last_mail:] if one.verb == "RCPT"]
         has_lost_all = any(one.verb in ("DATA", "BDAT") and one.is_refused for one in said[last_mail:])
-        has_lost_all = has_lost_all and recipients[-1:] == [False]  # and its refusal undid the others
+        has_lost_all = has_lost_all and recipients[-1:] == [False]  # and its refusal has undone the others
         for option, what, count, kept in (
             ("multiple_rcptto", "recipients", sum(recipients) * (self.msg or has_lost_all), len(self.rcpt_tos)),
             ("multiple_message_receiving", "mails", self._discarded + self.msg, int(self.msg)),
@@ -2037,7 +2037,7 @@ class Message:
         return "\n".join(_format_exchanges(self._exchanges[: self._length]))
 
     def _find_hints(self) -> list[str]:
-        """The options that would perhaps have helped."""
+        """Yield hints at options that may help."""
         return [
             f"hint: {hint}" for pattern, hint in _HINTS.items() if re.search(f"(?i){pattern}", f"{self.transcript}\n")
         ]
@@ -2169,7 +2169,7 @@ _BYTES = _OptionType(
     lambda text: text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode("latin-1"),
 )
 _THEN = {"close": _Next.CLOSE, "drop": _Next.CLOSE, "reset": _Next.RESET, "silence": _Next.SILENCE}
-_SAYS_TWICE = r"(?:^|\n)[0-9]{3}(?: .*)?\n(?:\Z|[0-9]{3}(?:[ \n]|\Z))"  # a last line, and another or none after it
+_SAYS_TWICE = r"(?:^|\n)[0-9]{3}(?: .*)?\n(?:\Z|[0-9]{3}(?:[ \n]|\Z))"  # a last line, followed by another or by nothing
 _REPLY_TEXT = _OptionType(
     "a string such as '550 No', with one last line; raw() sends any bytes",
     lambda value: _is_text(value) and not re.search(_SAYS_TWICE, value.replace("\r\n", "\n")),
@@ -2208,7 +2208,7 @@ class _Conditions(_Options):
 
 
 _STAGES = {verb.upper(): verb for verb in _VERBS if verb.isupper() or verb in ("connect", "message")} | {"*": "*"}
-# What people write for a stage.
+# Words that people write for a stage.
 _OTHER_STAGES = {
     "connect": "CONNECTION GREETING BANNER OPEN ACCEPT WELCOME START",
     "EHLO": "HELLO EHLOHELO HELOEHLO",
@@ -2231,7 +2231,7 @@ def _parse_stage(name: object, verbs: Collection[str]) -> str:
     if stage in ("*", *_STAGES.values(), *verbs):
         return stage
     word = "DOT" if text.strip() == "." else re.sub(r"[\W_]", "", text)
-    near = _find_other_name(word, _OTHER_STAGES) or _suggest(text, _STAGES, 0.7)  # else the rule would never apply
+    near = _find_other_name(word, _OTHER_STAGES) or _suggest(text, _STAGES, 0.7)  # otherwise the rule would never apply
     if near or name != text or not re.fullmatch("[A-Z][A-Z0-9_-]*", text):
         allowed = "must be connect, message, * or a verb such as RCPT, in upper case if this server does not know it"
         raise ConfigurationError(f"there is no such stage{near}" if near else allowed, "stage", name)
@@ -2265,7 +2265,7 @@ class Rule:
     def __init__(self, rules: _Rules, stage: str, match: _Match = None, **conditions: Any) -> None:
         self._hits = 0  # guarded by the lock of the rules, like what follows
         self._skipped = 0
-        self._newer: Rule | None = None  # which decided all that this rule would have
+        self._newer: Rule | None = None  # a rule that decided everything in place of this one
         self._rules = rules
         self._stage = _parse_stage(stage, rules.verbs)
         is_pattern = isinstance(match, re.Pattern) and isinstance(match.pattern, str)
@@ -2283,7 +2283,7 @@ class Rule:
         # and they replace them, so that sessions can read them without the lock.
         self._uses: tuple[dict[str, Any], ...] = ({},)
         self._function: _Function | None = None
-        self._script: _Script | None = None  # the session of a transcript that it plays; None if it is for all sessions
+        self._script: _Script | None = None  # the transcript's session that it plays; None if it is for all sessions
 
     def reply(self, *texts: str | None) -> Rule:
         """Say these texts, one per use, and the last one from then on; None is the normal reply.
@@ -2331,12 +2331,12 @@ class Rule:
         return self._hits
 
     def __call__(self, function: _Function) -> Rule:
-        """Call function(request, message) for the reply: None for the normal one, a text, or an Action."""
+        """Call function(request, message), which returns None for the normal reply, a text, or an Action."""
         _check("rule", function, _CALLABLE)
         self._function = function
         return self
 
-    if not TYPE_CHECKING:  # which would take any name for right
+    if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
         def __getattr__(self, name: str) -> NoReturn:
             hint = "; it is an argument of on()" if name in ("match", "skip", "times", "probability", "after") else ""
@@ -2379,7 +2379,7 @@ class Rule:
         return aspects, function
 
     def _find_nearest(self, requests: Sequence[str]) -> str:
-        """Why it was perhaps never hit, as the end of a sentence: a newer rule, or the nearest request."""
+        """The end of a message that says why it may never have been hit: a newer rule, or the nearest request."""
         import difflib
 
         if self._newer is not None:
@@ -2474,13 +2474,13 @@ class _Rules:
 
 
 def _unescape(text: str) -> str:
-    """The line whose repr() this is."""
+    """The line with this repr()."""
     data = re.sub(r"\\r(?:\\n)?['\"]?$", "", text[1:]).encode("latin-1", "backslashreplace")
     return _decode(data.decode("unicode_escape", "ignore").encode("latin-1", "replace"))
 
 
-# How the lines of client and server begin, and how the rest is read. The first one counts that has a server's line.
-_METER = r"[\r\t \d.:kMG-]*"  # curl may print it first
+# How lines of the client and of the server begin, and how to read the rest. The first notation that fits is used.
+_METER = r"[\r\t \d.:kMG-]*"  # curl may print its progress first
 _split = functools.partial(re.sub, r"((\d{3})-.+?)(?=\2[- ])", r"\1\n")  # PHPMailer's replies lose it on a web page
 _NOTATIONS = (
     (r"[ \t]*S:(?! ?<) ?", r"[ \t]*R: ?(?=[2-5]\d\d[ -])", str),  # the sender and the receiver of RFC 821 to RFC 3030
@@ -2490,7 +2490,7 @@ _NOTATIONS = (
     (r"[\d:. \t]*send: b?(?=['\"])", r"[\d:. \t]*reply: b?(?=['\"])", _unescape),  # smtplib
     (rf"{_METER}> ", rf"{_METER}< ", str),  # curl
 )
-_OTHER_LINES = (  # of all of them; PHPMailer indents what follows the first line of a reply
+_OTHER_LINES = (  # in all notations; PHPMailer indents all lines of a reply but the first
     r"(?P<opened>[ \t]*=== Trying|[\d:. \t]*connect: to |.*\*  +Trying |.*Connection: opening)"
     r"|(?P<lost>.*(?:connection unexpectedly|unexpectedly closed|reading failed|EOF caught))"
     r"|(?P<reset>.*reset by peer)|[ \t]+(?P<more>\d{3}[ -].*)"
@@ -2506,7 +2506,7 @@ class _Script:
         self.lines: list[str] = []  # of the reply to the last request
         self.waiting = deque(["connect"])  # the stages of the requests without a reply
         self.expected: str | None = None  # message or AUTH, if what the client says next is part of it
-        self.bodies: list[int] = []  # their sizes, where they are known
+        self.bodies: list[int] = []  # their sizes, if they are known
         self.has_credentials = self.is_over = False
 
     def read(self, kind: str, line: str) -> bool:
@@ -2542,7 +2542,7 @@ class _Script:
     def _read_reply(self, line: str) -> None:
         stage, self.expected = self.waiting.popleft() if self.waiting else self.expected, None
         accepts = not line.startswith(("4", "5"))
-        # A line without a code is the next one of a text of ours, and a 421 may come unasked.
+        # A line without a code continues one of our own texts, and a 421 may come unasked.
         if re.match({None: "(?!421)[2-5][0-9]{2}", "connect": "2[35]|3"}.get(stage, "$."), line):
             raise ConfigurationError(f"there is no command before {_shorten(line)}", "play")
         if stage is None:
@@ -2569,10 +2569,10 @@ class _Script:
             self.said.append((stage, after, {"reply": b"", "then": ending}))
 
     def make_rules(self, rules: _Rules) -> Iterator[Rule]:
-        """A rule for each stage, which says one thing after the other."""
+        """Yield a rule for each stage, which sends its replies in order."""
         uses: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
         for stage, after, use in self.said:
-            if lines := use["reply"]:  # the last - is missing in the greeting of RFC 4954
+            if lines := use["reply"]:  # the greeting in RFC 4954 has no last line
                 use["reply"] = "\n".join([*lines[:-1], re.sub(r"^(\d{3})-", r"\1 ", lines[-1])])
             uses.setdefault((stage, after), []).append(use)
         for (stage, after), of_stage in uses.items():
@@ -2602,7 +2602,7 @@ def _read_transcript(text: str) -> list[_Script]:
 
 
 def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[str, Any]:
-    """The options with which a server accepts what these sessions announce, and use."""
+    """The options with which a server accepts what these sessions announce and use."""
     said = [(stage, use["reply"]) for script in scripts for stage, _, use in script.said]
     lines = [line[4:].upper() for stage, reply in said if stage == "EHLO" for line in reply[1:]]
     words: dict[str, list[str]] = {_VERBS.get(stage, _UNKNOWN_VERB).extension: [] for stage, _ in said}
@@ -2619,17 +2619,17 @@ def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[
 
 # ---------------------------------------------------------------------------------------- handlers
 
-# The steps of a session in their order, by the names under which a message has them.
+# The steps of a session in order, by the names that they have in a message.
 _STEPS = ("helo", "mailfrom", "rcptto", "data", "msg", "rset", "noop", "quit")
 _TRANSACTION = _STEPS[1:]
 _LASTING = ("greeting", "tls", "helo", "auth")  # in force beyond a mail
 
-# The replies to commands that come before a step which only some servers demand, or after a greeting that refused.
+# The replies to commands before a step that only some servers require, or after a greeting that refuses.
 _DEMANDS = {"session": "msg_invalid_cmd_helo_sequence", "tls": "msg_tls_required", "auth": "msg_auth_required"}
 
 
 def _name_extensions(options: Configuration) -> set[str]:
-    """The extensions that are announced, and therefore accepted."""
+    """The extensions that the server announces, and therefore accepts."""
     names = {extension.split()[0].upper() for extension in options.extensions}
     return names if options.auth_users is None else names | {"AUTH"}
 
@@ -2639,23 +2639,23 @@ class Handler:
 
     verbs: Sequence[str] = ()  #: in upper case
     needs: Sequence[str] = ()  #: the steps that must have succeeded before: helo, mailfrom, rcptto, auth, tls
-    #: Returns the value of the argument, None if it is bad. By default, there must be no argument.
+    #: Returns the value of the argument, or None if it is invalid. By default, no argument is allowed.
     parse: Callable[..., Any] = staticmethod(lambda argument: None if argument else "")
     #: The reply if parse() returns None: the name of an option, or a text that begins with three digits.
     bad_argument = "msg_invalid_cmd_rset_arg"
-    received = ""  #: the reply if the command is accepted, likewise
-    has_secret = False  #: whether logs and transcripts show *** in place of the argument
+    received = ""  #: the reply if the command is accepted: likewise an option or a text
+    has_secret = False  #: whether logs and transcripts show *** instead of the argument
 
-    _keyword = ""  # follows the verb, as FROM: follows MAIL
-    _erases: tuple[str, ...] = ()  # the steps that it undoes, even if it is refused then
+    _keyword = ""  # must follow the verb, as FROM: follows MAIL
+    _erases: tuple[str, ...] = ()  # the steps that it undoes, even if it is then refused
     _before_tls = False  # whether tls_required allows it before STARTTLS
     _before_auth = True  # whether auth_required allows it before AUTH
-    _lists: tuple[tuple[str, str], ...] = ()  # options with refused values, each with the reply to these
-    _read_loosely: Callable[[Any], Any] = staticmethod(lambda argument: argument)  # a bad one, which a rule accepted
+    _lists: tuple[tuple[str, str], ...] = ()  # options that list refused values, each with its reply
+    _read_loosely: Callable[[Any], Any] = staticmethod(lambda argument: argument)  # for a bad one that a rule accepted
     _delay = ""  # the end of the name of the option that has it, if that is not the step
-    _next: _Next | None = None  # if it is accepted
-    _step = ""  # the name under which a message has the command
-    _is_offered: Callable[[Configuration], bool] = staticmethod(lambda options: True)  # if not, it is unknown
+    _next: _Next | None = None  # what follows the reply, if the command is accepted
+    _step = ""  # the name of the step in a message
+    _is_offered: Callable[[Configuration], bool] = staticmethod(lambda options: True)  # if not, the verb is unknown
 
     def __init__(self, options: Configuration) -> None:
         self.options = options
@@ -2663,7 +2663,7 @@ class Handler:
         self._bad_sequence = sequence if hasattr(options, sequence) else "msg_invalid_cmd_helo_sequence"
         self._extensions = _name_extensions(options)
         self._refused = [(getattr(options, values), text) for values, text in self._lists if getattr(options, values)]
-        # Limited, because refuse() may return any number of texts.
+        # Limited, because refuse() may return any number of different texts.
         self._find_reply = functools.lru_cache(maxsize=64)(self._make_reply)
         self._accepting = self._make_reply(self.received)
         self.needs = tuple(self.needs)
@@ -2673,11 +2673,11 @@ class Handler:
             self.needs = ("tls", *self.needs)
 
     def refuse(self, session: _Session, value: Any) -> str | None:
-        """The reply that refuses this result of parse(), or None. session.message() is the Message as it is so far."""
+        """The reply that refuses this result of parse(), or None. session.message() is the Message so far."""
         return None
 
     def _make_reply(self, option: str) -> _Reply:
-        """The reply whose text is in this option, or is this text."""
+        """The reply with the text of this option, or with this text."""
         text = self._fill(getattr(self.options, option, option))
         accepts = option == self.received and not text.startswith(("4", "5"))
         reply = _Reply(text, next=self._choose_next(accepts), accepts=accepts)
@@ -2691,7 +2691,7 @@ class Handler:
         return self._next if accepts else _Next.CLOSE if self.options.fail_fast else None
 
     def _begin(self, session: _Session, request: _Request) -> _Reply | None:
-        """Run the command; None if more must come before there is a reply."""
+        """Run the command. None if the reply needs more input."""
         argument = request.argument
         if self.has_secret and argument:
             request = request.hide(f"{request.line.split(maxsplit=1)[0]} ***")
@@ -2707,8 +2707,8 @@ class Handler:
             reply = self._apply(self._decide(session, request, argument, value), reply)
             value = self._read_loosely(argument) if value is None and reply.accepts else value
         mail = session.mail
-        step = self._step  # without one nothing needs the value, which may be a secret
-        # A call of _Exchange would run a Python function, and take twice as long.
+        step = self._step  # without a step, nothing needs the value, which may be a secret
+        # Calling _Exchange() would run a Python function, and take twice as long.
         exchange = tuple.__new__(_Exchange, (request, reply, step and value, session.at, session.has_more))
         mail.exchanges.append(exchange)
         if step:
@@ -2716,9 +2716,9 @@ class Handler:
         return reply
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
-        """The reply without rules: to the sequence, the argument, the lists, and then to the command's own checks."""
+        """The reply without rules. Check the sequence, the argument, the lists, and what is special to the command."""
         accepted = session.mail.accepted_steps
-        # Not by a set of the handler's: without a GIL, each use of it would lock it against the other sessions.
+        # self.needs is no set: without a GIL, every use of a shared set would lock out the other sessions.
         if not accepted.issuperset(self.needs):
             missing = next(step for step in self.needs if step not in accepted)
             return self._find_reply(_DEMANDS.get(missing, self._bad_sequence))
@@ -2734,20 +2734,20 @@ class Handler:
         return session.decide(self._texts(session, request, argument), self._names(session, argument, value))
 
     def _texts(self, session: _Session, request: _Request | None, argument: Any) -> dict[str, str]:
-        """What rules look at, by their stages."""
+        """The texts that rules look at, by stage."""
         return {"connect": "", "*": ""} if request is None else {request.verb: request.line, "*": request.line}
 
     def _name(self, value: Any) -> str:
-        """The address or the domain in the value of an argument."""
+        """The address or domain in the value of an argument."""
         return str(value)
 
     def _names(self, session: _Session, argument: Any, value: Any) -> Sequence[str]:
-        """The addresses or domains for rules to match."""
+        """The addresses or domains that rules can match."""
         names = [argument] if value is None else [self._name(value), argument]
         return [name.strip("<>") for name in names if isinstance(name, str)]
 
     def _apply(self, aspects: dict[str, Any], normal: _Reply) -> _Reply:
-        """The normal reply, changed by the aspects that rules set."""
+        """Change the normal reply by the aspects that rules set."""
         if not aspects:
             return normal
         reply = normal.replace(delay=aspects.get("delay", normal.delay), trickle=aspects.get("trickle", normal.trickle))
@@ -2770,7 +2770,7 @@ def _fill_address(text: str, names: Sequence[str]) -> str:
 
 
 def _choose_with_address(handler: Handler, session: _Session, value: Any) -> _Reply:
-    """Like Handler._choose(), if a text has {address}. Other replies are made only once."""
+    """Like Handler._choose(), for texts with {address}. Other replies are made only once."""
     reply = type(handler)._choose(handler, session, value)
     if "{address}" in reply.text:
         reply = reply.replace(text=_fill_address(reply.text, handler._names(session, None, value)), data=None)
@@ -2801,14 +2801,14 @@ class _Helo(Handler):
 
 
 class _PathHandler(Handler):
-    _allowed = ""  # the path that needs no mailbox
+    _allowed = ""  # the path that is allowed without a mailbox
     _before_auth = False
 
     def __init__(self, options: Configuration) -> None:
         super().__init__(options)
         pattern = _LENIENT_PATH if options.lenient_addresses else _PATH
         parse = functools.partial(_parse_path, pattern, self._allowed, bool(self._extensions))
-        self.parse = functools.lru_cache(maxsize=512)(parse)  # tests use few addresses, each many times
+        self.parse = functools.lru_cache(maxsize=512)(parse)  # tests use few addresses, many times each
 
     def _name(self, value: _Path) -> str:
         return value.address
@@ -2906,11 +2906,11 @@ class _Bdat(_Data):
     def _begin(self, session: _Session, request: _Request) -> _Reply | None:
         if (chunk := _parse_chunk(request.argument)) is None:
             return session.run(self, request, request.argument)
-        session.begin_mail_if_due(request.kind)  # so that the bytes go to the same mail as the command
+        session.begin_mail_if_due(request.kind)  # so that the bytes belong to the same mail as the command
         return session.expect_chunk(chunk[0], request, lambda: self._finish(session, request, chunk))
 
     def _finish(self, session: _Session, request: _Request, chunk: tuple[int, bool]) -> _Reply:
-        """Run the command after its chunk has arrived. With LAST, the reply is that to the body."""
+        """Run the command once its chunk has arrived. With LAST, the reply is the one to the body."""
         if not chunk[1] or not self._choose(session, chunk).accepts:
             return session.run(self, request, request.argument)
         self._record(session.mail, session.note(request, self._accepting.replace(data=b""), chunk))
@@ -2922,14 +2922,14 @@ class _Bdat(_Data):
 
     def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
         reply = Handler._run(self, session, request, argument)
-        if not reply.accepts and self.parse(argument) is not None:  # no chunk counts any more before the next MAIL
+        if not reply.accepts and self.parse(argument) is not None:  # until the next MAIL, further chunks are refused
             session.mail.accepted_steps.discard("rcptto")
             session.mail.body = None
         return reply
 
 
 class _EndOfBody(Handler):
-    """The end of the body. Its argument is the content, or None if that was too long."""
+    """The end of the body. Its argument is the content, or None if the body was too long."""
 
     verbs = ("message",)
     parse = staticmethod(lambda content: content)
@@ -3003,7 +3003,7 @@ class _Quit(Handler):
 
 
 class _Vrfy(Handler):
-    """VRFY. It exists if it is announced, and so do the next two."""
+    """VRFY. Like the next two, it exists only if it is announced."""
 
     verbs = ("VRFY",)
     parse = staticmethod(str)
@@ -3022,7 +3022,7 @@ class _Help(_Vrfy):
 
 
 class _Starttls(Handler):
-    """STARTTLS, after which the session begins again within TLS (RFC 3207)."""
+    """STARTTLS, after which the session starts over within TLS (RFC 3207)."""
 
     verbs = ("STARTTLS",)
     needs = ("helo",)
@@ -3033,7 +3033,7 @@ class _Starttls(Handler):
     _is_offered = staticmethod(lambda options: options.ssl_context is not None and not options.implicit_tls)
 
     def _choose(self, session: _Session, value: Any) -> _Reply:
-        is_secure = session.is_secure  # HELO is not needed to say that
+        is_secure = session.is_secure  # this reply does not need HELO
         return self._find_reply("msg_invalid_cmd_starttls_sequence") if is_secure else super()._choose(session, value)
 
 
@@ -3041,24 +3041,24 @@ class _Starttls(Handler):
 _MECHANISMS = {
     "PLAIN": ([""], "[^\0]*\0([^\0]*)\0([^\0]*)"),  # RFC 4616
     "LOGIN": (["Username:", "Password:"], "(.*)\0(.*)"),
-    "CRAM-MD5": (["<{}@smtpmock>"], "(?:(.*) )?([^ ]*)"),  # RFC 2195; it has another number each time
+    "CRAM-MD5": (["<{}@smtpmock>"], "(?:(.*) )?([^ ]*)"),  # RFC 2195; the number is different each time
     "XOAUTH2": ([""], "user=([^\1]*)\1auth=Bearer ([^\1]*)\1\1"),  # as Google and Microsoft define it
 }
 
-# What Google sends for a token that it does not accept. The client answers with an empty line.
+# What Google sends when it refuses a token. The client answers with an empty line.
 _BAD_TOKEN = b'{"status":"401","schemes":"bearer mac","scope":"https://mail.google.com/"}\n'
-# Mechanisms that clients name (RFC 4422 section 3.1). Any other word after AUTH may be a secret.
+# The names of mechanisms (RFC 4422 section 3.1). Any other word after AUTH may be a secret.
 _MECHANISM_NAME = "[A-Z0-9_-]{1,20}|(?i:PLAIN|LOGIN|CRAM-MD5|XOAUTH2|OAUTHBEARER|EXTERNAL|NTLM|GSSAPI|SCRAM-SHA-[0-9]+)"
 
 
 class _AuthResult(NamedTuple):
-    response: str  # the option that has the text of the reply
+    response: str  # the option with the text of the reply
     mechanism: str
     user: str | None = None
 
 
 class _Auth(Handler):
-    """AUTH, in one line or in several. Each line is run; the last one yields the _AuthResult."""
+    """AUTH, in one line or several. Each line is run, and the last one yields the _AuthResult."""
 
     verbs = ("AUTH",)
     parse = staticmethod(lambda login: login)
@@ -3069,7 +3069,7 @@ class _Auth(Handler):
         return None if value.response == self.received else value.response
 
     def _begin(self, session: _Session, request: _Request) -> _Reply | None:
-        # Only the verb and a known mechanism are shown, because anything else may be a secret.
+        # Only the verb and a known mechanism are shown, because everything else may be a secret.
         name, _, initial = request.argument.partition(" ")
         shown = name if name.upper() in _MECHANISMS else "***" if name else ""
         words = (request.line.split(maxsplit=1)[0], shown, "***" if initial else "")
@@ -3078,7 +3078,7 @@ class _Auth(Handler):
         return session.run(self, command, (self._log_in(session, mechanism.upper(), initial), command, None))
 
     def _run(self, session: _Session, request: _Request | None, argument: Any) -> _Reply:
-        """The argument is the login in progress, its command, and the answer to the last challenge."""
+        """Take the login in progress, its command, and the answer to the last challenge."""
         login, command, answer = argument
         try:
             text = f"334 {login.send(answer)}"
@@ -3101,7 +3101,7 @@ class _Auth(Handler):
         reply = self._choose(session, result)
         if session.rules.newest_first:
             reply = self._apply(self._decide(session, command, None, result), reply)
-        # A message has the outcome under the command, whatever came between.
+        # In a message, the outcome belongs to the AUTH command, whatever came between.
         self._record(session.mail, session.note(request, reply, result)._replace(request=command))
         return reply
 
@@ -3118,11 +3118,11 @@ class _Auth(Handler):
         if refusal := self._refuse_mechanism(session, name):
             return result._replace(response=refusal)
         challenges, pattern = _MECHANISMS[name]
-        if initial and name == "CRAM-MD5":  # its challenge has to be seen first
+        if initial and name == "CRAM-MD5":  # the client must see the challenge first
             return result
         answers = []
         for text in challenges:
-            challenge = text.format(int.from_bytes(os.urandom(12), "big"))  # a clock may stand still between two
+            challenge = text.format(int.from_bytes(os.urandom(12), "big"))  # a clock may give the same time twice
             answer = initial or (yield base64.b64encode(challenge.encode()).decode())
             if answer == "*" and not initial:
                 return result._replace(response="msg_auth_cancelled")
@@ -3146,7 +3146,7 @@ class _Auth(Handler):
         if callable(users):
             return bool(users(mechanism, user, secret))
         expected = users.get(user)
-        if mechanism == "CRAM-MD5" and expected is not None:  # proves that the client knows the secret
+        if mechanism == "CRAM-MD5" and expected is not None:  # the digest proves that the client knows the secret
             import hmac
 
             challenge = secret.partition(" ")[0]
@@ -3185,7 +3185,7 @@ class _Ehlo(_Helo):
         self._accepting = self._announce(is_secure=False)
 
     def _announce(self, *, is_secure: bool) -> _Reply:
-        """The reply, in which all lines but the last have a - after the code (RFC 5321 section 4.2.1)."""
+        """The reply. All its lines but the last have a hyphen after the code (RFC 5321 section 4.2.1)."""
         reply, options = self._make_reply(self.received), self.options
         size = f"SIZE {options.msg_size_limit}"
         extensions = [size if name.upper() == "SIZE" else name for name in options.extensions]
@@ -3211,7 +3211,7 @@ class _Unknown(Handler):
     _before_tls = True
 
     def _begin(self, session: _Session, request: _Request) -> _Reply | None:
-        # What follows an AUTH that was refused may be the answer to a challenge that was not sent.
+        # The line after a refused AUTH may be the answer to a challenge that was never sent.
         before = session.mail.exchanges[-1].request if session.mail.exchanges else None
         if request.line.startswith(_BEGIN_OF_TLS.decode()):
             return session.leave_to_tls()
@@ -3279,7 +3279,7 @@ class _ParsedLines(dict[str, tuple[Handler, _Request]]):
 
 
 class _Handlers(dict[str, Handler]):
-    """The handlers of a server by their verbs. Those of the user replace built-in ones."""
+    """The handlers of a server by verb. The user's handlers replace built-in ones."""
 
     def __init__(self, options: Configuration, own: Iterable[Any] = ()) -> None:
         for kind in own:
@@ -3294,7 +3294,7 @@ class _Handlers(dict[str, Handler]):
         self.commands = _ParsedLines(self)
 
     def turn_away(self) -> _Handlers:
-        """Those of a session that the greeting has refused. Only QUIT is in sequence (RFC 5321 section 3.1)."""
+        """The handlers of a refused session. Only QUIT is in sequence (RFC 5321 section 3.1)."""
         import copy
 
         others = copy.copy(self)
@@ -3307,34 +3307,34 @@ class _Handlers(dict[str, Handler]):
 
 # ----------------------------------------------------------------------------------------- session
 
-_LINE_LIMIT = 4096  # bytes of a command line with its end; RFC 5321 section 4.5.3.1.4 asks for 512 or more
+_LINE_LIMIT = 4096  # bytes of a command line and its end; RFC 5321 section 4.5.3.1.4 requires at least 512
 _AUTH_LINE_LIMIT = 12288  # where lines may hold tokens; RFC 4954 section 4
-# Only CRLF ends a line: if a bare LF did, a mail could smuggle in another one (RFC 5321 section 4.1.1.4).
+# Only CRLF ends a line. If a bare LF did, one mail could smuggle in another (RFC 5321 section 4.1.1.4).
 _END_OF_DATA = b"\r\n.\r\n"
 _DOT_FAULTS = {"unstuffed-dot": rb"\r\n(\.[^.\r\n][^\r\n]{0,199})", "false-end": rb"\r\n(\.)(?:\n|\r(?!\Z))"}
 
-# An endless session must not fill the memory. What is not kept of a record is one exchange with this request.
-_EXCHANGE_LIMIT, _SIZE_LIMIT = 10000, 4_000_000  # in a record; the second in bytes of the lines
-_ATTEMPT_LIMIT = 100  # to send a mail, of which all is kept
+# An endless session must not fill the memory. _TRUNCATION stands for the exchanges that were dropped.
+_EXCHANGE_LIMIT, _SIZE_LIMIT = 10000, 4_000_000  # the number of exchanges in a record, and the size of their lines
+_ATTEMPT_LIMIT = 100  # attempts to send a mail that are kept in full
 # What begins a TLS handshake (RFC 8446 section 5.1), and how it is recorded.
 _BEGIN_OF_TLS, _TLS_HANDSHAKE = b"\x16\x03", _Request("TLS handshake", "<TLS handshake>")
 _TRUNCATION = _Exchange(_Request("truncated", "<truncated>"), None, None, 0.0, False)
 
 
 class _Body:
-    """The body of a mail while it arrives, from DATA or in the chunks of BDAT."""
+    """The body of a mail while it arrives, after DATA or in the chunks of BDAT."""
 
-    finish: Callable[[], _Reply]  # runs what is to be run at the end of the body or chunk
-    request: _Request | None = None  # the BDAT of the present chunk
-    ending: _Request  # the request that the end of the body is
-    size = 0  # bytes as they were sent, without the end marker and what may be its beginning
-    missing = 0  # bytes of the present chunk
-    _whole: bytes | None = None  # the content, if nothing else was to be done
+    finish: Callable[[], _Reply]  # called at the end of the body or chunk
+    request: _Request | None = None  # the BDAT of the current chunk
+    ending: _Request  # the request that stands for the whole body
+    size = 0  # bytes as sent, without the end marker or what may be its beginning
+    missing = 0  # bytes of the current chunk that are still to come
+    _whole: bytes | None = None  # the content, if take_whole() found it
     _pending = 0  # bytes at the end that may begin the end marker
-    _dropped = 0  # bytes of a body that is too long to be kept
+    _dropped = 0  # bytes of an overlong body that were not kept
 
     def __init__(self, limit: int, thresholds: list[int], *, is_counted: bool) -> None:
-        self.is_counted = is_counted  # comes in chunks, which have no end marker and no stuffed dots
+        self.is_counted = is_counted  # whether it comes in chunks, which have no end marker and no stuffed dots
         self.thresholds = thresholds  # sizes at which rules apply, smallest first
         self._limit = limit
         self._raw = bytearray(b"\r\n")  # so that the first line begins like any other
@@ -3352,7 +3352,7 @@ class _Body:
             raw += data[start:end]
         else:
             raw += data[start:end]
-            found = raw.find(_END_OF_DATA, max(0, begin - 4))  # it may have begun in earlier data
+            found = raw.find(_END_OF_DATA, max(0, begin - 4))  # the end marker may begin in earlier data
             is_complete = found >= 0
             if is_complete:
                 end = start + found + len(_END_OF_DATA) - begin
@@ -3366,7 +3366,7 @@ class _Body:
         return end, is_complete
 
     def take_whole(self, data: bytes, start: int) -> int:
-        """Like feed() for a body that has come in one piece and without stuffed dots, as most do: 0 if it has not."""
+        """Like feed(), for a body that came in one piece without stuffed dots, as most do. Returns 0 for any other."""
         if len(self._raw) > 2 or self.is_counted or self.thresholds or data.startswith(b".", start):
             return 0
         end = data.find(b"\r\n.", start)
@@ -3377,22 +3377,22 @@ class _Body:
         return end + len(_END_OF_DATA)
 
     def content(self) -> bytes | None:
-        """What arrived, without stuffed dots (RFC 5321 section 4.5.2); None if it is over the limit."""
+        """The body without stuffed dots (RFC 5321 section 4.5.2); None if it is over the limit."""
         if self._whole is not None:
             return self._whole
         raw = self._raw
-        if not self.is_counted and b"." in raw:  # a dot is found much faster than a dot behind CRLF
+        if not self.is_counted and b"." in raw:  # searching for a dot is much faster than for CRLF and a dot
             raw = raw.replace(b"\r\n.", b"\r\n")
         return bytes(memoryview(raw)[2:]) if not self._dropped and len(raw) - 2 <= self._limit else None
 
     def ends_falsely(self) -> bool:
-        """Whether what arrived ends as some clients end a mail, by mistake."""
+        """Whether the body ends with a wrong end marker that some clients send."""
         return re.search(rb"(?:[^\r]\n\.\r?|\r\n\.)\n\Z", self._raw[-5:]) is not None
 
     def end(self, verb: str) -> bytes | None:
-        """Make the request that its end is, and return the content."""
+        """Set the request that stands for the whole body, and return the content."""
         content, self.ending = self.content(), _Request(verb, f"<{self.size} bytes>")
-        # Each dot that was doubled has left one.
+        # Each doubled dot leaves one dot at the start of a line.
         if content is None or len(content) == self.size:
             return content
         if self.size - len(content) != content.count(b"\r\n.") + content.startswith(b"."):
@@ -3410,24 +3410,24 @@ class _Mail:
         self.recipients: list[_Exchange] = []
         self.exchanges: list[_Exchange] = []
         self.body: _Body | None = None
-        self.attempts = 0  # to send a mail, of which all is kept
-        self.refused: list[_Exchange] = []  # in older ones
-        self.begin = 0  # where in the exchanges all is kept from
-        self.discarded = 0  # accepted mails that the message no longer shows
-        self.has_begun = False  # MAIL came
-        self.is_complete = False  # only RSET, NOOP and QUIT belong to it any more
-        self.number = 0  # of its message; 0 if it has none yet
-        self.delivered: Message | None = None  # what was accepted, or given to on_unaccepted
+        self.attempts = 0  # attempts to send a mail that are kept in full
+        self.refused: list[_Exchange] = []  # refused exchanges of older attempts
+        self.begin = 0  # the index from which all exchanges are kept
+        self.discarded = 0  # how many accepted mails the message no longer shows
+        self.has_begun = False  # whether MAIL came
+        self.is_complete = False  # whether only RSET, NOOP and QUIT can still belong to it
+        self.number = 0  # the id of its message; 0 if it has none yet
+        self.delivered: Message | None = None  # the message that was accepted, or given to on_unaccepted
         self.has_ended = False  # whether on_end was called
         self.entry: _Entry | None = None  # its place in the mailbox
 
     def lasting(self) -> dict[str, _Exchange]:
-        """The steps that are in force beyond the mail, in the order in which they were taken."""
+        """The steps that stay in force after the mail, in the order in which they were taken."""
         accepted = self.accepted_steps
         return {step: said for step, said in self.steps.items() if step in _LASTING and step in accepted}
 
     def make_next(self) -> _Mail:
-        """The mail after this one. It begins with what is in force."""
+        """The mail after this one. It begins with the steps that are in force."""
         mail = _Mail()
         mail.steps = self.lasting()
         mail.exchanges = [*mail.steps.values()]
@@ -3435,7 +3435,7 @@ class _Mail:
         return mail
 
     def replace_last(self, **changes: Any) -> None:
-        """Change the last exchange, wherever it is kept, but not what messages show that are recorded already."""
+        """Change the last exchange wherever it is referred to, but not in messages that are already recorded."""
         old = self.exchanges[-1]
         new = old._replace(**changes)
         self.exchanges = [*self.exchanges[:-1], new]
@@ -3448,13 +3448,13 @@ class _Mail:
         at = len(self.exchanges)
         while at and self.exchanges[at - 1] is not body:
             at -= 1
-        if at:  # else the mail was truncated
+        if at:  # otherwise the mail was truncated
             self.exchanges = [*self.lasting().values(), *self.exchanges[at:]]
             self.attempts = self.begin = 0
             self.refused = []
 
     def begin_attempt(self) -> None:
-        """Keep of the oldest attempt to send a mail only what was refused, if there are too many."""
+        """If there are too many attempts to send a mail, keep only the refusals of the oldest one."""
         self.attempts += 1
         if self.attempts > _ATTEMPT_LIMIT:
             found = (at for at in range(self.begin, len(self.exchanges)) if self.exchanges[at].verb == "MAIL")
@@ -3463,7 +3463,7 @@ class _Mail:
                 self._truncate(self.refused + [said for said in self.exchanges[self.begin : at] if said.is_refused], at)
 
     def limit_size(self) -> None:
-        """Keep half of what is allowed if it has become more."""
+        """If the record is over a limit, keep half of what is allowed."""
         sizes = [len(exchange.line) + len(exchange.response) for exchange in self.exchanges]
         at, size = max(0, len(sizes) - _EXCHANGE_LIMIT // 2), sum(sizes)
         if len(sizes) > _EXCHANGE_LIMIT or size > _SIZE_LIMIT:
@@ -3475,7 +3475,7 @@ class _Mail:
             self.attempts = sum(said.verb == "MAIL" for said in self.exchanges[self.begin :])
 
     def _truncate(self, kept: list[_Exchange], at: int) -> None:
-        """Keep these exchanges, and from this one on all that a reader needs to understand the rest."""
+        """Keep these exchanges, all from index `at` on, and whatever a reader needs to understand these."""
         rest, lasting = self.exchanges[at:], self.lasting()
         greeting = [lasting.pop("greeting")] if "greeting" in lasting else []
         sender = [self.steps["mailfrom"]] if "mailfrom" in self.steps else []
@@ -3494,7 +3494,7 @@ def _ignore(*arguments: object) -> None:
 
 
 class _Context(NamedTuple):
-    """What the sessions of a server share."""
+    """The objects that all sessions of a server share."""
 
     options: Configuration
     handlers: _Handlers
@@ -3505,11 +3505,11 @@ class _Context(NamedTuple):
     on_unaccepted: Callable[[Message], object] = _ignore  # called with each other message when it is complete
     on_refusal: Callable[[_Request, str], object] = _ignore  # called with each refused request and the reply
     on_erase: Callable[[Message], object] = _ignore  # called with a message before a refused mail is erased from it
-    on_end: Callable[[Message], object] = _ignore  # called with each message that its session changes no more
+    on_end: Callable[[Message], object] = _ignore  # called with each message that its session can no longer change
     early_ends: deque[str] = deque(maxlen=10)  # connections that ended before any command, and why
 
 
-# A session is in one state, which is the method that takes the next bytes. It returns where it stopped and
+# A session is always in one state: the method that takes the next bytes. It returns where it stopped, and
 # the reply, if there is one. It is kept unbound, because a bound method would make the session a reference cycle.
 #
 #     state          begins with                   ends with, and leads back to _take_line
@@ -3527,14 +3527,14 @@ class _Session:
         self.context, self.handlers, self.commands = context, context.handlers, context.handlers.commands
         self.peer = peer
         self.rules = context.rules
-        self.script: _Script | None = None  # the session of a transcript that it plays
+        self.script: _Script | None = None  # the transcript's session that it plays
         self.request: _Request | None = None  # the last one, for the log
-        self.has_more = False  # whether more had come together with it
-        self.at = 0.0  # when it came
+        self.has_more = False  # whether more input came together with it
+        self.at = 0.0  # when it arrived
         self.mail = _Mail()
         self._take: _State = _Session._take_line
         self.rest = b""  # the beginning of a line
-        self._unmeasured = 0  # bytes that came since the size of the record was looked at
+        self._unmeasured = 0  # bytes received since the size of the record was last checked
         self._keeps_messages = context.options.multiple_message_receiving
         self._line_limit = _LINE_LIMIT if context.options.auth_users is None else _AUTH_LINE_LIMIT
 
@@ -3551,7 +3551,7 @@ class _Session:
         return Message(self.mail, self.peer, self.mail.number, self.context.options.tolerated)
 
     def message_with_body(self, content: bytes | None, *, without_history: bool = False) -> Message:
-        """The message with a body that is not accepted yet; perhaps without what was said between HELO and MAIL."""
+        """The message with a body that is not accepted yet. without_history omits what came between HELO and MAIL."""
         mail, message = self.mail, self.message()
         assert mail.body is not None
         exchange = _Exchange(mail.body.ending, None, content, self.at, self.has_more)
@@ -3569,7 +3569,7 @@ class _Session:
         return exchange
 
     def note_early_input(self) -> None:
-        """Keep that the client has sent more before the last reply, which is still to be sent."""
+        """Record that the client has sent more before the last reply, which is still to be sent."""
         self.mail.replace_last(was_early=True)
         if self.mail.entry is not None:
             self._publish(complete=False, follows_mail=True)
@@ -3578,7 +3578,7 @@ class _Session:
         self.at = at
         self.script = self.rules.take_script() if self.rules.scripts else None
         reply = self.run(self.handlers["connect"], None, "")
-        self.mail.accepted_steps.add("greeting")  # it lasts, whatever it says
+        self.mail.accepted_steps.add("greeting")  # it stays in force, whatever it says
         if reply.text.startswith("5"):
             self.handlers = self.handlers.turn_away()
             self.commands = self.handlers.commands
@@ -3601,7 +3601,7 @@ class _Session:
                 if reply.refuses and self.context.on_refusal is not _ignore:
                     self._call(self.context.on_refusal, self.request, reply.text)
                 yield reply
-                if reply.next is not None:  # drop the rest; what came in clear must have no effect within TLS
+                if reply.next is not None:  # drop the rest: input in clear must have no effect within TLS
                     return
 
     def end(self, reply: _Reply | None = None, at: float = 0.0) -> None:
@@ -3611,7 +3611,7 @@ class _Session:
         self.at, self.has_more = at, False
         if body is not None:
             self._leave_body(body)
-        self._take = _Session._ignore_input  # a login that is not complete refers to the session
+        self._take = _Session._ignore_input  # an unfinished login would refer to the session
         is_noted = reply is not None and not (last is not None and last.ends)
         if is_noted:
             self.note(None, reply)
@@ -3621,7 +3621,7 @@ class _Session:
         self._report_end()
 
     def _report_unaccepted(self) -> None:
-        """Give on_unaccepted a message that was not given to on_message."""
+        """Call on_unaccepted for a message that on_message did not get."""
         mail = self.mail
         if mail.entry is not None and mail.delivered is None:
             mail.delivered = mail.entry.message
@@ -3650,7 +3650,7 @@ class _Session:
         return end + 1, run(_Request("answer", shown, "", _find_faults(data[at:end], shown)), text)
 
     def leave_to_tls(self) -> _Reply:
-        """End the session, because the client has begun a TLS handshake, which is none of SMTP's business."""
+        """End the session, because the client has begun a TLS handshake on a plain-text port."""
         self.request, self._take, self.has_more = _TLS_HANDSHAKE, _Session._ignore_input, False
         reply = _Reply("", b"", next=_Next.CLOSE)
         self.note(_TLS_HANDSHAKE, reply)
@@ -3699,7 +3699,7 @@ class _Session:
         self._take = _Session._take_body
 
     def expect_chunk(self, size: int, request: _Request, run: Callable[[], _Reply]) -> _Reply | None:
-        """Have this many bytes of the body come next, and then run the command that announced them."""
+        """Expect this many bytes of the body next, and then run the command that announced them."""
         self.request = request
         if self.mail.body is None:
             self.erase(("data", "msg"))
@@ -3712,7 +3712,7 @@ class _Session:
         return None
 
     def secure(self, version: str, cipher: str, at: float = 0.0) -> None:
-        """Begin again within TLS. What was said before is forgotten (RFC 3207 section 4.2)."""
+        """Start over within TLS, and forget what came before (RFC 3207 section 4.2)."""
         self.erase((*_STEPS, "auth"))
         self.at, self.has_more = at, False
         self.mail.accepted_steps.add("tls")
@@ -3720,11 +3720,11 @@ class _Session:
         self._take = _Session._take_line
 
     def begin_mail_if_due(self, kind: _Verb) -> None:
-        """Complete a mail that this command abandons, and begin the next one unless this command belongs to it."""
+        """Complete a mail that this command abandons, and begin the next one unless the command still belongs to it."""
         mail = self.mail
         if not self._keeps_messages:
             if mail.entry is not None and mail.entry.is_purged and not kind.follows_mail:
-                # The rest of the session is another message. A mail that it shows until it is erased was not discarded.
+                # The rest of the session is another message. A mail that it still shows was not discarded.
                 mail.discarded = -int("msg" in mail.accepted_steps)
                 mail.number, mail.delivered, mail.entry = 0, None, None
         elif mail.has_begun and kind.ends_mail and not mail.is_complete:
@@ -3763,8 +3763,8 @@ class _Session:
         mail, complete = self.mail, reply.ends
         if request.verb == "message":
             complete = complete or reply.accepts or self._keeps_messages
-        elif complete and mail.body is not None:  # chunks without LAST; the reply stays the last one
-            *mail.exchanges, last = mail.exchanges  # another list, because messages have this one
+        elif complete and mail.body is not None:  # chunks without LAST; this exchange stays the last one
+            *mail.exchanges, last = mail.exchanges  # a new list, because messages refer to this one
             self._leave_body(mail.body)
             mail.exchanges.append(last)
         if self._keeps_messages:
@@ -3796,7 +3796,7 @@ class _Session:
             return {"reply": self.context.options.msg_msg_failed}
 
     def _interrupt(self, body: _Body) -> _Reply | None:
-        """What rules do at this size of the body: end the session, with or without a reply, or only a delay."""
+        """Apply the rules for this size of the body. They end the session, with or without a reply, or only delay."""
         after, names, content = body.thresholds.pop(0), self.mail.accepted_recipients(), body.end("partial message")
         texts = {"message": _decode(content or b"")}
         aspects = self.decide(texts, names, lambda: self.message_with_body(content), after=after)
@@ -3813,7 +3813,7 @@ class _Session:
         return reply
 
     def _leave_body(self, body: _Body, reply: _Reply | None = None) -> None:
-        """Keep what arrived of a body that will not be complete."""
+        """Record what arrived of a body that will not be completed."""
         if body.missing:
             self.mail.steps.setdefault("data", self.note(body.request, None))
         content = body.end("partial message")
@@ -3821,7 +3821,7 @@ class _Session:
         self.mail.body = None
 
     def deliver(self) -> bool:
-        """Give on_message the mail that is about to be accepted. Returns whether it may be."""
+        """Call on_message with the mail that is about to be accepted. Returns whether it succeeded."""
         mail = self.mail
         mail.number = 0
         mail.delivered = self._make_message()
@@ -3838,7 +3838,7 @@ class _Session:
         return True
 
     def _publish(self, *, complete: bool, follows_mail: bool = False) -> None:
-        """Bring the message in the mailbox up to date; put it there if it is complete."""
+        """Update the message in the mailbox, or add it if it is complete."""
         mail, mailbox = self.mail, self.context.mailbox
         message = mail.delivered
         if message is None or message._exchanges is not mail.exchanges or message._length != len(mail.exchanges):
@@ -3846,7 +3846,7 @@ class _Session:
         if mail.entry is not None:
             if mailbox.update(mail.entry, message) or follows_mail:
                 return
-            # It was purged while this command ran, so what the command has begun is another message.
+            # It was purged while this command ran, so the command has begun another message.
             if mail.entry.message._id == message._id:
                 mail.number = 0
                 message = self._make_message()
@@ -3862,7 +3862,7 @@ class _Session:
         return Message(mail, self.peer, mail.number, self.context.options.tolerated)
 
     def erase(self, steps: Sequence[str]) -> None:
-        """Forget these steps, unless they belong to a message that is complete and kept."""
+        """Forget these steps, unless they belong to a complete message that is kept."""
         mail = self.mail
         if mail.steps.keys().isdisjoint(steps) or (self._keeps_messages and mail.is_complete):
             return
@@ -3889,16 +3889,16 @@ class _Entry:
     __slots__ = ("is_purged", "message", "number")
 
     def __init__(self, message: Message) -> None:
-        self.message = message  # replaced with the lock of the mailbox, and read without it
-        self.number = 0  # in the order of recording; set with the lock, before others see the entry
-        self.is_purged = False  # likewise; whoever acts on it looks again with the lock
+        self.message = message  # replaced under the lock of the mailbox, and read without it
+        self.number = 0  # in the order of recording; set under the lock, before others see the entry
+        self.is_purged = False  # likewise; who acts on it reads it again under the lock
 
 
 class _Waiter:
     def __init__(self, entries: Iterable[_Entry]) -> None:
         # The lock of the mailbox guards the first two; only the waiting thread uses the third.
         self.unseen = dict.fromkeys(entries)  # new, or changed since it was looked at
-        self.missing = 0  # it is not woken for fewer
+        self.missing = 0  # how many more it needs before it is woken
         self.matching: dict[_Entry, Message] = {}
 
     def has_enough(self) -> bool:
@@ -3921,7 +3921,7 @@ class _Mailbox:
     def __init__(self) -> None:
         self.make_lock()
         self._last_number = 0
-        self._recorded = 0  # how many there were, with those that were purged
+        self._recorded = 0  # how many were recorded, including purged ones
         self._waits = True  # False once end_waits() was called
         self._entries: list[_Entry] = []
         self._waiters: list[_Waiter] = []
@@ -3941,7 +3941,7 @@ class _Mailbox:
             self._recorded += 1
             entry.number = self._recorded
             self._entries.append(entry)
-            if self._waiters:  # else there is no need for the call
+            if self._waiters:  # otherwise the call would be wasted
                 self._show(entry)
         return entry
 
@@ -3949,7 +3949,7 @@ class _Mailbox:
         """Replace the message of an entry. False if the entry was purged, and nothing is replaced."""
         with self._lock:
             if not entry.is_purged:
-                if message._id != entry.message._id:  # the session's next mail takes the place of its last
+                if message._id != entry.message._id:  # the session's next mail replaces its last
                     self._recorded += 1
                     entry.number = self._recorded
                 entry.message = message
@@ -3991,14 +3991,14 @@ class _Mailbox:
             waiter = _Waiter(self._entries)
             self._waiters.append(waiter)
         try:
-            waiter_deadline = float("inf")  # everything that was there before the call is looked at
+            waiter_deadline = float("inf")  # all messages that were there before the call are looked at
             while True:
                 with self._lock:
                     left = max(0.0, deadline - time.monotonic())
                     in_time = self._changed.wait_for(lambda: waiter.has_enough() or not self._waits, left)
                     in_time = in_time and self._waits
                     unseen, waiter.unseen = waiter.unseen, {}
-                waiter.look_at(unseen, where, waiter_deadline)  # without the lock, because it calls the user's code
+                waiter.look_at(unseen, where, waiter_deadline)  # without the lock, because this calls the user's code
                 waiter_deadline = deadline
                 in_time = in_time and time.monotonic() < deadline
                 if result := self._collect(waiter, count, purge=purge, is_last=not in_time):
@@ -4025,23 +4025,23 @@ class _Mailbox:
 
 
 class Logger(Protocol):
-    """What a server logs to. A logging.Logger can be used as it is; its info() gets the activity as well."""
+    """The interface of a logger. A logging.Logger fits, too; its info() also gets the activity."""
 
     def info_activity(self, message: str, /) -> None: ...  # sessions, requests and replies
     def info(self, message: str, /) -> None: ...  # the start and the end of the server
-    def warning(self, message: str, /) -> None: ...  # the beginning of a stop, broken connections
+    def warning(self, message: str, /) -> None: ...  # that a stop begins, broken connections
     def error(self, message: str, /) -> None: ...  # failed starts, refused clients, exceptions in user code
 
 
 class _Log:
-    """Calls a logger and survives its exceptions; without one, prints what the options ask for."""
+    """Calls a logger and survives its exceptions. Without a logger, prints what the options ask for."""
 
     def __init__(self, logger: Any, options: Configuration, failures: deque[str]) -> None:
         self._logger = logger
         self._prints = options.log_to_stdout
         self.shows_activity = logger is not None or (options.log_to_stdout and options.log_server_activity)
-        self._has_failed = False  # not guarded: at worst, two threads say so
-        # Of callbacks, with their tracebacks, since the start or the last reset(), whatever the log was then.
+        self._has_failed = False  # not guarded: at worst, two threads report it
+        # Exceptions in callbacks, with tracebacks, since the start or the last reset().
         self.failures = failures
 
     def activity(self, text: str) -> None:
@@ -4063,18 +4063,18 @@ class _Log:
                     sys.stderr.write(f"smtpmock: the log is incomplete, its logger raised {error!r}\n")
 
     def failure(self, what: str) -> None:
-        """Show the user the exception that is being handled: in the log or, without one, as that of a thread."""
+        """Show the user the current exception, in the log or, without one, as an uncaught exception of the thread."""
         import traceback
 
         kind, error, trace = sys.exc_info()
-        text = "".join(traceback.format_exception_only(kind, error)).strip()  # which survives a __str__() that raises
+        text = "".join(traceback.format_exception_only(kind, error)).strip()  # this survives a __str__() that raises
         self.failures.append(f"{what}: {text}\n{traceback.format_exc()}".rstrip())
         if isinstance(error, _OutputError):  # a traceback would say nothing more
             with contextlib.suppress(Exception):
                 sys.stderr.write(f"smtpmock: {error}\n")
                 sys.stderr.flush()
         elif self._logger is None and not self._prints:
-            if isinstance(error, SystemExit):  # which threading.excepthook ignores
+            if isinstance(error, SystemExit):  # threading.excepthook ignores it
                 kind, error = SMTPMockError, SMTPMockError(f"{what}: {error!r}")
             with contextlib.suppress(BaseException):
                 threading.excepthook(threading.ExceptHookArgs((kind, error, trace, threading.current_thread())))
@@ -4100,23 +4100,23 @@ class _Log:
 
 # ------------------------------------------------------------------------------------------ server
 
-_QUIT_TIMEOUT = 0.05  # seconds that a client has to QUIT after its last command, before a stop sends it away
+_QUIT_TIMEOUT = 0.05  # seconds after its last command in which a client can QUIT before stop() ends its session
 _SPARE_THREADS = 16
-_ABORT_TIMEOUT = 5.0  # seconds that stop() waits for an aborted session that user code holds up
-_LINGER = 2.0  # seconds that a client has to close its end after the server has closed its own
+_ABORT_TIMEOUT = 5.0  # seconds to wait for an aborted session that user code holds up
+_LINGER = 2.0  # seconds that a client has to close its side after the server has closed its own
 _REPORT_LIMIT = 10  # messages and sessions in the text of a WaitTimeoutError
 
-# What differs between systems is decided here. (An accepted socket may inherit from the listening one that it does not
-# block, on macOS for example; _set_timeout() sets its mode on every system.)
+# Everything that differs between systems is here. (On macOS and others, an accepted socket inherits non-blocking
+# mode from the listening socket; _set_timeout() sets the mode on every system.)
 _IS_POSIX = os.name == "posix"
 _RST_ON_CLOSE = struct.pack("ii" if _IS_POSIX else "hh", 1, 0)  # for SO_LINGER
-_POLL_SECONDS = 0.02  # seconds between two looks at what no system call tells
+_POLL_SECONDS = 0.02  # seconds between two checks of what no system call reports
 _MUST_POLL = not _IS_POSIX  # on Windows, shutdown() does not interrupt what another thread waits for
-# The poll() that tells of a FIN behind unread input. Windows has none, and that of macOS has no POLLRDHUP, nor does it
-# tell of an RST if it is asked for nothing.
+# A poll() that reports a FIN behind unread input. Windows has none. That of macOS has no POLLRDHUP, and does not
+# report an RST unless it is asked for another event.
 _select: Any = select if hasattr(select, "POLLRDHUP") else None
 _register_at_fork: Any = getattr(os, "register_at_fork", lambda **functions: None)  # Windows does not fork
-# What stops the command line. Windows has no SIGQUIT, and no other system has SIGBREAK, which is Ctrl-Break.
+# The signals that stop the command line. Windows has no SIGQUIT; only Windows has SIGBREAK (Ctrl-Break).
 _SIGNALS = "SIGINT", "SIGTERM", "SIGQUIT", "SIGBREAK"
 
 
@@ -4126,8 +4126,8 @@ def _format_address(host: str, port: int) -> str:
 
 
 def _set_timeout(sock: socket.socket, seconds: float) -> None:
-    """Have reads and writes fail after this many seconds, with BlockingIOError or TimeoutError."""
-    # On POSIX not by settimeout(), which adds a poll() to every read and write: half of the cost of a command. A
+    """Make reads and writes fail after this many seconds, with BlockingIOError or TimeoutError."""
+    # On POSIX, settimeout() would add a poll() to every read and write, which is half of the cost of a command. A
     # timeout must neither be inherited from the listening socket nor be taken from socket.setdefaulttimeout().
     sock.settimeout(None if _IS_POSIX else seconds)
     if _IS_POSIX:
@@ -4140,8 +4140,8 @@ def _set_timeout(sock: socket.socket, seconds: float) -> None:
 
 
 # For tests: the certificate of an authority, a P-256 key, and the key's three certificates, in DER, zlib and base64.
-# .ci/certificates.py made them with PyPI's cryptography, and threw the authority's key away, so nobody can sign more.
-# The other key is as public as this file. They are valid from 2000 to 2100, and the expired one was until 2001.
+# .ci/certificates.py made them with PyPI's cryptography, and discarded the authority's key, so nobody can sign more.
+# The other key is as public as this file. They are valid from 2000 to 2100, but the expired one only until 2001.
 _TEST_CERTIFICATES = """
 eNozaGKcZtDEaLOAmYmRiUmkIvd97LEnwhOLlz+eW3bv4yudJFspAy42Dq02j3O2LMxMBmKGIgZCbMyhLMw83MW5JQW5+cnZCs6OBgrivAYGBoZACAZREvxG
 higCOHVGGgizsYPNZ2KEWsTMyM7sxMCymHdDgGDhS/4bn/euOydR8a7nw23u1VWMASpmrlKOJ+KPfL6U43T4iXba5sDdLTum9ezM/rFqj90p4dTHsa+fCfNL
@@ -4172,7 +4172,7 @@ def _load_test_context(name: str) -> ssl.SSLContext:
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     pem = _make_pem(name) + _make_pem("key", "EC PRIVATE KEY")
-    # Python loads keys from files alone: from one in memory, if the system has that, or from one that only we can read.
+    # Python loads keys only from files. Use a file in memory if the system has them, else one that only we can read.
     with contextlib.suppress(KeyError, OSError), open(vars(os)["memfd_create"]("smtpmock"), "w") as file:
         file.write(pem)
         file.flush()
@@ -4190,7 +4190,7 @@ def _load_test_context(name: str) -> ssl.SSLContext:
     return context
 
 
-# What errors in a handshake mean, by the beginnings of OpenSSL's reasons.
+# What errors in a handshake mean, by the beginning of OpenSSL's reason.
 _TLS_HINTS = {
     "the client must begin TLS, because of implicit_tls or STARTTLS": "WRONG_VERSION HTTP_REQ UNEXPECTED TimeoutError",
     "the ssl_context may have no certificate": "NO_SHARED_CIPHER NO_SUITABLE_SIGNATURE",
@@ -4209,19 +4209,19 @@ class _Connection(socketserver.BaseRequestHandler):
         self.plain: socket.socket = self.request
         self.options = context.options
         self.log = context.log
-        # Only its thread sets these, but for what disconnect() and abort() set. stop() reads is_idle and request.
+        # Set only by its own thread, disconnect() and abort(). stop() reads is_idle and request.
         self.session = _Session(context, self.client_address[:2])
-        self.unsent = bytearray()  # replies
-        self.is_idle = False  # reads and waits for a command, so that stop() may end it and nothing is lost
-        self.grace = 0.0  # seconds that a stop lets it be idle; none before its first command
-        self.leaves_at = 0.0  # when these are over
-        self.is_leaving = False  # waits for a command in a stop, which does not prolong its grace
+        self.unsent = bytearray()  # replies that are still to be sent
+        self.is_idle = False  # waits for a command, so stop() can end it without losing anything
+        self.grace = 0.0  # seconds that it may stay idle during stop(); 0 before its first command
+        self.leaves_at = 0.0  # when the grace is over
+        self.is_leaving = False  # waits for a command during stop(), which does not extend the grace
         self.must_linger = False  # because the server closes first
-        self.ignores_input = False  # of a client that goes on sending during stop(); only an RST wakes it for sure
+        self.ignores_input = False  # the client keeps sending during stop(); only an RST surely wakes it
         self.fault = ""  # of the TLS handshake
-        self.is_over = False  # nothing follows its last reply, after which the client may connect again
-        self.is_recorded = False  # has ended, and its messages are complete
-        self.is_aborting = False  # must end at once
+        self.is_over = False  # whether nothing follows its last reply; the client may connect again then
+        self.is_recorded = False  # whether it has ended, and its messages are complete
+        self.is_aborting = False  # whether it must end at once
         self.thread = threading.get_ident()
         self.server.connections[self] = None
         with self.server.accepting:
@@ -4241,7 +4241,7 @@ class _Connection(socketserver.BaseRequestHandler):
                 for reply in self.session.receive(data, self._now()):
                     if not self._say(reply, self.session.request):
                         return
-        except OSError as error:  # the client is gone, or does not read
+        except OSError as error:  # the client is gone or does not read
             self.log("warning", f"SMTP session broke off: {error}")
 
     def _now(self) -> float:
@@ -4266,7 +4266,7 @@ class _Connection(socketserver.BaseRequestHandler):
             self.request.close()
 
     def _say(self, reply: _Reply, request: _Request | None = None) -> bool:
-        """Log, wait and send. Returns whether the session goes on."""
+        """Log the reply, wait, and send it. Returns whether the session continues."""
         if self.is_aborting:
             return False
         is_logged = self.log.shows_activity and (reply.data or reply.next)  # unless a rule only delays a body
@@ -4293,12 +4293,12 @@ class _Connection(socketserver.BaseRequestHandler):
         return reply.next is None or self._go_on(reply)
 
     def _go_on(self, reply: _Reply) -> bool:
-        """Do what comes after a reply. Returns whether the session goes on."""
+        """Do what follows a reply. Returns whether the session continues."""
         if reply.next is _Next.TLS:
             return self._start_tls()
         if reply.next is _Next.RESET:
             self._reset()
-        elif reply.next is _Next.SILENCE:  # until one side ends the session, or nothing came for session_timeout
+        elif reply.next is _Next.SILENCE:  # until one side ends the session, or session_timeout has passed in silence
             self.is_idle = True
             with contextlib.suppress(OSError):
                 while self._await(selectors.EVENT_READ) and self.request.recv(65536):
@@ -4306,7 +4306,7 @@ class _Connection(socketserver.BaseRequestHandler):
         elif reply.next is _Next.CLOSE:
             self.must_linger = "quit" not in self.session.mail.accepted_steps  # nothing may follow a QUIT
             if reply.data and self.session.is_secure:
-                self.request.settimeout(0)  # announces the end, and does not wait for the client to do the same
+                self.request.settimeout(0)  # sends the alert, and does not wait for the client's
                 with contextlib.suppress(OSError, ValueError):
                     self.request.unwrap()
         return False
@@ -4317,13 +4317,13 @@ class _Connection(socketserver.BaseRequestHandler):
         self.request.close()
 
     def _pause(self, seconds: float) -> bool:
-        """Wait. False if the session ends before that: by an RST, by the server or, in a stop, by the client's FIN."""
+        """Wait. False if an RST, the server or, during stop(), the client's FIN ends the session before that."""
         deadline = time.monotonic() + seconds
         if _select is None:
             return self._pause_and_look(deadline)
         poll = _select.poll()
         hang_up = _select.POLLRDHUP  # a FIN, or shut_down(); errors and an RST are always reported
-        stopping = self.server.stopping  # read once: if it changes now, the wake-up is still to come
+        stopping = self.server.stopping  # read once: if it changes now, the wake-up has not come yet
         poll.register(self.request, hang_up)
         if not stopping:
             poll.register(self.server.wake[1], _select.POLLIN)
@@ -4338,7 +4338,7 @@ class _Connection(socketserver.BaseRequestHandler):
         return True
 
     def _pause_and_look(self, deadline: float) -> bool:
-        """The same without such a poll(). In a stop, it does not see a FIN behind unread input."""
+        """Like _pause(), without such a poll(). During stop(), it does not see a FIN behind unread input."""
         while (left := deadline - time.monotonic()) > 0:
             with self.server.changed:
                 if self.server.changed.wait_for(lambda: self.is_aborting, min(left, _POLL_SECONDS)):
@@ -4348,11 +4348,11 @@ class _Connection(socketserver.BaseRequestHandler):
         return True
 
     def _peek(self) -> bytes | None:
-        """A byte that the client has sent, and that stays unread: empty after its FIN, None if there is nothing."""
+        """The next byte of the client, which stays unread. Empty after its FIN, None if there is no input."""
         timeout = self.request.gettimeout()
         self.request.settimeout(0)  # Windows has no MSG_DONTWAIT
         try:
-            return socket.socket.recv(self.request, 1, socket.MSG_PEEK)  # what is sent, not what is within TLS
+            return socket.socket.recv(self.request, 1, socket.MSG_PEEK)  # raw input, even within TLS
         except BlockingIOError:
             return None
         finally:
@@ -4371,7 +4371,7 @@ class _Connection(socketserver.BaseRequestHandler):
         """Returns whether the handshake succeeded."""
         import ssl
 
-        self.plain.settimeout(0)  # the handshake is not to wait in OpenSSL, where nothing may interrupt it
+        self.plain.settimeout(0)  # or the handshake would wait in OpenSSL, where nothing can interrupt it
         try:
             context: Any = self.options.ssl_context
             context = _load_test_context(context) if isinstance(context, str) else context
@@ -4392,7 +4392,7 @@ class _Connection(socketserver.BaseRequestHandler):
         return self.session.is_secure
 
     def _linger(self) -> None:
-        """Send a FIN, and read until the client closes, too: closing with unread input would send an RST."""
+        """Send a FIN, and read until the client closes as well. Closing with unread input would send an RST."""
         self.leaves_at = 0.0
         self.is_idle = True
         deadline = time.monotonic() + _LINGER
@@ -4425,7 +4425,7 @@ class _Connection(socketserver.BaseRequestHandler):
             self.leaves_at = time.monotonic() + self.grace
             self.is_leaving = server.stopping
         try:
-            # is_idle is set before stopping is read, and stop() does the reverse, so one of the two sees the other.
+            # Set is_idle before reading stopping. stop() does the reverse, so one of the two sees the other's change.
             self.is_idle = waits
             # No farewell could be sent after stop() has interrupted a read within TLS.
             must_await = _MUST_POLL or self.request is not self.plain or (waits and server.stopping)
@@ -4449,7 +4449,7 @@ class _Connection(socketserver.BaseRequestHandler):
         return b""
 
     def _await(self, event: int, seconds: float | None = None) -> bool:
-        """Wait until it can read or write. False if it is idle, and a stop sends it away."""
+        """Wait until the socket is ready. False if the session is idle, and stop() ends it."""
         deadline = time.monotonic() + (self.options.session_timeout if seconds is None else seconds)
         reads = event == selectors.EVENT_READ
         is_ready = reads and self.session.is_secure and self.request.pending()
@@ -4476,16 +4476,16 @@ class _Connection(socketserver.BaseRequestHandler):
         return self.is_recorded
 
     def await_end(self, until: float) -> None:
-        """Wait until this time for the end of the session. Called by another thread."""
+        """Wait until the session has ended, at most until this time. Called by another thread."""
         if (left := until - time.monotonic()) > 0:
             with self.server.changed:
                 self.server.changed.wait_for(lambda: self.is_recorded, left)
 
     def shut_down(self, how: int) -> None:
-        """Interrupt what the session's thread waits for in the socket. Called by any thread."""
-        with contextlib.suppress(OSError):  # it may have ended just now
-            if how != socket.SHUT_RD or not _MUST_POLL:  # after it, Windows answers input with an RST
-                socket.socket.shutdown(self.request, how)  # SSLSocket.shutdown() would forget that it is within TLS
+        """Interrupt the session's thread if it waits in the socket. Called by any thread."""
+        with contextlib.suppress(OSError):  # the connection may just have ended
+            if how != socket.SHUT_RD or not _MUST_POLL:  # after SHUT_RD, Windows answers input with an RST
+                socket.socket.shutdown(self.request, how)  # SSLSocket.shutdown() would forget TLS
 
     def disconnect(self, *, reset: bool) -> None:
         """End the session with a FIN or an RST. Called by any thread."""
@@ -4496,7 +4496,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
 
 class _Thread(threading.Thread):
-    """A thread that tells when it ends: before Python 3.13, a thread with an interrupted join() seems to have ended."""
+    """A thread that sets an event at its end. Before Python 3.13, is_alive() is wrong after an interrupted join()."""
 
     def __init__(self, name: str, target: Callable[[], object]) -> None:
         super().__init__(target=target, name=name, daemon=True)  # a forgotten server cannot keep the interpreter alive
@@ -4517,7 +4517,7 @@ class _SessionThread(_Thread):
 
         super().__init__("smtpmock session", self._serve_clients)
         self.listener = listener
-        self.clients: SimpleQueue[tuple[Any, Any] | None] = SimpleQueue()  # None after the last one
+        self.clients: SimpleQueue[tuple[Any, Any] | None] = SimpleQueue()  # None comes after the last client
         self.start()
 
     def _serve_clients(self) -> None:
@@ -4529,7 +4529,7 @@ class _SessionThread(_Thread):
 
 
 def _join_threads(threads: Sequence[_Thread], timeout: float) -> bool:
-    """Wait for the threads, without the present one, in which a callback may have called stop(). False on timeout."""
+    """Wait for all threads but this one, in which a callback may have called stop(). False on timeout."""
     deadline = time.monotonic() + timeout
     others = [thread for thread in threads if thread is not threading.current_thread()]
     for thread in others:
@@ -4538,37 +4538,37 @@ def _join_threads(threads: Sequence[_Thread], timeout: float) -> bool:
     return all(thread.ended.is_set() for thread in others)
 
 
-# The listeners whose sockets a forked child has to close, and the servers with its locks.
+# The listeners whose sockets a forked child must close, and the servers whose locks it must replace.
 _listeners: weakref.WeakSet[_Listener] = weakref.WeakSet()
 _servers: weakref.WeakSet[Server] = weakref.WeakSet()
 
 
 class _Listener(socketserver.ThreadingTCPServer):
-    allow_reuse_address = _IS_POSIX  # on Windows it would let two servers have one port
+    allow_reuse_address = _IS_POSIX  # on Windows, it would let two servers share a port
     request_queue_size = socket.SOMAXCONN
 
     def __init__(self, family: int, address: Any, context: _Context, connection: Any) -> None:
         self.address_family = family
         super().__init__(address, connection, bind_and_activate=False)
         self.context = context
-        self.connections: dict[Any, None] = {}  # the open ones, oldest first; each change of it is atomic
-        self.starting: dict[socket.socket, _Next | None] = {}  # how to end what was accepted and is no connection yet
-        self.accepting = threading.Lock()  # guards starting; held while a client is accepted and added to it
-        self.spare_threads: list[_SessionThread] = []  # they add themselves; only the listener's thread takes from it
+        self.connections: dict[Any, None] = {}  # the open ones, oldest first; every change is atomic
+        self.starting: dict[socket.socket, _Next | None] = {}  # accepted, but no connection yet; how to end them
+        self.accepting = threading.Lock()  # guards starting; held while a client is accepted
+        self.spare_threads: list[_SessionThread] = []  # threads add themselves; only the listener's thread removes them
         self.was_opened = False  # guarded by closing
-        self.stopping = False  # never becomes False again, so any thread may set it
-        self.aborting = threading.Event()  # set when the sessions that still go on must end at once
+        self.stopping = False  # never reset, so any thread may set it
+        self.aborting = threading.Event()  # set when the remaining sessions must end at once
         self.closing = threading.RLock()  # held by the thread that opens or closes
         self.thread = _Thread("smtpmock listener", self.serve_forever)
         self.changed = threading.Condition()  # notified when a session is recorded or must end
-        self.has_shortage = False  # of descriptors or threads; it is logged once, by the listener's thread
-        self.epoch = time.time() - time.monotonic()  # so that the difference of two times is that of a monotonic clock
+        self.has_shortage = False  # of file descriptors or threads; the listener's thread logs it once
+        self.epoch = time.time() - time.monotonic()  # so that differences between times are monotonic
         self.wake: tuple[socket.socket, ...] = ()  # a byte is sent to the first when the server stops
         try:
-            self.socket.setblocking(False)  # a client may be gone before it is accepted
+            self.socket.setblocking(False)  # a client may leave before it is accepted
             self.wake = socket.socketpair()
             if family == socket.AF_INET6:
-                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # [::] takes IPv4, too
+                self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # [::] also accepts IPv4
             self.server_bind()
         except BaseException:
             self.server_close()
@@ -4579,19 +4579,19 @@ class _Listener(socketserver.ThreadingTCPServer):
         with self.closing:
             if not self.stopping:  # a logger may have called stop() already
                 self.selector = selectors.DefaultSelector()
-                self.was_opened = True  # before start(), which may be interrupted
+                self.was_opened = True  # set before start(), which may be interrupted
                 try:
                     self.thread.start()
                 except RuntimeError as error:
                     if isinstance(error.__context__, KeyboardInterrupt):
-                        raise error.__context__ from None  # the locks of threading fail if it comes within them
+                        raise error.__context__ from None  # an interrupt within the locks of threading makes them fail
                     self.was_opened = False  # there is no thread to wait for
                     raise
 
     def serve_forever(self, poll_interval: float | None = None) -> None:
-        """Accept clients until close(), which wakes the selector; there is no polling."""
+        """Accept clients until close(), which wakes the selector. There is no polling."""
         with self.selector as selector, contextlib.suppress(ValueError):
-            if not self.stopping:  # register() raises ValueError for a socket that is closed already
+            if not self.stopping:  # register() raises ValueError if the socket is already closed
                 selector.register(self.socket, selectors.EVENT_READ)
                 selector.register(self.wake[1], selectors.EVENT_READ)
             while not self.stopping:
@@ -4607,7 +4607,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._log_shortage(error)
-                self.aborting.wait(0.05)  # the client still waits and would wake this thread at once
+                self.aborting.wait(0.05)  # the client is still waiting, and would wake this thread at once
             return  # with any other error, the client is gone
         try:
             thread = self.spare_threads.pop() if self.spare_threads else _SessionThread(self)
@@ -4631,7 +4631,7 @@ class _Listener(socketserver.ThreadingTCPServer):
         self.context.log.failure("SMTP session failed")
 
     def close(self, timeout: float) -> bool | None:
-        """End all sessions, after timeout seconds by force. Returns whether force was needed; None if another thread
+        """End all sessions, by force after timeout seconds. Returns whether force was needed; None if another thread
         does it, which waits for the session of this one. After an exception, another call finishes the job."""
         thread = threading.current_thread()
         if not isinstance(thread, _SessionThread) or thread.listener is not self:
@@ -4645,14 +4645,14 @@ class _Listener(socketserver.ThreadingTCPServer):
             self.closing.release()
 
     def _close(self, timeout: float) -> bool:
-        """Every step can be repeated."""
+        """Close the listener. Every step can be repeated."""
         self.stopping = True
         with contextlib.suppress(OSError):
             self.wake[0].send(b"\0")
         if self.was_opened:
-            # If start() was interrupted, the thread may have no number yet. It will see that it has to end.
+            # If start() was interrupted, the thread may not run yet. It will see that it has to end.
             _join_threads([self.thread], 5 if self.thread.ident else 0.1)
-        # On Linux, this makes every copy of the socket stop listening, also one in a process that C code has forked.
+        # On Linux, this makes every copy of the socket stop listening, even in a process that C code has forked.
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
@@ -4674,7 +4674,7 @@ class _Listener(socketserver.ThreadingTCPServer):
     def abort(self) -> None:
         self.aborting.set()
         for connection in self.connections.copy():
-            # By an RST: a client that is still sending might wait for a minute otherwise.
+            # With an RST: otherwise a client that is still sending might wait for a minute.
             connection.is_aborting = True
             with contextlib.suppress(OSError):
                 connection.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RST_ON_CLOSE)
@@ -4683,13 +4683,13 @@ class _Listener(socketserver.ThreadingTCPServer):
             self.changed.notify_all()
 
     def await_quits(self) -> None:
-        """Let clients QUIT whose last command was just answered, or is about to be."""
+        """Let clients QUIT if their last command was just answered or is about to be."""
         now = time.monotonic()
         for connection in self.connections.copy():
             connection.await_end(connection.leaves_at if connection.is_idle else now + connection.grace)
 
     def disconnect(self, *, reset: bool) -> None:
-        """End the open sessions, and those that are about to begin, and wait until they are recorded."""
+        """End the open sessions and those that are about to begin, and wait until they are recorded."""
         with self.accepting:
             with contextlib.suppress(OSError):  # until no client waits to be accepted
                 while True:
@@ -4706,13 +4706,13 @@ class _Listener(socketserver.ThreadingTCPServer):
             self.changed.notify_all()
             if not waits or self.changed.wait_for(lambda: all(c.is_recorded for c in connections), 0.1):
                 return
-            for connection in connections:  # what waits until its client reads
+            for connection in connections:  # those that wait for their client to read
                 connection.shut_down(socket.SHUT_RDWR)
             self.changed.wait_for(lambda: all(c.is_recorded for c in connections), _ABORT_TIMEOUT)
         self._tell_holders()
 
     def _tell_holders(self) -> None:
-        """Log which functions of the user hold sessions up."""
+        """Log which functions of the user hold up sessions."""
         import traceback
 
         for connection in self.connections.copy():
@@ -4727,8 +4727,8 @@ class _Listener(socketserver.ThreadingTCPServer):
 
 
 def _abandon_listeners() -> None:
-    """In a forked child, close the sockets; the parent has the threads, and goes on serving the clients."""
-    for server in list(_servers):  # another thread of the parent may have held any lock
+    """Close the sockets in a forked child. The parent has the threads, and continues to serve the clients."""
+    for server in list(_servers):  # another thread of the parent may hold the old locks
         server._lifecycle, server._rules._lock = threading.Lock(), threading.Lock()
         server._mailbox.make_lock()
     for listener in list(_listeners):
@@ -4747,7 +4747,7 @@ def _bind(context: _Context, host: str, port: int, connection: Any = _Connection
     """A listener on the first of the host's addresses that is free."""
     failure = OSError("it has no address")
     name = host.strip("[]")
-    encoded = name.encode() if name.isascii() else name  # a str would import the codec of international names
+    encoded = name.encode() if name.isascii() else name  # a str would import the IDNA codec
     for family, _, _, _, address in socket.getaddrinfo(encoded, port, type=socket.SOCK_STREAM):
         try:
             return _Listener(family, address, context, connection)
@@ -4773,8 +4773,8 @@ def _join_options(configuration: Configuration | None, options: dict[str, Any]) 
 class Server:
     """An SMTP server that runs in threads of this process.
 
-    Options are given by name, as a Configuration, or both; a name takes precedence. help(Configuration) lists them.
-    An invalid one is a ConfigurationError. A logger (a Logger or a logging.Logger) replaces the default one. on_message
+    Options are given by name, as a Configuration, or both; names take precedence. help(Configuration) lists them.
+    An invalid one raises ConfigurationError. A logger (a Logger or logging.Logger) replaces the default one. on_message
     is called with each accepted message in the thread of its session, before the 250 is sent. If it raises, the message
     is refused with msg_msg_failed and the exception goes to the logger or, without one, to threading.excepthook.
     handlers are subclasses of Handler, for verbs of your own or in place of the built-in ones.
@@ -4785,21 +4785,21 @@ class Server:
     @_shows_options(_ServerOptions)
     def __init__(self, configuration: Configuration | None = None, **options: Any) -> None:
         self._options = self._made_with = given = _ServerOptions(**_join_options(configuration, options))
-        self._host, self._port = given.host, given.port  # set by start(), which runs in one thread only
+        self._host, self._port = given.host, given.port  # set by start()
         handlers, log = _Handlers(given, given.handlers), _Log(given.logger, given, deque(maxlen=100))
         self._mailbox, self._rules = _Mailbox(), _Rules(given, handlers)
         shared = (given, handlers, self._mailbox, log, self._rules, given.on_message or _ignore)
         self._context = _Context(*shared, early_ends=deque(maxlen=_REPORT_LIMIT))  # replaced, never changed
-        self._warned: set[int] = set()  # the messages about which a warning was given; two threads may both warn of one
-        # Guards changes of _listener and _context; not held while the user's code runs.
+        self._warned: set[int] = set()  # ids of messages with a warning; two threads may both warn about one
+        # Guards _listener and _context; never held while the user's code runs.
         self._lifecycle = threading.Lock()
         self._listener: _Listener | None = None
         _servers.add(self)
 
-    if not TYPE_CHECKING:  # which would take any name for right
+    if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
         def __setattr__(self, name: str, value: object) -> None:
-            if name in _ServerOptions._declared and type(self) is Server:  # not a subclass, which may have its own
+            if name in _ServerOptions._declared and type(self) is Server:  # a subclass may have its own attributes
                 raise AttributeError(f"{name} is an option, not an attribute: configure({name}={value!r}) changes it")
             super().__setattr__(name, value)
 
@@ -4809,17 +4809,17 @@ class Server:
             raise AttributeError(f"a Server has no attribute {name!r}{hint}")
 
     def with_logger(self, logger: Logger | logging.Logger | None) -> Server:
-        """Log to this Logger or logging.Logger from now on; None is the default one. reset() does not undo this."""
+        """Log to this Logger or logging.Logger from now on; None means the default one. reset() does not undo this."""
         self._made_with = self._made_with._replace(logger=logger)
         self._change_options(lambda options: options._replace(logger=logger))
         return self
 
     @_shows_options(_Changes)
     def configure(self, configuration: Configuration | None = None, **options: Any) -> None:
-        """Change options for the sessions that begin from now on; open ones keep theirs.
+        """Change options for new sessions; open sessions keep theirs.
 
-        It takes what Server() does, except for host and port, and all else stays as it is. An invalid option is a
-        ConfigurationError, and changes nothing. reset() goes back to what the server was made with.
+        It takes the arguments of Server(), except host and port. Options not given stay as they are. An invalid
+        one raises ConfigurationError, and nothing changes. reset() restores the options that the server was made with.
         """
         changes = _join_options(configuration, options)
         for name in _AddressOptions._declared:
@@ -4828,7 +4828,7 @@ class Server:
         self._change_options(lambda options: options._replace(**changes))
 
     def _change_options(self, change: Callable[[_ServerOptions], _ServerOptions]) -> None:
-        """Change the options for the sessions that begin from now on. If one is invalid, nothing has changed."""
+        """Change the options for new sessions. If one is invalid, nothing changes."""
         base = self._options
         options = change(base)
         table = _Handlers(options, options.handlers)
@@ -4844,12 +4844,12 @@ class Server:
                 if self._listener is not None:
                     self._listener.context = self._context
                 return
-        self._change_options(change)  # another thread has changed others meanwhile
+        self._change_options(change)  # another thread has changed options in the meantime
 
     def disconnect(self, reset: bool = False) -> None:
         """End all open sessions at once, with a FIN or an RST. New clients can connect.
 
-        All sessions are recorded when it returns, unless a function of yours holds one up for over 5 seconds. In the
+        All sessions are recorded when it returns, unless your code holds one up for over 5 seconds. In the
         thread of a session, as in on_message, it does not wait.
         """
         _check("reset", reset, _FLAG)
@@ -4857,11 +4857,11 @@ class Server:
             listener.disconnect(reset=reset)
 
     def start(self) -> Server:
-        """Listen; clients can connect when it returns. Raises ServerStateError or ServerStartError."""
+        """Start to listen. Clients can connect when it returns. Raises ServerStateError or ServerStartError."""
         return self._start_and_announce(lambda host, port: None)
 
     def _start_and_announce(self, announce: Callable[[str, int], None]) -> Server:
-        """Like start(). Calls announce when clients can connect, and before the first is served."""
+        """Like start(). Calls announce() when clients can connect, before the first is served."""
         if self._options.log_server_activity and not self._context.log.shows_activity:
             import warnings
 
@@ -4873,7 +4873,7 @@ class Server:
                     raise ServerStateError(f"{self!r} cannot start: it is running")
                 listener = self._listener = _bind(self._context, self._options.host, self._options.port)
             self._host, self._port = self._options.host.strip("[]"), listener.server_address[1]
-            listener.server_activate()  # before the announcement, because its reader may connect at once
+            listener.server_activate()  # first, because who reads the announcement may connect at once
             announce(self._host, self._port)
             self._context.log("info", f"SMTP mock server started on port: {self._port}")
             listener.open()
@@ -4912,7 +4912,7 @@ class Server:
         self._discard(listener, self._options.shutdown_timeout)
 
     def _discard(self, listener: _Listener, timeout: float) -> None:
-        """Close the listener. The first thread to finish this logs it."""
+        """Close the listener. The first thread that finishes logs it."""
         is_forced = listener.close(timeout)
         with self._lifecycle:
             is_first = is_forced is not None and self._listener is listener
@@ -4931,24 +4931,24 @@ class Server:
 
     @property
     def host(self) -> str:
-        """As configured; from start() on without the brackets of [::1], as clients expect it."""
+        """The configured host. From start() on without the brackets of [::1], as clients expect it."""
         return self._host
 
     @property
     def port(self) -> int:
-        """As configured; from start() on, the real one, which it keeps after stop(). ServerStateError if it is 0."""
+        """The configured port. From start() on the real one, which stays after stop(). ServerStateError if it is 0."""
         if not self._port:
             raise ServerStateError(f"{self!r} was not started yet, so it has no port")
         return self._port
 
     @property
     def url(self) -> str:
-        """As in smtp://127.0.0.1:2525; smtps:// with implicit_tls."""
+        """Such as smtp://127.0.0.1:2525, or smtps:// with implicit_tls."""
         return f"smtp{'s' * self._options.implicit_tls}://{_format_address(self._host, self.port)}"
 
     @property
     def is_running(self) -> bool:
-        """Whether it was started, and not stopped since."""
+        """Whether it was started and not stopped since."""
         return self._listener is not None
 
     def messages(self) -> list[Message]:
@@ -4956,12 +4956,12 @@ class Server:
         return self._warn(self._mailbox.messages(purge=False))
 
     def messages_and_purge(self) -> list[Message]:
-        """The recorded messages, oldest first. Exactly what is returned is removed."""
+        """Remove and return the recorded messages, oldest first."""
         self._warn(self._mailbox.messages(purge=False))  # first, because it may raise the warning
         return self._mailbox.messages(purge=True)
 
     def message(self, where: _Where = None, timeout: float = 0.0) -> Message:
-        """The one accepted mail for which where(message) is true; WaitTimeoutError if none comes, or several."""
+        """The one accepted mail for which where(message) is true. WaitTimeoutError if none comes, or more than one."""
         __tracebackhide__ = True  # of pytest
         _check_wait(1, timeout, where)
         _, found = self._mailbox.wait(1, timeout, lambda mail: mail.is_consistent and (where is None or where(mail)))
@@ -4980,11 +4980,11 @@ class Server:
         return [message for message in self._warn(self._mailbox.messages(purge=False)) if message.is_consistent]
 
     def sessions(self) -> list[Message]:
-        """Each open session as it would be recorded now, oldest first. A rule's own session is one of them."""
+        """Each open session as it would be recorded now, oldest first. In a rule, this includes its own session."""
         return [c.session.message() for c in self._list_connections() if not c.is_over]
 
     def _warn(self, messages: list[Message]) -> list[Message]:
-        """Warn at the line of the caller's caller about what the server accepted and discarded, once per message."""
+        """Warn once per message about what the server accepted and discarded, at the line of the caller's caller."""
         import warnings
 
         explicit = vars(self._options)
@@ -5013,14 +5013,14 @@ class Server:
         after: int | None = None,
         **unknown: NoReturn,
     ) -> Rule:
-        """Make a rule. The methods of the Rule say what it does.
+        """Add a rule. The methods of the Rule say what it does.
 
         stage is connect, a verb, message (the end of a body), or * for all. match is an address or a domain
         (at DATA and message, of a recipient), a compiled pattern that is searched in the line, or a function of the
-        line; at message, the line is the body. The rule lets `skip` matches pass, and then applies `times` times
-        (None: without end), each time with this probability, and with `after` once that many bytes of the body have
-        arrived. Rules add up: each aspect of a reply comes from the newest rule that sets it. Raises
-        ConfigurationError for an invalid argument.
+        line; at message, the line is the body. The rule ignores the first `skip` matches, and then applies at most
+        `times` times (None means no limit), each time with this probability. With `after`, it applies once that many
+        bytes of the body have arrived. Rules combine: text, delay, trickle and ending each come from the newest
+        matching rule that sets it. Raises ConfigurationError for an invalid argument.
         """
         if unknown:
             known = ("stage", "match", *_Conditions._declared)
@@ -5032,7 +5032,7 @@ class Server:
         return self._rules.add(rule)
 
     def client_context(self) -> ssl.SSLContext:
-        """A new context for clients, which trusts the certificates for tests. ServerStateError if there is none."""
+        """A new context for clients that trusts the certificate for tests. ServerStateError if the server has none."""
         if not isinstance(self._options.ssl_context, str):
             raise ServerStateError(f'{self!r} has no certificate for tests; ssl_context="test" gives it one')
         import ssl
@@ -5040,11 +5040,11 @@ class Server:
         return ssl.create_default_context(cadata=_make_pem("ca"))
 
     def play(self, transcript: str) -> None:
-        """Answer the next session as the server of this transcript did, or the next ones, if it has several.
+        """Answer the next session as the server in this transcript did. Several sessions answer the next ones.
 
-        The transcript is a Message.transcript, a dialogue of an RFC, or what swaks, smtplib, curl or PHPMailer print.
-        What the client sends may differ: at each stage the replies come in their order, and the normal ones after
-        these. What EHLO announces is accepted, with any login. A ConfigurationError if there is no reply in it.
+        The transcript is a Message.transcript, a dialogue in an RFC, or the output of swaks, smtplib, curl, PHPMailer.
+        The client need not send the same. At each stage, the replies come in order, and normal replies follow.
+        What EHLO announces is accepted, with any login. Raises ConfigurationError if the transcript has no reply.
         """
         scripts = _read_transcript(transcript)
         self.configure(**_find_announced(scripts, self._options))
@@ -5098,7 +5098,7 @@ class Server:
         return self._warn(self._wait(count, timeout, where, purge=False))
 
     def wait_for_messages_and_purge(self, count: int, timeout: float = 5.0, where: _Where = None) -> list[Message]:
-        """Like wait_for_messages(). Exactly what is returned is removed."""
+        """Like wait_for_messages(), but remove exactly what is returned."""
         __tracebackhide__ = True
         begin = time.monotonic()
         self._warn(self._wait(count, timeout, where, purge=False))  # first, because it may raise the warning
@@ -5148,7 +5148,7 @@ class Server:
 
 
 def _shared_smtp_server() -> Iterator[Server]:
-    """The server behind smtp_server, for fixtures with a larger scope that need its host and port."""
+    """The server behind smtp_server, for fixtures of a larger scope that need its host and port."""
     with Server(multiple_rcptto=True, multiple_message_receiving=True) as server:
         yield server
 
@@ -5157,23 +5157,23 @@ class _PytestPlugin:
     server: Server
 
     def __init__(self) -> None:
-        self.test: Any = None  # the last one with the fixture
-        self.sessions: list[Message | str] = []  # of that test, after its end
-        self.failures: list[str] = []  # of callbacks
-        self.shown = ""  # the last section of its report
+        self.test: Any = None  # the last test with the fixture
+        self.sessions: list[Message | str] = []  # the sessions of that test, after its end
+        self.failures: list[str] = []  # exceptions in its callbacks
+        self.shown = ""  # the last section in its report
 
     def smtp_server(self, request: Any, shared_smtp_server: Server) -> Iterator[Server]:
-        """A running smtpmock.Server without messages and rules, which keeps all mails and recipients.
+        """A running smtpmock.Server without messages and rules. It keeps all mails and recipients.
 
         @pytest.mark.smtp_server(fail_fast=True) sets options for a test, and play=TRANSCRIPT has it play that. At the
-        end of a test that passed, check() is called. The report of a test that failed shows the sessions.
+        end of a test that passed, check() is called. The report of a failed test shows the sessions.
         """
         server = self.server = shared_smtp_server
         if not server.is_running:  # the last test stopped it
             server.start()
         server.reset()
         options: dict[str, Any] = {}
-        for mark in reversed([*request.node.iter_markers("smtp_server")]):  # the nearest comes last
+        for mark in reversed([*request.node.iter_markers("smtp_server")]):  # the closest mark comes last
             if mark.args:
                 raise ConfigurationError(f"pytest.mark.smtp_server: {mark.args[0]!r} must be an option by its name")
             options |= mark.kwargs
@@ -5237,11 +5237,11 @@ class _PytestPlugin:
 
 
 def pytest_configure(config: Any) -> None:
-    """For pytest, which finds it by the entry point of the package, or by pytest_plugins = ["smtpmock"]."""
-    pytest = __import__("pytest")  # mypy knows it only where it is installed
+    """Called by pytest, which finds it by the package's entry point or by pytest_plugins = ["smtpmock"]."""
+    pytest = __import__("pytest")  # mypy knows it only if it is installed
     text = "smtp_server(**options): options of smtpmock.Server that the fixture smtp_server has in this test"
     config.addinivalue_line("markers", text)
-    # pytest takes the fixtures of a session from modules, and from instances only with a warning.
+    # pytest takes session fixtures from modules; from instances, it does so only with a warning.
     plugin, functions = _PytestPlugin(), types.ModuleType(f"{__name__}.pytest")
     vars(functions).update(
         shared_smtp_server=pytest.fixture(scope="session")(_shared_smtp_server),
@@ -5590,36 +5590,36 @@ _LOG_OPTIONS = ("log_to_stdout", "log_server_activity")  # one flag sets both
 _FILE = _OptionType("a path", lambda value: isinstance(value, str))
 _RULES = _OptionType("rules", lambda value: isinstance(value, list), lambda text: [text])
 
-# The flags that are no options of a server.
+# The flags that are not options of a server.
 _OWN_FLAGS: dict[str, _Option] = {
     "log": _option(False, _FLAG, "log to stdout, and errors to stderr"),
-    "quiet": _option(False, _FLAG, "print no line for each mail and session"),
+    "quiet": _option(False, _FLAG, "print no lines about mails and sessions"),
     "show": _option(False, _FLAG, "print each mail as a person reads it"),
     "lint": _option(False, _FLAG, "print violations on stderr; status 3 after an error"),
     "json": _option(False, _FLAG, "print mails, sessions without one, and errors as lines of JSON; log to stderr"),
-    "control": _option(False, _FLAG, "like -json, and obey commands from stdin; its end stops the server"),
+    "control": _option(False, _FLAG, "like -json, and obey commands from stdin, whose end stops the server"),
     "http": _option(None, _PORT, "port for HTTP: an API and a page; turns on keep_all"),
-    "http_host": _option("127.0.0.1", _TEXT, "address to listen on for it"),
-    "http_names": _option((), _NAMES, "more host names that clients of it may use"),
+    "http_host": _option("127.0.0.1", _TEXT, "address to listen on for HTTP"),
+    "http_names": _option((), _NAMES, "additional host names that HTTP clients may use"),
     "save_dir": _option("", _FILE, "folder for each accepted mail as 000001.eml and its record as 000001.json"),
-    "maildir": _option("", _FILE, "Maildir for each accepted mail"),
-    "rule": _option([], _RULES, "make the server fail; can be repeated"),
+    "maildir": _option("", _FILE, "Maildir to deliver each accepted mail to"),
+    "rule": _option([], _RULES, "make the server fail on purpose; can be repeated"),
     "play": _option("", _FILE, "transcript or log of a session, to answer like that"),
-    "tls_cert": _option("", _FILE, "PEM file, or test, expired or wrong host; for STARTTLS"),
+    "tls_cert": _option("", _FILE, "PEM file for STARTTLS, or test, expired or wrong host"),
     "tls_key": _option("", _FILE, "PEM file with the key, unless the other file has it"),
-    "save_ca": _option("", _FILE, "new file for what clients of -tlsCert=test must trust"),
+    "save_ca": _option("", _FILE, "new file for the CA certificate of -tlsCert=test"),
     "dev": _option(False, _FLAG, "for development: keep_all, lenient_addresses, extensions, any login, -show, -http=0"),
     "version": _option(False, _FLAG, "print the version and exit; also -v"),
     "help": _option(False, _FLAG, "print this and exit; also -h"),
     "help_all": _option(False, _FLAG, "print this with the reply texts and exit"),
 }
 
-# What -dev sets, unless it is given.
+# What -dev sets, except where a flag sets it.
 _DEV_EXTENSIONS = "SIZE", "8BITMIME", "SMTPUTF8", "PIPELINING", "DSN"
 _DEV_OPTIONS = {"keep_all": True, "lenient_addresses": True, "extensions": _DEV_EXTENSIONS, "auth_users": "*"}
 _DEV_FLAGS = {"show": True, "http": 0}
 
-# Each flag belongs to the first group whose pattern its name matches; the last two take what is left.
+# Each flag belongs to the first group whose pattern its name matches. The last two groups take the rest.
 _GROUPS = {
     "Listening": "host|port|session_timeout|shutdown_timeout|http",
     "Recording": "keep_all|multiple_|msg_size_limit|lenient_|save_dir|maildir",
@@ -5636,15 +5636,15 @@ _HELP = """\
 usage: smtpmock [FLAG]...
 
 An SMTP server for tests: it records the mail it receives, and it fails on
-request. It runs until SIGINT, SIGTERM or SIGQUIT.
+request. It runs until SIGINT, SIGTERM or SIGQUIT stops it.
 
-A value follows after = or as the next argument, items of a LIST are separated
-by commas, and -log=false turns a switch off. Each flag has a second spelling
+A value follows after = or as the next argument. Commas separate the items of a
+LIST, and -log=false turns a switch off. Each flag has a second spelling
 as in GNU programs: --multiple-rcptto is -multipleRcptto.
 
 A RULE is 'STAGE [ADDRESS]: ACTION; ...'. STAGE is connect, a command, message
 (the end of a body) or *. ACTION is reply TEXT, raw BYTES, delay SECONDS,
-trickle SECONDS, close, drop, reset or silence, or says when the rule applies:
+trickle SECONDS, close, drop, reset, silence, or a condition for the rule:
 skip=NUMBER, times=NUMBER, probability=NUMBER or after=BYTES.
 
 With -control, each line of stdin is a command: rule RULE, play TRANSCRIPT,

@@ -7885,15 +7885,14 @@ class ReadmeTest(ProcessCase):
         lines = re.findall(r"^\| .* \| `(.*)` \|$", table, re.MULTILINE)
         self.assertGreater(len(lines), 10)
         for line in lines:
-            with self.subTest(line), Server(auth_users={"alice": "secret"}) as server:
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                exec(line, {"server": server, "smtpmock": smtpmock, "re": re, "context": context})
+            with self.subTest(line), Server(keep_all=True) as server:
+                exec(line, {"server": server})
 
     def test_commands(self) -> None:
         """Every command line of the README is one that the parser takes."""
         lines = [line for language in ("sh", "yaml") for block in self.blocks(language) for line in block.splitlines()]
         commands = [match[1] for line in lines if (match := re.search(r"smtpmock(?:\.py)? (-.*?)(?: &)?$", line))]
-        self.assertGreater(len(commands), 2)
+        self.assertGreater(len(commands), 1)
         for command in commands:
             parse_flags(*shlex.split(command))
 
