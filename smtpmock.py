@@ -187,7 +187,7 @@ _LOGGER = _OptionType(
     lambda value: all(callable(getattr(value, name, None)) for name in ("info", "warning", "error")),
 )
 _USERS = _OptionType(
-    "a mapping of users to secrets, user:secret,... a function of the mechanism, user and secret, or * for anybody",
+    "a mapping of users to secrets (user:secret,...), a function of the mechanism, user and secret, or * for anybody",
     lambda who: who == "*" or callable(who) or (isinstance(who, Mapping) and _are_names([*who, *who.values()])),
     lambda text: text if text == "*" else dict(pair.split(":", 1) for pair in _NAMES.parse(text)),
 )
@@ -449,7 +449,8 @@ def _shows_options(of: Callable[_P, Any]) -> Callable[[Callable[..., _T]], Calla
 def _check_choices(option: str, names: Iterable[str], known: Collection[str], fold: Callable[[str], str] = str) -> None:
     for name in names:
         if fold(name) not in known:
-            raise ConfigurationError(f"{name} is unknown{_suggest(fold(name), known)}", option)
+            others = "" if len(known) > 9 else f"; there are {', '.join(known)}"
+            raise ConfigurationError(f"{name!r} is unknown{_suggest(fold(name), known) or others}", option)
 
 
 class _AddressOptions(_Options):
@@ -2598,7 +2599,9 @@ def _read_transcript(text: str) -> list[_Script]:
     if scripts:
         return scripts
     line = re.sub(r"(?i)(AUTH +\S+ ).*", r"\1***", text.strip().partition("\n")[0])
-    raise ConfigurationError(f"the server says nothing in it; it begins with {_shorten(line)}", "play")
+    raise ConfigurationError(
+        f"no line in it is marked as the server's (by S:, <- or <); it begins with {_shorten(line)}", "play"
+    )
 
 
 def _find_announced(scripts: Iterable[_Script], options: Configuration) -> dict[str, Any]:
@@ -5132,6 +5135,8 @@ class Server:
             last = " / ".join(_format_exchanges(session.mail.exchanges[-1:])) or "the client has sent nothing"
             last += ", but must begin TLS, because of implicit_tls" * (not session.mail.exchanges)
             yield f"  {_format_address(*session.peer)}: {last}"
+            refused = [said for said in session.mail.exchanges[:] if said.is_refused]
+            yield from (f"    refused: {' / '.join(_format_exchanges([said]))}" for said in refused[-_REPORT_LIMIT:])
             if (body := session.mail.body) is not None and body.ends_falsely():
                 yield "    its body ends in a dot alone with a bare LF, which is not the end of a mail"
         yield from self._list_early_ends()
@@ -6026,7 +6031,8 @@ class _Narrator:
 
     def end(self, message: Message) -> None:
         if not message.refusals:
-            self._print("ended", 0, "without a mail")
+            last = f" after {_cut(message.exchanges[-1].request or 'the greeting')}" if message.exchanges else ""
+            self._print("ended", 0, f"without a mail{last}")
 
 
 class _Linter:

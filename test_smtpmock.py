@@ -2908,9 +2908,9 @@ auth_required=True => auth_required=True: needs auth_users
 auth_requires_tls=True | implicit_tls=True | tls_required=True => {MORE}=True: needs ssl_context
 ssl_context=1 | ssl_context="tset" | ssl_context=ssl.create_default_context() => ssl_context={MORE}
     must be an ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) with a certificate, or 'test', 'expired' or 'wrong host'
-auth_mechanisms=["PLAIN","plian"] => auth_mechanisms: plian is unknown; did you mean PLAIN?
+auth_mechanisms=["PLAIN","plian"] => auth_mechanisms: 'plian' is unknown; did you mean PLAIN?
 auth_mechanisms="PLAIN" => auth_mechanisms='PLAIN': must be a list of words
-tolerated=["bare-fl"] => tolerated: bare-fl is unknown; did you mean bare-lf?
+tolerated=["bare-fl"] => tolerated: 'bare-fl' is unknown; did you mean bare-lf?
 extensions=["SIEZ"] => extensions: SIEZ is unknown; did you mean SIZE{MORE}
 extensions=["STARTTLS"] => extensions: STARTTLS is announced with the option ssl_context
 extensions=["auth"] => extensions: AUTH is announced with the option auth_users
@@ -3189,6 +3189,13 @@ class WaitingTest(unittest.TestCase):
         purges = iter([Server.messages_and_purge])
         found = self.wait_meanwhile(99, lambda server: [purge(server) for purge in purges])
         self.assertEqual(ids(found), list(range(2, 101)))
+
+    def test_a_timeout_tells_what_an_open_session_was_refused(self) -> None:
+        with Server(not_registered_emails=["b@b.com"]) as server, Client(server) as client:
+            client.ask(*ENVELOPE, "RSET")
+            self.assertRegex(
+                report(server), "open sessions: 1\n.*RSET.*\n +refused: C: RCPT TO:<b@b.com> / S: 550 User"
+            )
 
     def test_a_timeout_says_what_there_is(self) -> None:
         server = self.receive(*["Subject: Grüße".encode()] * 12)
@@ -3747,10 +3754,10 @@ R: 220 a | S: BDAT 9 LAST | S: To: a@a.com<CR><LF> | S: Subject: x | R: 250 ok |
 
 # Transcripts with a mistake in them.
 BAD_TRANSCRIPTS = read_rows(r"""
-                                           => the server says nothing in it; it begins with ''
-hello | world                              => the server says nothing in it; it begins with 'hello'
-AUTH PLAIN AHVzZXIAc2VjcmV0                => the server says nothing in it; it begins with 'AUTH PLAIN ***'
-x | C: AUTH LOGIN | S: 334 VXNlcm5hbWU6    => the server says nothing in it; it begins with 'x'
+                                           => no line in it is marked as the server's (by S:, <- or <); it begins with ''
+hello | world                              => no line in it is marked as the server's (by S:, <- or <); it begins with 'hello'
+AUTH PLAIN AHVzZXIAc2VjcmV0                => no line in it is marked as the server's (by S:, <- or <); it begins with 'AUTH PLAIN ***'
+x | C: AUTH LOGIN | S: 334 VXNlcm5hbWU6    => no line in it is marked as the server's (by S:, <- or <); it begins with 'x'
 S: 250 ok | C: NOOP                        => there is no command before '250 ok'
 <-  220 a | <-  250 ok                     => there is no command before '250 ok'
 S: 220 a | C: NOOP | S: 250 ok | S: 550 no => there is no command before '550 no'
@@ -3924,7 +3931,7 @@ class PlayTest(ServerCase):
             error = f"smtpmock: -play='{path}2': cannot be read: No such file or directory\n"
             self.assertEqual(call_main(f"-play={path}2"), (2, "", error))
             path.write_text("nothing")
-            error = "-play: the server says nothing in it; it begins with 'nothing'\n"
+            error = "-play: no line in it is marked as the server's (by S:, <- or <); it begins with 'nothing'\n"
             self.assertIn(error, call_main(f"-play={path}")[2])
 
 
@@ -3989,8 +3996,8 @@ class ProfileTest(unittest.TestCase):
         self.assertEqual(pickle.loads(pickle.dumps(given)), given)
         self.assertNotEqual(given, Configuration(profile="exim"))
         wrong: dict[Any, str] = {
-            "exmi": "exmi is unknown; did you mean exim",
-            "": " is unknown",
+            "exmi": "'exmi' is unknown; did you mean exim",
+            "": "'' is unknown; there are postfix, ",
             1: "=1: must be a str",
         }
         for name, text in wrong.items():
@@ -6475,7 +6482,7 @@ configure -msgRcpttoReceived="450       => No closing quotation
 configure -failFast -port=1             => -port=1: cannot be changed {MORE}
 configure -failFast -json               => -json: cannot be changed while the server runs
 configure -failFast -tlsCert=/dev/null  => {MORE}cannot be loaded: {MORE}; without -tlsKey, the file must have {MORE}
-configure -profile=exmi                 => -profile: exmi is unknown; did you mean exim?
+configure -profile=exmi                 => -profile: 'exmi' is unknown; did you mean exim?
 configure -failFst                      => -failFst: there is no such flag; did you mean -failFast?
 """)
 
@@ -8003,7 +8010,8 @@ s.messages_and_purge() | s.message(lambda => len(value) == 1 and s.outbox == [] 
 m.auth_user | m.tls | m.text | m.html => value is None | value is None | value == "hello\n" | value is None
 len(s.wait_for_messages(1)) | s.on("connect", times=1) => value | three() == "421 ok ok"
 s.on("MAIL").drop() | s.stop() => three() == "SMTPServerDisconnected" | three() == "ConnectionRefusedError"
-s.on("MAIL").silence() | s.on("AUTH").reply => three(timeout=0.1) == "SMTPServerDisconnected" | three("alice") == "535"
+s.on("MAIL").silence() | s.configure(auth_users= => three(timeout=0.1) == "SMTPServerDisconnected" | True
+s.on("AUTH").reply => three("alice") == "535"
 n = s.on("connect").reply | n.hits | connect = socket.create => three() == "ok" and n.hits == 3 | value == 3 | True
 monkeypatch.setattr( | monkeypatch.setenv( => three(host="smtp.example.invalid") == "ok" | s.configure(ssl_context="test") or three() == "ok"
 """)
