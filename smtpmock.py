@@ -6031,8 +6031,8 @@ class _Narrator:
 
     def end(self, message: Message) -> None:
         if not message.refusals:
-            last = f" after {_cut(message.exchanges[-1].request or 'the greeting')}" if message.exchanges else ""
-            self._print("ended", 0, f"without a mail{last}")
+            lines = [said.line for said in message._exchanges[: message._length] if said.line and said.verb != "QUIT"]
+            self._print("ended", 0, f"without a mail after {_cut(lines[-1]) if lines else 'the greeting'}")
 
 
 class _Linter:

@@ -2775,7 +2775,7 @@ class ReadingTest(unittest.TestCase):
             before = time.process_time()
             ask_all(message)
             times.append(time.process_time() - before)
-            if times[0] < 0.03:
+            if times[0] < 0.1:
                 return True
         return all(twice <= 2.5 * once + 0.02 for twice, once in itertools.pairwise(times))
 
@@ -6467,7 +6467,7 @@ class ShowTest(ProcessCase):
                 "refused 554 No: 1 (<4 bytes>)",
                 'accepted a@a.com -> b@b.com "" 4 bytes',
                 f"refused {UNRECOGNIZED} ({'x' * 97}...)",
-                "ended without a mail",
+                "ended without a mail after ehlo a.com",
             ]
             self.assertEqual(lines, expected)
 
