@@ -99,18 +99,12 @@ def test_a_mark_configures_the_server_for_one_test(run: Any) -> None:
     )
 
 
-def test_marks_with_tls(run: Any, pytester: Any) -> None:
-    tests = MODULE.with_name("test_smtpmock.py").read_text(encoding="utf-8")
-    pytester.path.joinpath("server.pem").write_text(tests.partition('CERTIFICATE = """')[2].partition('"""')[0])
+def test_marks_with_tls(run: Any) -> None:
     run(
         """
-        import ssl
+        CLIENT = smtpmock.Server(ssl_context="test").client_context()
 
-        CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        CONTEXT.load_cert_chain("server.pem")
-        CLIENT = ssl.create_default_context(cafile="server.pem")
-
-        @pytest.mark.smtp_server(ssl_context=CONTEXT)
+        @pytest.mark.smtp_server(ssl_context="test")
         class TestTls:
             def test_starttls(self, smtp_server):
                 with connect(smtp_server) as client:

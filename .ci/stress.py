@@ -28,7 +28,6 @@ import random
 import socket
 import ssl
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -40,7 +39,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import smtpmock
-from test_smtpmock import CERTIFICATE
 
 TIMEOUT = 30  # seconds after which something that should have happened never will
 SENDERS = 64
@@ -112,7 +110,7 @@ def check_message(message: smtpmock.Message) -> str:
 
 @functools.cache
 def make_context() -> ssl.SSLContext:
-    return ssl.create_default_context(cadata=CERTIFICATE[: CERTIFICATE.index("-----BEGIN PRIVATE")])
+    return smtpmock.Server(ssl_context="test").client_context()
 
 
 class Client:
@@ -218,12 +216,7 @@ class Part:
 
 class Purging(Part):
     def __init__(self, stop: Stop, seed: str) -> None:
-        with tempfile.NamedTemporaryFile("w") as file:
-            file.write(CERTIFICATE)
-            file.flush()
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(file.name)
-        self.options = {"ssl_context": context}
+        self.options = {"ssl_context": "test"}
         self.cut = Tally()  # mails that a client has left in the middle
         self.found = [Tally() for _ in range(8)]  # one for each thread that purges, and one for what is left
         self.found_ids: list[int] = []
