@@ -121,7 +121,7 @@ def any_mail_can_be_read(mail: bytes) -> None:
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(st.text(max_size=60))
 def what_is_parsed_is_valid(text: str) -> None:
-    parse = functools.partial(smtpmock._parse_path, smtpmock._PATH, "", False)
+    parse = functools.partial(smtpmock._parse_path, smtpmock._PATH, "<postmaster>", False)
     path = parse(text)
     if path is not None:
         assert path.address in text and "@" in path.address and parse(f"<{path.address}>") == path
