@@ -5142,7 +5142,8 @@ class Server:
         yield from self._list_early_ends()
 
     def _list_early_ends(self) -> list[str]:
-        return [f"a connection ended early: {end}" for end in self._context.early_ends.copy()]
+        ends = self._context.early_ends  # read by index, because other threads may append meanwhile
+        return [f"a connection ended early: {ends[index]}" for index in range(min(len(ends), _REPORT_LIMIT))]
 
     def __repr__(self) -> str:
         state = "" if self._listener else ", not running"
