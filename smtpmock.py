@@ -5659,9 +5659,9 @@ messages), reset (all of these), check, or stop. An event on stdout answers it.
 {flags}
 
 Examples:
-  python -m smtpmock -port=2525 -log
-  python -m smtpmock -rule 'RCPT bob@example.com: reply 550 Unknown; times=2'
-  python -m smtpmock -control -keepAll -tlsCert=test
+  smtpmock -port=2525 -log
+  smtpmock -rule 'RCPT bob@example.com: reply 550 No such user; times=2'
+  smtpmock -control -keepAll -tlsCert=test
 
 Exit status:
   0  the server was stopped
